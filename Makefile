@@ -1,0 +1,33 @@
+# make compare   trains the residual designs side by side and writes a report
+# make test      runs the tests
+# Both set up everything they need in .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+WORKDIR ?= runs/compare
+FLAGS ?=
+
+.PHONY: compare test lint format clean
+
+compare: .venv/installed
+	$(BIN)/python launch/compare.py --workdir=$(WORKDIR) $(FLAGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 12) or sys.exit(f"mhc needs Python 3.12 or newer, {sys.executable} is {v.major}.{v.minor}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,36 @@
+"""The main job: trains the residual designs side by side and reports.
+
+python launch/compare.py                     # all runs, then the report
+python launch/compare.py --report_only       # the report of finished runs
+python launch/compare.py --config.panels.main.seeds='(0,)'
+"""
+
+import pathlib
+
+from absl import flags
+
+import command_line
+from mhc import compare
+from mhc import config as config_lib
+from mhc import report
+
+WORKDIR = flags.DEFINE_string(
+  'workdir', 'runs/compare', 'Folder of the comparison.'
+)
+REPORT_ONLY = flags.DEFINE_bool(
+  'report_only', False, 'Render the report of the runs that have finished.'
+)
+command_line.define_config('compare.py')
+
+
+def main():
+  workdir = pathlib.Path(WORKDIR.value)
+  if not REPORT_ONLY.value:
+    compare.train_all(command_line.config(config_lib.Comparison), workdir)
+  rows = report.render(workdir)
+  print(report.summary(rows))
+  print(f'\nreport: {workdir / "report.html"} (also report.md, results.json)')
+
+
+if __name__ == '__main__':
+  command_line.run(main)

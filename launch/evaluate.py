@@ -1,0 +1,34 @@
+"""Held-out loss of a run's newest checkpoint, as one JSON object.
+
+python launch/evaluate.py --workdir=runs/tiny
+python launch/evaluate.py --workdir=runs/tiny --path=my_texts/ --sequences=0
+"""
+
+import json
+import pathlib
+
+from absl import flags
+
+import command_line
+from mhc import evaluate
+
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run.', required=True
+)
+PATH = flags.DEFINE_string(
+  'path', None, "Text to score instead of the run's own: file, folder, pattern."
+)
+SEQUENCES = flags.DEFINE_integer(
+  'sequences', 1024, 'Held-out rows to score; 0 for all.', lower_bound=0
+)
+
+
+def main():
+  result = evaluate.evaluate_checkpoint(
+    pathlib.Path(WORKDIR.value), PATH.value, SEQUENCES.value
+  )
+  print(json.dumps(result))
+
+
+if __name__ == '__main__':
+  command_line.run(main)

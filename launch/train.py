@@ -1,0 +1,28 @@
+"""Trains one model: `python launch/train.py --workdir=runs/tiny`."""
+
+import pathlib
+
+from absl import flags
+
+import command_line
+from mhc import config as config_lib
+from mhc import train
+
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run.', required=True
+)
+command_line.define_config('tiny.py')
+
+
+def main():
+  config = command_line.config(config_lib.Config)
+  summary = train.train(config, pathlib.Path(WORKDIR.value))
+  print(
+    f'held-out loss {summary["heldout_nats"]:.4f} nats a token, '
+    f'{summary["heldout_bits_per_byte"]:.4f} bits per byte, '
+    f'{summary["num_params"]:,} parameters; everything is in {WORKDIR.value}'
+  )
+
+
+if __name__ == '__main__':
+  command_line.run(main)

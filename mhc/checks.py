@@ -1,0 +1,78 @@
+"""Checks of a settings dataclass; messages name the setting and its value."""
+
+import difflib
+import math
+import typing
+from typing import Literal
+
+
+def unknown_name(name: str, known: list[str]) -> str:
+  """The message for a setting that does not exist."""
+  near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+  return f'unknown setting {name!r}; did you mean {near[0]!r}?'
+
+
+def _section(config) -> str:
+  """'optimizer.' for an OptimizerConfig, '' for a Config."""
+  return type(config).__name__.removesuffix('Config').lower() + '.' * (
+    type(config).__name__ != 'Config'
+  )
+
+
+def check_types(config):
+  """Each field has its annotated type; an int passes for a float."""
+  for name, hint in typing.get_type_hints(type(config)).items():
+    value = getattr(config, name)
+    where = _section(config) + name
+    if typing.get_origin(hint) is Literal:
+      one_of(where, value, typing.get_args(hint))
+    elif typing.get_origin(hint) is tuple:
+      entry = typing.get_args(hint)[0]
+      if not isinstance(value, tuple):
+        raise ValueError(f'{where}={value!r} must be a tuple')
+      converted = tuple(_converted(where, item, entry) for item in value)
+      object.__setattr__(config, name, converted)
+    else:
+      object.__setattr__(config, name, _converted(where, value, hint))
+
+
+def _converted(where, value, hint):
+  if hint is float and type(value) is int:
+    value = float(value)
+  if not isinstance(value, hint) or (hint is not bool and value is True):
+    raise ValueError(f'{where}={value!r} must be of type {hint.__name__}')
+  if hint is float and not math.isfinite(value):
+    raise ValueError(f'{where}={value} must be finite')
+  return value
+
+
+def one_of(where, value, choices):
+  if value not in choices:
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f'; did you mean {near[0]!r}?' if near else ''
+    raise ValueError(f'{where}={value!r} must be one of {choices}{hint}')
+
+
+def at_least(config, **bounds):
+  for name, bound in bounds.items():
+    if getattr(config, name) < bound:
+      raise ValueError(
+        f'{_section(config)}{name}={getattr(config, name)} must be at least '
+        f'{bound}'
+      )
+
+
+def positive(config, *names):
+  for name in names:
+    if getattr(config, name) <= 0:
+      raise ValueError(
+        f'{_section(config)}{name}={getattr(config, name)} must be positive'
+      )
+
+
+def not_negative(config, *names):
+  for name in names:
+    if getattr(config, name) < 0:
+      raise ValueError(
+        f'{_section(config)}{name}={getattr(config, name)} must not be negative'
+      )

@@ -1,0 +1,38 @@
+"""Trains the runs of a comparison in turn, each from where it stopped."""
+
+import json
+import pathlib
+
+from mhc import checkpoint
+from mhc import config as config_lib
+from mhc import data
+from mhc import train
+from mhc import writer
+
+
+def train_all(comparison: config_lib.Comparison, workdir: pathlib.Path):
+  """Runs go to `workdir`/PANEL/RUN, the comparison to comparison.json.
+
+  Raises:
+    ValueError, OSError: unusable settings or data, or a folder that holds runs
+      with other settings; before any training.
+  """
+  runs = {
+    name: config
+    for panel in comparison.panels
+    for name, config in comparison.runs(panel).items()
+  }
+  for name, config in runs.items():
+    checkpoint.check(workdir / name, config)
+    corpus = data.load(config.data.path)
+    data.heldout_rows(corpus, config.data.seq_len, config.eval_sequences)
+  workdir.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(config_lib.to_dict(comparison), indent=2) + '\n'
+  writer.replace(workdir / 'comparison.json', text)
+
+  todo = [name for name in runs if train.read_summary(workdir / name) is None]
+  print(f'{len(runs)} runs in {workdir}, {len(todo)} to do', flush=True)
+  width = max(map(len, runs))
+  for number, name in enumerate(todo, start=1):
+    label = f'[{number:{len(str(len(todo)))}}/{len(todo)}] {name:{width}}'
+    train.train(runs[name], workdir / name, label)

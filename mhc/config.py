@@ -1,0 +1,321 @@
+"""Every setting with its type and default, checked where it is made.
+
+A `Config` is what one training run is; a `Comparison` is a base `Config` and
+the panels that vary it. Files in configs/ are short diffs against these
+defaults. `to_dict` and `from_dict` convert to and from nested plain dicts; the
+latter refuses unknown names.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+from mhc import checks
+
+Kind = Literal['residual', 'hc', 'mhc', 'identity']
+KINDS: tuple[str, ...] = typing.get_args(Kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectionConfig:
+  """The residual connection around every sub-layer."""
+
+  kind: Kind = 'mhc'
+  # n. The plain residual has one stream whatever is said here.
+  num_streams: int = 4
+  # How the streams become one before the last norm.
+  collapse: Literal['sum', 'mean', 'learned'] = 'mean'
+  sinkhorn_iters: int = 20
+  # 0 is the paper's Eq. 9, 1e-6 DeepSeek-V4's kernels.
+  sinkhorn_eps: float = 0.0
+  sinkhorn_backward: Literal['recompute', 'unrolled', 'implicit'] = 'recompute'
+
+  def __post_init__(self):
+    checks.check_types(self)
+    checks.at_least(self, num_streams=1, sinkhorn_iters=1)
+    if self.sinkhorn_eps and not 1e-12 <= self.sinkhorn_eps <= 1e-2:
+      raise ValueError(
+        f'connection.sinkhorn_eps={self.sinkhorn_eps} must be 0 (the paper) '
+        'or from 1e-12 to 1e-2 (DeepSeek-V4: 1e-6)'
+      )
+
+  @property
+  def streams(self) -> int:
+    return 1 if self.kind == 'residual' else self.num_streams
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+  """Multi-head latent attention (DeepSeek-V2), without query compression."""
+
+  num_heads: int = 4
+  head_dim: int = 16
+  rope_dim: int = 8
+  kv_rank: int = 32
+  rope_theta: float = 10_000.0
+
+  def __post_init__(self):
+    checks.check_types(self)
+    checks.at_least(self, num_heads=1, head_dim=1, rope_dim=2, kv_rank=1)
+    if self.rope_dim % 2:
+      raise ValueError(
+        f'attention.rope_dim={self.rope_dim} must be even: RoPE turns pairs'
+      )
+    checks.positive(self, 'rope_theta')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A pre-norm transformer; a block is attention and FFN, two sub-layers."""
+
+  # 256 bytes, two document marks, padded to a multiple of 64.
+  vocab_size: int = 320
+  num_blocks: int = 4
+  dim: int = 64
+  ffn_dim: int = 192
+  norm_eps: float = 1e-20
+  # Of streams and activations; parameters and mappings are always float32.
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  # 'block' keeps each block's input and computes the rest again for the
+  # gradient: less memory, and on a CPU less time too.
+  recompute: Literal['none', 'block'] = 'block'
+  attention: AttentionConfig = AttentionConfig()
+  connection: ConnectionConfig = ConnectionConfig()
+
+  def __post_init__(self):
+    checks.check_types(self)
+    checks.at_least(self, vocab_size=258, num_blocks=1, dim=1, ffn_dim=1)
+    checks.not_negative(self, 'norm_eps')
+
+  @property
+  def num_sublayers(self) -> int:
+    return 2 * self.num_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with the settings of the paper's Table 5, but for the rate."""
+
+  learning_rate: float = 3e-3
+  warmup_steps: int = 30
+  # 'step' multiplies the rate by decay_factors at decay_points, fractions of
+  # the run; 'cosine' decays to 0; 'constant' does not decay.
+  schedule: Literal['step', 'cosine', 'constant'] = 'step'
+  decay_points: tuple[float, ...] = (0.8, 0.9)
+  decay_factors: tuple[float, ...] = (0.316, 0.1)
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-20
+  weight_decay: float = 0.1
+  # Bound on the global gradient norm, 0 for none. The paper gives none.
+  clip_norm: float = 1.0
+
+  def __post_init__(self):
+    checks.check_types(self)
+    checks.positive(self, 'learning_rate', 'eps')
+    checks.not_negative(self, 'warmup_steps', 'weight_decay', 'clip_norm')
+    for name in ('b1', 'b2'):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f'optimizer.{name} must be in [0, 1)')
+    if len(self.decay_points) != len(self.decay_factors):
+      raise ValueError(
+        f'optimizer.decay_points={self.decay_points} and '
+        f'decay_factors={self.decay_factors} must be equally many'
+      )
+    if list(self.decay_points) != sorted(self.decay_points) or not all(
+      0 < point < 1 for point in self.decay_points
+    ):
+      raise ValueError(
+        f'optimizer.decay_points={self.decay_points} must rise within (0, 1)'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Text, cut into rows of `seq_len` tokens."""
+
+  # A text file, a folder of them or a glob pattern; '' is the source code of
+  # the running Python's standard library, about 10 MB.
+  path: str = ''
+  seq_len: int = 64
+  batch_size: int = 8
+
+  def __post_init__(self):
+    checks.check_types(self)
+    checks.at_least(self, seq_len=2, batch_size=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One training run."""
+
+  # Of the initial parameters and of the order of the data.
+  seed: int = 0
+  num_steps: int = 400
+  model: ModelConfig = ModelConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  data: DataConfig = DataConfig()
+  # Devices that share a batch; 0 takes the most that divide it.
+  num_devices: int = 0
+  # Each `*_every` is in steps, 0 for only at the end.
+  eval_every: int = 100
+  eval_sequences: int = 256
+  probe_every: int = 25
+  checkpoint_every: int = 200
+  keep_checkpoints: int = 2
+  tensorboard: bool = False
+
+  def __post_init__(self):
+    checks.check_types(self)
+    checks.at_least(self, num_steps=1, eval_sequences=1, keep_checkpoints=1)
+    checks.not_negative(
+      self,
+      'seed',
+      'num_devices',
+      'eval_every',
+      'probe_every',
+      'checkpoint_every',
+    )
+    if self.optimizer.warmup_steps >= self.num_steps:
+      raise ValueError(
+        f'optimizer.warmup_steps={self.optimizer.warmup_steps} must be less '
+        f'than num_steps={self.num_steps}'
+      )
+
+  @property
+  def tokens_per_step(self) -> int:
+    return self.data.batch_size * self.data.seq_len
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """A group of runs that are drawn together: every kind at every setting."""
+
+  title: str = ''
+  kinds: tuple[str, ...] = ('residual', 'hc', 'mhc')
+  seeds: tuple[int, ...] = (0,)
+  num_blocks: tuple[int, ...] = (4,)
+  learning_rates: tuple[float, ...] = (3e-3,)
+  num_steps: int = 400
+  batch_size: int = 8
+  clip_norm: float = 1.0
+
+  def __post_init__(self):
+    checks.check_types(self)
+    for name in ('kinds', 'seeds', 'num_blocks', 'learning_rates'):
+      values = getattr(self, name)
+      if not values or len(set(values)) != len(values):
+        raise ValueError(
+          f'panel.{name}={values} must list at least one value, none twice'
+        )
+    for kind in self.kinds:
+      checks.one_of('panel.kinds', kind, KINDS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """A base run and the panels that vary it."""
+
+  base: Config = Config()
+  panels: Mapping[str, Panel] = dataclasses.field(
+    default_factory=lambda: types.MappingProxyType({'main': Panel()})
+  )
+
+  def __post_init__(self):
+    if not self.panels:
+      raise ValueError('a comparison needs at least one panel')
+    for panel in self.panels:
+      self.runs(panel)
+
+  def runs(self, panel: str) -> dict[str, Config]:
+    """Run name -> Config, kinds innermost so that equal settings are near."""
+    p = self.panels[panel]
+    return {
+      f'{panel}/{kind}-b{blocks}-lr{rate:g}-s{seed}': _replace(
+        self.base,
+        seed=seed,
+        num_steps=p.num_steps,
+        model=dict(num_blocks=blocks, connection=dict(kind=kind)),
+        optimizer=dict(learning_rate=rate, clip_norm=p.clip_norm),
+        data=dict(batch_size=p.batch_size),
+      )
+      for blocks in p.num_blocks
+      for rate in p.learning_rates
+      for seed in p.seeds
+      for kind in p.kinds
+    }
+
+
+def to_dict(config) -> dict[str, Any]:
+  """Nested dict of plain values; tuples stay tuples."""
+  if dataclasses.is_dataclass(config):
+    return {
+      field.name: to_dict(getattr(config, field.name))
+      for field in dataclasses.fields(config)
+    }
+  if isinstance(config, Mapping):
+    return {key: to_dict(value) for key, value in config.items()}
+  return config
+
+
+def from_dict[T](cls: type[T], values: Mapping[str, Any], path: str = '') -> T:
+  """Builds `cls` from a nested dict as `to_dict` makes it.
+
+  Raises:
+    ValueError: an unknown name (with the nearest known one), a value of the
+      wrong type or out of its range.
+  """
+  hints = typing.get_type_hints(cls)
+  arguments = {}
+  for name, value in values.items():
+    if name not in hints:
+      raise ValueError(
+        checks.unknown_name(path + name, [path + h for h in hints])
+      )
+    hint = hints[name]
+    if dataclasses.is_dataclass(hint):
+      value = from_dict(hint, _mapping(path + name, value), f'{path}{name}.')
+    elif typing.get_origin(hint) is Mapping:
+      entry = typing.get_args(hint)[1]
+      value = types.MappingProxyType(
+        {
+          key: from_dict(entry, _mapping(name, item), f'{path}{name}.{key}.')
+          for key, item in _mapping(path + name, value).items()
+        }
+      )
+    elif typing.get_origin(hint) is tuple and isinstance(value, list):
+      value = tuple(value)
+    arguments[name] = value
+  return cls(**arguments)
+
+
+def leaves(config, path: str = '') -> dict[str, Any]:
+  """Dotted name -> value of every setting."""
+  flat = {}
+  for name, value in to_dict(config).items():
+    if isinstance(value, dict):
+      flat |= leaves(value, f'{path}{name}.')
+    else:
+      flat[path + name] = value
+  return flat
+
+
+def _replace(config, **changes):
+  """dataclasses.replace, where a dict stands for changes one level down."""
+  return dataclasses.replace(
+    config,
+    **{
+      name: _replace(getattr(config, name), **value)
+      if isinstance(value, dict)
+      else value
+      for name, value in changes.items()
+    },
+  )
+
+
+def _mapping(name, value):
+  if not isinstance(value, Mapping):
+    raise ValueError(f'{name}={value!r} must be a group of settings')
+  return value

@@ -1,0 +1,76 @@
+"""Held-out loss, in nats a token and in bits per byte of text."""
+
+import dataclasses
+import math
+import pathlib
+
+import numpy as np
+
+from mhc import checkpoint
+from mhc import data
+from mhc import sharding
+from mhc import step as step_lib
+
+
+def evaluate(
+  programs: step_lib.Programs,
+  params: step_lib.Params,
+  rows: np.ndarray,
+  batch_size: int,
+) -> dict[str, float]:
+  """Scores every target of `rows`, int32 [r, t + 1].
+
+  Bits per byte divides all nats, those of document marks included, by the
+  number of target bytes: comparable between tokenizers.
+  """
+  nats = 0.0
+  for start in range(0, len(rows), batch_size):
+    batch = rows[start : start + batch_size]
+    missing = batch_size - len(batch)
+    padded = np.pad(batch, ((0, missing), (0, 0)))
+    tokens = sharding.place(padded, programs.mesh, sharding.BATCH)
+    scores = np.asarray(programs.row_nats(params, tokens), np.float64)
+    nats += float(scores[: len(batch)].sum())
+  targets = rows[:, 1:]
+  return {
+    'loss/heldout': nats / targets.size,
+    'loss/heldout_bits_per_byte': nats
+    / math.log(2)
+    / int((targets < 256).sum()),
+  }
+
+
+def evaluate_checkpoint(
+  workdir: pathlib.Path, path: str | None, num_rows: int
+) -> dict[str, float | int | str]:
+  """Scores the newest checkpoint of the run in `workdir`.
+
+  Args:
+    workdir: the run's folder.
+    path: text to score, None for the run's own; of either the held-out side.
+    num_rows: rows to score, 0 for all there are.
+
+  Raises:
+    ValueError, OSError: no run or no checkpoint there, unusable text.
+  """
+  config = checkpoint.read_config(workdir)
+  if path is not None:
+    config = dataclasses.replace(
+      config, data=dataclasses.replace(config.data, path=path)
+    )
+  corpus = data.load(config.data.path)
+  rows = data.heldout_rows(corpus, config.data.seq_len, num_rows or None)
+  if not (workdir / 'checkpoints').is_dir():
+    raise ValueError(f'{workdir} has no checkpoint yet: train it first')
+  programs = step_lib.build(config)
+  with checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
+    state = checkpoints.restore(programs.abstract_state, None)
+  if state is None:
+    raise ValueError(f'{workdir} has no checkpoint yet: train it first')
+  return {
+    'step': int(state.step),
+    **evaluate(programs, state.params, rows, 4 * config.data.batch_size),
+    'rows': len(rows),
+    'corpus': corpus.name,
+    'corpus_sha256': corpus.sha256,
+  }

@@ -1,0 +1,59 @@
+"""The small layers: linear maps, norm, embedding, gated feed-forward.
+
+Parameters are float32 and are cast to the activations' dtype where they are
+used; norm statistics are float32. Matrices start as N(0, 1/fan_in), so a unit
+input gives a unit output. No layer has a bias.
+"""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Linear(nnx.Module):
+  """x W."""
+
+  def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
+    weight = jax.random.normal(rngs.params(), (in_dim, out_dim))
+    self.weight = nnx.Param(weight * in_dim**-0.5)
+
+  def __call__(self, x: Float[Array, '*b i']) -> Float[Array, '*b o']:
+    return x @ self.weight[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """x / sqrt(mean(x^2) + eps) * gain over the last dimension."""
+
+  def __init__(self, dim: int, eps: float):
+    self.gain = nnx.Param(jnp.ones(dim))
+    self.eps = eps
+
+  def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
+    wide = x.astype(jnp.float32)
+    square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(square + self.eps)
+    gain = jnp.expand_dims(self.gain[...], range(x.ndim - 1))
+    return (normed * gain).astype(x.dtype)
+
+
+class Embed(nnx.Module):
+  """Rows of a table, N(0, 1) at the start."""
+
+  def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs):
+    self.table = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, dim)))
+
+  def __call__(self, tokens: Int[Array, '*b'], dtype) -> Float[Array, '*b d']:
+    return self.table[...].astype(dtype)[tokens]
+
+
+class SwiGLU(nnx.Module):
+  """(silu(x W_gate) * x W_up) W_down."""
+
+  def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
+    self.gate = Linear(dim, hidden_dim, rngs=rngs)
+    self.up = Linear(dim, hidden_dim, rngs=rngs)
+    self.down = Linear(hidden_dim, dim, rngs=rngs)
+
+  def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
+    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

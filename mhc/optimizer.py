@@ -1,0 +1,63 @@
+"""AdamW, its learning rate over the run, and what decays."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mhc import config as config_lib
+
+# The leaf names of parameters without weight decay: norm gains and the static
+# biases and gating factors of the connections (DeepSeek-V4, arXiv 2606.19348,
+# Sec. 2.4; V4.1). The connections' projections phi and theta decay as other
+# matrices do.
+UNDECAYED = ('gain', 'alpha', 'bias', 'bias_pre', 'bias_post', 'bias_res')
+
+
+def make(
+  config: config_lib.OptimizerConfig, num_steps: int
+) -> optax.GradientTransformation:
+  """Clips the global gradient norm, then AdamW with decoupled decay."""
+  adamw = optax.adamw(
+    learning_rate(config, num_steps),
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.eps,
+    weight_decay=config.weight_decay,
+    mask=decayed,
+  )
+  if config.clip_norm:
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+  return adamw
+
+
+def learning_rate(
+  config: config_lib.OptimizerConfig, num_steps: int
+) -> Callable[[jax.Array], jax.Array]:
+  """Update number (0, 1, ...) -> rate: a linear warm-up, then the schedule."""
+
+  def rate(count):
+    warmup = jnp.minimum((count + 1) / (config.warmup_steps + 1), 1.0)
+    match config.schedule:
+      case 'step':
+        points = jnp.array(config.decay_points) * num_steps
+        factors = jnp.array((1.0, *config.decay_factors))
+        decay = factors[jnp.searchsorted(points, count, side='right')]
+      case 'cosine':
+        done = (count - config.warmup_steps) / (num_steps - config.warmup_steps)
+        decay = 0.5 * (1 + jnp.cos(jnp.pi * jnp.maximum(done, 0.0)))
+      case 'constant':
+        decay = 1.0
+    return config.learning_rate * warmup * decay
+
+  return rate
+
+
+def decayed(params) -> dict:
+  """The tree of booleans: does weight decay act on this parameter?"""
+
+  def leaf(path, _):
+    return path[-1].key not in UNDECAYED
+
+  return jax.tree_util.tree_map_with_path(leaf, params)

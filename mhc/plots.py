@@ -1,0 +1,260 @@
+"""The report's figures, each a function of the finished runs of one setting.
+
+Lines are means over seeds, bands run from the lowest seed to the highest.
+"""
+
+from collections.abc import Callable
+import pathlib
+
+from matplotlib import colors
+from matplotlib.figure import Figure
+import numpy as np
+
+from mhc import results
+
+# Okabe-Ito, readable with colour blindness; one colour a kind everywhere.
+COLORS = {
+  'residual': '#555555',
+  'hc': '#D55E00',
+  'mhc': '#0072B2',
+  'identity': '#009E73',
+}
+LABELS = {
+  'residual': 'residual',
+  'hc': 'HC',
+  'mhc': 'mHC',
+  'identity': 'identity (H_res = I)',
+}
+
+ByKind = dict[str, list[results.Run]]
+
+
+def draw_all(runs: list[results.Run], folder: pathlib.Path) -> dict[str, str]:
+  """Draws every figure of one setting into `folder`; file name -> caption."""
+  by_kind: ByKind = {}
+  for run in runs:
+    by_kind.setdefault(run.kind, []).append(run)
+  figures: dict[str, tuple[Callable[[ByKind], Figure], str]] = {
+    'loss.png': (
+      loss,
+      'Training loss, smoothed over 25 steps, and held-out loss against the '
+      'plain residual of the same seed (below zero is better).',
+    ),
+    'grad_norm.png': (
+      grad_norm,
+      'Global gradient norm before clipping, every step.',
+    ),
+    'gains_training.png': (
+      gains_over_training,
+      'Composite Amax gain over training, the largest over depth: what the '
+      'stack of residual mappings can do to a signal (forward) and to a '
+      'gradient (backward). 1 is neutral.',
+    ),
+    'gains_depth.png': (
+      gains_over_depth,
+      'Amax gain over depth at the end of training: each mapping alone (left) '
+      'and composed (right), forward from the first sub-layer and backward '
+      'from the last.',
+    ),
+    'mappings.png': (
+      mappings,
+      'H_res averaged over the tokens of one held-out row, of single '
+      'sub-layers and composed; first seed. Row sums (right of each map) are '
+      'forward gains, column sums (below) backward gains.',
+    ),
+  }
+  folder.mkdir(parents=True, exist_ok=True)
+  drawn = {}
+  for name, (draw, caption) in figures.items():
+    figure = draw(by_kind)
+    if figure is not None:
+      figure.savefig(folder / name, dpi=110)
+      drawn[name] = caption
+  return drawn
+
+
+def loss(by_kind: ByKind) -> Figure:
+  baseline = {r.config.seed: r for r in by_kind.get('residual', [])}
+  figure, axes = _axes(1, 2 if baseline else 1)
+  for kind, runs in by_kind.items():
+    steps, curves = _curves(runs, 'loss/train')
+    curves = np.stack([_smooth(curve) for curve in curves])
+    _band(axes[0], kind, steps[results.WINDOW - 1 :], curves)
+  late = [
+    line.get_ydata()[len(line.get_ydata()) // 10 :] for line in axes[0].lines
+  ]
+  finite = np.concatenate(late)[np.isfinite(np.concatenate(late))]
+  if finite.size:
+    low, high = finite.min(), np.percentile(finite, 99.5)
+    axes[0].set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+  _label(axes[0], 'training loss', 'step', 'loss (nats / token)')
+  if baseline:
+    for kind, runs in by_kind.items():
+      paired = [run for run in runs if run.config.seed in baseline]
+      if kind == 'residual' or not paired:
+        continue
+      steps, curves = _curves(paired, 'loss/heldout')
+      _, base = _curves(
+        [baseline[run.config.seed] for run in paired], 'loss/heldout'
+      )
+      _band(axes[1], kind, steps, curves - base, marker='o', markersize=3)
+    axes[1].axhline(0, color=COLORS['residual'], linewidth=1, label='residual')
+    _label(
+      axes[1], 'held-out loss, gap to residual', 'step', 'gap (nats / token)'
+    )
+  return figure
+
+
+def grad_norm(by_kind: ByKind) -> Figure:
+  figure, axes = _axes(1, 1, width=9)
+  for kind, runs in by_kind.items():
+    for number, run in enumerate(runs):
+      steps, values = run.series('grad/global_norm')
+      axes[0].plot(
+        steps,
+        values,
+        color=COLORS[kind],
+        linewidth=0.8,
+        alpha=0.8,
+        label=LABELS[kind] if number == 0 else None,
+      )
+  axes[0].set_yscale('log')
+  _label(axes[0], 'gradient norm', 'step', 'global L2 norm')
+  return figure
+
+
+def gains_over_training(by_kind: ByKind) -> Figure:
+  figure, axes = _axes(1, 2, share_y=True)
+  for axis, name, title in (
+    (axes[0], 'composite_fwd', 'forward'),
+    (axes[1], 'composite_bwd', 'backward'),
+  ):
+    for kind, runs in by_kind.items():
+      steps = np.array([probe['step'] for probe in runs[0].probes])
+      curves = np.stack([run.probe(name).max(axis=1) for run in runs])
+      _band(axis, kind, steps, curves, marker='o', markersize=3)
+    _gain_axis(axis)
+    _label(axis, f'{title} composite gain', 'step', 'max over depth')
+  return figure
+
+
+def gains_over_depth(by_kind: ByKind) -> Figure:
+  figure, axes = _axes(2, 2, height=6.4)
+  panels = (
+    ('gain_fwd', 'single mapping, forward'),
+    ('composite_fwd', 'composed from 1 to l, forward'),
+    ('gain_bwd', 'single mapping, backward'),
+    ('composite_bwd', 'composed from l to L, backward'),
+  )
+  for axis, (name, title) in zip(axes, panels, strict=True):
+    for kind, runs in by_kind.items():
+      curves = np.stack([run.probe(name)[-1] for run in runs])
+      _band(axis, kind, np.arange(1, curves.shape[1] + 1), curves)
+    _gain_axis(axis)
+    _label(axis, title, 'sub-layer l', 'Amax gain')
+  return figure
+
+
+def mappings(by_kind: ByKind) -> Figure | None:
+  kinds = [kind for kind in ('hc', 'mhc') if kind in by_kind]
+  if not kinds:
+    return None
+  depth = 2 * by_kind[kinds[0]][0].setting[0]
+  half = depth // 2
+  titles = [f'H_{i}' for i in (1, half, depth)]
+  titles += [
+    f'H_{half} … H_1',
+    f'H_{depth} … H_{half + 1}',
+    f'H_{depth} … H_1',
+  ]
+  figure = Figure(figsize=(13.5, 2.7 * len(kinds) + 0.3), layout='constrained')
+  axes = np.atleast_2d(figure.subplots(len(kinds), len(titles)))
+  for line, kind in zip(axes, kinds, strict=True):
+    run = by_kind[kind][0]
+    single = run.probe('mean')[-1][[0, half - 1, depth - 1]]
+    products = run.probe('mean_products')[-1]
+    for axis, matrix, title in zip(
+      line, np.concatenate([single, products]), titles, strict=True
+    ):
+      _heat_map(axis, matrix, f'{LABELS[kind]}: {title}')
+  return figure
+
+
+def _heat_map(axis, matrix, title):
+  n = len(matrix)
+  finite = np.nan_to_num(matrix, posinf=0, neginf=0)
+  limit = max(1.0, float(np.abs(finite).max()))
+  axis.imshow(
+    finite, cmap='RdBu_r', norm=colors.SymLogNorm(0.1, vmin=-limit, vmax=limit)
+  )
+  for i in range(n):
+    for j in range(n):
+      dark = abs(finite[i, j]) > 0.4 * limit
+      axis.text(
+        j,
+        i,
+        _short(matrix[i, j]),
+        ha='center',
+        va='center',
+        fontsize=7,
+        color='white' if dark else 'black',
+      )
+  axis.set_title(title, fontsize=9)
+  axis.set_xticks(range(n), [_short(s) for s in matrix.sum(axis=0)])
+  axis.yaxis.tick_right()
+  axis.set_yticks(range(n), [_short(s) for s in matrix.sum(axis=1)])
+  axis.tick_params(length=0, labelsize=7)
+
+
+def _short(value: float) -> str:
+  """At most about five characters."""
+  if abs(value) < 9.995:
+    return f'{value:.2f}'
+  return f'{value:.0f}' if abs(value) < 1e4 else f'{value:.0e}'
+
+
+def _curves(runs, name):
+  """(steps, [runs, steps]) of a metric that all runs recorded alike."""
+  pairs = [run.series(name) for run in runs]
+  return pairs[0][0], np.stack([values for _, values in pairs])
+
+
+def _smooth(curve):
+  kernel = np.full(results.WINDOW, 1 / results.WINDOW)
+  return np.convolve(curve, kernel, mode='valid')
+
+
+def _axes(rows, columns, width=10.5, height=3.8, share_y=False):
+  figure = Figure(figsize=(width, height), layout='constrained')
+  axes = figure.subplots(rows, columns, sharey=share_y, squeeze=False)
+  return figure, axes.reshape(-1)
+
+
+def _band(axis, kind, steps, curves, **style):
+  axis.plot(
+    steps, curves.mean(axis=0), color=COLORS[kind], label=LABELS[kind], **style
+  )
+  if len(curves) > 1:
+    axis.fill_between(
+      steps,
+      curves.min(axis=0),
+      curves.max(axis=0),
+      color=COLORS[kind],
+      alpha=0.15,
+      linewidth=0,
+    )
+
+
+def _gain_axis(axis):
+  axis.set_yscale('log')
+  axis.axhline(1, color='black', linewidth=0.6, linestyle=':')
+  low, high = axis.get_ylim()
+  axis.set_ylim(min(low, 0.5), max(high, 3))
+
+
+def _label(axis, title, x, y):
+  axis.set_title(title, fontsize=11)
+  axis.set_xlabel(x)
+  axis.set_ylabel(y)
+  axis.grid(alpha=0.25, linewidth=0.6)
+  axis.legend(frameon=False, fontsize=9)

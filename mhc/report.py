@@ -1,0 +1,322 @@
+"""The comparison's report: results.json, report.md, report.html, figures.
+
+Everything is computed from the files that the runs left, so a report can be
+made again at any time.
+"""
+
+import base64
+import html
+import json
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from mhc import claims
+from mhc import plots
+from mhc import results
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px;
+  margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 1em 0; font-size: 14px; }
+th, td { padding: .25em .6em; border-bottom: 1px solid #ddd;
+  text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; }
+table.text th, table.text td { text-align: left; }
+.scroll { overflow-x: auto; }
+figure { margin: 1.5em 0; } img { max-width: 100%; }
+figcaption { color: #555; font-size: 14px; }
+"""
+
+
+class Heading(NamedTuple):
+  level: int
+  text: str
+
+
+class Table(NamedTuple):
+  header: list[str]
+  lines: list[list[str]]
+  numeric: bool = True
+
+
+class Picture(NamedTuple):
+  path: str  # relative to the report
+  caption: str
+
+
+Part = Heading | Table | Picture | str  # str is a paragraph
+
+
+def render(workdir: pathlib.Path) -> list[dict]:
+  """Writes the report of the comparison in `workdir`; returns its rows.
+
+  Raises:
+    ValueError: no comparison there, or none of its runs has finished.
+  """
+  comparison, panels, unfinished = results.read_comparison(workdir)
+  if not any(panels.values()):
+    raise ValueError(f'{workdir} holds no finished run: run the comparison')
+  rows, parts = [], []
+  for name, runs in panels.items():
+    if runs:
+      panel_rows = results.rows(name, runs)
+      rows += panel_rows
+      title = comparison.panels[name].title or name
+      parts += _panel(workdir, name, title, runs, panel_rows)
+  parts = [*_introduction(comparison, panels, unfinished), *parts, *_notes()]
+  (workdir / 'results.json').write_text(
+    json.dumps(_finite(rows), indent=2) + '\n'
+  )
+  (workdir / 'report.md').write_text(_markdown(parts))
+  (workdir / 'report.html').write_text(_html(parts, workdir))
+  return rows
+
+
+def summary(rows: list[dict]) -> str:
+  """The rows' main figures as a table for the terminal, means over seeds."""
+  lines = [
+    f'{"panel":<8} {"connection":<10} {"blocks":>6} {"lr":>7} {"held-out":>9} '
+    f'{"gap":>8} {"gain fwd":>9} {"gain bwd":>9} {"grad spikes":>12}'
+  ]
+  groups: dict[tuple, list[dict]] = {}
+  for row in rows:
+    key = row['panel'], row['variant'], row['blocks'], row['lr']
+    groups.setdefault(key, []).append(row)
+  for (panel, kind, blocks, rate), group in groups.items():
+    loss = np.mean([row['heldout_nats'] for row in group])
+    gaps = [row['gap_nats'] for row in group if row['gap_nats'] is not None]
+    forward, backward = (
+      claims.number(max(row[name] for row in group))
+      for name in ('gain_fwd_max', 'gain_bwd_max')
+    )
+    spikes = ' / '.join(str(row['grad_spikes']) for row in group)
+    lines.append(
+      f'{panel:<8} {kind:<10} {blocks:>6} {rate:>7g} {loss:>9.4f} '
+      f'{_fixed(np.mean(gaps) if gaps else None, 4, sign=True):>8} '
+      f'{forward:>9} {backward:>9} {spikes:>12}'
+    )
+  return '\n'.join(lines)
+
+
+def _introduction(comparison, panels, unfinished) -> list[Part]:
+  first = next(run for runs in panels.values() for run in runs)
+  corpus, model = first.summary['corpus'], first.config.model
+  data = first.config.data
+  parts: list[Part] = [
+    Heading(1, 'Residual designs compared'),
+    'The same transformer, data order and initial weights; only the residual '
+    'connection differs: **residual** (one stream), **HC** (Hyper-Connections, '
+    'unconstrained mixing of n streams), **mHC** (mixing projected onto the '
+    'doubly stochastic matrices) and **identity** (mHC without mixing).',
+    f'Model: width {model.dim}, {model.attention.num_heads} heads of latent '
+    f'attention, FFN {model.ffn_dim}, n = {model.connection.num_streams} '
+    f'streams; a block is two sub-layers. Rows of {data.seq_len} byte tokens. '
+    f'Optimiser: AdamW, {first.config.optimizer.schedule} schedule.',
+    f'Text: {corpus["name"]}, {corpus["num_bytes"] / 1e6:.1f} MB in '
+    f'{corpus["num_documents"]} documents, of which '
+    f'{corpus["num_heldout_documents"]} are held out whole; sha256 '
+    f'{corpus["sha256"][:16]}. Held-out loss is over '
+    f'{first.config.eval_sequences * data.seq_len:,} tokens. Device: '
+    f'{first.summary["num_devices"]} x {first.summary["device"]}, jax '
+    f'{first.summary["jax"]}.',
+  ]
+  if unfinished:
+    parts.append(
+      f'**{unfinished} runs of this comparison have not finished** and are '
+      'missing below.'
+    )
+  return parts
+
+
+def _panel(workdir, name, title, runs, rows) -> list[Part]:
+  parts: list[Part] = [Heading(2, title)]
+  for setting in dict.fromkeys(run.setting for run in runs):
+    blocks, rate = setting
+    here = [run for run in runs if run.setting == setting]
+    config = here[0].config
+    clip = config.optimizer.clip_norm
+    seeds = dict.fromkeys(str(run.config.seed) for run in here)
+    parts.append(
+      f'{blocks} blocks ({2 * blocks} sub-layers), learning rate {rate:g}, '
+      f'{config.num_steps} steps of {config.tokens_per_step} tokens '
+      f'({here[0].summary["epochs"]:.2f} epochs), '
+      f'{f"gradients clipped at {clip:g}" if clip else "no clipping"}, '
+      f'seeds {", ".join(seeds)}.'
+    )
+    selected = [r for r in rows if (r['blocks'], r['lr']) == setting]
+    parts.append(_table(selected))
+    judged = claims.judge(selected)
+    if judged:
+      parts.append(
+        Table(
+          ['The papers', 'Here', 'Verdict'],
+          [[c.paper, c.here, c.verdict] for c in judged],
+          numeric=False,
+        )
+      )
+    folder = pathlib.Path('figures') / f'{name}-b{blocks}-lr{rate:g}'
+    for file, caption in plots.draw_all(here, workdir / folder).items():
+      parts.append(Picture(str(folder / file), caption))
+  return parts
+
+
+def _table(rows) -> Table:
+  """One line a kind: means over seeds, the loss with its range."""
+  lines = []
+  for kind in dict.fromkeys(row['variant'] for row in rows):
+    group = [row for row in rows if row['variant'] == kind]
+
+    def column(name, reduce=np.mean, group=group):
+      values = [row[name] for row in group if row[name] is not None]
+      return float(reduce(values)) if values else None
+
+    heldout = [row['heldout_nats'] for row in group]
+    lines.append(
+      [
+        plots.LABELS[kind],
+        _fixed(column('train_nats'), 3),
+        f'{np.mean(heldout):.4f}'
+        + (
+          f' ({min(heldout):.3f}-{max(heldout):.3f})' if len(group) > 1 else ''
+        ),
+        _fixed(column('bits_per_byte'), 3),
+        _fixed(column('gap_nats'), 4, sign=True),
+        claims.number(column('gain_fwd_max', max)),
+        claims.number(column('gain_bwd_max', max)),
+        f'{claims.number(column("grad_norm_mean"))} ± '
+        f'{claims.number(column("grad_norm_std"))}',
+        claims.number(column('grad_norm_max', max)),
+        ' / '.join(str(row['grad_spikes']) for row in group),
+        ' / '.join(str(row['loss_spikes']) for row in group),
+        _fixed(column('step_time_ratio', np.median), 2),
+        _fixed(column('peak_bytes_ratio'), 2),
+        _fixed(column('params_ratio'), 2),
+      ]
+    )
+  header = [
+    'connection',
+    'train loss (nats)',
+    'held-out loss (nats)',
+    'bits per byte',
+    'gap',
+    'max gain fwd',
+    'max gain bwd',
+    'grad norm',
+    'its max',
+    'its spikes',
+    'loss spikes',
+    'step time',
+    'memory',
+    'parameters',
+  ]
+  return Table(header, lines)
+
+
+def _notes() -> list[Part]:
+  return [
+    Heading(2, 'How to read this'),
+    'Losses are means over seeds, with the range of the held-out loss in '
+    'parentheses; `gap` is to the plain residual of the same seed. Gains are '
+    'the Amax gain magnitudes of the mHC paper (Sec. 3.1): the largest '
+    'absolute row sum (forward) or column sum (backward) of the product of '
+    'all H_res, averaged over the tokens of one held-out row, maximum over '
+    'depth, probes and seeds. The gradient norm is taken before clipping, mean '
+    f'± standard deviation; a spike is a step above '
+    f'{results.GRAD_SPIKE_FACTOR:g} times the median of the '
+    f'{results.WINDOW} steps before it, a loss spike one more than '
+    f'{results.LOSS_SPIKE_NATS:g} nat above that median; spikes are counted '
+    'seed by seed. Step time (median), memory (XLA: arguments, temporaries '
+    'and outputs of one update) and parameters are ratios to the residual. '
+    'Step times come from runs one after the other on a machine that may be '
+    'busy.',
+    'These models are small and the text is one corpus: read the figures as '
+    'phenomena, not as rankings. Numbers of every run: `results.json`; of '
+    'every step: `metrics.jsonl` in the folders of the runs.',
+  ]
+
+
+def _fixed(value, digits, sign=False):
+  return '' if value is None else f'{value:{"+" if sign else ""}.{digits}f}'
+
+
+def _finite(rows):
+  return [
+    {
+      key: None if isinstance(v, float) and not np.isfinite(v) else v
+      for key, v in row.items()
+    }
+    for row in rows
+  ]
+
+
+def _markdown(parts: list[Part]) -> str:
+  blocks = []
+  for part in parts:
+    match part:
+      case Heading(level, text):
+        blocks.append('#' * level + ' ' + text)
+      case Table(header, lines, numeric):
+        rule = ['---:' if numeric and i else '---' for i in range(len(header))]
+        blocks.append(
+          '\n'.join(
+            '| ' + ' | '.join(line) + ' |' for line in [header, rule, *lines]
+          )
+        )
+      case Picture(path, caption):
+        blocks.append(f'![{caption}]({path})\n\n*{caption}*')
+      case text:
+        blocks.append(text)
+  return '\n\n'.join(blocks) + '\n'
+
+
+def _html(parts: list[Part], workdir: pathlib.Path) -> str:
+  blocks = []
+  for part in parts:
+    match part:
+      case Heading(level, text):
+        blocks.append(f'<h{level}>{html.escape(text)}</h{level}>')
+      case Table(header, lines, numeric):
+        cells = [_cells('th', header), *(_cells('td', line) for line in lines)]
+        kind = '' if numeric else ' class="text"'
+        blocks.append(
+          f'<div class="scroll"><table{kind}>'
+          + '\n'.join(cells)
+          + '</table></div>'
+        )
+      case Picture(path, caption):
+        data = base64.b64encode((workdir / path).read_bytes()).decode()
+        caption = html.escape(caption)
+        blocks.append(
+          f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+          f'<figcaption>{caption}</figcaption></figure>'
+        )
+      case text:
+        blocks.append(f'<p>{_emphasis(html.escape(text))}</p>')
+  return (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    '<title>Residual designs compared</title>'
+    f'<style>{STYLE}</style></head><body>\n'
+    + '\n'.join(blocks)
+    + '\n</body></html>\n'
+  )
+
+
+def _cells(tag, values):
+  return (
+    '<tr>'
+    + ''.join(f'<{tag}>{html.escape(v)}</{tag}>' for v in values)
+    + '</tr>'
+  )
+
+
+def _emphasis(text):
+  """Markdown's **strong** and `code` as HTML."""
+  for mark, tag in (('**', 'strong'), ('`', 'code')):
+    pieces = text.split(mark)
+    text = pieces[0] + ''.join(
+      f'<{tag}>{piece}' if i % 2 == 0 else f'</{tag}>{piece}'
+      for i, piece in enumerate(pieces[1:])
+    )
+  return text

@@ -1,0 +1,172 @@
+"""From the files of finished runs to series and to the rows of the table.
+
+Definitions, all over the steps after warm-up:
+
+* a gradient spike is a step whose global gradient norm is more than 3 times the
+  median of the 25 steps before it;
+* a loss spike is a step whose loss is more than 1 nat above that median of the
+  loss;
+* gains are maxima over depth and over the probes taken during the run.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import numpy as np
+
+from mhc import config as config_lib
+from mhc import train
+from mhc import writer
+
+WINDOW = 25
+GRAD_SPIKE_FACTOR = 3.0
+LOSS_SPIKE_NATS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One finished run: its settings, summary, metrics and probes."""
+
+  config: config_lib.Config
+  summary: dict
+  metrics: list[dict]
+  probes: list[dict]
+
+  @property
+  def kind(self) -> str:
+    return self.config.model.connection.kind
+
+  @property
+  def setting(self) -> tuple[int, float]:
+    """What runs of a panel must share to be compared: (blocks, rate)."""
+    return self.config.model.num_blocks, self.config.optimizer.learning_rate
+
+  def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of a metric where it was recorded; null becomes inf."""
+    pairs = [(m['step'], m[name]) for m in self.metrics if name in m]
+    steps, values = zip(*pairs, strict=True)
+    return np.array(steps), _array(values)
+
+  def probe(self, name: str) -> np.ndarray:
+    """[probes, ...] of a quantity of `gains.profile`."""
+    return _array([probe[name] for probe in self.probes])
+
+  @functools.cached_property
+  def grad_spikes(self) -> int:
+    norm, median = self._against_median('grad/global_norm')
+    return int(np.sum(norm > GRAD_SPIKE_FACTOR * median))
+
+  @functools.cached_property
+  def loss_spikes(self) -> int:
+    loss, median = self._against_median('loss/train')
+    return int(np.sum(loss > median + LOSS_SPIKE_NATS))
+
+  @functools.cached_property
+  def step_seconds(self) -> float:
+    return float(np.median(self.series('time/step_s')[1]))
+
+  def _against_median(self, name):
+    _, values = self.series(name)
+    if len(values) <= WINDOW:
+      return np.zeros(0), np.zeros(0)
+    windows = np.lib.stride_tricks.sliding_window_view(values[:-1], WINDOW)
+    first = max(WINDOW, self.config.optimizer.warmup_steps)
+    return values[first:], np.median(windows, axis=1)[first - WINDOW :]
+
+
+def read(folder: pathlib.Path, config: config_lib.Config) -> Run | None:
+  """The run in `folder`, None if it has not finished."""
+  summary = train.read_summary(folder)
+  if summary is None:
+    return None
+  return Run(
+    config,
+    summary,
+    writer.read_lines(folder / 'metrics.jsonl'),
+    writer.read_lines(folder / 'probes.jsonl'),
+  )
+
+
+def read_comparison(
+  workdir: pathlib.Path,
+) -> tuple[config_lib.Comparison, dict[str, list[Run]], int]:
+  """(comparison, panel -> finished runs, number of unfinished runs).
+
+  Raises:
+    ValueError: `workdir` holds no comparison.
+  """
+  file = workdir / 'comparison.json'
+  if not file.exists():
+    raise ValueError(
+      f'{workdir} holds no comparison ({file} is missing): run without '
+      '--report_only first, or give the --workdir of one'
+    )
+  comparison = config_lib.from_dict(
+    config_lib.Comparison, json.loads(file.read_text())
+  )
+  panels, unfinished = {}, 0
+  for panel in comparison.panels:
+    runs = [
+      read(workdir / name, config)
+      for name, config in comparison.runs(panel).items()
+    ]
+    panels[panel] = [run for run in runs if run is not None]
+    unfinished += runs.count(None)
+  return comparison, panels, unfinished
+
+
+def rows(panel: str, runs: list[Run]) -> list[dict]:
+  """One row a run; ratios and gaps are to the plain residual beside it."""
+  baselines = {
+    (run.setting, run.config.seed): run
+    for run in runs
+    if run.kind == 'residual'
+  }
+  return [
+    _row(panel, run, baselines.get((run.setting, run.config.seed)))
+    for run in runs
+  ]
+
+
+def _row(panel, run, baseline):
+  grad_norm = run.series('grad/global_norm')[1]
+
+  def against(value):
+    return None if baseline is None else value(run) / value(baseline)
+
+  gap = None
+  if baseline is not None:
+    gap = run.summary['heldout_nats'] - baseline.summary['heldout_nats']
+  return {
+    'panel': panel,
+    'variant': run.kind,
+    'seed': run.config.seed,
+    'blocks': run.setting[0],
+    'lr': run.setting[1],
+    'steps': run.config.num_steps,
+    'train_nats': float(np.mean(run.series('loss/train')[1][-WINDOW:])),
+    'heldout_nats': run.summary['heldout_nats'],
+    'bits_per_byte': run.summary['heldout_bits_per_byte'],
+    'gap_nats': gap,
+    'gain_fwd_max': float(run.probe('composite_fwd').max()),
+    'gain_bwd_max': float(run.probe('composite_bwd').max()),
+    'grad_norm_mean': float(grad_norm.mean()),
+    'grad_norm_std': float(grad_norm.std()),
+    'grad_norm_max': float(grad_norm.max()),
+    'grad_spikes': run.grad_spikes,
+    'loss_spikes': run.loss_spikes,
+    'step_time_s': run.step_seconds,
+    'step_time_ratio': against(lambda r: r.step_seconds),
+    'peak_bytes_ratio': against(lambda r: r.summary['peak_bytes']),
+    'params': run.summary['num_params'],
+    'params_ratio': against(lambda r: r.summary['num_params']),
+  }
+
+
+def _array(values) -> np.ndarray:
+  """Floats of nested lists; null (a number that was not finite) is inf."""
+  array = np.array(values, dtype=object)
+  array[array == None] = np.inf  # noqa: E711, element by element
+  return array.astype(np.float64)

@@ -1,0 +1,158 @@
+"""The compiled programs of a run: initialise, update, score, probe.
+
+`jax.shard_map` is manual over the whole mesh and wraps the loss and its
+gradient: inside, a batch is the local one and sums over devices are written
+out. The update is plain jit on arrays that are whole on every device.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+import optax
+
+from mhc import config as config_lib
+from mhc import gains
+from mhc import optimizer as optimizer_lib
+from mhc import sharding
+from mhc import transformer
+
+Params = dict[str, Any]  # nested; leaves are float32 arrays
+
+
+class TrainState(NamedTuple):
+  step: jax.Array  # int32 [], updates done
+  params: Params
+  opt_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """What a run executes; t is `seq_len`.
+
+  init: seed -> state.
+  train_step: state, tokens int32 [b, t + 1] -> state, metrics; donates state.
+  row_nats: params, tokens int32 [b, t + 1] -> float32 [b], the summed negative
+    log-likelihood of each row's t targets.
+  probe: params, tokens int32 [1, t] -> `gains.profile` of H_res on them.
+  """
+
+  mesh: Mesh
+  abstract_state: TrainState  # of jax.ShapeDtypeStruct, with shardings
+  init: Callable
+  train_step: Callable
+  row_nats: Callable
+  probe: Callable
+  peak_bytes: int  # of one update on one device, by XLA's buffer assignment
+
+
+def build(config: config_lib.Config) -> Programs:
+  """Compiles for `config`; runs that differ in the seed share the programs."""
+  return _build(
+    config.model,
+    config.optimizer,
+    config.num_steps,
+    config.data.batch_size,
+    config.data.seq_len,
+    config.num_devices,
+  )
+
+
+@functools.lru_cache(maxsize=8)
+def _build(
+  model, optimizer_config, num_steps, batch_size, seq_len, num_devices
+):
+  mesh = sharding.make_mesh(num_devices, batch_size)
+  whole = NamedSharding(mesh, sharding.WHOLE)
+  optimizer = optimizer_lib.make(optimizer_config, num_steps)
+  learning_rate = optimizer_lib.learning_rate(optimizer_config, num_steps)
+  create = functools.partial(transformer.Transformer, model)
+  graphdef, _ = nnx.split(nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0))))
+
+  def network(params):
+    return nnx.merge(graphdef, nnx.State(params))
+
+  def init(seed):
+    fresh = create(rngs=nnx.Rngs(jax.random.key(seed)))
+    params = nnx.to_pure_dict(nnx.state(fresh))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+  def local_nats(params, tokens):
+    logits = network(params)(tokens[:, :-1])
+    nats = optax.softmax_cross_entropy_with_integer_labels(
+      logits, tokens[:, 1:]
+    )
+    return jnp.sum(nats, axis=1)
+
+  def local_loss_and_grads(params, tokens):
+    # The local gradient first, then one sum over devices: parameters must vary
+    # over the mesh, or autodiff would sum at every use of them.
+    params = jax.lax.pcast(params, sharding.DATA, to='varying')
+    loss, grads = jax.value_and_grad(
+      lambda params: jnp.sum(local_nats(params, tokens))
+    )(params)
+    scale = 1 / (batch_size * seq_len)
+    return jax.tree.map(
+      lambda leaf: jax.lax.psum(leaf, sharding.DATA) * scale, (loss, grads)
+    )
+
+  loss_and_grads = jax.shard_map(
+    local_loss_and_grads,
+    mesh=mesh,
+    in_specs=(sharding.WHOLE, sharding.BATCH),
+    out_specs=sharding.WHOLE,
+  )
+  row_nats = jax.shard_map(
+    local_nats,
+    mesh=mesh,
+    in_specs=(sharding.WHOLE, sharding.BATCH),
+    out_specs=sharding.BATCH,
+  )
+
+  def train_step(state, tokens):
+    loss, grads = loss_and_grads(state.params, tokens)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics = {
+      'loss/train': loss,
+      'grad/global_norm': optax.tree.norm(grads),
+      'optimizer/learning_rate': learning_rate(state.step),
+    }
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  def probe(params, tokens):
+    return gains.profile(network(params).mixing_matrices(tokens))
+
+  abstract_state = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+    jax.eval_shape(init, 0),
+  )
+  abstract_tokens = jax.ShapeDtypeStruct(
+    (batch_size, seq_len + 1),
+    jnp.int32,
+    sharding=NamedSharding(mesh, sharding.BATCH),
+  )
+  compiled = (
+    jax.jit(train_step, donate_argnums=0)
+    .lower(abstract_state, abstract_tokens)
+    .compile()
+  )
+  memory = compiled.memory_analysis()
+  return Programs(
+    mesh=mesh,
+    abstract_state=abstract_state,
+    init=jax.jit(init, static_argnums=0, out_shardings=whole),
+    train_step=compiled,
+    row_nats=jax.jit(row_nats),
+    probe=jax.jit(probe),
+    peak_bytes=memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes,
+  )

@@ -1,0 +1,148 @@
+"""The training loop: one run in one folder, from its last checkpoint on.
+
+The folder's files, beside those of `checkpoint`:
+
+    metrics.jsonl    a line a step: loss, gradient norm, rate, time; held-out
+                     loss where it was measured
+    probes.jsonl     gains and mean matrices of H_res on one held-out row
+    summary.json     written last: what the run was and how it ended
+"""
+
+import contextlib
+import json
+import pathlib
+import time
+
+import jax
+
+from mhc import checkpoint
+from mhc import config as config_lib
+from mhc import data
+from mhc import evaluate
+from mhc import sharding
+from mhc import step as step_lib
+from mhc import writer
+
+# Held-out rows are scored in batches this many times the training batch.
+EVAL_BATCHES = 4
+
+
+def train(
+  config: config_lib.Config, workdir: pathlib.Path, label: str = 'train'
+) -> dict:
+  """Runs `config` to its end and returns its summary.
+
+  A finished run is returned as it is. An interrupted one goes on from its
+  newest checkpoint, with the losses that it would have had.
+
+  Raises:
+    ValueError, OSError: unusable settings, data or folder, before any work.
+  """
+  corpus = data.load(config.data.path)
+  batches = data.train_batches(corpus, config.data, config.seed)
+  heldout = data.heldout_rows(
+    corpus, config.data.seq_len, config.eval_sequences
+  )
+  sharding.make_mesh(config.num_devices, config.data.batch_size)
+  checkpoint.claim(workdir, config)
+  summary = read_summary(workdir)
+  if summary is not None:
+    return summary
+
+  programs = step_lib.build(config)
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(
+      checkpoint.Checkpoints(workdir, config.keep_checkpoints)
+    )
+    state = checkpoints.restore(programs.abstract_state, batches)
+    if state is None:
+      state = programs.init(config.seed)
+    start = int(state.step)
+    writers = [writer.JsonLines(workdir / 'metrics.jsonl', start)]
+    if config.tensorboard:
+      writers.append(writer.TensorBoard(workdir))
+    probes = writer.JsonLines(workdir / 'probes.jsonl', start)
+    for resource in (*writers, probes):
+      stack.callback(resource.close)
+    bar = stack.enter_context(
+      writer.progress_bar(config.num_steps, start, label)
+    )
+    stack.enter_context(jax.transfer_guard('disallow'))
+
+    def record(step, metrics):
+      for sink in writers:
+        sink.write(step, metrics)
+      bar.update()
+      bar.set_postfix_str(
+        f'loss {metrics["loss/train"]:.3f}, '
+        f'{metrics["time/tokens_per_s"]:,.0f} tokens/s',
+        refresh=False,
+      )
+
+    def fetch(metrics, since):
+      values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      values['time/step_s'] = time.perf_counter() - since
+      values['time/tokens_per_s'] = (
+        config.tokens_per_step / values['time/step_s']
+      )
+      return values
+
+    def due(every, step):
+      return step == config.num_steps or (every and step % every == 0)
+
+    # A step's numbers are fetched after the next step has been dispatched, so
+    # that the device does not wait for the host.
+    pending, clock = None, time.perf_counter()
+    for step in range(start + 1, config.num_steps + 1):
+      tokens = sharding.place(next(batches), programs.mesh, sharding.BATCH)
+      state, metrics = programs.train_step(state, tokens)
+      if pending is not None:
+        values = fetch(pending, clock)
+        clock = time.perf_counter()
+        record(step - 1, values)
+      pending = metrics
+
+      evaluating = due(config.eval_every, step)
+      probing = due(config.probe_every, step)
+      saving = due(config.checkpoint_every, step)
+      if not (evaluating or probing or saving):
+        continue
+      values = fetch(pending, clock)
+      if evaluating:
+        values |= evaluate.evaluate(
+          programs,
+          state.params,
+          heldout,
+          EVAL_BATCHES * config.data.batch_size,
+        )
+      if probing:
+        row = sharding.place(heldout[:1, :-1], programs.mesh, sharding.WHOLE)
+        profile = jax.device_get(programs.probe(state.params, row))
+        probes.write(step, profile)
+        values['mhc/gain_fwd_max'] = float(profile['composite_fwd'].max())
+        values['mhc/gain_bwd_max'] = float(profile['composite_bwd'].max())
+      record(step, values)
+      if saving:
+        checkpoints.save(state, batches)
+      pending, clock = None, time.perf_counter()
+
+  summary = {
+    'num_params': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    'peak_bytes': programs.peak_bytes,
+    'heldout_nats': values['loss/heldout'],
+    'heldout_bits_per_byte': values['loss/heldout_bits_per_byte'],
+    'tokens': config.num_steps * config.tokens_per_step,
+    'epochs': config.num_steps * config.tokens_per_step / len(corpus.train),
+    'corpus': corpus.summary(),
+    'num_devices': programs.mesh.size,
+    'device': jax.devices()[0].device_kind,
+    'jax': jax.__version__,
+  }
+  writer.replace(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
+  return summary
+
+
+def read_summary(workdir: pathlib.Path) -> dict | None:
+  """The summary of a finished run, None for an unfinished one."""
+  file = workdir / 'summary.json'
+  return json.loads(file.read_text()) if file.exists() else None

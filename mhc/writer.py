@@ -1,0 +1,101 @@
+"""Where the numbers of a run go: JSON lines, TensorBoard, the progress bar."""
+
+from collections.abc import Mapping
+import json
+import math
+import pathlib
+import sys
+
+import numpy as np
+import tqdm
+
+
+class JsonLines:
+  """A file of one JSON object a line, each with a `step`.
+
+  On resume, lines past the restored step are dropped, as is a line that a
+  killed process left half-written. Numbers that are not finite are null.
+  """
+
+  def __init__(self, path: pathlib.Path, last_step: int):
+    kept = [line for line in read_lines(path) if line['step'] <= last_step]
+    replace(path, ''.join(map(_line, kept)))
+    self._file = path.open('a')
+
+  def write(self, step: int, values: Mapping):
+    self._file.write(_line({'step': step, **values}))
+    self._file.flush()
+
+  def close(self):
+    self._file.close()
+
+
+def read_lines(path: pathlib.Path) -> list[dict]:
+  """The objects of a JSON-lines file, up to the first broken line."""
+  lines = []
+  if path.exists():
+    for line in path.read_text().splitlines():
+      try:
+        lines.append(json.loads(line))
+      except ValueError:
+        break
+  return lines
+
+
+def replace(path: pathlib.Path, text: str):
+  """Writes a file so that a killed process leaves the old or the new one."""
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(text)
+  partial.replace(path)
+
+
+class TensorBoard:
+  """A mirror of the scalars, for those who watch runs there."""
+
+  def __init__(self, workdir: pathlib.Path):
+    import tensorboardX  # slow to import and off by default
+
+    self._writer = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
+
+  def write(self, step: int, values: Mapping):
+    for name, value in values.items():
+      self._writer.add_scalar(name, value, step)
+
+  def close(self):
+    self._writer.close()
+
+
+def progress_bar(total: int, done: int, label: str) -> tqdm.tqdm:
+  """Steps with time left; one line every 15 s where there is no terminal."""
+  terminal = sys.stderr.isatty()
+  return tqdm.tqdm(
+    total=total,
+    initial=done,
+    desc=label,
+    unit='step',
+    mininterval=0.2 if terminal else 15,
+    maxinterval=0.5 if terminal else 30,
+    dynamic_ncols=terminal,
+    ncols=None if terminal else 110,
+    bar_format='{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} '
+    '[{elapsed}<{remaining}]{postfix}',
+  )
+
+
+def _line(values: Mapping) -> str:
+  return json.dumps(_plain(values), allow_nan=False) + '\n'
+
+
+def _plain(value):
+  """Arrays to lists; numbers that are not finite to None."""
+  if isinstance(value, Mapping):
+    return {key: _plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(item) for item in value]
+  if hasattr(value, 'dtype'):
+    if value.ndim:
+      return _plain(np.asarray(value, np.float64).tolist())
+    value = value.item()
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value

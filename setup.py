@@ -1,0 +1,43 @@
+"""Package metadata; tool settings are in pyproject.toml."""
+
+import pathlib
+
+import setuptools
+
+here = pathlib.Path(__file__).parent
+
+setuptools.setup(
+  name='mhc',
+  version='0.1.0',
+  description='Manifold-constrained hyper-connections for JAX and Flax',
+  long_description=(here / 'README.md').read_text(),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.12',
+  packages=['mhc'],
+  install_requires=[
+    'absl-py>=2.1',
+    'flax>=0.12',
+    'grain>=0.2.18',
+    'jax>=0.11.2,<0.12',
+    'jaxtyping>=0.3',
+    'matplotlib>=3.9',
+    'ml-collections>=1.1',
+    'numpy>=2.0',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12',
+    'tensorboardX>=2.6',
+    'tqdm>=4.66',
+  ],
+  extras_require={
+    'gpu': ['jax[cuda13]'],
+    'tpu': ['jax[tpu]'],
+    'dev': ['beartype>=0.22', 'pytest>=9', 'pytest-xdist>=3.6', 'ruff==0.17.6'],
+  },
+  classifiers=[
+    'License :: OSI Approved :: Apache Software License',
+    'Programming Language :: Python :: 3.12',
+    'Programming Language :: Python :: 3.13',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+  ],
+)

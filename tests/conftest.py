@@ -1,0 +1,42 @@
+"""Eight CPU devices, strict promotion, runtime shape checks: before any import."""
+
+import os
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = (
+  '--xla_force_host_platform_device_count=8 '
+  # Two test processes share the machine: one thread each.
+  '--xla_cpu_multi_thread_eigen=false'
+)
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+from jaxtyping import install_import_hook
+import pytest
+
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+install_import_hook('mhc', 'beartype.beartype')
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def launch():
+  """Runs a main as a user would, on one CPU device."""
+
+  def run(main: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    return subprocess.run(
+      [sys.executable, ROOT / 'launch' / main, *arguments],
+      capture_output=True,
+      text=True,
+      env=environment,
+      check=False,
+      **options,
+    )
+
+  return run

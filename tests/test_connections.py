@@ -1,0 +1,239 @@
+"""Connections against a float64 transcription of the papers' formulas."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mhc import config
+from mhc import connections
+
+DIM = 6
+KINDS = config.KINDS
+
+
+def make(kind, num_streams=4, index=0, **options):
+  settings = config.ConnectionConfig(
+    kind=kind, num_streams=num_streams, **options
+  )
+  return connections.make(settings, DIM, index, norm_eps=1e-20)
+
+
+def perturbed(module, scale=0.5, seed=0):
+  """Away from the initial values, where many gradients vanish."""
+  leaves, tree = jax.tree.flatten(module)
+  keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
+  return jax.tree.unflatten(
+    tree,
+    [
+      leaf + scale * jax.random.normal(key, leaf.shape)
+      for leaf, key in zip(leaves, keys, strict=False)
+    ],
+  )
+
+
+def streams(num_streams=4, dtype=jnp.float32, seed=1):
+  shape = (2, 5, num_streams, DIM)
+  return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+def site(connection, x):
+  """One site around the sub-layer y = sin(h): smooth, not linear."""
+  h, context = connection.pre(x)
+  return connection.post(jnp.sin(h), context)
+
+
+def reference_site(kind, params, x):
+  """Eq. 3 with Eq. 5 (HC) or Eq. 7-9 (mHC), token by token, as printed."""
+  n, dim = x.shape[-2:]
+
+  def rms_norm(v, axis):
+    return v / jnp.sqrt(jnp.mean(v * v, axis=axis, keepdims=True))
+
+  def token(x):
+    if kind == 'hc':
+      normed = rms_norm(x, -1) * params['gain'][None]
+      width, depth = params['alpha']
+      h_pre = width * jnp.tanh(normed @ params['theta_pre'])
+      h_pre = h_pre + params['bias_pre']
+      h_post = depth * jnp.tanh(normed @ params['theta_post'])
+      h_post = h_post + params['bias_post']
+      h_res = width * jnp.tanh(params['theta_res'] @ normed.T)
+      h_res = h_res + params['bias_res']
+    else:
+      flat = rms_norm(x.reshape(n * dim), -1)
+      raw = flat @ params['phi']
+      sizes = [n, n, n * n][: len(params['alpha'])]
+      scaled = jnp.concatenate(
+        [
+          alpha * part
+          for alpha, part in zip(
+            params['alpha'],
+            jnp.split(raw, np.cumsum(sizes)[:-1]),
+            strict=True,
+          )
+        ]
+      )
+      logits = scaled + params['bias']
+      h_pre = 1 / (1 + jnp.exp(-logits[:n]))
+      h_post = 2 / (1 + jnp.exp(-logits[n : 2 * n]))
+      h_res = jnp.eye(n)
+      if kind == 'mhc':
+        h_res = jnp.exp(logits[2 * n :].reshape(n, n))
+        for _ in range(20):
+          h_res = h_res / h_res.sum(0, keepdims=True)
+          h_res = h_res / h_res.sum(1, keepdims=True)
+    h = h_pre @ x
+    return h_res @ x + h_post[:, None] * jnp.sin(h)[None]
+
+  tokens = jax.vmap(token)(x.reshape(-1, n, dim))
+  return tokens.reshape(x.shape)
+
+
+@pytest.mark.parametrize('num_streams', [1, 2, 4])
+@pytest.mark.parametrize('kind', ['hc', 'mhc', 'identity'])
+def test_site_and_all_gradients_match_the_papers_formulas(kind, num_streams):
+  connection = perturbed(make(kind, num_streams))
+  params = nnx.to_pure_dict(nnx.state(connection))
+  x = streams(num_streams)
+  cotangent = streams(num_streams, seed=2)
+  out, vjp = jax.vjp(site, connection, x)
+  grads, d_x = vjp(cotangent)
+  with jax.enable_x64():
+
+    def wide(tree):
+      return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tree)
+
+    want, vjp = jax.vjp(
+      lambda p, x: reference_site(kind, p, x), wide(params), wide(x)
+    )
+    want_grads, want_d_x = jax.tree.map(np.asarray, vjp(wide(cotangent)))
+  np.testing.assert_allclose(out, want, rtol=0, atol=5e-6)
+  np.testing.assert_allclose(d_x, want_d_x, rtol=0, atol=2e-5)
+  got = nnx.to_pure_dict(nnx.state(grads))
+  assert got.keys() == want_grads.keys()
+  for name, value in got.items():
+    np.testing.assert_allclose(
+      value, want_grads[name], rtol=1e-5, atol=2e-5, err_msg=name
+    )
+
+
+def test_residual_is_x_plus_y():
+  x = streams(1)
+  out = site(make('residual'), x)
+  np.testing.assert_array_equal(out, x + jnp.sin(x))
+
+
+@pytest.mark.parametrize(
+  ('kind', 'count'),
+  [
+    ('residual', 0),
+    ('hc', DIM + DIM * (4 + 2) + 4 * (4 + 2) + 2),
+    ('mhc', 4 * DIM * 24 + 24 + 3),
+    ('identity', 4 * DIM * 8 + 8 + 2),
+  ],
+)
+def test_parameter_counts(kind, count):
+  assert sum(leaf.size for leaf in jax.tree.leaves(make(kind))) == count
+
+
+def test_papers_initial_mappings():
+  x = streams().reshape(-1, 4, DIM)
+  mappings = make('mhc', index=6).mappings(x)
+  home = np.full(4, 0.04742587)
+  home[6 % 4] = 0.95257413
+  np.testing.assert_allclose(mappings.pre[:, 0], home, atol=1e-6)
+  np.testing.assert_allclose(mappings.post, 1, atol=1e-6)
+  res = np.asarray(mappings.res[..., 0])
+  np.testing.assert_allclose(np.diag(res), 0.99262, atol=1e-5)
+  np.testing.assert_allclose(res[0, 1], 0.00246, atol=1e-5)
+  hc = make('hc', index=6).mappings(x)
+  np.testing.assert_array_equal(hc.pre[:, 0], [0, 0, 1, 0])
+  np.testing.assert_array_equal(hc.post, jnp.ones((4, 10)))
+  np.testing.assert_array_equal(hc.res[..., 0], jnp.eye(4))
+
+
+@pytest.mark.parametrize('eps', [0.0, 1e-6])
+def test_mixing_is_doubly_stochastic_and_the_gates_are_positive(eps):
+  connection = perturbed(make('mhc', sinkhorn_eps=eps), scale=2.0)
+  mappings = connection.mappings(100 * streams().reshape(-1, 4, DIM))
+  rows = jnp.sum(mappings.res, axis=1)
+  np.testing.assert_allclose(rows, 1, atol=1e-5)
+  assert (mappings.res >= 0).all()
+  assert (mappings.pre > 0).all()
+  assert (mappings.post > 0).all()
+
+
+def test_mixing_matrices_of_every_kind():
+  for kind in KINDS:
+    connection = make(kind)
+    n = 1 if kind == 'residual' else 4
+    _, context = connection.pre(streams(n))
+    matrices = connections.mixing_matrices(context)
+    assert matrices.shape == (10, n, n)
+    if kind != 'mhc':
+      eye = jnp.broadcast_to(jnp.eye(n), (10, n, n))
+      np.testing.assert_array_equal(matrices, eye)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_bfloat16_streams_keep_float32_mappings(kind):
+  n = 1 if kind == 'residual' else 4
+  connection = perturbed(make(kind))
+  x = streams(n, jnp.bfloat16)
+  h, context = connection.pre(x)
+  out = connection.post(jnp.sin(h), context)
+  assert h.dtype == out.dtype == jnp.bfloat16
+  if context.mappings is not None:
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(context.mappings)}
+    assert dtypes == {jnp.dtype(jnp.float32)}
+  wide = site(connection, x.astype(jnp.float32))
+  np.testing.assert_allclose(
+    out.astype(jnp.float32), wide, rtol=0.02, atol=0.02
+  )
+  grads = jax.grad(lambda c: jnp.sum(site(c, x).astype(jnp.float32) ** 2))(
+    connection
+  )
+  for leaf in jax.tree.leaves(grads):
+    assert leaf.dtype == jnp.float32
+    assert np.isfinite(leaf).all()
+
+
+def test_advance_is_post_then_pre():
+  first, second = perturbed(make('mhc')), perturbed(make('mhc', index=1))
+  h, context = first.pre(streams())
+  y = jnp.sin(h)
+  got, after = connections.advance(first, second, y, context)
+  want, wanted = second.pre(first.post(y, context))
+  np.testing.assert_array_equal(got, want)
+  np.testing.assert_array_equal(after.x, wanted.x)
+
+
+def test_expand_and_collapse():
+  x = jax.random.normal(jax.random.key(0), (2, 3, DIM))
+  wide = connections.expand(x, 4)
+  assert wide.shape == (2, 3, 4, DIM)
+  uneven = wide * jnp.arange(4.0)[None, None, :, None]
+  for kind, factor in (('sum', 6.0), ('mean', 1.5)):
+    collapse = connections.Collapse(kind, DIM, 4)
+    np.testing.assert_allclose(collapse(uneven), factor * x, rtol=1e-5)
+  learned = connections.Collapse('learned', DIM, 4)
+  np.testing.assert_allclose(learned(wide), 4 * 0.500001 * x, rtol=1e-5)
+  assert sum(leaf.size for leaf in jax.tree.leaves(learned)) == 4 * DIM * 4 + 5
+  grads = jax.grad(lambda c: jnp.sum(jnp.sin(c(streams()))))(perturbed(learned))
+  assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
+
+
+def test_a_sublayer_of_another_dtype_is_named():
+  connection = make('mhc')
+  h, context = connection.pre(streams())
+  with pytest.raises(ValueError, match=r'bfloat16.*float32'):
+    connection.post(h.astype(jnp.bfloat16), context)
+
+
+def test_unknown_choices_are_named():
+  with pytest.raises((ValueError, TypeError), match='cayley'):
+    connections.MHC(DIM, 4, 0, mixing='cayley')
+  with pytest.raises((ValueError, TypeError), match='max'):
+    connections.Collapse('max', DIM, 4)

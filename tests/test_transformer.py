@@ -1,0 +1,192 @@
+"""The network: what is equal at the start, what moves, what cannot be seen."""
+
+import dataclasses
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mhc import config
+from mhc import connections
+from mhc import transformer
+
+SMALL = config.ModelConfig(
+  num_blocks=3,
+  dim=32,
+  ffn_dim=48,
+  attention=config.AttentionConfig(
+    num_heads=2, head_dim=8, rope_dim=4, kv_rank=12
+  ),
+)
+
+
+def settings(kind, **options):
+  connection = config.ConnectionConfig(
+    kind=kind, collapse=options.pop('collapse', 'mean')
+  )
+  return dataclasses.replace(SMALL, connection=connection, **options)
+
+
+@functools.cache
+def network(kind, **options):
+  return transformer.Transformer(settings(kind, **options), rngs=nnx.Rngs(0))
+
+
+def tokens(rows=2, time=16, seed=0):
+  return jax.random.randint(jax.random.key(seed), (rows, time), 0, 256)
+
+
+def loss(model, x):
+  nats = optax.softmax_cross_entropy_with_integer_labels(
+    model(x[:, :-1]), x[:, 1:]
+  )
+  return jnp.mean(nats)
+
+
+@pytest.mark.parametrize('collapse', ['sum', 'mean', 'learned'])
+@pytest.mark.parametrize('kind', ['hc', 'mhc', 'identity'])
+def test_every_kind_starts_as_the_plain_residual(kind, collapse):
+  want = network('residual')(tokens())
+  got = network(kind, collapse=collapse)(tokens())
+  assert jnp.std(want) > 0.1
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_kinds_share_their_initial_weights():
+  plain = nnx.to_pure_dict(nnx.state(network('residual')))
+  mhc = nnx.to_pure_dict(nnx.state(network('mhc')))
+  for name in ('attention', 'ffn'):
+    jax.tree.map(
+      np.testing.assert_array_equal, plain['blocks'][name], mhc['blocks'][name]
+    )
+
+
+def test_at_the_first_step_only_post_receives_a_gradient():
+  """Equal streams and the norm behind `pre` stop every other path."""
+  grads = jax.grad(loss)(network('mhc'), tokens(8, 33))
+  n, sizes = 4, (4, 4, 16)
+  for name in ('attention_connection', 'ffn_connection'):
+    connection = getattr(grads.blocks, name)
+    parts = np.cumsum(sizes)[:-1]
+    bias = np.split(np.abs(connection.bias[...]), parts, axis=-1)
+    phi = np.split(np.abs(connection.phi[...]), parts, axis=-1)
+    assert bias[1].max() > 1e-3
+    assert phi[1].max() > 1e-6
+    for part in (bias[0], bias[2]):
+      assert part.max() < 1e-6
+    for part in (phi[0], phi[2]):
+      assert part.max() < 1e-3 * phi[1].max()
+    alpha = np.abs(connection.alpha[...])
+    assert alpha.max() < 1e-6  # phi = 0
+  assert n == sizes[0]
+
+
+def test_streams_part_within_a_few_steps():
+  """The one-hot b_pre breaks the symmetry; equal b_pre never would."""
+
+  def spread_after(model, steps=20):
+    graphdef, params = nnx.split(model)
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(params, state, x):
+      grads = jax.grad(lambda p: loss(nnx.merge(graphdef, p), x))(params)
+      updates, state = optimizer.update(grads, state)
+      return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for seed in range(steps):
+      params, state = step(params, state, tokens(4, 33, seed))
+    x, _ = nnx.merge(graphdef, params)._streams(tokens(), collect=False)
+    mean = jnp.mean(x, axis=2, keepdims=True)
+    return float(jnp.linalg.norm(x - mean) / jnp.linalg.norm(x))
+
+  model = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
+  symmetric = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
+  for name in ('attention_connection', 'ffn_connection'):
+    bias = getattr(symmetric.blocks, name).bias
+    bias[...] = bias[...].at[:, :4].set(-3.0)
+  assert spread_after(model) > 1e-2
+  assert spread_after(symmetric) < 1e-5
+
+
+def test_causality_by_gradient():
+  model = network('mhc')
+  x, _ = model._streams(tokens(), collect=False)
+  del x
+  table = model.embed.table[...]
+
+  def logit_at(position):
+    def total(table):
+      changed = jax.tree.map(lambda leaf: leaf, model)
+      changed.embed.table[...] = table
+      return jnp.sum(changed(ids)[0, position])
+
+    return total
+
+  ids = jnp.arange(16)[None]  # token i stands at position i only
+  grads = jax.grad(logit_at(9))(table)
+  reached = np.abs(grads[:16]).max(axis=1) > 0
+  assert reached[:10].all()
+  assert not reached[10:].any()
+
+
+@pytest.mark.parametrize('kind', ['residual', 'mhc'])
+def test_recompute_changes_no_gradient(kind):
+  grads = [
+    jax.grad(loss)(network(kind, recompute=recompute), tokens())
+    for recompute in ('none', 'block')
+  ]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *grads
+  )
+
+
+def test_mixing_matrices_come_in_order_of_depth():
+  model = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
+  for number, name in enumerate(('attention_connection', 'ffn_connection')):
+    bias = getattr(model.blocks, name).bias
+    strength = 1.0 + 2 * jnp.arange(3) + number  # sub-layers 0 ... 5
+    bias[...] = bias[...].at[:, 8:].set(
+      strength[:, None] * jnp.eye(4).reshape(1, 16)
+    )
+  matrices = model.mixing_matrices(tokens())
+  assert matrices.shape == (6, 32, 4, 4)
+  want = jnp.exp(jnp.arange(1.0, 7.0))
+  np.testing.assert_allclose(
+    matrices[:, 0, 0, 0], want / (want + 3), rtol=1e-5
+  )
+
+
+def test_bfloat16_activations():
+  model = network('mhc', dtype='bfloat16')
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(model))
+  logits = model(tokens())
+  assert logits.dtype == jnp.float32
+  value, grads = jax.value_and_grad(loss)(model, tokens())
+  np.testing.assert_allclose(value, loss(network('mhc'), tokens()), rtol=0.02)
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_parameter_count():
+  d, f, v = 32, 48, 320
+  attention = d * 2 * 12 + d * 16 + 12 + 12 * 2 * 16 + 16 * d
+  block = attention + 3 * d * f + 2 * d + 2 * (4 * d * 24 + 24 + 3)
+  want = 3 * block + 2 * v * d + d
+  assert sum(leaf.size for leaf in jax.tree.leaves(network('mhc'))) == want
+
+
+def test_expansion_happens_once_per_model():
+  """Streams differ between blocks once posts differ: no re-expansion."""
+  model = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
+  bias = model.blocks.ffn_connection.bias
+  bias[...] = bias[...].at[0, 4:8].set(jnp.array([-2.0, -1.0, 1.0, 2.0]))
+  x, _ = model._streams(tokens(), collect=False)
+  differences = jnp.abs(x - jnp.mean(x, axis=2, keepdims=True))
+  assert differences.max() > 1e-2
+  collapsed = connections.Collapse('mean', 32, 4)(x)
+  assert collapsed.shape == (2, 16, 32)
