@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
       kinds=('residual', 'hc', 'mhc', 'identity'),
       seeds=(0, 1),
       num_blocks=(16,),
-      learning_rates=(1e-2,),
+      learning_rates=(7e-3,),
       num_steps=400,
       batch_size=8,
       clip_norm=1.0,

@@ -8,53 +8,45 @@ anything else is ours and keeps its traceback.
 from collections.abc import Callable
 import pathlib
 import re
+import runpy
 import sys
 
 from absl import app
 from absl import flags
+from absl import logging
 from ml_collections import config_flags
 
 from mhc import checks
 from mhc import config as config_lib
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
+
+flags.DEFINE_bool('traceback', False, 'Show the traceback of a usage error.')
+# Libraries report every step of theirs at INFO; --verbosity=0 shows it.
+flags.FLAGS.set_default('verbosity', logging.WARNING)
 
 
 def define_config(default: str):
   """The flag --config: a file of configs/, its settings as --config.NAME."""
+  # Not as the flag's default: ml_collections applies overrides to that first,
+  # also to those that are meant for another file.
+  if not any(re.match('--?config(=|$)', argument) for argument in sys.argv):
+    sys.argv.insert(1, f'--config={CONFIGS / default}')
   config_flags.DEFINE_config_file(
     'config',
-    str(ROOT / 'configs' / default),
-    'Config file; any of its settings can be given as --config.NAME=VALUE.',
+    help_string='Config file; any of its settings can be given as '
+    f'--config.NAME=VALUE. (default: configs/{default})',
   )
 
 
 def config[T](cls: type[T]) -> T:
   """The typed settings that --config and its overrides ask for."""
-  try:
-    values = flags.FLAGS.config.to_dict()
-  except (OSError, ImportError, SyntaxError, AttributeError) as error:
-    raise ValueError(f'--config cannot be read: {error}') from error
-  return config_lib.from_dict(cls, values)
+  return config_lib.from_dict(cls, flags.FLAGS.config.to_dict())
 
 
 def run(main: Callable[[], None]):
   """absl's app.run for a main without arguments."""
   app.run(lambda _: _guarded(main), flags_parser=_parse)
-
-
-def _parse(arguments):
-  try:
-    rest = flags.FLAGS(arguments)
-  except flags.Error as error:
-    _fail(_explain(error))
-  except (ValueError, OSError, ImportError, SyntaxError) as error:
-    _fail(f'--config cannot be read: {error}')
-  if len(rest) > 1:
-    _fail(
-      f'unexpected argument {rest[1]!r}: settings are given as --NAME=VALUE'
-    )
-  return rest
 
 
 def _guarded(main):
@@ -69,25 +61,38 @@ def _guarded(main):
     sys.exit(130)
 
 
-def _explain(error: flags.Error) -> str:
-  if isinstance(error, flags.UnrecognizedFlagError):
-    name = error.flagname
-    if name.startswith('config.') and 'config' in flags.FLAGS:
-      known = ['config.' + n for n in config_lib.leaves(_config_or_empty())]
-      if known:
-        return checks.unknown_name(name, known)
-    return checks.unknown_name(name, list(flags.FLAGS))
-  return re.sub(r'\s+', ' ', str(error))
+def _parse(arguments):
+  try:
+    if 'config' in flags.FLAGS:
+      _check_names(arguments)
+    rest = flags.FLAGS(arguments)
+  except flags.UnrecognizedFlagError as error:
+    _fail(checks.unknown_name(error.flagname, list(flags.FLAGS)))
+  except (flags.Error, ValueError, OSError) as error:
+    _fail(str(error))
+  if len(rest) > 1:
+    _fail(
+      f'unexpected argument {rest[1]!r}: settings go as --config.NAME=VALUE'
+    )
+  return rest
 
 
-def _config_or_empty():
-  value = flags.FLAGS['config'].value
-  return value.to_dict() if value is not None else {}
+def _check_names(arguments):
+  """Every --config.NAME is a setting of the file that --config names."""
+  joined = '\0'.join(arguments)  # --config=FILE and --config FILE alike
+  given = re.findall('(?:^|\0)--?config[=\0]([^\0]*)', joined)
+  path, _, argument = ''.join(given[-1:]).partition(':')
+  if not pathlib.Path(path).is_file():
+    raise ValueError(f'--config={path}: there is no such file')
+  get_config = runpy.run_path(path)['get_config']
+  values = get_config(argument) if argument else get_config()
+  known = [f'config.{name}' for name in config_lib.leaves(values.to_dict())]
+  for override in arguments:
+    name = override.lstrip('-').split('=', 1)[0]
+    if name.startswith('config.') and name not in known:
+      raise ValueError(checks.unknown_name(name, known))
 
 
 def _fail(message: str):
   print('error: ' + re.sub(r'\s*\n\s*', ' ', message), file=sys.stderr)
   sys.exit(2)
-
-
-flags.DEFINE_bool('traceback', False, 'Show the traceback of a usage error.')

@@ -50,9 +50,9 @@ class ConnectionConfig:
 class AttentionConfig:
   """Multi-head latent attention (DeepSeek-V2), without query compression."""
 
-  num_heads: int = 4
-  head_dim: int = 16
-  rope_dim: int = 8
+  num_heads: int = 2
+  head_dim: int = 32
+  rope_dim: int = 16
   kv_rank: int = 32
   rope_theta: float = 10_000.0
 
@@ -74,7 +74,7 @@ class ModelConfig:
   vocab_size: int = 320
   num_blocks: int = 4
   dim: int = 64
-  ffn_dim: int = 192
+  ffn_dim: int = 128
   norm_eps: float = 1e-20
   # Of streams and activations; parameters and mappings are always float32.
   dtype: Literal['float32', 'bfloat16'] = 'float32'
@@ -118,7 +118,9 @@ class OptimizerConfig:
     checks.not_negative(self, 'warmup_steps', 'weight_decay', 'clip_norm')
     for name in ('b1', 'b2'):
       if not 0 <= getattr(self, name) < 1:
-        raise ValueError(f'optimizer.{name} must be in [0, 1)')
+        raise ValueError(
+          f'optimizer.{name}={getattr(self, name)} must be in [0, 1)'
+        )
     if len(self.decay_points) != len(self.decay_factors):
       raise ValueError(
         f'optimizer.decay_points={self.decay_points} and '
@@ -248,7 +250,7 @@ class Comparison:
     }
 
 
-def to_dict(config) -> dict[str, Any]:
+def to_dict(config) -> Any:
   """Nested dict of plain values; tuples stay tuples."""
   if dataclasses.is_dataclass(config):
     return {

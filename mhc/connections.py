@@ -89,7 +89,7 @@ class HC(nnx.Module):
     self.theta_pre = nnx.Param(jnp.zeros(dim))
     self.theta_post = nnx.Param(jnp.zeros(dim))
     self.theta_res = nnx.Param(jnp.zeros((num_streams, dim)))
-    self.alpha = nnx.Param(jnp.full(2, 0.01))  # s_width, s_depth
+    self.alpha = nnx.Param(jnp.full(2, 0.01, jnp.float32))  # s_width, s_depth
     self.bias_pre = nnx.Param(home.astype(jnp.float32))
     self.bias_post = nnx.Param(jnp.ones(num_streams))
     self.bias_res = nnx.Param(jnp.eye(num_streams))
@@ -182,7 +182,7 @@ class MHC(nnx.Module):
         )
     sizes = tuple(part.size for part in bias)
     self.phi = nnx.Param(jnp.zeros((num_streams * dim, sum(sizes))))
-    self.alpha = nnx.Param(jnp.full(len(sizes), 0.01))
+    self.alpha = nnx.Param(jnp.full(len(sizes), 0.01, jnp.float32))
     self.bias = nnx.Param(jnp.concatenate(bias))
     self.sizes = sizes
     self.project = dict(
@@ -295,7 +295,7 @@ class Collapse(nnx.Module):
     self.norm_eps = norm_eps
     if kind == 'learned':
       self.phi = nnx.Param(jnp.zeros((num_streams * dim, num_streams)))
-      self.alpha = nnx.Param(jnp.full(1, 0.01))
+      self.alpha = nnx.Param(jnp.full(1, 0.01, jnp.float32))
       self.bias = nnx.Param(jnp.zeros(num_streams))
 
   def __call__(self, x: Float[Array, '*batch n d']) -> Float[Array, '*batch d']:

@@ -112,15 +112,17 @@ def train_batches(
   return iter(dataset.batch(config.batch_size).to_iter_dataset(options))
 
 
-def heldout_rows(corpus: Corpus, seq_len: int, num_rows: int) -> np.ndarray:
-  """`num_rows` rows spread evenly over the held-out text, fewer if it is short.
+def heldout_rows(
+  corpus: Corpus, seq_len: int, num_rows: int | None
+) -> np.ndarray:
+  """Rows spread evenly over the held-out text, int32 [rows, seq_len + 1].
 
-  int32 [rows, seq_len + 1].
+  `num_rows` of them, or all for None and where the text is shorter.
   """
   rows = Rows(corpus.heldout, seq_len, 'held-out')
   count = len(rows) if num_rows is None else min(num_rows, len(rows))
   indices = np.arange(count) * len(rows) // count
-  return np.stack([rows[index] for index in indices])
+  return np.stack([rows[index] for index in indices.tolist()])
 
 
 def _read(path: str) -> list[Document]:

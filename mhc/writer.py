@@ -76,10 +76,21 @@ def progress_bar(total: int, done: int, label: str) -> tqdm.tqdm:
     mininterval=0.2 if terminal else 15,
     maxinterval=0.5 if terminal else 30,
     dynamic_ncols=terminal,
+    file=sys.stderr if terminal else _Lines(),
     ncols=None if terminal else 110,
     bar_format='{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} '
     '[{elapsed}<{remaining}]{postfix}',
   )
+
+
+class _Lines:
+  """stderr for a log: what would overwrite a line starts a new one."""
+
+  def write(self, text: str):
+    sys.stderr.write(text.replace('\r', '\n'))
+
+  def flush(self):
+    sys.stderr.flush()
 
 
 def _line(values: Mapping) -> str:

@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict promotion, runtime shape checks: before any import."""
+"""Eight CPU devices, strict promotion and runtime shape checks."""
 
 import os
 
@@ -10,6 +10,7 @@ os.environ['XLA_FLAGS'] = (
 )
 
 import pathlib
+import pkgutil
 import subprocess
 import sys
 
@@ -17,11 +18,26 @@ import jax
 from jaxtyping import install_import_hook
 import pytest
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-install_import_hook('mhc', 'beartype.beartype')
+# Settings check themselves, with messages that tests read.
+install_import_hook(
+  [
+    f'mhc.{module.name}'
+    for module in pkgutil.iter_modules([str(ROOT / 'mhc')])
+    if module.name not in ('checks', 'config')
+  ],
+  'beartype.beartype',
+)
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+@pytest.fixture
+def optax_promotion():
+  """Optax mixes an int32 count with floats, which strictness forbids."""
+  with jax.numpy_dtype_promotion('standard'):
+    yield
 
 
 @pytest.fixture

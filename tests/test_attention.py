@@ -18,12 +18,15 @@ def test_matches_a_loop_over_queries():
   x = jax.random.normal(jax.random.key(1), (1, 7, 16))
   got = np.asarray(layer(x))[0]
 
+  def weight(linear):
+    return np.asarray(linear.weight[...], np.float64)
+
   wide = np.asarray(x[0], np.float64)
-  query = (wide @ layer.query.weight[...]).reshape(7, 2, 12)
-  down = wide @ layer.down.weight[...]
+  query = (wide @ weight(layer.query)).reshape(7, 2, 12)
+  down = wide @ weight(layer.down)
   latent, key_rope = down[:, :6], down[:, 6:]
   latent = latent / np.sqrt((latent**2).mean(-1, keepdims=True))
-  up = (latent @ layer.up.weight[...]).reshape(7, 2, 16)
+  up = (latent @ weight(layer.up)).reshape(7, 2, 16)
   rates = 10_000.0 ** (-np.arange(2) / 2)
 
   def turned(v, t):
@@ -40,7 +43,7 @@ def test_matches_a_loop_over_queries():
       ]
       weights = np.exp(logits) / np.exp(logits).sum()
       want[t, head] = weights @ up[: t + 1, head, 8:]
-  want = want.reshape(7, 16) @ layer.out.weight[...]
+  want = want.reshape(7, 16) @ weight(layer.out)
   np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 

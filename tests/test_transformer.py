@@ -47,11 +47,24 @@ def loss(model, x):
   return jnp.mean(nats)
 
 
+@jax.jit
+def logits_of(model, x):
+  return model(x)
+
+
+@jax.jit
+def final_streams(model, x):
+  return model._streams(x, collect=False)[0]
+
+
+loss_and_grads = jax.jit(jax.value_and_grad(loss))
+
+
 @pytest.mark.parametrize('collapse', ['sum', 'mean', 'learned'])
 @pytest.mark.parametrize('kind', ['hc', 'mhc', 'identity'])
 def test_every_kind_starts_as_the_plain_residual(kind, collapse):
-  want = network('residual')(tokens())
-  got = network(kind, collapse=collapse)(tokens())
+  want = logits_of(network('residual'), tokens())
+  got = logits_of(network(kind, collapse=collapse), tokens())
   assert jnp.std(want) > 0.1
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
@@ -67,11 +80,10 @@ def test_kinds_share_their_initial_weights():
 
 def test_at_the_first_step_only_post_receives_a_gradient():
   """Equal streams and the norm behind `pre` stop every other path."""
-  grads = jax.grad(loss)(network('mhc'), tokens(8, 33))
-  n, sizes = 4, (4, 4, 16)
+  _, grads = loss_and_grads(network('mhc'), tokens(8, 33))
+  parts = np.cumsum((4, 4, 16))[:-1]  # pre, post, res
   for name in ('attention_connection', 'ffn_connection'):
     connection = getattr(grads.blocks, name)
-    parts = np.cumsum(sizes)[:-1]
     bias = np.split(np.abs(connection.bias[...]), parts, axis=-1)
     phi = np.split(np.abs(connection.phi[...]), parts, axis=-1)
     assert bias[1].max() > 1e-3
@@ -82,15 +94,14 @@ def test_at_the_first_step_only_post_receives_a_gradient():
       assert part.max() < 1e-3 * phi[1].max()
     alpha = np.abs(connection.alpha[...])
     assert alpha.max() < 1e-6  # phi = 0
-  assert n == sizes[0]
 
 
-def test_streams_part_within_a_few_steps():
+def test_streams_part_within_a_few_steps(optax_promotion):
   """The one-hot b_pre breaks the symmetry; equal b_pre never would."""
 
   def spread_after(model, steps=20):
     graphdef, params = nnx.split(model)
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.sgd(0.5)
 
     @jax.jit
     def step(params, state, x):
@@ -101,7 +112,7 @@ def test_streams_part_within_a_few_steps():
     state = optimizer.init(params)
     for seed in range(steps):
       params, state = step(params, state, tokens(4, 33, seed))
-    x, _ = nnx.merge(graphdef, params)._streams(tokens(), collect=False)
+    x = final_streams(nnx.merge(graphdef, params), tokens())
     mean = jnp.mean(x, axis=2, keepdims=True)
     return float(jnp.linalg.norm(x - mean) / jnp.linalg.norm(x))
 
@@ -110,27 +121,16 @@ def test_streams_part_within_a_few_steps():
   for name in ('attention_connection', 'ffn_connection'):
     bias = getattr(symmetric.blocks, name).bias
     bias[...] = bias[...].at[:, :4].set(-3.0)
-  assert spread_after(model) > 1e-2
-  assert spread_after(symmetric) < 1e-5
+  assert spread_after(model) > 1e-3
+  assert spread_after(symmetric) < 1e-6
 
 
 def test_causality_by_gradient():
-  model = network('mhc')
-  x, _ = model._streams(tokens(), collect=False)
-  del x
-  table = model.embed.table[...]
-
-  def logit_at(position):
-    def total(table):
-      changed = jax.tree.map(lambda leaf: leaf, model)
-      changed.embed.table[...] = table
-      return jnp.sum(changed(ids)[0, position])
-
-    return total
-
   ids = jnp.arange(16)[None]  # token i stands at position i only
-  grads = jax.grad(logit_at(9))(table)
-  reached = np.abs(grads[:16]).max(axis=1) > 0
+  grads = jax.jit(jax.grad(lambda model: jnp.sum(model(ids)[0, 9])))(
+    network('mhc')
+  )
+  reached = np.abs(grads.embed.table[:16]).max(axis=1) > 0
   assert reached[:10].all()
   assert not reached[10:].any()
 
@@ -138,37 +138,35 @@ def test_causality_by_gradient():
 @pytest.mark.parametrize('kind', ['residual', 'mhc'])
 def test_recompute_changes_no_gradient(kind):
   grads = [
-    jax.grad(loss)(network(kind, recompute=recompute), tokens())
+    loss_and_grads(network(kind, recompute=recompute), tokens())[1]
     for recompute in ('none', 'block')
   ]
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *grads
-  )
+  for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
 def test_mixing_matrices_come_in_order_of_depth():
   model = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
   for number, name in enumerate(('attention_connection', 'ffn_connection')):
     bias = getattr(model.blocks, name).bias
-    strength = 1.0 + 2 * jnp.arange(3) + number  # sub-layers 0 ... 5
-    bias[...] = bias[...].at[:, 8:].set(
-      strength[:, None] * jnp.eye(4).reshape(1, 16)
+    strength = 1.0 + number + jnp.arange(0.0, 6.0, 2.0)  # sub-layers 0 ... 5
+    bias[...] = (
+      bias[...].at[:, 8:].set(strength[:, None] * jnp.eye(4).reshape(1, 16))
     )
   matrices = model.mixing_matrices(tokens())
   assert matrices.shape == (6, 32, 4, 4)
   want = jnp.exp(jnp.arange(1.0, 7.0))
-  np.testing.assert_allclose(
-    matrices[:, 0, 0, 0], want / (want + 3), rtol=1e-5
-  )
+  np.testing.assert_allclose(matrices[:, 0, 0, 0], want / (want + 3), rtol=1e-5)
 
 
 def test_bfloat16_activations():
   model = network('mhc', dtype='bfloat16')
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(model))
-  logits = model(tokens())
+  logits = logits_of(model, tokens())
   assert logits.dtype == jnp.float32
-  value, grads = jax.value_and_grad(loss)(model, tokens())
-  np.testing.assert_allclose(value, loss(network('mhc'), tokens()), rtol=0.02)
+  value, grads = loss_and_grads(model, tokens())
+  want, _ = loss_and_grads(network('mhc'), tokens())
+  np.testing.assert_allclose(value, want, rtol=0.02)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
@@ -185,7 +183,7 @@ def test_expansion_happens_once_per_model():
   model = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
   bias = model.blocks.ffn_connection.bias
   bias[...] = bias[...].at[0, 4:8].set(jnp.array([-2.0, -1.0, 1.0, 2.0]))
-  x, _ = model._streams(tokens(), collect=False)
+  x = final_streams(model, tokens())
   differences = jnp.abs(x - jnp.mean(x, axis=2, keepdims=True))
   assert differences.max() > 1e-2
   collapsed = connections.Collapse('mean', 32, 4)(x)

@@ -1,0 +1,122 @@
+"""Times the projection and whole connection sites against a copy.
+
+    python launch/bench.py            # a Markdown table
+    python launch/bench.py --json     # one JSON object a row
+
+A site is what a connection adds around a sub-layer: mappings, `pre` and `post`,
+with the identity as the sub-layer. Every time is a ratio to copying the
+[tokens, n, C] float32 tensor on the same device in the same run, the two timed
+in turn: on a shared machine that is the only figure that holds. The projection
+is timed on 4 matrices a token.
+"""
+
+from collections.abc import Callable, Iterator
+import json
+import statistics
+import time
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+
+import command_line
+from mhc import config
+from mhc import connections
+from mhc import manifold
+
+JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a row.')
+TOKENS = flags.DEFINE_integer('tokens', 4096, 'Tokens.', lower_bound=1)
+STREAMS = flags.DEFINE_integer('streams', 4, 'n.', lower_bound=1)
+WIDTHS = flags.DEFINE_list('widths', ['512', '1024'], 'Model widths C.')
+KINDS = flags.DEFINE_list('kinds', ['hc', 'mhc', 'identity'], 'Connections.')
+ROUNDS = flags.DEFINE_integer('rounds', 15, 'Timings of each.', lower_bound=1)
+
+
+def main():
+  widths = [int(width) for width in WIDTHS.value]
+  cases = list(_cases(TOKENS.value, STREAMS.value, widths, KINDS.value))
+  if not JSON.value:
+    print(f'{TOKENS.value} tokens, n = {STREAMS.value}, float32, ', end='')
+    print(f'{jax.devices()[0].device_kind}\n')
+    print('| op | C | direction | ms | copy ms | x copy |')
+    print('|---|---:|---|---:|---:|---:|')
+  for op, width, direction, function, arguments in cases:
+    tensor = _normal(0, TOKENS.value, STREAMS.value, width)
+    seconds, copy = _time(function, arguments, tensor, ROUNDS.value)
+    row = {
+      'op': op,
+      'tokens': TOKENS.value,
+      'n': STREAMS.value,
+      'C': width,
+      'direction': direction,
+      'ms': 1e3 * seconds,
+      'copy_ms': 1e3 * copy,
+      'ratio_to_copy': seconds / copy,
+    }
+    if JSON.value:
+      print(json.dumps(row), flush=True)
+    else:
+      print(
+        f'| {op} | {width} | {direction} | {row["ms"]:.2f} | '
+        f'{row["copy_ms"]:.2f} | {row["ratio_to_copy"]:.2f} |',
+        flush=True,
+      )
+
+
+def _cases(tokens, n, widths, kinds) -> Iterator[tuple]:
+  """(op, C, direction, function, arguments)."""
+
+  def both_ways(op, width, function, arguments, cotangent):
+    def pull_back(cotangent, *arguments):
+      return jax.vjp(function, *arguments)[1](cotangent)
+
+    yield op, width, 'forward', function, arguments
+    yield op, width, 'forward+backward', pull_back, (cotangent, *arguments)
+
+  for width in widths:
+    logits = _normal(1, 4 * tokens, n, n)
+    yield from both_ways(
+      'sinkhorn', width, manifold.sinkhorn_project, (logits,), logits[::-1]
+    )
+    x = _normal(2, tokens, n, width)
+    for kind in kinds:
+      settings = config.ConnectionConfig(kind=kind, num_streams=n)
+      connection = connections.make(settings, width, 0, norm_eps=1e-20)
+      # Away from the initial zeros, which a compiler could see through.
+      connection = jax.tree.map(
+        lambda leaf: leaf + 0.01 * _normal(3, *leaf.shape), connection
+      )
+      yield from both_ways(
+        f'site {kind}', width, _site, (connection, x), _normal(4, *x.shape)
+      )
+
+
+def _site(connection, x):
+  h, context = connection.pre(x)
+  return connection.post(h, context)
+
+
+def _normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def _time(
+  function: Callable, arguments: tuple, tensor: jax.Array, rounds: int
+) -> tuple[float, float]:
+  """Median seconds of the function and of a copy of `tensor`."""
+  function, copy = jax.jit(function), jax.jit(jnp.copy)
+  samples = [], []
+  for number in range(rounds + 2):
+    for call, inputs, times in (
+      (copy, (tensor,), samples[1]),
+      (function, arguments, samples[0]),
+    ):
+      start = time.perf_counter()
+      jax.block_until_ready(call(*inputs))
+      if number >= 2:  # the first two compile and warm up
+        times.append(time.perf_counter() - start)
+  return statistics.median(samples[0]), statistics.median(samples[1])
+
+
+if __name__ == '__main__':
+  command_line.run(main)

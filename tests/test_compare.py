@@ -1,0 +1,211 @@
+"""A comparison from its settings to its report, and what the report says."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from mhc import claims
+from mhc import compare
+from mhc import config
+from mhc import report
+from mhc import results
+
+KINDS = ('residual', 'hc', 'mhc', 'identity')
+BASE = config.Config(
+  model=config.ModelConfig(
+    dim=16,
+    ffn_dim=16,
+    attention=config.AttentionConfig(
+      num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
+    ),
+  ),
+  optimizer=config.OptimizerConfig(warmup_steps=2),
+  data=config.DataConfig(seq_len=16),
+  eval_every=10,
+  eval_sequences=16,
+  probe_every=10,
+  checkpoint_every=0,
+)
+PANEL = config.Panel(
+  title='A small panel',
+  kinds=KINDS,
+  seeds=(0, 1),
+  num_blocks=(1,),
+  num_steps=40,
+  batch_size=2,
+)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """(comparison, workdir) of eight tiny runs and their report."""
+  folder = tmp_path_factory.mktemp('compare')
+  text = folder / 'book.txt'
+  words = np.random.default_rng(0).choice(['ab ', 'cde ', 'f\n'], 4000)
+  text.write_text(''.join(words))
+  base = dataclasses.replace(
+    BASE, data=dataclasses.replace(BASE.data, path=str(text))
+  )
+  comparison = config.Comparison(base, {'small': PANEL})
+  with jax.numpy_dtype_promotion('standard'):
+    compare.train_all(comparison, folder / 'work')
+  report.render(folder / 'work')
+  return comparison, folder / 'work'
+
+
+def test_the_report_is_whole(finished):
+  _, workdir = finished
+  rows = json.loads((workdir / 'results.json').read_text())
+  assert [(row['variant'], row['seed']) for row in rows] == [
+    (kind, seed) for seed in (0, 1) for kind in KINDS
+  ]
+  for row in rows:
+    assert {'heldout_nats', 'bits_per_byte', 'gain_fwd_max'} <= row.keys()
+    if row['variant'] == 'residual':
+      assert row['gap_nats'] == 0
+      assert row['gain_fwd_max'] == row['params_ratio'] == 1
+  figures = sorted(p.name for p in workdir.glob('figures/*/*.png'))
+  assert figures == [
+    'gains_depth.png',
+    'gains_training.png',
+    'grad_norm.png',
+    'loss.png',
+    'mappings.png',
+  ]
+  markdown = (workdir / 'report.md').read_text()
+  page = (workdir / 'report.html').read_text()
+  for kind in ('HC', 'mHC', 'residual', 'identity'):
+    assert kind in markdown
+    assert kind in page
+  assert page.count('data:image/png;base64,') == 5
+  assert 'src="figures' not in page
+  assert 'A small panel' in page
+
+
+def test_rows_are_computed_from_the_files(finished):
+  """A changed metrics file changes the report: nothing is remembered."""
+  comparison, workdir = finished
+  name = 'small/hc-b1-lr0.003-s0'
+  run = results.read(workdir / name, comparison.runs('small')[name])
+  (row,) = results.rows('small', [run])
+  assert row['gap_nats'] is None  # no residual beside it
+  norms = [m['grad/global_norm'] for m in run.metrics]
+  np.testing.assert_allclose(row['grad_norm_max'], max(norms))
+  composite = max(max(probe['composite_fwd']) for probe in run.probes)
+  np.testing.assert_allclose(row['gain_fwd_max'], composite)
+
+
+def test_a_second_comparison_trains_nothing(finished, capsys):
+  comparison, workdir = finished
+  files = {p: p.stat().st_mtime_ns for p in workdir.rglob('metrics.jsonl')}
+  compare.train_all(comparison, workdir)
+  assert '8 runs' in capsys.readouterr().out
+  assert all(p.stat().st_mtime_ns == t for p, t in files.items())
+
+
+def test_changed_settings_are_refused_before_training(finished):
+  comparison, workdir = finished
+  panels = {'small': dataclasses.replace(PANEL, clip_norm=0.5)}
+  before = (workdir / 'comparison.json').read_text()
+  with pytest.raises(ValueError, match=r'clip_norm=1.0, this one has 0.5'):
+    compare.train_all(config.Comparison(comparison.base, panels), workdir)
+  assert (workdir / 'comparison.json').read_text() == before
+
+
+def test_unfinished_runs_are_said_to_be_missing(finished, tmp_path):
+  comparison, workdir = finished
+  panels = {'small': dataclasses.replace(PANEL, seeds=(0, 1, 2))}
+  text = json.dumps(config.to_dict(config.Comparison(comparison.base, panels)))
+  for path in workdir.iterdir():
+    if path.name != 'comparison.json':
+      (tmp_path / path.name).symlink_to(path)
+  (tmp_path / 'comparison.json').write_text(text)
+  for name in ('results.json', 'report.md', 'report.html', 'figures'):
+    (tmp_path / name).unlink()
+  report.render(tmp_path)
+  assert (
+    '4 runs of this comparison have not finished'
+    in (tmp_path / 'report.md').read_text()
+  )
+
+
+def run_of(norms, losses):
+  metrics = [
+    {'step': i + 1, 'grad/global_norm': norm, 'loss/train': loss}
+    for i, (norm, loss) in enumerate(zip(norms, losses, strict=True))
+  ]
+  return results.Run(dataclasses.replace(BASE, num_steps=200), {}, metrics, [])
+
+
+def test_spikes_are_counted_against_the_running_median():
+  norms, losses = np.ones(200), np.full(200, 2.0)
+  norms[1] = 100.0  # in warm-up
+  norms[[60, 120]] = 3.5
+  norms[150] = 2.5
+  losses[80] = 3.5
+  losses[90] = 2.9
+  run = run_of(norms, losses)
+  assert run.grad_spikes == 2
+  assert run.loss_spikes == 1
+  diverged = run_of([1.0] * 100 + [None] * 5, [2.0] * 105)
+  assert diverged.grad_spikes == 5
+
+
+def row(kind, seed=0, **values):
+  defaults = dict(
+    variant=kind,
+    seed=seed,
+    heldout_nats=2.0,
+    gain_fwd_max=1.0,
+    gain_bwd_max=1.0,
+    grad_norm_std=0.5,
+    grad_norm_max=2.0,
+    grad_spikes=0,
+    loss_spikes=0,
+    step_time_ratio=1.5,
+  )
+  return {**defaults, **values}
+
+
+def verdicts(rows):
+  return {claim.paper: claim.shows for claim in claims.judge(rows)}
+
+
+def test_claims_follow_the_rows():
+  calm = [row('residual'), row('hc'), row('mhc')]
+  paper = [
+    row('residual', heldout_nats=2.1),
+    row(
+      'hc',
+      heldout_nats=2.05,
+      gain_fwd_max=3000.0,
+      grad_norm_std=9.0,
+      grad_spikes=12,
+      loss_spikes=2,
+    ),
+    row('mhc', gain_bwd_max=1.6, step_time_ratio=1.067),
+  ]
+  shown = verdicts(paper)
+  assert all(shown.values())
+  assert len(shown) == 8
+  absent = verdicts(calm)
+  assert absent.keys() == shown.keys()
+  assert [v for v in absent.values() if v] == [True]  # forward gain is 1
+  assert verdicts([row('residual'), row('identity')]) == {}
+
+
+def test_numbers_read_well():
+  values = [0.0, 1.0, 1.4567, 12.34, 2619.65, 2.3e11, 3e-6, float('inf')]
+  assert [claims.number(v) for v in values] == [
+    '0',
+    '1.00',
+    '1.46',
+    '12.3',
+    '2,620',
+    '2.3e+11',
+    '3e-06',
+    'not finite',
+  ]

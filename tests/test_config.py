@@ -1,0 +1,125 @@
+"""Settings: the frozen list, the round trip, and one clear line on mistakes."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mhc import config
+
+LEAVES = """
+checkpoint_every
+data.batch_size
+data.path
+data.seq_len
+eval_every
+eval_sequences
+keep_checkpoints
+model.attention.head_dim
+model.attention.kv_rank
+model.attention.num_heads
+model.attention.rope_dim
+model.attention.rope_theta
+model.connection.collapse
+model.connection.kind
+model.connection.num_streams
+model.connection.sinkhorn_backward
+model.connection.sinkhorn_eps
+model.connection.sinkhorn_iters
+model.dim
+model.dtype
+model.ffn_dim
+model.norm_eps
+model.num_blocks
+model.recompute
+model.vocab_size
+num_devices
+num_steps
+optimizer.b1
+optimizer.b2
+optimizer.clip_norm
+optimizer.decay_factors
+optimizer.decay_points
+optimizer.eps
+optimizer.learning_rate
+optimizer.schedule
+optimizer.warmup_steps
+optimizer.weight_decay
+probe_every
+seed
+tensorboard
+"""
+
+
+def test_the_settings_are_these():
+  """A new setting is a visible change: add it here and to the README."""
+  assert sorted(config.leaves(config.Config())) == LEAVES.split()
+
+
+@pytest.mark.parametrize('cls', [config.Config, config.Comparison])
+def test_json_round_trip(cls):
+  value = cls()
+  text = json.dumps(config.to_dict(value))
+  assert config.from_dict(cls, json.loads(text)) == value
+
+
+def test_an_int_passes_for_a_float():
+  rate = config.from_dict(config.OptimizerConfig, {'learning_rate': 1})
+  assert isinstance(rate.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+  ('values', 'message'),
+  [
+    ({'num_step': 3}, "'num_step'.*did you mean 'num_steps'"),
+    ({'model': {'dims': 3}}, "'model.dims'.*did you mean 'model.dim'"),
+    ({'model': 3}, 'model=3 must be a group'),
+    (
+      {'model': {'connection': {'num_streams': 0}}},
+      'num_streams=0.*at least 1',
+    ),
+    ({'model': {'connection': {'kind': 'mch'}}}, "'mch'.*did you mean 'mhc'"),
+    ({'model': {'connection': {'sinkhorn_eps': 0.5}}}, 'sinkhorn_eps=0.5'),
+    ({'model': {'attention': {'rope_dim': 3}}}, 'rope_dim=3 must be even'),
+    ({'model': {'vocab_size': 257}}, 'vocab_size=257.*at least 258'),
+    ({'num_steps': 'ten'}, "num_steps='ten' must be of type int"),
+    ({'num_steps': True}, 'num_steps=True must be of type int'),
+    ({'tensorboard': 1}, 'tensorboard=1 must be of type bool'),
+    ({'optimizer': {'learning_rate': 0.0}}, 'learning_rate=0.0.*positive'),
+    ({'optimizer': {'learning_rate': float('nan')}}, 'finite'),
+    ({'optimizer': {'b2': 1.0}}, 'b2=1.0'),
+    ({'optimizer': {'decay_points': (0.5,)}}, 'equally many'),
+    (
+      {'optimizer': {'decay_points': (0.9, 0.8)}},
+      r'decay_points=\(0.9, 0.8\) must rise',
+    ),
+    ({'num_steps': 20}, 'warmup_steps=30.*num_steps=20'),
+    ({'data': {'seq_len': 1}}, 'seq_len=1.*at least 2'),
+  ],
+)
+def test_mistakes_are_named(values, message):
+  with pytest.raises(ValueError, match=message):
+    config.from_dict(config.Config, values)
+
+
+def test_the_plain_residual_has_one_stream():
+  settings = config.ConnectionConfig(kind='residual', num_streams=4)
+  assert settings.streams == 1
+  assert dataclasses.replace(settings, kind='mhc').streams == 4
+
+
+def test_a_comparison_is_a_product():
+  panel = config.Panel(
+    kinds=('residual', 'mhc'), seeds=(0, 1), num_blocks=(2, 3)
+  )
+  comparison = config.Comparison(panels={'main': panel})
+  runs = comparison.runs('main')
+  assert len(runs) == 8
+  run = runs['main/mhc-b3-lr0.003-s1']
+  assert run.seed == 1
+  assert run.model.num_blocks == 3
+  assert run.model.connection.kind == 'mhc'
+  with pytest.raises(ValueError, match='none twice'):
+    config.Panel(seeds=(0, 0))
+  with pytest.raises(ValueError, match=r"'mch'.*'mhc'"):
+    config.Panel(kinds=('mch',))

@@ -1,0 +1,131 @@
+"""The mains as a user runs them: one line and exit code 2 on a mistake."""
+
+import json
+
+import numpy as np
+import pytest
+
+SMALL = (
+  '--config.num_steps=4',
+  '--config.optimizer.warmup_steps=1',
+  '--config.model.num_blocks=1',
+  '--config.model.dim=16',
+  '--config.model.ffn_dim=16',
+  '--config.data.seq_len=16',
+  '--config.data.batch_size=2',
+  '--config.eval_sequences=4',
+)
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('texts')
+  rng = np.random.default_rng(0)
+  for number in range(30):
+    words = rng.choice(['ab ', 'cde ', 'f\n'], 300)
+    (folder / f'{number}.txt').write_text(''.join(words))
+  return folder
+
+
+def refused(result, *needles):
+  assert result.returncode == 2, result.stderr
+  lines = result.stderr.strip().splitlines()
+  assert len(lines) == 1, result.stderr
+  assert lines[0].startswith('error: ')
+  for needle in needles:
+    assert needle in lines[0]
+
+
+def test_train_then_evaluate(launch, text, tmp_path):
+  workdir = f'--workdir={tmp_path / "run"}'
+  result = launch('train.py', workdir, f'--config.data.path={text}', *SMALL)
+  assert result.returncode == 0, result.stderr
+  assert 'bits per byte' in result.stdout
+  assert '100%' in result.stderr
+  result = launch('evaluate.py', workdir)
+  assert result.returncode == 0, result.stderr
+  assert json.loads(result.stdout)['step'] == 4
+  other = launch('evaluate.py', workdir, f'--path={text / "0.txt"}')
+  assert json.loads(other.stdout)['corpus'].endswith('0.txt')
+  # The same folder for another model: refused, and the checkpoint stays.
+  result = launch(
+    'train.py',
+    workdir,
+    f'--config.data.path={text}',
+    *SMALL,
+    '--config.model.connection.kind=hc',
+  )
+  refused(result, "kind='mhc'", "'hc'", 'choose another --workdir')
+  assert json.loads(launch('evaluate.py', workdir).stdout)['step'] == 4
+
+
+MISTAKES = {
+  'unknown key': (
+    ['--config.model.num_block=3'],
+    ["'config.model.num_block'", "did you mean 'config.model.num_blocks'?"],
+  ),
+  'unknown flag': (['--workdri=x'], ["'workdri'", "'workdir'"]),
+  'no streams': (
+    ['--config.model.connection.num_streams=0'],
+    ['num_streams=0', 'at least 1'],
+  ),
+  'wrong type': (['--config.num_steps=ten'], ['num_steps', 'ten']),
+  'unknown kind': (
+    ['--config.model.connection.kind=mch'],
+    ["'mch'", "did you mean 'mhc'?"],
+  ),
+  'no config file': (['--config=nowhere.py'], ['nowhere.py']),
+  'stray argument': (['num_steps=3'], ["'num_steps=3'"]),
+  'missing data': (['--config.data.path=/nowhere'], ['/nowhere', 'no file']),
+  'empty data': (['--config.data.path={empty}'], ['empty']),
+  'short data': (['--config.data.path={short}'], ['seq_len=64', 'tokens']),
+  'not text': (['--config.data.path={binary}'], ['not UTF-8', 'byte 3']),
+  'too many devices': (
+    ['--config.num_devices=3', '--config.data.batch_size=3'],
+    ['num_devices=3', '1 cpu'],
+  ),
+}
+
+
+@pytest.mark.parametrize('mistake', MISTAKES)
+def test_mistakes_end_in_one_line(launch, tmp_path, mistake):
+  files = {
+    name: tmp_path / f'{name}.txt' for name in ('empty', 'short', 'binary')
+  }
+  files['empty'].write_text('')
+  files['short'].write_text('too short')
+  files['binary'].write_bytes(b'abc\xff')
+  arguments, needles = MISTAKES[mistake]
+  workdir = tmp_path / 'run'
+  result = launch(
+    'train.py',
+    f'--workdir={workdir}',
+    *(argument.format(**files) for argument in arguments),
+  )
+  refused(result, *needles)
+  assert not workdir.exists()
+
+
+def test_the_other_mains_refuse_alike(launch, tmp_path):
+  empty = f'--workdir={tmp_path}'
+  refused(launch('evaluate.py', empty), 'holds no run')
+  refused(launch('compare.py', empty, '--report_only'), 'holds no comparison')
+  refused(
+    launch('compare.py', empty, '--config.panels.main.seed=(1,)'),
+    'config.panels.main.seeds',
+  )
+  refused(launch('train.py'), 'workdir')
+
+
+def test_bench_prints_ratios(launch):
+  result = launch(
+    'bench.py', '--json', '--tokens=64', '--widths=16', '--rounds=2'
+  )
+  assert result.returncode == 0, result.stderr
+  rows = [json.loads(line) for line in result.stdout.splitlines()]
+  assert {(row['op'], row['direction']) for row in rows} == {
+    (op, direction)
+    for op in ('sinkhorn', 'site hc', 'site mhc', 'site identity')
+    for direction in ('forward', 'forward+backward')
+  }
+  assert all(row['ratio_to_copy'] > 0 for row in rows)

@@ -1,0 +1,87 @@
+"""The learning rate over a run, decay, clipping."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mhc import config
+from mhc import optimizer
+from mhc import transformer
+
+
+def rates(num_steps=100, **options):
+  settings = config.OptimizerConfig(learning_rate=1.0, **options)
+  rate = optimizer.learning_rate(settings, num_steps)
+  counts = jnp.arange(num_steps)
+  with jax.numpy_dtype_promotion('standard'):
+    return np.asarray(jax.vmap(rate)(counts))
+
+
+def test_the_papers_step_schedule():
+  got = rates(warmup_steps=9)
+  np.testing.assert_allclose(got[:9], np.arange(1, 10) / 10, rtol=1e-6)
+  np.testing.assert_allclose(got[9:80], 1)
+  np.testing.assert_allclose(got[80:90], 0.316, rtol=1e-6)
+  np.testing.assert_allclose(got[90:], 0.1, rtol=1e-6)
+
+
+def test_cosine_and_constant():
+  cosine = rates(schedule='cosine', warmup_steps=0)
+  np.testing.assert_allclose(cosine[50], 0.5, rtol=1e-5)
+  assert cosine[-1] < 0.01
+  np.testing.assert_allclose(rates(schedule='constant', warmup_steps=0), 1)
+
+
+def test_what_decays():
+  params = {}
+  for kind in ('hc', 'mhc'):
+    settings = config.ModelConfig(
+      num_blocks=1,
+      connection=config.ConnectionConfig(kind=kind, collapse='learned'),
+    )
+    model = nnx.eval_shape(
+      lambda settings=settings: transformer.Transformer(
+        settings, rngs=nnx.Rngs(0)
+      )
+    )
+    params[kind] = nnx.to_pure_dict(nnx.state(model))
+  mask = optimizer.decayed(params)
+  decayed = {
+    path[-1].key
+    for path, flag in jax.tree_util.tree_leaves_with_path(mask)
+    if flag
+  }
+  assert decayed == {
+    'weight',
+    'table',
+    'phi',
+    'theta_pre',
+    'theta_post',
+    'theta_res',
+  }
+  kept = {
+    path[-1].key
+    for path, flag in jax.tree_util.tree_leaves_with_path(mask)
+    if not flag
+  }
+  assert kept == set(optimizer.UNDECAYED)
+
+
+def test_clipping_bounds_the_update_and_can_be_off(optax_promotion):
+  """Adam's first moment is linear in the clipped gradient."""
+  params = {'weight': jnp.zeros(4)}
+  grads = {'weight': jnp.full(4, 50.0)}
+  moments = {}
+  for clip_norm in (0.0, 1.0):
+    settings = config.OptimizerConfig(clip_norm=clip_norm)
+    transform = optimizer.make(settings, 100)
+    _, state = transform.update(grads, transform.init(params), params)
+    leaves = [
+      leaf
+      for leaf in jax.tree.leaves(state)
+      if leaf.shape == (4,) and leaf.dtype == jnp.float32
+    ]
+    moments[clip_norm] = float(jnp.linalg.norm(leaves[0]))
+  np.testing.assert_allclose(moments[1.0], 0.1, rtol=1e-5)
+  np.testing.assert_allclose(moments[0.0], 0.1 * 100, rtol=1e-5)

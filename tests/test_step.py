@@ -1,0 +1,117 @@
+"""The update over devices, and how it is traced."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mhc import config
+from mhc import sharding
+from mhc import step
+
+pytestmark = pytest.mark.usefixtures('optax_promotion')
+
+TINY = config.Config(
+  num_steps=10,
+  model=config.ModelConfig(
+    num_blocks=2,
+    dim=16,
+    ffn_dim=16,
+    attention=config.AttentionConfig(
+      num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
+    ),
+  ),
+  # SGD-like: Adam would turn rounding of zero gradients into full steps.
+  optimizer=config.OptimizerConfig(warmup_steps=2, eps=1.0),
+  data=config.DataConfig(seq_len=12, batch_size=8),
+)
+
+
+def batch(programs, seed=0):
+  tokens = np.random.default_rng(seed).integers(0, 256, (8, 13), np.int32)
+  return sharding.place(tokens, programs.mesh, sharding.BATCH)
+
+
+def trained(num_devices, kind):
+  connection = config.ConnectionConfig(kind=kind)
+  settings = dataclasses.replace(
+    TINY,
+    num_devices=num_devices,
+    model=dataclasses.replace(TINY.model, connection=connection),
+  )
+  programs = step.build(settings)
+  assert programs.mesh.size == num_devices
+  state = programs.init(0)
+  metrics = []
+  for seed in range(3):
+    state, values = programs.train_step(state, batch(programs, seed))
+    metrics.append(jax.device_get(values))
+  nats = programs.row_nats(state.params, batch(programs))
+  return jax.device_get(state), metrics, np.asarray(nats)
+
+
+@pytest.mark.parametrize('kind', ['residual', 'hc', 'mhc'])
+def test_eight_devices_compute_what_one_does(kind):
+  one, eight = trained(1, kind), trained(8, kind)
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  assert one[0].step == 3
+
+
+def test_the_gradient_norm_is_that_of_the_mean_loss():
+  """Against plain autodiff of the mean over all tokens, without shard_map."""
+  programs = step.build(TINY)
+  state = programs.init(0)
+  tokens = batch(programs)
+  params = jax.tree.map(jnp.copy, state.params)
+
+  def mean_loss(params):
+    rows = programs.row_nats(params, tokens)
+    return jnp.mean(rows) / 12
+
+  loss, grads = jax.value_and_grad(mean_loss)(params)
+  _, metrics = programs.train_step(state, tokens)
+  np.testing.assert_allclose(metrics['loss/train'], loss, rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics['grad/global_norm'], optax.tree.norm(grads), rtol=1e-4
+  )
+
+
+def test_programs_are_shared_between_seeds_only():
+  other = dataclasses.replace(TINY, seed=5)
+  assert step.build(other) is step.build(TINY)
+  longer = dataclasses.replace(TINY, num_steps=11)
+  assert step.build(longer) is not step.build(TINY)
+  first, second = step.build(TINY).init(0), step.build(TINY).init(5)
+  table = first.params['embed']['table']
+  assert (table != second.params['embed']['table']).any()
+
+
+def test_parameters_are_strong_float32():
+  state = step.build(TINY).init(0)
+  for leaf in jax.tree.leaves(state.params):
+    assert leaf.dtype == jnp.float32
+    assert not leaf.weak_type
+
+
+def test_peak_bytes_grow_with_the_streams():
+  plain = dataclasses.replace(
+    TINY,
+    model=dataclasses.replace(
+      TINY.model, connection=config.ConnectionConfig(kind='residual')
+    ),
+  )
+  assert step.build(TINY).peak_bytes > step.build(plain).peak_bytes > 0
+
+
+def test_the_mesh_takes_the_devices_that_divide_the_batch():
+  assert sharding.make_mesh(0, 8).size == 8
+  assert sharding.make_mesh(0, 12).size == 6
+  assert sharding.make_mesh(0, 7).size == 7
+  with pytest.raises(ValueError, match=r'num_devices=9.*8 cpu'):
+    sharding.make_mesh(9, 9)
+  with pytest.raises(ValueError, match=r'batch_size=6.*num_devices=4'):
+    sharding.make_mesh(4, 6)

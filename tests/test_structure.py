@@ -1,0 +1,77 @@
+"""Rules of CONTRIBUTING that a machine can check."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+# A module imports only from groups to its left.
+ORDER = (
+  ('checks',),
+  ('config',),
+  ('manifold',),
+  ('gains',),
+  ('layers',),
+  ('attention', 'connections'),
+  ('transformer',),
+  ('sharding', 'optimizer', 'tokenizer'),
+  ('step',),
+  ('data', 'writer'),
+  ('checkpoint',),
+  ('evaluate',),
+  ('train',),
+  ('compare', 'results'),
+  ('claims', 'plots'),
+  ('report',),
+)
+RANK = {name: i for i, group in enumerate(ORDER) for name in group}
+MODULES = sorted(ROOT.glob('mhc/*.py'))
+SOURCES = [*MODULES, *sorted(ROOT.glob('launch/*.py'))]
+
+
+def imports(path):
+  """(module, names) of every import."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from ((alias.name, ()) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield node.module, tuple(alias.name for alias in node.names)
+
+
+def name(path):
+  return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize('path', MODULES, ids=name)
+def test_imports_point_one_way(path):
+  if path.stem == '__init__':
+    return
+  for module, names in imports(path):
+    assert not module.startswith(('ml_collections', 'absl'))
+    if module == 'mhc':
+      for imported in names:
+        assert RANK[imported] < RANK[path.stem], f'{path.stem} <- {imported}'
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=name)
+def test_files_are_short_and_say_what_they_are(path):
+  text = path.read_text()
+  assert len(text.splitlines()) <= 420
+  if path.stem != '__init__':
+    assert ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=name)
+def test_parameters_are_plain_pytrees(path):
+  text = path.read_text()
+  assert not re.search(r'nnx\.(jit|grad|scan|vmap|Optimizer|sow)\b', text)
+  assert 'check_vma=False' not in text
+
+
+def test_every_module_has_a_test():
+  tests = '\n'.join(p.read_text() for p in ROOT.glob('tests/test_*.py'))
+  for path in MODULES:
+    if path.stem not in ('__init__', 'checks', 'layers', 'plots'):
+      assert re.search(rf'\bimport {path.stem}\b', tests), path.stem

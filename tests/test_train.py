@@ -1,0 +1,191 @@
+"""A run: its files, its resumption after kill -9, and its evaluation."""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mhc import checkpoint
+from mhc import config
+from mhc import evaluate
+from mhc import train
+from mhc import writer
+
+pytestmark = pytest.mark.usefixtures('optax_promotion')
+
+TINY = config.Config(
+  num_steps=12,
+  model=config.ModelConfig(
+    num_blocks=1,
+    dim=16,
+    ffn_dim=16,
+    attention=config.AttentionConfig(
+      num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
+    ),
+  ),
+  optimizer=config.OptimizerConfig(warmup_steps=2),
+  data=config.DataConfig(seq_len=16, batch_size=4),
+  eval_every=6,
+  eval_sequences=20,
+  probe_every=5,
+  checkpoint_every=4,
+)
+
+
+@pytest.fixture(scope='module')
+def text(tmp_path_factory):
+  file = tmp_path_factory.mktemp('text') / 'book.txt'
+  words = np.random.default_rng(0).choice(['ab ', 'cde ', 'f\n'], 4000)
+  file.write_text(''.join(words))
+  return str(file)
+
+
+def with_text(text, **changes):
+  settings = dataclasses.replace(
+    TINY, data=dataclasses.replace(TINY.data, path=text)
+  )
+  return dataclasses.replace(settings, **changes)
+
+
+def losses(workdir):
+  lines = writer.read_lines(workdir / 'metrics.jsonl')
+  assert [line['step'] for line in lines] == list(range(1, len(lines) + 1))
+  return [(line['loss/train'], line['grad/global_norm']) for line in lines]
+
+
+@pytest.fixture(scope='module')
+def finished(text, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  with jax.numpy_dtype_promotion('standard'):
+    summary = train.train(with_text(text), workdir)
+  return workdir, summary
+
+
+def test_a_run_leaves_its_record(finished):
+  workdir, summary = finished
+  lines = writer.read_lines(workdir / 'metrics.jsonl')
+  assert len(losses(workdir)) == 12
+  assert [x['step'] for x in lines if 'loss/heldout' in x] == [6, 12]
+  probes = writer.read_lines(workdir / 'probes.jsonl')
+  assert [probe['step'] for probe in probes] == [5, 10, 12]
+  assert np.array(probes[0]['mean']).shape == (2, 4, 4)
+  assert summary['heldout_nats'] == lines[-1]['loss/heldout']
+  assert summary['tokens'] == 12 * 64
+  assert json.loads((workdir / 'summary.json').read_text()) == summary
+  assert lines[-1]['loss/train'] < lines[0]['loss/train']
+  assert all(line['time/step_s'] > 0 for line in lines)
+
+
+def test_a_finished_run_is_not_run_again(finished, text):
+  workdir, summary = finished
+  before = (workdir / 'metrics.jsonl').stat().st_mtime_ns
+  assert train.train(with_text(text, tensorboard=True), workdir) == summary
+  assert (workdir / 'metrics.jsonl').stat().st_mtime_ns == before
+
+
+def test_other_settings_are_refused_and_nothing_is_written(finished, text):
+  workdir, _ = finished
+  names = sorted(str(p) for p in workdir.rglob('*'))
+  model = dataclasses.replace(TINY.model, num_blocks=2)
+  with pytest.raises(ValueError, match=r'num_blocks=1, this one has 2'):
+    train.train(with_text(text, model=model), workdir)
+  with pytest.raises(ValueError, match='not empty'):
+    train.train(with_text(text), workdir.parent)
+  with pytest.raises(ValueError, match='is a file'):
+    train.train(with_text(text), workdir / 'summary.json')
+  assert sorted(str(p) for p in workdir.rglob('*')) == names
+
+
+def test_held_out_loss_of_a_checkpoint_is_the_recorded_one(finished):
+  workdir, summary = finished
+  result = evaluate.evaluate_checkpoint(workdir, None, 20)
+  assert result['step'] == 12
+  np.testing.assert_allclose(
+    result['loss/heldout'], summary['heldout_nats'], rtol=1e-6
+  )
+  # All targets of this text are bytes but for the last document mark.
+  np.testing.assert_allclose(
+    result['loss/heldout_bits_per_byte'],
+    result['loss/heldout'] / np.log(2),
+    rtol=0.02,
+  )
+  whole = evaluate.evaluate_checkpoint(workdir, None, 0)
+  assert whole['rows'] > 20
+  with pytest.raises(ValueError, match='holds no run'):
+    evaluate.evaluate_checkpoint(workdir.parent, None, 0)
+
+
+def test_tensorboard_mirrors_the_scalars(text, tmp_path):
+  train.train(with_text(text, tensorboard=True, num_steps=4), tmp_path / 'run')
+  (events,) = (tmp_path / 'run' / 'tensorboard').iterdir()
+  assert b'loss/heldout' in events.read_bytes()
+
+
+SLOWED = """
+import json, pathlib, sys, time
+from mhc import config, train, writer
+
+write = writer.JsonLines.write
+
+def slowly(self, step, values):
+  write(self, step, values)
+  time.sleep(0.2 if step > 8 else 0)
+
+writer.JsonLines.write = slowly
+settings = json.loads(pathlib.Path(sys.argv[1]).read_text())
+settings = config.from_dict(config.Config, settings)
+train.train(settings, pathlib.Path(sys.argv[2]))
+"""
+
+
+def test_killed_and_resumed_bit_for_bit(finished, text, tmp_path):
+  """kill -9 after two checkpoints; the losses are the uninterrupted ones."""
+  uninterrupted, summary = finished
+  workdir, settings = tmp_path / 'run', tmp_path / 'settings.json'
+  settings.write_text(json.dumps(config.to_dict(with_text(text))))
+  process = subprocess.Popen([sys.executable, '-c', SLOWED, settings, workdir])
+  metrics = workdir / 'metrics.jsonl'
+  deadline = time.time() + 120
+  while time.time() < deadline and len(writer.read_lines(metrics)) < 10:
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  assert train.read_summary(workdir) is None
+  assert 10 <= len(writer.read_lines(metrics)) < 12
+  with metrics.open('a') as file:
+    file.write('{"step": 11, "loss/tr')  # a line cut in two
+
+  resumed = train.train(with_text(text), workdir)
+  assert losses(workdir) == losses(uninterrupted)
+  assert resumed['heldout_nats'] == summary['heldout_nats']
+  probes = [
+    writer.read_lines(folder / 'probes.jsonl')
+    for folder in (workdir, uninterrupted)
+  ]
+  assert probes[0] == probes[1]
+
+
+def test_lines_past_the_restored_step_are_cut(tmp_path):
+  path = tmp_path / 'lines.jsonl'
+  first = writer.JsonLines(path, 0)
+  for step in range(1, 6):
+    first.write(step, {'x': float('nan') if step == 2 else step / 3})
+  first.close()
+  second = writer.JsonLines(path, 3)
+  second.write(4, {'x': 7})
+  second.close()
+  got = [(line['step'], line['x']) for line in writer.read_lines(path)]
+  assert got == [(1, 1 / 3), (2, None), (3, 1.0), (4, 7)]
+
+
+def test_a_config_of_another_version_is_named(tmp_path):
+  (tmp_path / 'config.json').write_text('{"num_step": 3}')
+  with pytest.raises(ValueError, match=r'config\.json.*num_steps'):
+    checkpoint.read_config(pathlib.Path(tmp_path))
