@@ -13,9 +13,7 @@ differ in the three mappings and in nothing else:
     mhc        H_res projected onto the doubly stochastic matrices
     identity   mhc's H_pre and H_post with H_res = I
 
-`expand` opens the streams once, before the first sub-layer, and `Collapse`
-closes them once, after the last. Doing either in every block would turn the
-connection into n parallel plain residuals.
+Around them, once per model, stand `streams.expand` and `streams.Collapse`.
 
 The mappings are float32 and live tokens-minor, [n, t] and [n, n, t], t being
 all leading dimensions of x flattened; streams and h keep the dtype of x.
@@ -30,8 +28,7 @@ from jaxtyping import Array, Float
 
 from mhc import config as config_lib
 from mhc import manifold
-
-HIGHEST = jax.lax.Precision.HIGHEST
+from mhc import streams
 
 
 class Mappings(NamedTuple):
@@ -108,7 +105,7 @@ class HC(nnx.Module):
       ]
     )
     dynamic = jnp.tanh(
-      jnp.einsum('tjd,kd->tjk', normed, theta, precision=HIGHEST)
+      jnp.einsum('tjd,kd->tjk', normed, theta, precision=streams.HIGHEST)
     )
     dynamic = jnp.moveaxis(dynamic, 0, -1)  # [j, k, t]
     width, depth = self.alpha[...]
@@ -192,7 +189,7 @@ class MHC(nnx.Module):
 
   def mappings(self, x: Float[Array, 't n d']) -> Mappings:
     num_tokens, n, _ = x.shape
-    raw = _normed_projection(x, self.phi[...], self.norm_eps)
+    raw = streams.normed_projection(x, self.phi[...], self.norm_eps)
     alpha = jnp.repeat(
       self.alpha[...], jnp.array(self.sizes), total_repeat_length=raw.shape[1]
     )
@@ -261,74 +258,12 @@ def mixing_matrices(context: Context) -> Float[Array, 't n n']:
   return jnp.moveaxis(context.mappings.res, -1, 0)
 
 
-def expand(
-  x: Float[Array, '*batch d'], num_streams: int
-) -> Float[Array, '*batch n d']:
-  """Opens the streams: `num_streams` copies of x."""
-  shape = (*x.shape[:-1], num_streams, x.shape[-1])
-  return jnp.broadcast_to(x[..., None, :], shape)
-
-
-class Collapse(nnx.Module):
-  r"""Closes the streams, [..., n, d] -> [..., d], once per model.
-
-  `'sum'` (the HC paper) and `'mean'` have no parameters. `'learned'` is
-  DeepSeek-V4's head: sum_j (sigmoid(alpha raw_j / r + bias_j) + 1e-6) x_j with
-  raw = x phi and r as in `MHC`; nd n + n + 1 parameters, phi = 0, alpha = 0.01,
-  bias = 0 at the start. The final norm of a transformer makes all three the
-  same function of equal streams.
-  """
-
-  def __init__(
-    self,
-    kind: Literal['sum', 'mean', 'learned'],
-    dim: int,
-    num_streams: int,
-    *,
-    norm_eps: float = 1e-20,
-  ):
-    if kind not in ('sum', 'mean', 'learned'):
-      raise ValueError(
-        f"collapse must be 'sum', 'mean' or 'learned', got {kind!r}"
-      )
-    self.kind = kind
-    self.norm_eps = norm_eps
-    if kind == 'learned':
-      self.phi = nnx.Param(jnp.zeros((num_streams * dim, num_streams)))
-      self.alpha = nnx.Param(jnp.full(1, 0.01, jnp.float32))
-      self.bias = nnx.Param(jnp.zeros(num_streams))
-
-  def __call__(self, x: Float[Array, '*batch n d']) -> Float[Array, '*batch d']:
-    *batch, n, dim = x.shape
-    tokens = x.reshape(-1, n, dim)
-    match self.kind:
-      case 'sum':
-        return jnp.sum(x, axis=-2)
-      case 'mean':
-        return jnp.mean(x, axis=-2)
-      case 'learned':
-        raw = _normed_projection(tokens, self.phi[...], self.norm_eps)
-        logits = raw * self.alpha[...][None] + self.bias[...][None]
-        weights = jax.nn.sigmoid(logits) + 1e-6
-        return _read(tokens, weights.T).reshape(*batch, dim)
-
-
-def _normed_projection(x, phi, norm_eps):
-  """(x / rms(x)) phi, the norm applied after the product (Eq. 14-16).
-
-  [t, n, d] of any dtype, [nd, k] -> float32 [t, k].
-  """
-  flat = x.reshape(x.shape[0], -1).astype(jnp.float32)
-  raw = jnp.matmul(flat, phi, precision=HIGHEST)
-  mean_square = jnp.mean(flat * flat, axis=-1, keepdims=True)
-  return raw * jax.lax.rsqrt(mean_square + norm_eps)
-
-
 def _pre(connection, x):
   *batch, n, dim = x.shape
   tokens = x.reshape(-1, n, dim)
   mappings = connection.mappings(tokens)
-  return _read(tokens, mappings.pre).reshape(*batch, dim), Context(x, mappings)
+  h = streams.read(tokens, mappings.pre)
+  return h.reshape(*batch, dim), Context(x, mappings)
 
 
 def _post(y, context):
@@ -340,80 +275,5 @@ def _post(y, context):
       'cast its output'
     )
   flat = y.reshape(-1, y.shape[-1])
-  return _write(tokens, flat, mappings.post, mappings.res).reshape(x.shape)
-
-
-# The two applications, with adjoints by hand: XLA's own transposes of these
-# broadcasts build [t, n, n, d] products (up to 20 times slower on a CPU).
-
-
-@jax.custom_vjp
-def _read(x, pre):
-  """sum_j pre_j x_j: [t, n, d], [n, t] -> [t, d]."""
-  wide = x.astype(jnp.float32)
-  terms = [pre[j][:, None] * wide[:, j] for j in range(x.shape[1])]
-  return sum(terms[1:], terms[0]).astype(x.dtype)
-
-
-def _read_fwd(x, pre):
-  return _read(x, pre), (x, pre)
-
-
-def _read_bwd(kept, g):
-  x, pre = kept
-  wide = g.astype(jnp.float32)
-  d_x = (pre.T[..., None] * wide[:, None]).astype(x.dtype)
-  d_pre = jnp.einsum(
-    'tc,tjc->tj', wide, x.astype(jnp.float32), precision=HIGHEST
-  )
-  return d_x, d_pre.T
-
-
-_read.defvjp(_read_fwd, _read_bwd)
-
-
-@jax.custom_vjp
-def _write(x, y, post, res):
-  """res x + post y: [t, n, d], [t, d], [n, t], [n, n, t] -> [t, n, d]."""
-  out = _mix(x, res) + post.T[..., None] * y[:, None].astype(jnp.float32)
-  return out.astype(x.dtype)
-
-
-def _write_fwd(x, y, post, res):
-  return _write(x, y, post, res), (x, y, post, res)
-
-
-def _write_bwd(kept, g):
-  x, y, post, res = kept
-  wide = g.astype(jnp.float32)
-  d_x = _mix(wide, None if res is None else jnp.swapaxes(res, 0, 1))
-  d_y = [post[i][:, None] * wide[:, i] for i in range(wide.shape[1])]
-  d_post = jnp.einsum(
-    'tic,tc->ti', wide, y.astype(jnp.float32), precision=HIGHEST
-  )
-  d_res = None
-  if res is not None:
-    d_res = jnp.einsum(
-      'tic,tjc->tij', wide, x.astype(jnp.float32), precision=HIGHEST
-    )
-    d_res = jnp.moveaxis(d_res, 0, -1)
-  return (
-    d_x.astype(x.dtype),
-    sum(d_y[1:], d_y[0]).astype(y.dtype),
-    d_post.T,
-    d_res,
-  )
-
-
-_write.defvjp(_write_fwd, _write_bwd)
-
-
-def _mix(x, res):
-  """sum_j res_ij x_j in float32, one broadcast column of res at a time."""
-  wide = x.astype(jnp.float32)
-  if res is None:
-    return wide
-  terms = [
-    res[:, j].T[..., None] * wide[:, j : j + 1] for j in range(x.shape[1])
-  ]
-  return sum(terms[1:], terms[0])
+  out = streams.write(tokens, flat, mappings.post, mappings.res)
+  return out.reshape(x.shape)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pathlib
 
 from matplotlib import colors
+from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 
@@ -18,6 +19,11 @@ COLORS = {
   'hc': '#D55E00',
   'mhc': '#0072B2',
   'identity': '#009E73',
+}
+# Kinds whose gain is 1 by construction lie on each other: dashes show all.
+STYLES = {
+  'residual': {'linestyle': (0, (1, 2)), 'linewidth': 2.5, 'zorder': 4},
+  'identity': {'linestyle': (0, (5, 4)), 'zorder': 3},
 }
 LABELS = {
   'residual': 'residual',
@@ -59,8 +65,10 @@ def draw_all(runs: list[results.Run], folder: pathlib.Path) -> dict[str, str]:
     'mappings.png': (
       mappings,
       'H_res averaged over the tokens of one held-out row, of single '
-      'sub-layers and composed; first seed. Row sums (right of each map) are '
-      'forward gains, column sums (below) backward gains.',
+      'sub-layers and composed; first seed. An entry says how much of stream '
+      'j (column) goes into stream i (row); red is positive, blue negative, on '
+      'a scale of its own for each map. Right of a map are its row sums '
+      '(forward gain), below it its column sums (backward gain).',
     ),
   }
   folder.mkdir(parents=True, exist_ok=True)
@@ -132,9 +140,11 @@ def gains_over_training(by_kind: ByKind) -> Figure:
     for kind, runs in by_kind.items():
       steps = np.array([probe['step'] for probe in runs[0].probes])
       curves = np.stack([run.probe(name).max(axis=1) for run in runs])
-      _band(axis, kind, steps, curves, marker='o', markersize=3)
+      _band(axis, kind, steps, curves, **STYLES.get(kind, {}))
     _gain_axis(axis)
-    _label(axis, f'{title} composite gain', 'step', 'max over depth')
+    _label(
+      axis, f'{title} composite gain', 'step', 'Amax gain, largest over depth'
+    )
   return figure
 
 
@@ -149,7 +159,8 @@ def gains_over_depth(by_kind: ByKind) -> Figure:
   for axis, (name, title) in zip(axes, panels, strict=True):
     for kind, runs in by_kind.items():
       curves = np.stack([run.probe(name)[-1] for run in runs])
-      _band(axis, kind, np.arange(1, curves.shape[1] + 1), curves)
+      depth = np.arange(1, curves.shape[1] + 1)
+      _band(axis, kind, depth, curves, **STYLES.get(kind, {}))
     _gain_axis(axis)
     _label(axis, title, 'sub-layer l', 'Amax gain')
   return figure
@@ -167,7 +178,7 @@ def mappings(by_kind: ByKind) -> Figure | None:
     f'H_{depth} … H_{half + 1}',
     f'H_{depth} … H_1',
   ]
-  figure = Figure(figsize=(13.5, 2.7 * len(kinds) + 0.3), layout='constrained')
+  figure = Figure(figsize=(13.5, 2.45 * len(kinds)), layout='constrained')
   axes = np.atleast_2d(figure.subplots(len(kinds), len(titles)))
   for line, kind in zip(axes, kinds, strict=True):
     run = by_kind[kind][0]
@@ -184,12 +195,11 @@ def _heat_map(axis, matrix, title):
   n = len(matrix)
   finite = np.nan_to_num(matrix, posinf=0, neginf=0)
   limit = max(1.0, float(np.abs(finite).max()))
-  axis.imshow(
-    finite, cmap='RdBu_r', norm=colors.SymLogNorm(0.1, vmin=-limit, vmax=limit)
-  )
+  norm = colors.SymLogNorm(0.1, vmin=-limit, vmax=limit)
+  axis.imshow(finite, cmap='RdBu_r', norm=norm)
   for i in range(n):
     for j in range(n):
-      dark = abs(finite[i, j]) > 0.4 * limit
+      dark = abs(float(norm(finite[i, j])) - 0.5) > 0.33
       axis.text(
         j,
         i,
@@ -204,13 +214,18 @@ def _heat_map(axis, matrix, title):
   axis.yaxis.tick_right()
   axis.set_yticks(range(n), [_short(s) for s in matrix.sum(axis=1)])
   axis.tick_params(length=0, labelsize=7)
+  axis.set_xlabel('column sums', fontsize=7)
+  axis.set_ylabel('row sums', fontsize=7)
+  axis.yaxis.set_label_position('right')
 
 
 def _short(value: float) -> str:
   """At most about five characters."""
   if abs(value) < 9.995:
     return f'{value:.2f}'
-  return f'{value:.0f}' if abs(value) < 1e4 else f'{value:.0e}'
+  if abs(value) < 1e4:
+    return f'{value:.0f}'
+  return f'{value:.0e}'.replace('e+0', 'e').replace('e+', 'e')
 
 
 def _curves(runs, name):
@@ -249,7 +264,16 @@ def _gain_axis(axis):
   axis.set_yscale('log')
   axis.axhline(1, color='black', linewidth=0.6, linestyle=':')
   low, high = axis.get_ylim()
-  axis.set_ylim(min(low, 0.5), max(high, 3))
+  low, high = min(low, 0.5), max(high, 3)
+  axis.set_ylim(low, high)
+  axis.yaxis.set_major_formatter(lambda value, _: f'{value:g}')
+  # Within a decade, the ticks between powers of ten need their numbers.
+  crowded = high > 30 * low
+  axis.yaxis.set_minor_formatter(
+    ticker.NullFormatter()
+    if crowded
+    else lambda value, _: f'{value:g}' if f'{value:e}'[0] in '25' else ''
+  )
 
 
 def _label(axis, title, x, y):

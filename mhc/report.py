@@ -141,7 +141,7 @@ def _panel(workdir, name, title, runs, rows) -> list[Part]:
     parts.append(
       f'{blocks} blocks ({2 * blocks} sub-layers), learning rate {rate:g}, '
       f'{config.num_steps} steps of {config.tokens_per_step} tokens '
-      f'({here[0].summary["epochs"]:.2f} epochs), '
+      f'({here[0].summary["epochs"]:.2g} epochs), '
       f'{f"gradients clipped at {clip:g}" if clip else "no clipping"}, '
       f'seeds {", ".join(seeds)}.'
     )

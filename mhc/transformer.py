@@ -15,6 +15,7 @@ from mhc import attention
 from mhc import config as config_lib
 from mhc import connections
 from mhc import layers
+from mhc import streams
 
 
 class Block(nnx.Module):
@@ -58,7 +59,7 @@ class Transformer(nnx.Module):
       jnp.arange(config.num_blocks),
       jax.random.split(rngs.params(), config.num_blocks),
     )
-    self.collapse = connections.Collapse(
+    self.collapse = streams.Collapse(
       config.connection.collapse,
       config.dim,
       config.connection.streams,
@@ -83,7 +84,7 @@ class Transformer(nnx.Module):
   def _streams(self, tokens, collect):
     config = self.config
     x = self.embed(tokens, jnp.dtype(config.dtype))
-    x = connections.expand(x, config.connection.streams)
+    x = streams.expand(x, config.connection.streams)
 
     def run(x, block):
       x, contexts = block(x)

@@ -10,6 +10,7 @@ import pytest
 
 from mhc import config
 from mhc import connections
+from mhc import streams
 
 DIM = 6
 KINDS = config.KINDS
@@ -35,7 +36,7 @@ def perturbed(module, scale=0.5, seed=0):
   )
 
 
-def streams(num_streams=4, dtype=jnp.float32, seed=1):
+def random_streams(num_streams=4, dtype=jnp.float32, seed=1):
   shape = (2, 5, num_streams, DIM)
   return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
@@ -104,8 +105,8 @@ def reference_site(kind, params, x):
 def test_site_and_all_gradients_match_the_papers_formulas(kind, num_streams):
   connection = perturbed(make(kind, num_streams))
   params = nnx.to_pure_dict(nnx.state(connection))
-  x = streams(num_streams)
-  cotangent = streams(num_streams, seed=2)
+  x = random_streams(num_streams)
+  cotangent = random_streams(num_streams, seed=2)
   out, (grads, d_x) = value_and_pullback(site, connection, x, cotangent)
   with jax.enable_x64():
 
@@ -132,7 +133,7 @@ def test_site_and_all_gradients_match_the_papers_formulas(kind, num_streams):
 
 
 def test_residual_is_x_plus_y():
-  x = streams(1)
+  x = random_streams(1)
   out = site(make('residual'), x)
   np.testing.assert_array_equal(out, x + jnp.sin(x))
 
@@ -151,7 +152,7 @@ def test_parameter_counts(kind, count):
 
 
 def test_papers_initial_mappings():
-  x = streams().reshape(-1, 4, DIM)
+  x = random_streams().reshape(-1, 4, DIM)
   mappings = make('mhc', index=6).mappings(x)
   home = np.full(4, 0.04742587)
   home[6 % 4] = 0.95257413
@@ -169,7 +170,7 @@ def test_papers_initial_mappings():
 @pytest.mark.parametrize('eps', [0.0, 1e-6])
 def test_mixing_is_doubly_stochastic_and_the_gates_are_positive(eps):
   connection = perturbed(make('mhc', sinkhorn_eps=eps), scale=2.0)
-  mappings = connection.mappings(100 * streams().reshape(-1, 4, DIM))
+  mappings = connection.mappings(100 * random_streams().reshape(-1, 4, DIM))
   rows = jnp.sum(mappings.res, axis=1)
   np.testing.assert_allclose(rows, 1, atol=1e-5)
   assert (mappings.res >= 0).all()
@@ -181,7 +182,7 @@ def test_mixing_matrices_of_every_kind():
   for kind in KINDS:
     connection = make(kind)
     n = 1 if kind == 'residual' else 4
-    _, context = connection.pre(streams(n))
+    _, context = connection.pre(random_streams(n))
     matrices = connections.mixing_matrices(context)
     assert matrices.shape == (10, n, n)
     if kind != 'mhc':
@@ -193,7 +194,7 @@ def test_mixing_matrices_of_every_kind():
 def test_bfloat16_streams_keep_float32_mappings(kind):
   n = 1 if kind == 'residual' else 4
   connection = perturbed(make(kind))
-  x = streams(n, jnp.bfloat16)
+  x = random_streams(n, jnp.bfloat16)
   h, context = connection.pre(x)
   out = connection.post(jnp.sin(h), context)
   assert h.dtype == out.dtype == jnp.bfloat16
@@ -214,7 +215,7 @@ def test_bfloat16_streams_keep_float32_mappings(kind):
 
 def test_advance_is_post_then_pre():
   first, second = perturbed(make('mhc')), perturbed(make('mhc', index=1))
-  h, context = first.pre(streams())
+  h, context = first.pre(random_streams())
   y = jnp.sin(h)
   got, after = connections.advance(first, second, y, context)
   want, wanted = second.pre(first.post(y, context))
@@ -224,22 +225,24 @@ def test_advance_is_post_then_pre():
 
 def test_expand_and_collapse():
   x = jax.random.normal(jax.random.key(0), (2, 3, DIM))
-  wide = connections.expand(x, 4)
+  wide = streams.expand(x, 4)
   assert wide.shape == (2, 3, 4, DIM)
   uneven = wide * jnp.arange(4.0)[None, None, :, None]
   for kind, factor in (('sum', 6.0), ('mean', 1.5)):
-    collapse = connections.Collapse(kind, DIM, 4)
+    collapse = streams.Collapse(kind, DIM, 4)
     np.testing.assert_allclose(collapse(uneven), factor * x, rtol=1e-5)
-  learned = connections.Collapse('learned', DIM, 4)
+  learned = streams.Collapse('learned', DIM, 4)
   np.testing.assert_allclose(learned(wide), 4 * 0.500001 * x, rtol=1e-5)
   assert sum(leaf.size for leaf in jax.tree.leaves(learned)) == 4 * DIM * 4 + 5
-  grads = jax.grad(lambda c: jnp.sum(jnp.sin(c(streams()))))(perturbed(learned))
+  grads = jax.grad(lambda c: jnp.sum(jnp.sin(c(random_streams()))))(
+    perturbed(learned)
+  )
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 
 
 def test_a_sublayer_of_another_dtype_is_named():
   connection = make('mhc')
-  h, context = connection.pre(streams())
+  h, context = connection.pre(random_streams())
   with pytest.raises(ValueError, match=r'bfloat16.*float32'):
     connection.post(h.astype(jnp.bfloat16), context)
 
@@ -248,4 +251,4 @@ def test_unknown_choices_are_named():
   with pytest.raises((ValueError, TypeError), match='cayley'):
     connections.MHC(DIM, 4, 0, mixing='cayley')
   with pytest.raises((ValueError, TypeError), match='max'):
-    connections.Collapse('max', DIM, 4)
+    streams.Collapse('max', DIM, 4)

@@ -13,7 +13,7 @@ ORDER = (
   ('config',),
   ('manifold',),
   ('gains',),
-  ('layers',),
+  ('layers', 'streams'),
   ('attention', 'connections'),
   ('transformer',),
   ('sharding', 'optimizer', 'tokenizer'),

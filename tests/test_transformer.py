@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from mhc import config
-from mhc import connections
+from mhc import streams
 from mhc import transformer
 
 SMALL = config.ModelConfig(
@@ -186,5 +186,5 @@ def test_expansion_happens_once_per_model():
   x = final_streams(model, tokens())
   differences = jnp.abs(x - jnp.mean(x, axis=2, keepdims=True))
   assert differences.max() > 1e-2
-  collapsed = connections.Collapse('mean', 32, 4)(x)
+  collapsed = streams.Collapse('mean', 32, 4)(x)
   assert collapsed.shape == (2, 16, 32)
