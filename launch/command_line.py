@@ -22,8 +22,6 @@ from mhc import config as config_lib
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 
 flags.DEFINE_bool('traceback', False, 'Show the traceback of a usage error.')
-# Libraries report every step of theirs at INFO; --verbosity=0 shows it.
-flags.FLAGS.set_default('verbosity', logging.WARNING)
 
 
 def define_config(default: str):
@@ -74,6 +72,9 @@ def _parse(arguments):
     _fail(
       f'unexpected argument {rest[1]!r}: settings go as --config.NAME=VALUE'
     )
+  if flags.FLAGS['verbosity'].using_default_value:
+    # Libraries report every step of theirs at INFO; --verbosity=0 shows it.
+    flags.FLAGS.verbosity = logging.WARNING
   return rest
 
 

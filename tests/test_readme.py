@@ -10,15 +10,13 @@ import pytest
 README = pathlib.Path(__file__).resolve().parents[1] / 'README.md'
 EXAMPLES = re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)
 
+CHECKS = ('assert out.shape == (2, 16, 64)', 'assert h.shape == (8, 4, 4)')
+
 
 @pytest.mark.parametrize('number', range(len(EXAMPLES)))
 def test_example_runs(number):
-  checks = (
-    '\nassert out.shape == (2, 16, 64)',
-    '\nassert h.shape == (8, 4, 4)',
-  )
   result = subprocess.run(
-    [sys.executable, '-c', EXAMPLES[number] + checks[number]],
+    [sys.executable, '-c', EXAMPLES[number] + CHECKS[number]],
     capture_output=True,
     text=True,
     check=False,
