@@ -90,6 +90,7 @@ class HC(nnx.Module):
     self.bias_pre = nnx.Param(home.astype(jnp.float32))
     self.bias_post = nnx.Param(jnp.ones(num_streams))
     self.bias_res = nnx.Param(jnp.eye(num_streams))
+    self.shape = (num_streams, dim)
     self.norm_eps = norm_eps
 
   def mappings(self, x: Float[Array, 't n d']) -> Mappings:
@@ -147,6 +148,8 @@ class MHC(nnx.Module):
   one-hot b_pre is what breaks the symmetry of the streams; with equal b_pre
   everywhere and phi = 0 they would stay equal for ever.
 
+  `sinkhorn_eps` = 0 is Eq. 9; 1e-6 is what DeepSeek-V4's kernels use.
+
   nd (n^2 + 2n) + n^2 + 2n + 3 parameters; with `mixing='identity'` the terms
   of H_res go: 2 nd n + 2n + 2.
   """
@@ -181,6 +184,7 @@ class MHC(nnx.Module):
     self.phi = nnx.Param(jnp.zeros((num_streams * dim, sum(sizes))))
     self.alpha = nnx.Param(jnp.full(len(sizes), 0.01, jnp.float32))
     self.bias = nnx.Param(jnp.concatenate(bias))
+    self.shape = (num_streams, dim)
     self.sizes = sizes
     self.project = dict(
       num_iters=sinkhorn_iters, eps=sinkhorn_eps, backward=sinkhorn_backward
@@ -260,6 +264,12 @@ def mixing_matrices(context: Context) -> Float[Array, 't n n']:
 
 def _pre(connection, x):
   *batch, n, dim = x.shape
+  if (n, dim) != connection.shape:
+    raise ValueError(
+      f'this connection has {connection.shape[0]} streams of width '
+      f'{connection.shape[1]}, got x of shape {x.shape}: open streams once, '
+      'with expand, before the first sub-layer'
+    )
   tokens = x.reshape(-1, n, dim)
   mappings = connection.mappings(tokens)
   h = streams.read(tokens, mappings.pre)

@@ -247,6 +247,15 @@ def test_a_sublayer_of_another_dtype_is_named():
     connection.post(h.astype(jnp.bfloat16), context)
 
 
+def test_streams_of_another_shape_are_named():
+  x = random_streams()
+  for kind in ('hc', 'mhc', 'identity'):
+    with pytest.raises(ValueError, match=r'4 streams of width 6.*expand'):
+      make(kind).pre(x[..., 0, :])
+    with pytest.raises(ValueError, match='4 streams of width 6'):
+      make(kind).pre(random_streams(3))
+
+
 def test_unknown_choices_are_named():
   with pytest.raises((ValueError, TypeError), match='cayley'):
     connections.MHC(DIM, 4, 0, mixing='cayley')
