@@ -14,7 +14,16 @@ from typing import Any, Literal
 
 from mhc import checks
 
-Kind = Literal['residual', 'hc', 'mhc', 'identity']
+Kind = Literal[
+  'residual',
+  'hc',
+  'mhc',
+  'identity',
+  'mhc_lite',
+  'kromhc',
+  'orthogonal',
+  'mhc_single_pass',
+]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
 
 
@@ -25,7 +34,8 @@ class ConnectionConfig:
   kind: Kind = 'mhc'
   # n. The plain residual has one stream whatever is said here.
   num_streams: int = 4
-  # How the streams become one before the last norm.
+  # How the streams become one before the last norm; 'mhc_single_pass' closes
+  # them by the read weights of its last sub-layer instead.
   collapse: Literal['sum', 'mean', 'learned'] = 'mean'
   sinkhorn_iters: int = 20
   # 0 is the paper's Eq. 9, 1e-6 DeepSeek-V4's kernels.
@@ -39,6 +49,21 @@ class ConnectionConfig:
       raise ValueError(
         f'connection.sinkhorn_eps={self.sinkhorn_eps} must be 0 (the paper) '
         'or from 1e-12 to 1e-2 (DeepSeek-V4: 1e-6)'
+      )
+    if self.kind == 'mhc_lite' and self.num_streams > 5:
+      raise ValueError(
+        f'connection.num_streams={self.num_streams} is too many for mhc_lite, '
+        'which weighs all n! permutations: use at most 5'
+      )
+    if self.kind == 'kromhc' and self.num_streams & (self.num_streams - 1):
+      raise ValueError(
+        f'connection.num_streams={self.num_streams} must be a power of two for '
+        'kromhc, a product of 2 x 2 matrices'
+      )
+    if self.kind == 'mhc_single_pass' and self.collapse == 'learned':
+      raise ValueError(
+        "connection.collapse='learned' would not be used: mhc_single_pass "
+        'closes the streams by the read weights of its last sub-layer'
       )
 
   @property

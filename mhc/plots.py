@@ -19,6 +19,10 @@ COLORS = {
   'hc': '#D55E00',
   'mhc': '#0072B2',
   'identity': '#009E73',
+  'mhc_lite': '#CC79A7',
+  'kromhc': '#E69F00',
+  'orthogonal': '#882255',
+  'mhc_single_pass': '#56B4E9',
 }
 # Kinds whose gain is 1 by construction lie on each other: dashes show all.
 STYLES = {
@@ -30,6 +34,10 @@ LABELS = {
   'hc': 'HC',
   'mhc': 'mHC',
   'identity': 'identity (H_res = I)',
+  'mhc_lite': 'mHC-lite',
+  'kromhc': 'KromHC',
+  'orthogonal': 'orthogonal',
+  'mhc_single_pass': 'mHC single-pass',
 }
 
 ByKind = dict[str, list[results.Run]]
@@ -167,7 +175,7 @@ def gains_over_depth(by_kind: ByKind) -> Figure:
 
 
 def mappings(by_kind: ByKind) -> Figure | None:
-  kinds = [kind for kind in ('hc', 'mhc') if kind in by_kind]
+  kinds = [kind for kind in by_kind if kind not in ('residual', 'identity')]
   if not kinds:
     return None
   depth = 2 * by_kind[kinds[0]][0].setting[0]

@@ -37,8 +37,8 @@ class Block(nnx.Module):
     self.ffn = layers.SwiGLU(dim, config.ffn_dim, rngs=rngs)
 
   def __call__(
-    self, x: Float[Array, 'b t n d']
-  ) -> tuple[Float[Array, 'b t n d'], tuple[connections.Context, ...]]:
+    self, x: connections.State
+  ) -> tuple[connections.State, tuple[connections.Context, ...]]:
     h, first = self.attention_connection.pre(x)
     y = self.attention(self.attention_norm(h))
     h, second = connections.advance(
@@ -72,7 +72,8 @@ class Transformer(nnx.Module):
   def __call__(self, tokens: Int[Array, 'b t']) -> Float[Array, 'b t v']:
     """Next-token logits, float32."""
     x, _ = self._streams(tokens, collect=False)
-    return self.head(self.norm(self.collapse(x))).astype(jnp.float32)
+    h = self.norm(connections.close_streams(x, self.collapse))
+    return self.head(h).astype(jnp.float32)
 
   def mixing_matrices(
     self, tokens: Int[Array, 'b t']
@@ -84,7 +85,7 @@ class Transformer(nnx.Module):
   def _streams(self, tokens, collect):
     config = self.config
     x = self.embed(tokens, jnp.dtype(config.dtype))
-    x = streams.expand(x, config.connection.streams)
+    x = connections.open_streams(config.connection, x)
 
     def run(x, block):
       x, contexts = block(x)

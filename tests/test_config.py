@@ -80,6 +80,22 @@ def test_an_int_passes_for_a_float():
     ),
     ({'model': {'connection': {'kind': 'mch'}}}, "'mch'.*did you mean 'mhc'"),
     ({'model': {'connection': {'sinkhorn_eps': 0.5}}}, 'sinkhorn_eps=0.5'),
+    (
+      {'model': {'connection': {'kind': 'mhc_lite', 'num_streams': 6}}},
+      'num_streams=6 is too many for mhc_lite',
+    ),
+    (
+      {'model': {'connection': {'kind': 'kromhc', 'num_streams': 6}}},
+      'num_streams=6 must be a power of two',
+    ),
+    (
+      {
+        'model': {
+          'connection': {'kind': 'mhc_single_pass', 'collapse': 'learned'}
+        }
+      },
+      "collapse='learned' would not be used",
+    ),
     ({'model': {'attention': {'rope_dim': 3}}}, 'rope_dim=3 must be even'),
     ({'model': {'vocab_size': 257}}, 'vocab_size=257.*at least 258'),
     ({'num_steps': 'ten'}, "num_steps='ten' must be of type int"),

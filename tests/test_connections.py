@@ -1,6 +1,7 @@
 """Connections against a float64 transcription of the papers' formulas."""
 
 import functools
+import itertools
 
 from flax import nnx
 import jax
@@ -13,7 +14,8 @@ from mhc import connections
 from mhc import streams
 
 DIM = 6
-KINDS = config.KINDS
+KINDS = tuple(kind for kind in config.KINDS if kind != 'mhc_single_pass')
+EXACT = ('mhc_lite', 'kromhc', 'orthogonal')
 
 
 def make(kind, num_streams=4, index=0, **options):
@@ -47,6 +49,26 @@ def site(connection, x):
   return connection.post(jnp.sin(h), context)
 
 
+def reference_mixing(kind, logits, n):
+  if kind == 'mhc_lite':
+    weights = jnp.exp(logits) / jnp.exp(logits).sum()
+    h_res = jnp.zeros((n, n))
+    for weight, target in zip(
+      weights, itertools.permutations(range(n)), strict=True
+    ):
+      h_res = h_res.at[np.arange(n), np.array(target)].add(weight)
+    return h_res
+  if kind == 'kromhc':
+    h_res = jnp.ones((1, 1))
+    for pair in logits.reshape(-1, 2):
+      keep, swap = jnp.exp(pair) / jnp.exp(pair).sum()
+      h_res = jnp.kron(h_res, jnp.array([[keep, swap], [swap, keep]]))
+    return h_res
+  skew = jnp.zeros((n, n)).at[np.triu_indices(n, 1)].set(logits)
+  skew = skew - skew.T
+  return (jnp.eye(n) - skew) @ jnp.linalg.inv(jnp.eye(n) + skew)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_pullback(function, parameters, x, cotangent):
   out, vjp = jax.vjp(function, parameters, x)
@@ -73,7 +95,7 @@ def reference_site(kind, params, x):
     else:
       flat = rms_norm(x.reshape(n * dim), -1)
       raw = flat @ params['phi']
-      sizes = [n, n, n * n][: len(params['alpha'])]
+      sizes = [n, n, len(params['bias']) - 2 * n][: len(params['alpha'])]
       scaled = jnp.concatenate(
         [
           alpha * part
@@ -93,6 +115,8 @@ def reference_site(kind, params, x):
         for _ in range(20):
           h_res = h_res / h_res.sum(0, keepdims=True)
           h_res = h_res / h_res.sum(1, keepdims=True)
+      elif len(sizes) == 3:
+        h_res = reference_mixing(kind, logits[2 * n :], n)
     h = h_pre @ x
     return h_res @ x + h_post[:, None] * jnp.sin(h)[None]
 
@@ -100,8 +124,8 @@ def reference_site(kind, params, x):
   return tokens.reshape(x.shape)
 
 
-@pytest.mark.parametrize('num_streams', [1, 2, 4])
-@pytest.mark.parametrize('kind', ['hc', 'mhc', 'identity'])
+@pytest.mark.parametrize('num_streams', [1, 4])
+@pytest.mark.parametrize('kind', ['hc', 'mhc', 'identity', *EXACT])
 def test_site_and_all_gradients_match_the_papers_formulas(kind, num_streams):
   connection = perturbed(make(kind, num_streams))
   params = nnx.to_pure_dict(nnx.state(connection))
@@ -145,6 +169,10 @@ def test_residual_is_x_plus_y():
     ('hc', DIM + DIM * (4 + 2) + 4 * (4 + 2) + 2),
     ('mhc', 4 * DIM * 24 + 24 + 3),
     ('identity', 4 * DIM * 8 + 8 + 2),
+    ('mhc_lite', (4 * DIM + 1) * (8 + 24) + 3),
+    ('kromhc', (4 * DIM + 1) * (8 + 4) + 3),
+    ('orthogonal', (4 * DIM + 1) * (8 + 6) + 3),
+    ('mhc_single_pass', 4 * DIM * 24 + 24 + 3),
   ],
 )
 def test_parameter_counts(kind, count):
@@ -185,7 +213,7 @@ def test_mixing_matrices_of_every_kind():
     _, context = connection.pre(random_streams(n))
     matrices = connections.mixing_matrices(context)
     assert matrices.shape == (10, n, n)
-    if kind != 'mhc':
+    if kind in ('residual', 'hc', 'identity', 'orthogonal'):
       eye = jnp.broadcast_to(jnp.eye(n), (10, n, n))
       np.testing.assert_array_equal(matrices, eye)
 
@@ -211,6 +239,34 @@ def test_bfloat16_streams_keep_float32_mappings(kind):
   for leaf in jax.tree.leaves(grads):
     assert leaf.dtype == jnp.float32
     assert np.isfinite(leaf).all()
+
+
+def test_single_pass_reads_by_the_weights_of_the_sublayer_before():
+  """x_l+1 = B_l x_l + C_l F(A_l-1 x_l), written out with MHC's mappings."""
+  settings = config.ConnectionConfig(kind='mhc_single_pass')
+  sites = [
+    perturbed(connections.make(settings, DIM, index, 1e-20), seed=index)
+    for index in range(3)
+  ]
+  inputs = jax.random.normal(jax.random.key(0), (2, 5, DIM))
+  state = connections.open_streams(settings, inputs)
+  x = np.tile(inputs.reshape(10, 1, DIM), (1, 4, 1))
+  weights = np.eye(4)[:, :1].repeat(10, 1)
+  for site in sites:
+    h, context = site.pre(state)
+    np.testing.assert_allclose(
+      h.reshape(10, DIM), np.einsum('jt,tjc->tc', weights, x), atol=1e-4
+    )
+    state = site.post(jnp.sin(h), context)
+    mappings = jax.device_get(site.inner.mappings(jnp.asarray(x, jnp.float32)))
+    x = np.einsum('ijt,tjc->tic', mappings.res, x) + np.einsum(
+      'it,tc->tic', mappings.post, np.sin(h.reshape(10, DIM))
+    )
+    weights = mappings.pre
+  out = connections.close_streams(state, streams.Collapse('mean', DIM, 4))
+  np.testing.assert_allclose(
+    out.reshape(10, DIM), np.einsum('jt,tjc->tc', weights, x), atol=1e-4
+  )
 
 
 def test_advance_is_post_then_pre():
@@ -257,7 +313,7 @@ def test_streams_of_another_shape_are_named():
 
 
 def test_unknown_choices_are_named():
-  with pytest.raises((ValueError, TypeError), match='cayley'):
-    connections.MHC(DIM, 4, 0, mixing='cayley')
+  with pytest.raises((ValueError, TypeError), match='kayley'):
+    connections.MHC(DIM, 4, 0, mixing='kayley')
   with pytest.raises((ValueError, TypeError), match='max'):
     streams.Collapse('max', DIM, 4)

@@ -12,9 +12,10 @@ ORDER = (
   ('checks',),
   ('config',),
   ('manifold',),
-  ('gains',),
+  ('gains', 'mixing'),
   ('layers', 'streams'),
-  ('attention', 'connections'),
+  ('attention', 'hyper'),
+  ('connections',),
   ('transformer',),
   ('sharding', 'optimizer', 'tokenizer'),
   ('step',),
@@ -73,5 +74,5 @@ def test_parameters_are_plain_pytrees(path):
 def test_every_module_has_a_test():
   tests = '\n'.join(p.read_text() for p in ROOT.glob('tests/test_*.py'))
   for path in MODULES:
-    if path.stem not in ('__init__', 'checks', 'layers', 'plots'):
+    if path.stem not in ('__init__', 'checks', 'hyper', 'layers', 'plots'):
       assert re.search(rf'\bimport {path.stem}\b', tests), path.stem

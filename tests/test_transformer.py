@@ -60,13 +60,14 @@ def final_streams(model, x):
 loss_and_grads = jax.jit(jax.value_and_grad(loss))
 
 
-@pytest.mark.parametrize('collapse', ['sum', 'mean', 'learned'])
-@pytest.mark.parametrize('kind', ['hc', 'mhc', 'identity'])
-def test_every_kind_starts_as_the_plain_residual(kind, collapse):
+@pytest.mark.parametrize('kind', config.KINDS[1:])
+def test_every_kind_starts_as_the_plain_residual(kind):
   want = logits_of(network('residual'), tokens())
-  got = logits_of(network(kind, collapse=collapse), tokens())
   assert jnp.std(want) > 0.1
-  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+  collapses = ('sum', 'mean', 'learned') if kind == 'mhc' else ('mean',)
+  for collapse in collapses:
+    got = logits_of(network(kind, collapse=collapse), tokens())
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 def test_kinds_share_their_initial_weights():

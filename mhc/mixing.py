@@ -1,0 +1,113 @@
+r"""From logits to the mixing matrix H_res, one function a parameterisation.
+
+    sinkhorn      n^2 logits       doubly stochastic up to the iteration (mHC)
+    identity      none             I
+    permutations  n! logits        sum_k softmax(logits)_k P_k over all
+                                   permutations P_k (mHC-lite, arXiv 2601.05732)
+    kronecker     2 log2(n) logits product of 2 x 2 mixtures of I and the swap
+                                   (KromHC, arXiv 2601.21579)
+    cayley        n (n - 1) / 2    (I - S)(I + S)^-1 with S skew: a rotation
+                                   (JPmHC, arXiv 2602.18308)
+
+`permutations` and `kronecker` are doubly stochastic exactly, without iterating;
+the former reaches all of the polytope (Birkhoff-von Neumann), the latter part
+of it. `cayley` keeps norms instead of sums: its gains are at most sqrt(n).
+
+Logits and matrices lie tokens-minor: [k, t] -> [n, n, t], float32.
+"""
+
+import itertools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+from mhc import manifold
+
+Mixing = Literal['sinkhorn', 'identity', 'permutations', 'kronecker', 'cayley']
+
+
+def initial_logits(mixing: Mixing, n: int) -> Float[Array, 'k']:
+  """Logits of a matrix close to I, from which training starts.
+
+  6 I - 3 is the mHC paper's (ICML version, App. A.6); the others are chosen so
+  that the diagonal starts as near to 1 (for n = 4: 0.993, 0.994, 0.995, 1).
+
+  Raises:
+    ValueError: the parameterisation does not exist for n streams.
+  """
+  if mixing == 'permutations' and n > 5:
+    raise ValueError(f'{n} streams have {n}! permutations: use at most 5')
+  if mixing == 'kronecker' and n & (n - 1):
+    raise ValueError(f'kronecker needs a power of two of streams, got {n}')
+  match mixing:
+    case 'sinkhorn':
+      return 6.0 * jnp.eye(n).reshape(-1) - 3.0
+    case 'identity':
+      return jnp.zeros(0)
+    case 'permutations':  # the first one is the identity
+      return jnp.zeros(math.factorial(n)).at[0].set(8.0)
+    case 'kronecker':
+      return jnp.tile(jnp.array([6.0, 0.0]), n.bit_length() - 1)
+    case 'cayley':
+      return jnp.zeros(n * (n - 1) // 2)
+
+
+def matrices(
+  mixing: Mixing, logits: Float[Array, 'k t'], n: int, **sinkhorn
+) -> Float[Array, 'n n t']:
+  """H_res of t tokens; `sinkhorn` are options of `sinkhorn_project`."""
+  match mixing:
+    case 'sinkhorn':
+      square = logits.reshape(n, n, -1)
+      return manifold.sinkhorn_project(square, axes=(0, 1), **sinkhorn)
+    case 'identity':
+      return jnp.broadcast_to(jnp.eye(n)[..., None], (n, n, logits.shape[1]))
+    case 'permutations':
+      return permutations(logits, n)
+    case 'kronecker':
+      return kronecker(logits, n)
+    case 'cayley':
+      return cayley(logits, n)
+
+
+def permutations(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
+  """sum_k softmax(logits)_k P_k; P_k in lexicographic order, P_0 = I."""
+  every = np.eye(n, dtype=np.float32)[list(itertools.permutations(range(n)))]
+  weights = jax.nn.softmax(logits, axis=0)
+  return jnp.einsum(
+    'kij,kt->ijt', every, weights, precision=jax.lax.Precision.HIGHEST
+  )
+
+
+def kronecker(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
+  """U_1 x U_2 x ... with U_f = softmax(logits_f) . (I, swap)."""
+  size, tokens = 1, logits.shape[1]
+  product = jnp.ones((1, 1, tokens))
+  for pair in logits.reshape(-1, 2, tokens):
+    keep, swap = jax.nn.softmax(pair, axis=0)
+    factor = jnp.stack([jnp.stack([keep, swap]), jnp.stack([swap, keep])])
+    product = product[:, None, :, None] * factor[None, :, None]
+    size *= 2
+    product = product.reshape(size, size, tokens)
+  return product
+
+
+def cayley(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
+  """(I - S)(I + S)^-1, S skew with the logits above its diagonal.
+
+  Solved by Gauss-Jordan elimination, which needs no pivoting here: the
+  symmetric part of I + S is I, so every pivot is at least 1.
+  """
+  above = np.triu_indices(n, 1)
+  skew = jnp.zeros((n, n, logits.shape[1])).at[above].set(logits)
+  skew = skew - jnp.swapaxes(skew, 0, 1)
+  eye = jnp.eye(n)[..., None]
+  system = jnp.concatenate([eye + skew, eye - skew], axis=1)
+  for k in range(n):
+    pivot_row = system[k] / system[k, k][None]
+    system = system - (system[:, k] - eye[:, k])[:, None] * pivot_row[None]
+  return system[:, n:]
