@@ -92,6 +92,46 @@ class AttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """Mixture of experts in place of the FFN, as in DeepSeek-V3; 0 for none."""
+
+  num_experts: int = 0
+  experts_per_token: int = 2
+  num_shared: int = 1
+  # Hidden width of one expert.
+  expert_dim: int = 64
+  # The first blocks keep a dense FFN of width ffn_dim.
+  num_dense_blocks: int = 1
+  # 'bias' chooses by affinity and a bias that evens the load, 'sinkhorn' by
+  # affinities made doubly stochastic over tokens and experts.
+  router: Literal['bias', 'sinkhorn'] = 'bias'
+  bias_speed: float = 0.001
+  # Weight of the sequence-wise auxiliary loss.
+  balance_loss: float = 0.0
+  dispatch: Literal['dropless', 'capacity'] = 'dropless'
+  # Slots over the mean load, for dispatch='capacity'.
+  capacity_factor: float = 1.25
+
+  def __post_init__(self):
+    checks.check_types(self)
+    checks.at_least(
+      self,
+      num_experts=0,
+      experts_per_token=1,
+      num_shared=0,
+      expert_dim=1,
+      num_dense_blocks=0,
+    )
+    checks.not_negative(self, 'bias_speed', 'balance_loss')
+    checks.positive(self, 'capacity_factor')
+    if 0 < self.num_experts < self.experts_per_token:
+      raise ValueError(
+        f'moe.experts_per_token={self.experts_per_token} is more than '
+        f'moe.num_experts={self.num_experts}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A pre-norm transformer; a block is attention and FFN, two sub-layers."""
 
@@ -108,15 +148,23 @@ class ModelConfig:
   recompute: Literal['none', 'block'] = 'block'
   attention: AttentionConfig = AttentionConfig()
   connection: ConnectionConfig = ConnectionConfig()
+  moe: MoEConfig = MoEConfig()
 
   def __post_init__(self):
     checks.check_types(self)
+    if self.moe.num_experts and self.moe.num_dense_blocks >= self.num_blocks:
+      raise ValueError(
+        f'moe.num_dense_blocks={self.moe.num_dense_blocks} leaves no block '
+        f'with experts: model.num_blocks={self.num_blocks}'
+      )
     checks.at_least(self, vocab_size=258, num_blocks=1, dim=1, ffn_dim=1)
     checks.not_negative(self, 'norm_eps')
 
   @property
-  def num_sublayers(self) -> int:
-    return 2 * self.num_blocks
+  def num_moe_blocks(self) -> int:
+    if not self.moe.num_experts:
+      return 0
+    return self.num_blocks - self.moe.num_dense_blocks
 
 
 @dataclasses.dataclass(frozen=True)

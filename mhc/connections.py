@@ -84,11 +84,10 @@ def open_streams(
   wide = streams.expand(x, config.streams)
   if config.kind != 'mhc_single_pass':
     return wide
-  num_tokens = x.size // x.shape[-1]
   first = jnp.arange(config.streams) == 0
-  pre = jnp.broadcast_to(
-    first.astype(jnp.float32)[:, None], (config.streams, num_tokens)
-  )
+  # Made from x so that, inside a shard_map, it varies over devices as x does.
+  zeros = 0 * x.reshape(-1, x.shape[-1])[:, 0].astype(jnp.float32)
+  pre = first.astype(jnp.float32)[:, None] + zeros[None]
   return Ahead(wide, pre)
 
 

@@ -14,7 +14,7 @@ from mhc import step as step_lib
 
 def evaluate(
   programs: step_lib.Programs,
-  params: step_lib.Params,
+  state: step_lib.TrainState,
   rows: np.ndarray,
   batch_size: int,
 ) -> dict[str, float]:
@@ -29,7 +29,7 @@ def evaluate(
     missing = batch_size - len(batch)
     padded = np.pad(batch, ((0, missing), (0, 0)))
     tokens = sharding.place(padded, programs.mesh, sharding.BATCH)
-    scores = np.asarray(programs.row_nats(params, tokens), np.float64)
+    scores = np.asarray(programs.row_nats(state, tokens), np.float64)
     nats += float(scores[: len(batch)].sum())
   targets = rows[:, 1:]
   return {
@@ -69,7 +69,7 @@ def evaluate_checkpoint(
     raise ValueError(f'{workdir} has no checkpoint yet: train it first')
   return {
     'step': int(state.step),
-    **evaluate(programs, state.params, rows, 4 * config.data.batch_size),
+    **evaluate(programs, state, rows, 4 * config.data.batch_size),
     'rows': len(rows),
     'corpus': corpus.name,
     'corpus_sha256': corpus.sha256,

@@ -19,6 +19,7 @@ import optax
 
 from mhc import config as config_lib
 from mhc import gains
+from mhc import moe
 from mhc import optimizer as optimizer_lib
 from mhc import sharding
 from mhc import transformer
@@ -30,6 +31,7 @@ class TrainState(NamedTuple):
   step: jax.Array  # int32 [], updates done
   params: Params
   opt_state: optax.OptState
+  router_bias: jax.Array | None  # float32 [l, e] of the l blocks with experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +40,9 @@ class Programs:
 
   init: seed -> state.
   train_step: state, tokens int32 [b, t + 1] -> state, metrics; donates state.
-  row_nats: params, tokens int32 [b, t + 1] -> float32 [b], the summed negative
+  row_nats: state, tokens int32 [b, t + 1] -> float32 [b], the summed negative
     log-likelihood of each row's t targets.
-  probe: params, tokens int32 [1, t] -> `gains.profile` of H_res on them.
+  probe: state, tokens int32 [1, t] -> `gains.profile` of H_res on them.
   """
 
   mesh: Mesh
@@ -81,53 +83,83 @@ def _build(
   def init(seed):
     fresh = create(rngs=nnx.Rngs(jax.random.key(seed)))
     params = nnx.to_pure_dict(nnx.state(fresh))
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    router_bias = None
+    if model.num_moe_blocks:
+      router_bias = jnp.zeros((model.num_moe_blocks, model.moe.num_experts))
+    return TrainState(
+      jnp.zeros((), jnp.int32), params, optimizer.init(params), router_bias
+    )
 
-  def local_nats(params, tokens):
-    logits = network(params)(tokens[:, :-1])
+  def local_nats(params, router_bias, tokens):
+    logits, stats = network(params).logits_and_stats(
+      tokens[:, :-1], router_bias
+    )
     nats = optax.softmax_cross_entropy_with_integer_labels(
       logits, tokens[:, 1:]
     )
-    return jnp.sum(nats, axis=1)
+    return jnp.sum(nats, axis=1), stats
 
-  def local_loss_and_grads(params, tokens):
+  def local_loss_and_grads(params, router_bias, tokens):
     # The local gradient first, then one sum over devices: parameters must vary
     # over the mesh, or autodiff would sum at every use of them.
-    params = jax.lax.pcast(params, sharding.DATA, to='varying')
-    loss, grads = jax.value_and_grad(
-      lambda params: jnp.sum(local_nats(params, tokens))
-    )(params)
-    scale = 1 / (batch_size * seq_len)
-    return jax.tree.map(
-      lambda leaf: jax.lax.psum(leaf, sharding.DATA) * scale, (loss, grads)
+    params, router_bias = jax.lax.pcast(
+      (params, router_bias), sharding.DATA, to='varying'
     )
+
+    def objective(params):
+      rows, stats = local_nats(params, router_bias, tokens)
+      nats = jnp.sum(rows)
+      total = nats
+      if stats is not None and model.moe.balance_loss:
+        balance = jnp.sum(stats.balance_loss) * rows.size * seq_len
+        total = total + model.moe.balance_loss * balance
+      return total, (nats, stats)
+
+    grads, (nats, stats) = jax.grad(objective, has_aux=True)(params)
+    scale = 1 / (batch_size * seq_len)
+    nats, grads = jax.tree.map(
+      lambda leaf: jax.lax.psum(leaf, sharding.DATA) * scale, (nats, grads)
+    )
+    load = None
+    if stats is not None:
+      load = (
+        jax.lax.psum(stats.load, sharding.DATA),
+        jax.lax.pmean(stats.dropped, sharding.DATA),
+      )
+    return nats, grads, load
 
   loss_and_grads = jax.shard_map(
     local_loss_and_grads,
     mesh=mesh,
-    in_specs=(sharding.WHOLE, sharding.BATCH),
+    in_specs=(sharding.WHOLE, sharding.WHOLE, sharding.BATCH),
     out_specs=sharding.WHOLE,
-  )
-  row_nats = jax.shard_map(
-    local_nats,
-    mesh=mesh,
-    in_specs=(sharding.WHOLE, sharding.BATCH),
-    out_specs=sharding.BATCH,
   )
 
   def train_step(state, tokens):
-    loss, grads = loss_and_grads(state.params, tokens)
+    loss, grads, load = loss_and_grads(state.params, state.router_bias, tokens)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
       'loss/train': loss,
       'grad/global_norm': optax.tree.norm(grads),
       'optimizer/learning_rate': learning_rate(state.step),
     }
+    router_bias = state.router_bias
+    if load is not None:
+      metrics |= moe.load_metrics(*load)
+      router_bias = moe.updated_bias(router_bias, load[0], model.moe.bias_speed)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state, router_bias), metrics
 
-  def probe(params, tokens):
-    return gains.profile(network(params).mixing_matrices(tokens))
+  row_nats = jax.shard_map(
+    lambda params, bias, tokens: local_nats(params, bias, tokens)[0],
+    mesh=mesh,
+    in_specs=(sharding.WHOLE, sharding.WHOLE, sharding.BATCH),
+    out_specs=sharding.BATCH,
+  )
+
+  def probe(state, tokens):
+    matrices = network(state.params).mixing_matrices(tokens, state.router_bias)
+    return gains.profile(matrices)
 
   abstract_state = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
@@ -149,7 +181,9 @@ def _build(
     abstract_state=abstract_state,
     init=jax.jit(init, static_argnums=0, out_shardings=whole),
     train_step=compiled,
-    row_nats=jax.jit(row_nats),
+    row_nats=jax.jit(
+      lambda state, tokens: row_nats(state.params, state.router_bias, tokens)
+    ),
     probe=jax.jit(probe),
     peak_bytes=memory.argument_size_in_bytes
     + memory.output_size_in_bytes

@@ -111,13 +111,13 @@ def train(
       if evaluating:
         values |= evaluate.evaluate(
           programs,
-          state.params,
+          state,
           heldout,
           EVAL_BATCHES * config.data.batch_size,
         )
       if probing:
         row = sharding.place(heldout[:1, :-1], programs.mesh, sharding.WHOLE)
-        profile = jax.device_get(programs.probe(state.params, row))
+        profile = jax.device_get(programs.probe(state, row))
         probes.write(step, profile)
         values['mhc/gain_fwd_max'] = float(profile['composite_fwd'].max())
         values['mhc/gain_bwd_max'] = float(profile['composite_bwd'].max())

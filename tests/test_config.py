@@ -29,6 +29,16 @@ model.connection.sinkhorn_iters
 model.dim
 model.dtype
 model.ffn_dim
+model.moe.balance_loss
+model.moe.bias_speed
+model.moe.capacity_factor
+model.moe.dispatch
+model.moe.expert_dim
+model.moe.experts_per_token
+model.moe.num_dense_blocks
+model.moe.num_experts
+model.moe.num_shared
+model.moe.router
 model.norm_eps
 model.num_blocks
 model.recompute
@@ -95,6 +105,15 @@ def test_an_int_passes_for_a_float():
         }
       },
       "collapse='learned' would not be used",
+    ),
+    (
+      {'model': {'moe': {'num_experts': 4, 'experts_per_token': 5}}},
+      'experts_per_token=5 is more than moe.num_experts=4',
+    ),
+    ({'model': {'moe': {'capacity_factor': 0.0}}}, 'capacity_factor=0.0'),
+    (
+      {'model': {'num_blocks': 1, 'moe': {'num_experts': 4}}},
+      'num_dense_blocks=1 leaves no block',
     ),
     ({'model': {'attention': {'rope_dim': 3}}}, 'rope_dim=3 must be even'),
     ({'model': {'vocab_size': 257}}, 'vocab_size=257.*at least 258'),

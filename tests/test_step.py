@@ -49,11 +49,11 @@ def trained(num_devices, kind):
   for seed in range(3):
     state, values = programs.train_step(state, batch(programs, seed))
     metrics.append(jax.device_get(values))
-  nats = programs.row_nats(state.params, batch(programs))
+  nats = programs.row_nats(state, batch(programs))
   return jax.device_get(state), metrics, np.asarray(nats)
 
 
-@pytest.mark.parametrize('kind', ['residual', 'hc', 'mhc'])
+@pytest.mark.parametrize('kind', ['residual', 'hc', 'mhc', 'mhc_single_pass'])
 def test_eight_devices_compute_what_one_does(kind):
   one, eight = trained(1, kind), trained(8, kind)
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
@@ -61,18 +61,46 @@ def test_eight_devices_compute_what_one_does(kind):
   assert one[0].step == 3
 
 
+def test_experts_over_devices():
+  """Loads are counted, and biases updated, over the whole batch."""
+  experts = config.MoEConfig(
+    num_experts=4, expert_dim=16, num_dense_blocks=1, balance_loss=0.1
+  )
+  states, losses = [], []
+  for num_devices in (1, 8):
+    programs = step.build(
+      dataclasses.replace(
+        TINY,
+        num_devices=num_devices,
+        model=dataclasses.replace(TINY.model, moe=experts),
+      )
+    )
+    state = programs.init(0)
+    for seed in range(3):
+      state, metrics = programs.train_step(state, batch(programs, seed))
+    states.append(jax.device_get(state))
+    losses.append(jax.device_get(metrics))
+  for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+  bias = states[0].router_bias
+  assert bias.shape == (1, 4)
+  assert 0 < np.abs(bias).max() <= 3 * 0.001 + 1e-9
+  assert losses[0]['moe/load_max_over_mean'] >= 1
+  assert losses[0].keys() == losses[1].keys()
+
+
 def test_the_gradient_norm_is_that_of_the_mean_loss():
   """Against plain autodiff of the mean over all tokens, without shard_map."""
   programs = step.build(TINY)
   state = programs.init(0)
   tokens = batch(programs)
-  params = jax.tree.map(jnp.copy, state.params)
+  kept = jax.tree.map(jnp.copy, state)
 
   def mean_loss(params):
-    rows = programs.row_nats(params, tokens)
+    rows = programs.row_nats(kept._replace(params=params), tokens)
     return jnp.mean(rows) / 12
 
-  loss, grads = jax.value_and_grad(mean_loss)(params)
+  loss, grads = jax.value_and_grad(mean_loss)(kept.params)
   _, metrics = programs.train_step(state, tokens)
   np.testing.assert_allclose(metrics['loss/train'], loss, rtol=1e-5)
   np.testing.assert_allclose(

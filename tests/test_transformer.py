@@ -54,7 +54,7 @@ def logits_of(model, x):
 
 @jax.jit
 def final_streams(model, x):
-  return model._streams(x, collect=False)[0]
+  return model._run(x, None, collect=False)[0]
 
 
 loss_and_grads = jax.jit(jax.value_and_grad(loss))
@@ -75,7 +75,9 @@ def test_kinds_share_their_initial_weights():
   mhc = nnx.to_pure_dict(nnx.state(network('mhc')))
   for name in ('attention', 'ffn'):
     jax.tree.map(
-      np.testing.assert_array_equal, plain['blocks'][name], mhc['blocks'][name]
+      np.testing.assert_array_equal,
+      plain['dense_blocks'][name],
+      mhc['dense_blocks'][name],
     )
 
 
@@ -84,7 +86,7 @@ def test_at_the_first_step_only_post_receives_a_gradient():
   _, grads = loss_and_grads(network('mhc'), tokens(8, 33))
   parts = np.cumsum((4, 4, 16))[:-1]  # pre, post, res
   for name in ('attention_connection', 'ffn_connection'):
-    connection = getattr(grads.blocks, name)
+    connection = getattr(grads.dense_blocks, name)
     bias = np.split(np.abs(connection.bias[...]), parts, axis=-1)
     phi = np.split(np.abs(connection.phi[...]), parts, axis=-1)
     assert bias[1].max() > 1e-3
@@ -120,7 +122,7 @@ def test_streams_part_within_a_few_steps(optax_promotion):
   model = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
   symmetric = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
   for name in ('attention_connection', 'ffn_connection'):
-    bias = getattr(symmetric.blocks, name).bias
+    bias = getattr(symmetric.dense_blocks, name).bias
     bias[...] = bias[...].at[:, :4].set(-3.0)
   assert spread_after(model) > 1e-3
   assert spread_after(symmetric) < 1e-6
@@ -149,7 +151,7 @@ def test_recompute_changes_no_gradient(kind):
 def test_mixing_matrices_come_in_order_of_depth():
   model = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
   for number, name in enumerate(('attention_connection', 'ffn_connection')):
-    bias = getattr(model.blocks, name).bias
+    bias = getattr(model.dense_blocks, name).bias
     strength = 1.0 + number + jnp.arange(0.0, 6.0, 2.0)  # sub-layers 0 ... 5
     bias[...] = (
       bias[...].at[:, 8:].set(strength[:, None] * jnp.eye(4).reshape(1, 16))
@@ -182,7 +184,7 @@ def test_parameter_count():
 def test_expansion_happens_once_per_model():
   """Streams differ between blocks once posts differ: no re-expansion."""
   model = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
-  bias = model.blocks.ffn_connection.bias
+  bias = model.dense_blocks.ffn_connection.bias
   bias[...] = bias[...].at[0, 4:8].set(jnp.array([-2.0, -1.0, 1.0, 2.0]))
   x = final_streams(model, tokens())
   differences = jnp.abs(x - jnp.mean(x, axis=2, keepdims=True))

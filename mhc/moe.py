@@ -1,0 +1,157 @@
+r"""Mixture of experts as in DeepSeek-V3 (arXiv 2412.19437, Sec. 2.1.2).
+
+A token x has the affinity s_i = sigmoid(w_i . x) to each of e routed experts.
+The k experts with the largest s_i + b_i are chosen; their outputs are weighed
+by s_i over the sum of the chosen s (b only selects), and shared experts, which
+every token visits, are added.
+
+Load is balanced without an auxiliary loss (arXiv 2408.15664): after each update
+b_i grows by `bias_speed` where expert i had fewer tokens than the mean and
+shrinks where it had more. For comparison the selection can be by Sinkhorn
+instead: the affinities of all tokens of a batch projected so that every token
+has weight 1 and every expert an equal share, the projection of mHC on a
+rectangle. That selection lets a token depend on the others of its batch, later
+ones too.
+"""
+
+import math
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mhc import config as config_lib
+from mhc import experts as experts_lib
+from mhc import layers
+
+SINKHORN_ROUTER_ITERS = 20
+
+
+class Stats(NamedTuple):
+  """What one layer did with one batch."""
+
+  load: Float[Array, 'e']  # assignments of each expert
+  dropped: Float[Array, '']  # share of assignments without a slot
+  balance_loss: Float[Array, '']  # sequence-wise, 1 when even
+
+
+class MoE(nnx.Module):
+  """Router, routed experts and shared experts in place of an FFN."""
+
+  def __init__(self, config: config_lib.MoEConfig, dim: int, *, rngs: nnx.Rngs):
+    num, hidden = config.num_experts, config.expert_dim
+
+    def stack(rows, columns):
+      weight = jax.random.normal(rngs.params(), (num, rows, columns))
+      return nnx.Param(weight * rows**-0.5)
+
+    self.router = layers.Linear(dim, num, rngs=rngs)
+    self.gate = stack(dim, hidden)
+    self.up = stack(dim, hidden)
+    self.down = stack(hidden, dim)
+    self.shared = (
+      layers.SwiGLU(dim, config.num_shared * hidden, rngs=rngs)
+      if config.num_shared
+      else None
+    )
+    self.config = config
+
+  def __call__(
+    self, x: Float[Array, 'b t d'], bias: Float[Array, 'e']
+  ) -> tuple[Float[Array, 'b t d'], Stats]:
+    config = self.config
+    tokens = x.reshape(-1, x.shape[-1])
+    scores = jax.nn.sigmoid(
+      jnp.matmul(
+        tokens.astype(jnp.float32),
+        self.router.weight[...],
+        precision=jax.lax.Precision.HIGHEST,
+      )
+    )
+    chosen = self._select(scores, bias)
+    gates = jnp.take_along_axis(scores, chosen, axis=1)
+    gates = gates / jnp.sum(gates, axis=1, keepdims=True)
+
+    weights = experts_lib.Weights(
+      *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+    )
+    dropped = jnp.zeros(())
+    match config.dispatch:
+      case 'dropless':
+        out = experts_lib.dropless(tokens, chosen, weights)
+      case 'capacity':
+        out, dropped = experts_lib.capacity(
+          tokens, chosen, weights, config.capacity_factor
+        )
+    out = jnp.sum(out * gates[..., None].astype(x.dtype), axis=1)
+    out = out.reshape(x.shape)
+    if self.shared is not None:
+      out = out + self.shared(x)
+    return out, Stats(
+      load=jnp.bincount(chosen.reshape(-1), length=config.num_experts).astype(
+        jnp.float32
+      ),
+      dropped=dropped,
+      balance_loss=_balance_loss(scores, chosen, x.shape[0]),
+    )
+
+  def _select(self, scores, bias) -> Int[Array, 's k']:
+    """The chosen experts; no gradient passes through the choice."""
+    scores = jax.lax.stop_gradient(scores)
+    match self.config.router:
+      case 'bias':
+        ranking = scores + bias[None]
+      case 'sinkhorn':
+        ranking = balanced(scores)
+    return jax.lax.top_k(ranking, self.config.experts_per_token)[1]
+
+
+def balanced(scores: Float[Array, 's e']) -> Float[Array, 's e']:
+  """Positive scores, scaled so that rows sum to 1 and columns to s / e."""
+
+  def iterate(x, _):
+    x = x / jnp.mean(x, axis=0, keepdims=True)
+    return x / jnp.sum(x, axis=1, keepdims=True), None
+
+  return jax.lax.scan(iterate, scores, length=SINKHORN_ROUTER_ITERS)[0]
+
+
+def updated_bias(
+  bias: Float[Array, 'l e'], load: Float[Array, 'l e'], speed: float
+) -> Float[Array, 'l e']:
+  """Loss-free balancing: towards experts that had less than the mean load."""
+  mean = jnp.mean(load, axis=1, keepdims=True)
+  return bias + speed * jnp.sign(mean - load)
+
+
+def load_metrics(
+  load: Float[Array, 'l e'], dropped: Float[Array, 'l']
+) -> dict[str, Float[Array, '']]:
+  """Averages over layers; entropy 1 is an even load."""
+  share = load / jnp.sum(load, axis=1, keepdims=True)
+  largest = jnp.max(share, axis=1) * load.shape[1]
+  logs = jnp.log(jnp.maximum(share, 1e-30))
+  entropy = -jnp.sum(share * logs, axis=1) / math.log(load.shape[1])
+  return {
+    'moe/load_max_over_mean': jnp.mean(largest),
+    'moe/load_entropy': jnp.mean(entropy),
+    'moe/dropped_share': jnp.mean(dropped),
+  }
+
+
+def _balance_loss(scores, chosen, num_rows):
+  """Sequence-wise loss of DeepSeek-V3 (Eq. 17-20), averaged over rows.
+
+  sum_i f_i P_i with f_i = e / (k t) * (assignments of expert i in the row) and
+  P_i the row's mean of s_i / sum_j s_j; the gradient is through P.
+  """
+  num_experts, k = scores.shape[1], chosen.shape[1]
+  normed = scores / jnp.sum(scores, axis=1, keepdims=True)
+  normed = normed.reshape(num_rows, -1, num_experts)
+  counts = jax.nn.one_hot(chosen, num_experts).reshape(
+    num_rows, -1, k, num_experts
+  )
+  frequency = jnp.mean(jnp.sum(counts, axis=2), axis=1) * num_experts / k
+  return jnp.mean(jnp.sum(frequency * jnp.mean(normed, axis=1), axis=1))

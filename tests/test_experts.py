@@ -1,0 +1,118 @@
+"""Every way to run the experts against a loop over them in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mhc import experts
+
+TOKENS, DIM, HIDDEN, NUM = 40, 6, 10, 5
+
+
+def inputs(seed=0):
+  keys = jax.random.split(jax.random.key(seed), 5)
+  weights = experts.Weights(
+    jax.random.normal(keys[0], (NUM, DIM, HIDDEN)),
+    jax.random.normal(keys[1], (NUM, DIM, HIDDEN)),
+    jax.random.normal(keys[2], (NUM, HIDDEN, DIM)),
+  )
+  return jax.random.normal(keys[3], (TOKENS, DIM)), weights
+
+
+def assignments(load, k):
+  """[tokens, k] distinct experts a token, of a given skew."""
+  rng = np.random.default_rng(k)
+  order = np.stack([rng.permutation(NUM) for _ in range(TOKENS)])
+  if load == 'skewed':
+    order = np.argsort(rng.random((TOKENS, NUM)) * np.arange(1, NUM + 1) ** 3)
+  elif load == 'one has all':
+    rest = np.stack([1 + rng.permutation(NUM - 1) for _ in range(TOKENS)])
+    order = np.concatenate([np.zeros((TOKENS, 1), int), rest], axis=1)
+  elif load == 'one has none':
+    order = np.stack([rng.permutation(NUM - 1) for _ in range(TOKENS)])
+  return jnp.asarray(order[:, :k], jnp.int32)
+
+
+def reference(x, weights, chosen):
+  """A dense loop: every expert on every token, then the chosen ones."""
+  every = []
+  for e in range(NUM):
+    gate = x @ weights.gate[e]
+    hidden = gate / (1 + jnp.exp(-gate)) * (x @ weights.up[e])
+    every.append(hidden @ weights.down[e])
+  return jnp.take_along_axis(jnp.stack(every, 1), chosen[..., None], axis=1)
+
+
+def ragged(x, weights, chosen):
+  order, sizes = experts._sort(chosen, NUM)
+  out = experts.ragged(x[order // chosen.shape[1]], sizes, weights)
+  return experts._unsort(out, order, chosen.shape)
+
+
+def roomy(x, weights, chosen):
+  out, dropped = experts.capacity(x, chosen, weights, factor=float(NUM))
+  assert dropped.shape == ()
+  return out
+
+
+PATHS = {
+  'dropless': lambda x, w, chosen: experts.dropless(x, chosen, w),
+  'ragged': ragged,
+  'capacity': roomy,
+}
+
+
+@pytest.mark.parametrize(
+  'load', ['even', 'skewed', 'one has all', 'one has none']
+)
+@pytest.mark.parametrize('k', [1, 2, 4])
+def test_outputs_and_all_gradients_match_a_dense_loop(load, k):
+  x, weights = inputs()
+  chosen = assignments(load, k)
+  cotangent = jax.random.normal(jax.random.key(9), (TOKENS, k, DIM))
+  with jax.enable_x64():
+
+    def wide(tree):
+      return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tree)
+
+    @jax.jit
+    def both(x, weights, cotangent):
+      out, vjp = jax.vjp(lambda x, w: reference(x, w, chosen), x, weights)
+      return out, vjp(cotangent)
+
+    want = jax.tree.map(
+      np.asarray, both(wide(x), wide(weights), wide(cotangent))
+    )
+  for name, path in PATHS.items():
+
+    @jax.jit
+    def pulled(x, weights, cotangent, path=path):
+      out, vjp = jax.vjp(lambda x, w: path(x, w, chosen), x, weights)
+      return out, vjp(cotangent)
+
+    got = pulled(x, weights, cotangent)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+      scale = np.abs(b).max()
+      np.testing.assert_allclose(
+        np.asarray(a) / scale, b / scale, rtol=0, atol=1e-5, err_msg=name
+      )
+
+
+def test_capacity_drops_the_later_tokens_and_says_so():
+  x, weights = inputs()
+  chosen = assignments('one has all', 1)
+  out, dropped = experts.capacity(x, chosen, weights, factor=1.0)
+  slots = TOKENS // NUM
+  np.testing.assert_allclose(dropped, 1 - slots / TOKENS, rtol=1e-6)
+  kept = np.abs(out[:, 0]).max(axis=1) > 0
+  assert kept[:slots].all()
+  assert not kept[slots:].any()
+
+
+def test_fewer_rows_than_experts():
+  x, weights = inputs()
+  chosen = jnp.array([[3], [1]], jnp.int32)
+  out = experts.dropless(x[:2], chosen, weights)
+  want = reference(x[:2], weights, chosen)
+  np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,146 @@
+"""Routing, gates, load balancing and its statistics."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mhc import config
+from mhc import moe
+
+SETTINGS = config.MoEConfig(
+  num_experts=6, experts_per_token=2, expert_dim=8, num_shared=1
+)
+DIM = 12
+
+
+def layer(**changes):
+  settings = dataclasses.replace(SETTINGS, **changes)
+  return moe.MoE(settings, DIM, rngs=nnx.Rngs(0))
+
+
+def tokens(rows=3, time=16):
+  return jax.random.normal(jax.random.key(1), (rows, time, DIM))
+
+
+@jax.jit
+def apply(layer, x, bias):
+  return layer(x, bias)
+
+
+def reference(layer, x, bias):
+  """Token by token in numpy: choose by score + bias, weigh by score."""
+  params = jax.tree.map(
+    lambda p: np.asarray(p, np.float64), nnx.to_pure_dict(nnx.state(layer))
+  )
+
+  def swiglu(x, gate, up, down):
+    hidden = x @ gate
+    return (hidden / (1 + np.exp(-hidden)) * (x @ up)) @ down
+
+  out = np.zeros(x.shape)
+  for place in np.ndindex(x.shape[:2]):
+    v = np.asarray(x[place], np.float64)
+    scores = 1 / (1 + np.exp(-v @ params['router']['weight']))
+    chosen = np.argsort(-(scores + bias))[: layer.config.experts_per_token]
+    for e in chosen:
+      expert = swiglu(v, *(params[name][e] for name in ('gate', 'up', 'down')))
+      out[place] += scores[e] / scores[chosen].sum() * expert
+    shared = params['shared']
+    out[place] += swiglu(
+      v, *(shared[name]['weight'] for name in ('gate', 'up', 'down'))
+    )
+  return out
+
+
+@pytest.mark.parametrize('k', [1, 2, 6])
+def test_the_bias_selects_and_does_not_weigh(k):
+  moe_layer = layer(experts_per_token=k)
+  bias = jnp.array([0.3, 0, 0, -0.3, 0, 0.1])
+  out, stats = apply(moe_layer, tokens(), bias)
+  want = reference(moe_layer, tokens(), np.asarray(bias))
+  np.testing.assert_allclose(out, want, rtol=0, atol=2e-5)
+  assert stats.load.sum() == 3 * 16 * k
+  if k < 6:
+    plain, _ = apply(moe_layer, tokens(), jnp.zeros(6))
+    assert jnp.abs(plain - out).max() > 1e-3
+
+
+def test_every_parameter_learns_and_the_bias_does_not():
+  def loss(layer, bias):
+    return jnp.sum(jnp.sin(layer(tokens(), bias)[0]))
+
+  grads, d_bias = jax.jit(jax.grad(loss, argnums=(0, 1)))(
+    layer(experts_per_token=3), jnp.zeros(6)
+  )
+  for leaf in jax.tree.leaves(grads):
+    assert np.abs(leaf).max() > 0
+  assert not d_bias.any()
+
+
+def test_the_update_evens_the_load():
+  """A router that sends nearly all to one expert is pulled back."""
+  moe_layer = layer()
+  router = moe_layer.router.weight
+  x = tokens(8, 64) + 1.0
+  router[...] = router[...].at[:, 0].add(0.5)
+  bias = jnp.zeros((1, 6))
+
+  def imbalance(bias):
+    _, stats = apply(moe_layer, x, bias[0])
+    return stats.load, float(stats.load.max() / stats.load.mean())
+
+  load, before = imbalance(bias)
+  for _ in range(200):
+    bias = moe.updated_bias(bias, load[None], 0.01)
+    load, after = imbalance(bias)
+  assert before > 2.5
+  assert after < 1.3
+
+
+def test_the_sinkhorn_router_evens_the_load_at_once():
+  moe_layer = layer(router='sinkhorn', experts_per_token=1)
+  router = moe_layer.router.weight
+  router[...] = router[...].at[:, 0].add(0.5)
+  x = tokens(8, 64) + 1.0
+  _, stats = apply(moe_layer, x, jnp.zeros(6))
+  plain = dataclasses.replace(moe_layer.config, router='bias')
+  moe_layer.config = plain
+  _, skewed = apply(moe_layer, x, jnp.zeros(6))
+  assert skewed.load.max() / skewed.load.mean() > 3
+  assert stats.load.max() / stats.load.mean() < 2
+  shares = moe.balanced(jax.random.uniform(jax.random.key(0), (60, 6)) + 0.1)
+  np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-5)
+  np.testing.assert_allclose(shares.sum(0), 10, rtol=1e-3)
+
+
+def test_balance_loss_is_one_when_even_and_larger_when_skewed():
+  scores = jnp.full((12, 6), 0.5)
+  even = jnp.arange(24).reshape(12, 2) % 6
+  np.testing.assert_allclose(moe._balance_loss(scores, even, 2), 1, rtol=1e-5)
+  skewed_scores = scores.at[:, :2].set(0.9)
+  skewed = jnp.tile(jnp.arange(2), (12, 1))
+  assert moe._balance_loss(skewed_scores, skewed, 2) > 1.3
+
+
+def test_load_metrics():
+  load = jnp.array([[10.0, 10, 10, 10], [40.0, 0, 0, 0]])
+  got = moe.load_metrics(load, jnp.array([0.0, 0.5]))
+  np.testing.assert_allclose(got['moe/load_max_over_mean'], (1 + 4) / 2)
+  np.testing.assert_allclose(got['moe/load_entropy'], 0.5, atol=1e-6)
+  np.testing.assert_allclose(got['moe/dropped_share'], 0.25)
+
+
+def test_bfloat16_activations_keep_a_float32_router():
+  moe_layer = layer()
+  x = tokens().astype(jnp.bfloat16)
+  out, stats = apply(moe_layer, x, jnp.zeros(6))
+  assert out.dtype == jnp.bfloat16
+  assert stats.load.dtype == jnp.float32
+  wide, _ = apply(moe_layer, x.astype(jnp.float32), jnp.zeros(6))
+  np.testing.assert_allclose(
+    out.astype(jnp.float32), wide, rtol=0.05, atol=0.05
+  )
