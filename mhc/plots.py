@@ -48,7 +48,7 @@ def draw_all(runs: list[results.Run], folder: pathlib.Path) -> dict[str, str]:
   by_kind: ByKind = {}
   for run in runs:
     by_kind.setdefault(run.kind, []).append(run)
-  figures: dict[str, tuple[Callable[[ByKind], Figure], str]] = {
+  figures: dict[str, tuple[Callable[[ByKind], Figure | None], str]] = {
     'loss.png': (
       loss,
       'Training loss, smoothed over 25 steps, and held-out loss against the '
@@ -69,6 +69,10 @@ def draw_all(runs: list[results.Run], folder: pathlib.Path) -> dict[str, str]:
       'Amax gain over depth at the end of training: each mapping alone (left) '
       'and composed (right), forward from the first sub-layer and backward '
       'from the last.',
+    ),
+    'expert_load.png': (
+      expert_load,
+      'Largest expert load over the mean load, mean over layers; 1 is even.',
     ),
     'mappings.png': (
       mappings,
@@ -171,6 +175,19 @@ def gains_over_depth(by_kind: ByKind) -> Figure:
       _band(axis, kind, depth, curves, **STYLES.get(kind, {}))
     _gain_axis(axis)
     _label(axis, title, 'sub-layer l', 'Amax gain')
+  return figure
+
+
+def expert_load(by_kind: ByKind) -> Figure | None:
+  runs = next(iter(by_kind.values()))
+  if not runs[0].config.model.moe.num_experts:
+    return None
+  figure, axes = _axes(1, 1, width=9)
+  for kind, runs in by_kind.items():
+    steps, curves = _curves(runs, 'moe/load_max_over_mean')
+    _band(axes[0], kind, steps, curves, linewidth=1)
+  axes[0].axhline(1, color='black', linewidth=0.6, linestyle=':')
+  _label(axes[0], 'expert load', 'step', 'largest / mean')
   return figure
 
 

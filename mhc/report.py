@@ -111,7 +111,7 @@ def _introduction(comparison, panels, unfinished) -> list[Part]:
     'unconstrained mixing of n streams), **mHC** (mixing projected onto the '
     'doubly stochastic matrices) and **identity** (mHC without mixing).',
     f'Model: width {model.dim}, {model.attention.num_heads} heads of latent '
-    f'attention, FFN {model.ffn_dim}, n = {model.connection.num_streams} '
+    f'attention, {_ffn(model)}, n = {model.connection.num_streams} '
     f'streams; a block is two sub-layers. Rows of {data.seq_len} byte tokens. '
     f'Optimiser: AdamW, {first.config.optimizer.schedule} schedule.',
     f'Text: {corpus["name"]}, {corpus["num_bytes"] / 1e6:.1f} MB in '
@@ -128,6 +128,17 @@ def _introduction(comparison, panels, unfinished) -> list[Part]:
       'missing below.'
     )
   return parts
+
+
+def _ffn(model) -> str:
+  moe = model.moe
+  if not moe.num_experts:
+    return f'FFN {model.ffn_dim}'
+  return (
+    f'{moe.experts_per_token} of {moe.num_experts} experts and '
+    f'{moe.num_shared} shared of width {moe.expert_dim} '
+    f'({moe.num_dense_blocks} dense block in front, {model.ffn_dim})'
+  )
 
 
 def _panel(workdir, name, title, runs, rows) -> list[Part]:
@@ -193,6 +204,7 @@ def _table(rows) -> Table:
         _fixed(column('step_time_ratio', np.median), 2),
         _fixed(column('peak_bytes_ratio'), 2),
         _fixed(column('params_ratio'), 2),
+        _fixed(column('load_max_over_mean'), 2),
       ]
     )
   header = [
@@ -210,7 +222,10 @@ def _table(rows) -> Table:
     'step time',
     'memory',
     'parameters',
+    'expert load',
   ]
+  if all(row['load_max_over_mean'] is None for row in rows):
+    header, lines = header[:-1], [line[:-1] for line in lines]
   return Table(header, lines)
 
 

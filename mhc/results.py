@@ -64,6 +64,13 @@ class Run:
     return int(np.sum(loss > median + LOSS_SPIKE_NATS))
 
   @functools.cached_property
+  def final_load(self) -> float | None:
+    """Largest over mean expert load of the last steps; None without experts."""
+    if not self.config.model.moe.num_experts:
+      return None
+    return float(np.mean(self.series('moe/load_max_over_mean')[1][-WINDOW:]))
+
+  @functools.cached_property
   def step_seconds(self) -> float:
     return float(np.median(self.series('time/step_s')[1]))
 
@@ -157,6 +164,7 @@ def _row(panel, run, baseline):
     'grad_norm_max': float(grad_norm.max()),
     'grad_spikes': run.grad_spikes,
     'loss_spikes': run.loss_spikes,
+    'load_max_over_mean': run.final_load,
     'step_time_s': run.step_seconds,
     'step_time_ratio': against(lambda r: r.step_seconds),
     'peak_bytes_ratio': against(lambda r: r.summary['peak_bytes']),

@@ -166,6 +166,7 @@ def row(kind, seed=0, **values):
     grad_spikes=0,
     loss_spikes=0,
     step_time_ratio=1.5,
+    load_max_over_mean=None,
   )
   return {**defaults, **values}
 

@@ -1,10 +1,12 @@
 """The mains as a user runs them: one line and exit code 2 on a mistake."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMALL = (
   '--config.num_steps=4',
   '--config.optimizer.warmup_steps=1',
@@ -116,6 +118,17 @@ def test_the_other_mains_refuse_alike(launch, tmp_path):
     'config.panels.main.seeds',
   )
   refused(launch('train.py'), 'workdir')
+  refused(launch('aot.py'), '--count')
+  ladder = f'--config={ROOT / "configs" / "ladder.py"}:2m'
+  refused(launch('compare.py', empty, ladder), "'2m'", "'3m'")
+
+
+def test_counts_are_printed_as_json(launch):
+  config = ROOT / 'configs' / 'paper_3b.py'
+  result = launch('aot.py', f'--config={config}', '--count')
+  assert json.loads(result.stdout)['connection_params'] == 2949768
+  plain = launch('aot.py', f'--config={config}:residual', '--count')
+  assert json.loads(plain.stdout)['connection_params'] == 0
 
 
 def test_bench_prints_ratios(launch):

@@ -1,0 +1,31 @@
+"""Residual, HC and mHC on a rung of the mixture-of-experts ladder.
+
+    python launch/compare.py --config=configs/ladder.py:3m --workdir=runs/3m
+
+The argument is the rung: 1m, 3m, 10m, 30m or 100m active parameters (sizes.py
+says how they derive from the paper's models). 300 steps of 512 bytes: enough to
+see the loads balance and the designs part, far from trained. The family's own
+ratio would be 64 tokens an active parameter: --config.panels.ladder.num_steps.
+Expected for 3m on two CPU cores: about ten minutes.
+"""
+
+import ml_collections
+
+from mhc import config
+from mhc import sizes
+
+
+def get_config(size: str = '3m') -> ml_collections.ConfigDict:
+  base = sizes.ladder(size)
+  panel = config.Panel(
+    title=f'Mixture of experts, about {size.upper()} active parameters',
+    kinds=('residual', 'hc', 'mhc'),
+    seeds=(0,),
+    num_blocks=(base.model.num_blocks,),
+    learning_rates=(base.optimizer.learning_rate,),
+    num_steps=base.num_steps,
+    batch_size=base.data.batch_size,
+    clip_norm=base.optimizer.clip_norm,
+  )
+  comparison = config.Comparison(base, {'ladder': panel})
+  return ml_collections.ConfigDict(config.to_dict(comparison))

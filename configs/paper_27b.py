@@ -1,0 +1,17 @@
+"""The paper's 27b model and run (arXiv 2512.24880, Table 5).
+
+    python launch/aot.py --config=configs/paper_27b.py --count
+    python launch/aot.py --config=configs/paper_27b.py:residual --count
+
+The argument is the connection, mhc unless said. For a pod: the paper does not
+print losses.
+"""
+
+import ml_collections
+
+from mhc import config
+from mhc import sizes
+
+
+def get_config(kind: str = 'mhc') -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(config.to_dict(sizes.paper('27b', kind)))
