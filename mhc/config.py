@@ -171,6 +171,9 @@ class ModelConfig:
 class OptimizerConfig:
   """AdamW with the settings of the paper's Table 5, but for the rate."""
 
+  # 'muon' orthogonalises the updates of matrices, as DeepSeek-V4 does;
+  # embeddings, head, norms and the connections' biases and gates keep AdamW.
+  name: Literal['adamw', 'muon'] = 'adamw'
   learning_rate: float = 3e-3
   warmup_steps: int = 30
   # 'step' multiplies the rate by decay_factors at decay_points, fractions of
@@ -182,6 +185,8 @@ class OptimizerConfig:
   b2: float = 0.95
   eps: float = 1e-20
   weight_decay: float = 0.1
+  # Of the Nesterov momentum, for name='muon'.
+  muon_momentum: float = 0.95
   # Bound on the global gradient norm, 0 for none. The paper gives none.
   clip_norm: float = 1.0
 
@@ -189,7 +194,7 @@ class OptimizerConfig:
     checks.check_types(self)
     checks.positive(self, 'learning_rate', 'eps')
     checks.not_negative(self, 'warmup_steps', 'weight_decay', 'clip_norm')
-    for name in ('b1', 'b2'):
+    for name in ('b1', 'b2', 'muon_momentum'):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(
           f'optimizer.{name}={getattr(self, name)} must be in [0, 1)'

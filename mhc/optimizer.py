@@ -1,4 +1,4 @@
-"""AdamW, its learning rate over the run, and what decays."""
+"""AdamW and Muon, the learning rate over the run, and what decays."""
 
 from collections.abc import Callable
 
@@ -15,21 +15,52 @@ from mhc import config as config_lib
 UNDECAYED = ('gain', 'alpha', 'bias', 'bias_pre', 'bias_post', 'bias_res')
 
 
+# The leaf names of matrices that Muon updates, but for the head's.
+MATRICES = ('weight', 'phi', 'theta_res', 'gate', 'up', 'down')
+
+# Muon's updates are scaled to this root mean square, about AdamW's, so that one
+# learning rate serves both (Moonlight, arXiv 2502.16982, Sec. 2.2).
+UPDATE_RMS = 0.2
+
+
 def make(
   config: config_lib.OptimizerConfig, num_steps: int
 ) -> optax.GradientTransformation:
-  """Clips the global gradient norm, then AdamW with decoupled decay."""
-  adamw = optax.adamw(
-    learning_rate(config, num_steps),
+  """Clips the global gradient norm, then AdamW or Muon, decay decoupled."""
+  rate = learning_rate(config, num_steps)
+  update = optax.adamw(
+    rate,
     b1=config.b1,
     b2=config.b2,
     eps=config.eps,
     weight_decay=config.weight_decay,
     mask=decayed,
   )
+  if config.name == 'muon':
+    muon = optax.contrib.muon(
+      rate,
+      beta=config.muon_momentum,
+      weight_decay=config.weight_decay,
+      consistent_rms=UPDATE_RMS,
+      # Leading dimensions (stacked blocks, experts) hold matrices each.
+      muon_weight_dimension_numbers=lambda params: jax.tree.map(
+        lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), params
+      ),
+    )
+    update = optax.partition({'muon': muon, 'adamw': update}, labels)
   if config.clip_norm:
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-  return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+  return update
+
+
+def labels(params) -> dict:
+  """The tree of 'muon' and 'adamw' (DeepSeek-V4, Sec. 2.4)."""
+
+  def leaf(path, _):
+    is_matrix = path[-1].key in MATRICES and path[0].key != 'head'
+    return 'muon' if is_matrix else 'adamw'
+
+  return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def learning_rate(

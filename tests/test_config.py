@@ -52,6 +52,8 @@ optimizer.decay_factors
 optimizer.decay_points
 optimizer.eps
 optimizer.learning_rate
+optimizer.muon_momentum
+optimizer.name
 optimizer.schedule
 optimizer.warmup_steps
 optimizer.weight_decay

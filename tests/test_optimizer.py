@@ -68,6 +68,61 @@ def test_what_decays():
   assert kept == set(optimizer.UNDECAYED)
 
 
+def test_muon_orthogonalises_each_matrix_of_a_stack(optax_promotion):
+  """Singular values of an update are equal; its RMS is 0.2 times the rate."""
+  settings = config.OptimizerConfig(
+    name='muon', learning_rate=1e-2, warmup_steps=0, weight_decay=0.0
+  )
+  transform = optimizer.make(settings, 100)
+  keys = jax.random.split(jax.random.key(0), 3)
+  params = {
+    'blocks': {
+      'weight': jnp.zeros((3, 16, 24)),
+      'phi': jnp.zeros((2, 32, 8)),
+      'bias': jnp.zeros((3, 24)),
+    },
+    'head': {'weight': jnp.zeros((16, 24))},
+  }
+  grads = jax.tree.map(
+    lambda p, i: jax.random.normal(keys[i % 3], p.shape) + i,
+    params,
+    {'blocks': {'weight': 0, 'phi': 1, 'bias': 2}, 'head': {'weight': 0}},
+  )
+  updates, _ = transform.update(grads, transform.init(params), params)
+  for name in ('weight', 'phi'):
+    for matrix in np.asarray(updates['blocks'][name]):
+      values = np.linalg.svd(matrix, compute_uv=False)
+      assert values.max() / values.min() < 2  # Newton-Schulz is approximate
+      rms = np.sqrt((matrix**2).mean())
+      assert 0.5 < rms / (0.2 * 1e-2) < 1.5
+  adam = np.asarray(updates['head']['weight'])
+  np.testing.assert_allclose(np.abs(adam), 1e-2, rtol=1e-3)
+  np.testing.assert_allclose(np.abs(updates['blocks']['bias']), 1e-2, rtol=1e-3)
+
+
+def test_what_muon_updates():
+  settings = config.ModelConfig(
+    num_blocks=2, moe=config.MoEConfig(num_experts=4)
+  )
+  model = nnx.eval_shape(
+    lambda: transformer.Transformer(settings, rngs=nnx.Rngs(0))
+  )
+  chosen = {
+    '/'.join(key.key for key in path[1:])
+    for path, label in jax.tree_util.tree_leaves_with_path(
+      optimizer.labels(nnx.to_pure_dict(nnx.state(model)))
+    )
+    if label == 'muon'
+  }
+  assert 'ffn/gate' in chosen
+  assert 'ffn/router/weight' in chosen
+  assert 'ffn_connection/phi' in chosen
+  assert 'attention/query/weight' in chosen
+  for name in chosen:
+    assert name.rsplit('/')[-1] in optimizer.MATRICES
+  assert not {'table', 'weight', 'gain'} & chosen
+
+
 def test_clipping_bounds_the_update_and_can_be_off(optax_promotion):
   """Adam's first moment is linear in the clipped gradient."""
   params = {'weight': jnp.zeros(4)}
