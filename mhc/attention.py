@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from mhc import config as config_lib
 from mhc import layers
+from mhc import recompute
 
 
 class Attention(nnx.Module):
@@ -42,10 +43,14 @@ class Attention(nnx.Module):
   def __call__(self, x: Float[Array, 'b t d']) -> Float[Array, 'b t d']:
     c = self.config
     batch, time, _ = x.shape
-    query = self.query(x).reshape(batch, time, c.num_heads, -1)
+    query = recompute.inner(self.query(x)).reshape(batch, time, c.num_heads, -1)
     query, query_rope = jnp.split(query, [c.head_dim], axis=-1)
-    latent, key_rope = jnp.split(self.down(x), [c.kv_rank], axis=-1)
-    up = self.up(self.norm(latent)).reshape(batch, time, c.num_heads, -1)
+    latent, key_rope = jnp.split(
+      recompute.inner(self.down(x)), [c.kv_rank], axis=-1
+    )
+    up = recompute.inner(self.up(self.norm(latent))).reshape(
+      batch, time, c.num_heads, -1
+    )
     key, value = jnp.split(up, 2, axis=-1)
     query_rope = rotate(query_rope, c.rope_theta)
     key_rope = rotate(key_rope[:, :, None], c.rope_theta)[:, :, 0]
@@ -61,7 +66,8 @@ class Attention(nnx.Module):
     causal = jnp.tril(jnp.ones((time, time), bool))
     logits = jnp.where(causal[None, None], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-    mixed = jnp.einsum('bhqs,bshk->bqhk', weights, value)
+    weights = recompute.inner(weights)
+    mixed = recompute.inner(jnp.einsum('bhqs,bshk->bqhk', weights, value))
     return self.out(mixed.reshape(batch, time, -1))
 
 

@@ -143,9 +143,11 @@ class ModelConfig:
   norm_eps: float = 1e-20
   # Of streams and activations; parameters and mappings are always float32.
   dtype: Literal['float32', 'bfloat16'] = 'float32'
-  # 'block' keeps each block's input and computes the rest again for the
-  # gradient: less memory, and on a CPU less time too.
-  recompute: Literal['none', 'block'] = 'block'
+  # What is computed again for the gradient, and once in how many sub-layers the
+  # streams are kept (0: the paper's optimum), see recompute.py. Recomputing
+  # whole blocks also saves time on a CPU, whose limit is the cache.
+  recompute: Literal['none', 'mhc', 'mhc+block', 'full'] = 'full'
+  recompute_every: int = 2
   attention: AttentionConfig = AttentionConfig()
   connection: ConnectionConfig = ConnectionConfig()
   moe: MoEConfig = MoEConfig()
@@ -158,7 +160,12 @@ class ModelConfig:
         f'with experts: model.num_blocks={self.num_blocks}'
       )
     checks.at_least(self, vocab_size=258, num_blocks=1, dim=1, ffn_dim=1)
-    checks.not_negative(self, 'norm_eps')
+    checks.not_negative(self, 'norm_eps', 'recompute_every')
+    if self.recompute_every % 2:
+      raise ValueError(
+        f'model.recompute_every={self.recompute_every} must be even: a block '
+        'has two sub-layers (0 for the optimum of the paper)'
+      )
 
   @property
   def num_moe_blocks(self) -> int:

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mhc import recompute
+
 BLOCK = 32
 
 
@@ -72,7 +74,8 @@ def ragged(
 ) -> Float[Array, 'r d']:
   """Rows sorted by expert, `sizes` of them each."""
   dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-  hidden = jax.nn.silu(dot(rows, weights.gate)) * dot(rows, weights.up)
+  gated = recompute.inner(dot(rows, weights.gate))
+  hidden = jax.nn.silu(gated) * recompute.inner(dot(rows, weights.up))
   return dot(hidden, weights.down)
 
 
@@ -99,7 +102,8 @@ def _in_blocks(rows, place, block, owner, weights):
   buffer = buffer.at[place].set(rows, mode='drop', unique_indices=True)
   buffer = buffer.reshape(len(owner), block, -1)
   gate, up, down = (w[owner] for w in weights)
-  hidden = jax.nn.silu(jnp.matmul(buffer, gate)) * jnp.matmul(buffer, up)
+  gated = recompute.inner(jnp.matmul(buffer, gate))
+  hidden = jax.nn.silu(gated) * recompute.inner(jnp.matmul(buffer, up))
   out = jnp.matmul(hidden, down).reshape(len(owner) * block, -1)
   return out.at[place].get(mode='fill', fill_value=0)
 

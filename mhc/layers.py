@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mhc import recompute
+
 
 class Linear(nnx.Module):
   """x W."""
@@ -56,4 +58,5 @@ class SwiGLU(nnx.Module):
     self.down = Linear(hidden_dim, dim, rngs=rngs)
 
   def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    gate, up = recompute.inner(self.gate(x)), recompute.inner(self.up(x))
+    return self.down(jax.nn.silu(gate) * up)

@@ -54,6 +54,8 @@ def paper(size: str, kind: config_lib.Kind = 'mhc') -> config_lib.Config:
       dim=p.dim,
       ffn_dim=8 * p.expert_dim,
       dtype='bfloat16',
+      recompute='mhc',
+      recompute_every=0,
       attention=config_lib.AttentionConfig(
         num_heads=p.num_heads, head_dim=128, rope_dim=64, kv_rank=512
       ),

@@ -8,6 +8,8 @@ not depend on the depth; with experts there are two stacks, the leading dense
 blocks and the others.
 """
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from mhc import config as config_lib
 from mhc import connections
 from mhc import layers
 from mhc import moe
+from mhc import recompute
 from mhc import streams
 
 
@@ -50,21 +53,31 @@ class Block(nnx.Module):
       self.ffn = layers.SwiGLU(dim, config.ffn_dim, rngs=rngs)
 
   def __call__(
-    self, x: connections.State, router_bias: Float[Array, 'e'] | None
+    self,
+    x: connections.State,
+    batch: tuple[int, int],
+    router_bias: Float[Array, 'e'] | None,
   ) -> tuple[
     connections.State, tuple[connections.Context, ...], moe.Stats | None
   ]:
-    """Streams on, the contexts of both connections, the experts' load."""
+    """One block on the streams [s, n, d] of s = b t tokens, batch = (b, t).
+
+    Returns the streams, both connections' contexts and the experts' stats.
+    """
     h, first = self.attention_connection.pre(x)
-    y = self.attention(self.attention_norm(h))
+    normed = self.attention_norm(h)
+    y = self.attention(normed.reshape(*batch, -1)).reshape(h.shape)
+    y = recompute.output(y)
     h, second = connections.advance(
       self.attention_connection, self.ffn_connection, y, first
     )
     stats = None
+    normed = self.ffn_norm(h).reshape(*batch, -1)
     if router_bias is None:
-      y = self.ffn(self.ffn_norm(h))
+      y = self.ffn(normed)
     else:
-      y, stats = self.ffn(self.ffn_norm(h), router_bias)
+      y, stats = self.ffn(normed, router_bias)
+    y = recompute.output(y.reshape(h.shape))
     return self.ffn_connection.post(y, second), (first, second), stats
 
 
@@ -117,6 +130,7 @@ class Transformer(nnx.Module):
     """The logits and each expert layer's `Stats`, stacked; None without."""
     x, _, stats = self._run(tokens, router_bias, collect=False)
     h = self.norm(connections.close_streams(x, self.collapse))
+    h = h.reshape(*tokens.shape, -1)
     return self.head(h).astype(jnp.float32), stats
 
   def mixing_matrices(
@@ -136,26 +150,30 @@ class Transformer(nnx.Module):
     if (router_bias is None) != (self.moe_blocks is None):
       raise ValueError('router_bias is for models with experts, and only those')
     x = self.embed(tokens, jnp.dtype(config.dtype))
-    x = connections.open_streams(config.connection, x)
+    # Tokens in one dimension: connections reshape to that, and what keeps its
+    # shape is kept once for the backward pass.
+    batch = x.shape[:2]
+    x = connections.open_streams(config.connection, x.reshape(-1, config.dim))
 
     def run(x, block_and_bias):
       block, bias = block_and_bias
-      x, contexts, stats = block(x, bias)
+      x, contexts, stats = block(x, batch, bias)
       matrices = None
       if collect:
         matrices = jnp.stack([*map(connections.mixing_matrices, contexts)])
       return x, (matrices, stats)
 
-    if config.recompute == 'block':
-      # prevent_cse is for code outside of a loop.
-      run = jax.checkpoint(run, prevent_cse=False)
+    every = config.recompute_every or recompute.best_every(
+      2 * config.num_blocks, config.connection.streams
+    )
+    scan = functools.partial(
+      recompute.scan, run, policy=config.recompute, blocks=every // 2
+    )
     collected, stats = [], None
     if self.dense_blocks is not None:
-      x, (matrices, _) = jax.lax.scan(run, x, (self.dense_blocks, None))
+      x, (matrices, _) = scan(x, (self.dense_blocks, None))
       collected.append(matrices)
     if self.moe_blocks is not None:
-      x, (matrices, stats) = jax.lax.scan(
-        run, x, (self.moe_blocks, router_bias)
-      )
+      x, (matrices, stats) = scan(x, (self.moe_blocks, router_bias))
       collected.append(matrices)
     return x, collected, stats

@@ -42,6 +42,7 @@ model.moe.router
 model.norm_eps
 model.num_blocks
 model.recompute
+model.recompute_every
 model.vocab_size
 num_devices
 num_steps
@@ -118,6 +119,7 @@ def test_an_int_passes_for_a_float():
       'num_dense_blocks=1 leaves no block',
     ),
     ({'model': {'attention': {'rope_dim': 3}}}, 'rope_dim=3 must be even'),
+    ({'model': {'recompute_every': 3}}, 'recompute_every=3 must be even'),
     ({'model': {'vocab_size': 257}}, 'vocab_size=257.*at least 258'),
     ({'num_steps': 'ten'}, "num_steps='ten' must be of type int"),
     ({'num_steps': True}, 'num_steps=True must be of type int'),

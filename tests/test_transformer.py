@@ -116,7 +116,7 @@ def test_streams_part_within_a_few_steps(optax_promotion):
     for seed in range(steps):
       params, state = step(params, state, tokens(4, 33, seed))
     x = final_streams(nnx.merge(graphdef, params), tokens())
-    mean = jnp.mean(x, axis=2, keepdims=True)
+    mean = jnp.mean(x, axis=1, keepdims=True)
     return float(jnp.linalg.norm(x - mean) / jnp.linalg.norm(x))
 
   model = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
@@ -138,14 +138,33 @@ def test_causality_by_gradient():
   assert not reached[10:].any()
 
 
-@pytest.mark.parametrize('kind', ['residual', 'mhc'])
-def test_recompute_changes_no_gradient(kind):
-  grads = [
-    loss_and_grads(network(kind, recompute=recompute), tokens())[1]
-    for recompute in ('none', 'block')
-  ]
-  for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
+RECOMPUTE = [('full', 2), ('full', 4), ('mhc', 0), ('mhc+block', 6), ('mhc', 2)]
+
+
+@pytest.mark.parametrize(('policy', 'every'), RECOMPUTE)
+def test_recompute_changes_no_gradient(policy, every):
+  """3 blocks in groups of 1, 2 and a remainder, and 3."""
+  _, want = loss_and_grads(network('mhc', recompute='none'), tokens())
+  model = network('mhc', recompute=policy, recompute_every=every)
+  _, grads = loss_and_grads(model, tokens())
+  for a, b in zip(*map(jax.tree.leaves, (grads, want)), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_recompute_with_experts():
+  experts = config.MoEConfig(num_experts=4, expert_dim=16)
+  bias = jnp.zeros((2, 4))
+
+  @jax.jit
+  def grads_of(model):
+    return jax.grad(lambda m: jnp.sum(jnp.sin(m(tokens(), bias))))(model)
+
+  want = grads_of(network('mhc', recompute='none', moe=experts))
+  for policy in ('mhc', 'full'):
+    grads = grads_of(network('mhc', recompute=policy, moe=experts))
+    for a, b in zip(*map(jax.tree.leaves, (grads, want)), strict=True):
+      scale = max(1.0, float(np.abs(b).max()))
+      np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=1e-6)
 
 
 def test_mixing_matrices_come_in_order_of_depth():
@@ -187,7 +206,7 @@ def test_expansion_happens_once_per_model():
   bias = model.dense_blocks.ffn_connection.bias
   bias[...] = bias[...].at[0, 4:8].set(jnp.array([-2.0, -1.0, 1.0, 2.0]))
   x = final_streams(model, tokens())
-  differences = jnp.abs(x - jnp.mean(x, axis=2, keepdims=True))
+  differences = jnp.abs(x - jnp.mean(x, axis=1, keepdims=True))
   assert differences.max() > 1e-2
   collapsed = streams.Collapse('mean', 32, 4)(x)
-  assert collapsed.shape == (2, 16, 32)
+  assert collapsed.shape == (32, 32)
