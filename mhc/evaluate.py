@@ -4,12 +4,16 @@ import dataclasses
 import math
 import pathlib
 
+import jax
 import numpy as np
 
 from mhc import checkpoint
 from mhc import data
 from mhc import sharding
 from mhc import step as step_lib
+
+# Rows are scored in batches this many times the training batch.
+BATCHES = 4
 
 
 def evaluate(
@@ -20,17 +24,18 @@ def evaluate(
 ) -> dict[str, float]:
   """Scores every target of `rows`, int32 [r, t + 1].
 
+  `batch_size` is the training batch, of which the devices divide multiples.
   Bits per byte divides all nats, those of document marks included, by the
   number of target bytes: comparable between tokenizers.
   """
-  nats = 0.0
-  for start in range(0, len(rows), batch_size):
-    batch = rows[start : start + batch_size]
-    missing = batch_size - len(batch)
+  nats, size = 0.0, BATCHES * batch_size
+  for start in range(0, len(rows), size):
+    batch = rows[start : start + size]
+    missing = size - len(batch)
     padded = np.pad(batch, ((0, missing), (0, 0)))
     tokens = sharding.place(padded, programs.mesh, sharding.BATCH)
-    scores = np.asarray(programs.row_nats(state, tokens), np.float64)
-    nats += float(scores[: len(batch)].sum())
+    scores = jax.device_get(programs.row_nats(state, tokens))
+    nats += float(scores[: len(batch)].sum(dtype=np.float64))
   targets = rows[:, 1:]
   return {
     'loss/heldout': nats / targets.size,
@@ -69,7 +74,7 @@ def evaluate_checkpoint(
     raise ValueError(f'{workdir} has no checkpoint yet: train it first')
   return {
     'step': int(state.step),
-    **evaluate(programs, state, rows, 4 * config.data.batch_size),
+    **evaluate(programs, state, rows, config.data.batch_size),
     'rows': len(rows),
     'corpus': corpus.name,
     'corpus_sha256': corpus.sha256,

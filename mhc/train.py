@@ -23,9 +23,6 @@ from mhc import sharding
 from mhc import step as step_lib
 from mhc import writer
 
-# Held-out rows are scored in batches this many times the training batch.
-EVAL_BATCHES = 4
-
 
 def train(
   config: config_lib.Config, workdir: pathlib.Path, label: str = 'train'
@@ -67,7 +64,6 @@ def train(
     bar = stack.enter_context(
       writer.progress_bar(config.num_steps, start, label)
     )
-    stack.enter_context(jax.transfer_guard('disallow'))
 
     def record(step, metrics):
       for sink in writers:
@@ -95,7 +91,8 @@ def train(
     pending, clock = None, time.perf_counter()
     for step in range(start + 1, config.num_steps + 1):
       tokens = sharding.place(next(batches), programs.mesh, sharding.BATCH)
-      state, metrics = programs.train_step(state, tokens)
+      with jax.transfer_guard('disallow'):
+        state, metrics = programs.train_step(state, tokens)
       if pending is not None:
         values = fetch(pending, clock)
         clock = time.perf_counter()
@@ -110,10 +107,7 @@ def train(
       values = fetch(pending, clock)
       if evaluating:
         values |= evaluate.evaluate(
-          programs,
-          state,
-          heldout,
-          EVAL_BATCHES * config.data.batch_size,
+          programs, state, heldout, config.data.batch_size
         )
       if probing:
         row = sharding.place(heldout[:1, :-1], programs.mesh, sharding.WHOLE)
