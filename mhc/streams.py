@@ -75,7 +75,6 @@ class Collapse(nnx.Module):
         return read(tokens, weights.T).reshape(*batch, dim)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def normed_projection(
   x: Float[Array, 't n d'], phi: Float[Array, 'nd k'], norm_eps: float
 ) -> Float[Array, 't k']:
@@ -83,6 +82,16 @@ def normed_projection(
 
   The rms is over all nd numbers of a token; float32 whatever x is.
   """
+  # Inside a shard_map phi may be whole on every device where x is not. Casting
+  # it here, outside of the custom gradient, lets autodiff sum phi's gradient.
+  split = jax.typeof(x).mat.varying - jax.typeof(phi).mat.varying
+  if split:
+    phi = jax.lax.pcast(phi, tuple(split), to='varying')
+  return _normed_projection(x, phi, norm_eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _normed_projection(x, phi, norm_eps):
   return _normed_projection_fwd(x, phi, norm_eps)[0]
 
 
@@ -107,7 +116,7 @@ def _normed_projection_bwd(norm_eps, kept, g):
   return d_flat.reshape(x.shape).astype(x.dtype), d_phi
 
 
-normed_projection.defvjp(_normed_projection_fwd, _normed_projection_bwd)
+_normed_projection.defvjp(_normed_projection_fwd, _normed_projection_bwd)
 
 
 @jax.custom_vjp
