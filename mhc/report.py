@@ -15,6 +15,7 @@ import numpy as np
 from mhc import claims
 from mhc import plots
 from mhc import results
+from mhc import writer
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px;
@@ -67,7 +68,7 @@ def render(workdir: pathlib.Path) -> list[dict]:
       parts += _panel(workdir, name, title, runs, panel_rows)
   parts = [*_introduction(comparison, panels, unfinished), *parts, *_notes()]
   (workdir / 'results.json').write_text(
-    json.dumps(_finite(rows), indent=2) + '\n'
+    json.dumps(writer.plain(rows), indent=2) + '\n'
   )
   (workdir / 'report.md').write_text(_markdown(parts))
   (workdir / 'report.html').write_text(_html(parts, workdir))
@@ -254,16 +255,6 @@ def _notes() -> list[Part]:
 
 def _fixed(value, digits, sign=False):
   return '' if value is None else f'{value:{"+" if sign else ""}.{digits}f}'
-
-
-def _finite(rows):
-  return [
-    {
-      key: None if isinstance(v, float) and not np.isfinite(v) else v
-      for key, v in row.items()
-    }
-    for row in rows
-  ]
 
 
 def _markdown(parts: list[Part]) -> str:

@@ -94,18 +94,18 @@ class _Lines:
 
 
 def _line(values: Mapping) -> str:
-  return json.dumps(_plain(values), allow_nan=False) + '\n'
+  return json.dumps(plain(values), allow_nan=False) + '\n'
 
 
-def _plain(value):
+def plain(value):
   """Arrays to lists; numbers that are not finite to None."""
   if isinstance(value, Mapping):
-    return {key: _plain(item) for key, item in value.items()}
+    return {key: plain(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
-    return [_plain(item) for item in value]
+    return [plain(item) for item in value]
   if hasattr(value, 'dtype'):
     if value.ndim:
-      return _plain(np.asarray(value, np.float64).tolist())
+      return plain(np.asarray(value, np.float64).tolist())
     value = value.item()
   if isinstance(value, float) and not math.isfinite(value):
     return None
