@@ -5,8 +5,8 @@
 The argument is the rung: 1m, 3m, 10m, 30m or 100m active parameters (sizes.py
 says how they derive from the paper's models). 300 steps of 512 bytes:
 far from trained. With moe.bias_speed = 0.001 the loads even out slowly: after
-60 steps of the 1m rung the largest is still 3.7 times the mean. The family's own
-ratio is 64 tokens an active parameter: --config.panels.ladder.num_steps.
+60 steps of the 1m rung the largest is still 3.7 times the mean. The family's
+own ratio is 64 tokens an active parameter: --config.panels.ladder.num_steps.
 """
 
 import ml_collections
