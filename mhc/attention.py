@@ -8,17 +8,35 @@ of k numbers, rotary size r and latent rank c, a layer has
     d h (k + r)  queries,   d (c + r)  latent and rotary key,
     c            its norm,  c h 2k     keys and values,   h k d  output.
 
-Queries are not compressed (no q-LoRA), as in the models of the mHC paper.
+With `query_rank` q > 0 the queries too come from a normed latent vector, of q
+numbers: d q + q + q h (k + r) parameters. The models of the mHC paper have
+none.
+
+Decoding keeps only latent and rotary key of the tokens before, c + r numbers
+each. The expansion is linear, so it is applied to queries and results instead:
+
+    q . (W_key latent_s) = (W_key^T q) . latent_s,
+    sum_s a_s W_value latent_s = W_value sum_s a_s latent_s.
 """
+
+from typing import NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from mhc import attend
 from mhc import config as config_lib
 from mhc import layers
 from mhc import recompute
+
+
+class Cache(NamedTuple):
+  """What decoding keeps of s tokens."""
+
+  latent: Float[Array, '*l b s c']  # normed
+  key_rope: Float[Array, '*l b s r']  # rotated
 
 
 class Attention(nnx.Module):
@@ -33,49 +51,90 @@ class Attention(nnx.Module):
     rngs: nnx.Rngs,
   ):
     heads, k, r = config.num_heads, config.head_dim, config.rope_dim
-    self.query = layers.Linear(dim, heads * (k + r), rngs=rngs)
+    rank = config.query_rank
+    self.query_down = layers.Linear(dim, rank, rngs=rngs) if rank else None
+    self.query_norm = layers.RMSNorm(rank, norm_eps) if rank else None
+    self.query = layers.Linear(rank or dim, heads * (k + r), rngs=rngs)
     self.down = layers.Linear(dim, config.kv_rank + r, rngs=rngs)
     self.norm = layers.RMSNorm(config.kv_rank, norm_eps)
     self.up = layers.Linear(config.kv_rank, heads * 2 * k, rngs=rngs)
     self.out = layers.Linear(heads * k, dim, rngs=rngs)
+    self.scale = (k + r) ** -0.5
     self.config = config
 
   def __call__(self, x: Float[Array, 'b t d']) -> Float[Array, 'b t d']:
     c = self.config
     batch, time, _ = x.shape
-    query = recompute.inner(self.query(x)).reshape(batch, time, c.num_heads, -1)
+    query, query_rope, latent, key_rope = self._project(x, 0)
+    up = recompute.inner(self.up(latent))
+    key, value = jnp.split(up.reshape(batch, time, c.num_heads, -1), 2, axis=-1)
+    mixed = attend.attend(query, query_rope, key, key_rope, value, self.scale)
+    return self.out(recompute.inner(mixed.reshape(batch, time, -1)))
+
+  def decode(
+    self, x: Float[Array, 'b t d'], cache: Cache, start: Int[Array, '']
+  ) -> tuple[Float[Array, 'b t d'], Cache]:
+    """As a call on all tokens so far, of which x has the last t.
+
+    Args:
+      x: tokens at positions start, ..., start + t - 1.
+      cache: of the tokens before in its first `start` places.
+      start: how many those are; start + t must not exceed the cache's size.
+
+    Returns:
+      the output for x, and the cache with the t tokens added.
+    """
+    c = self.config
+    query, query_rope, latent, key_rope = self._project(x, start)
+    cache = Cache(
+      *(
+        jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
+        for old, new in zip(cache, (latent, key_rope), strict=True)
+      )
+    )
+    up = self.up.weight[...].astype(x.dtype)
+    up = up.reshape(c.kv_rank, c.num_heads, -1)
+    to_key, to_value = jnp.split(up, 2, axis=-1)
+    mixed = attend.attend(
+      jnp.einsum('bthk,chk->bthc', query, to_key),
+      query_rope,
+      cache.latent,
+      cache.key_rope,
+      cache.latent,
+      self.scale,
+      start,
+    )
+    mixed = jnp.einsum('bthc,chk->bthk', mixed, to_value)
+    return self.out(mixed.reshape(*x.shape[:2], -1)), cache
+
+  def _project(self, x, start):
+    """Query and its rotary part, normed latent, rotary key."""
+    c = self.config
+    query = x
+    if self.query_down is not None:
+      query = self.query_norm(recompute.inner(self.query_down(x)))
+    query = recompute.inner(self.query(query))
+    query = query.reshape(*x.shape[:2], c.num_heads, -1)
     query, query_rope = jnp.split(query, [c.head_dim], axis=-1)
     latent, key_rope = jnp.split(
       recompute.inner(self.down(x)), [c.kv_rank], axis=-1
     )
-    up = recompute.inner(self.up(self.norm(latent))).reshape(
-      batch, time, c.num_heads, -1
-    )
-    key, value = jnp.split(up, 2, axis=-1)
-    query_rope = rotate(query_rope, c.rope_theta)
-    key_rope = rotate(key_rope[:, :, None], c.rope_theta)[:, :, 0]
-
-    # Logits and softmax in float32.
-    logits = jnp.einsum(
-      'bqhk,bshk->bhqs', query, key, preferred_element_type=jnp.float32
-    )
-    logits = logits + jnp.einsum(
-      'bqhr,bsr->bhqs', query_rope, key_rope, preferred_element_type=jnp.float32
-    )
-    logits = logits * (c.head_dim + c.rope_dim) ** -0.5
-    causal = jnp.tril(jnp.ones((time, time), bool))
-    logits = jnp.where(causal[None, None], logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-    weights = recompute.inner(weights)
-    mixed = recompute.inner(jnp.einsum('bhqs,bshk->bqhk', weights, value))
-    return self.out(mixed.reshape(batch, time, -1))
+    query_rope = rotate(query_rope, c.rope_theta, start)
+    key_rope = rotate(key_rope[:, :, None], c.rope_theta, start)[:, :, 0]
+    return query, query_rope, self.norm(latent), key_rope
 
 
-def rotate(x: Float[Array, 'b t h r'], theta: float) -> Float[Array, 'b t h r']:
-  """RoPE (arXiv 2104.09864): pair (i, i + r/2) turned by t theta^(-2i/r)."""
+def rotate(
+  x: Float[Array, 'b t h r'], theta: float, start: int | Int[Array, ''] = 0
+) -> Float[Array, 'b t h r']:
+  """RoPE (arXiv 2104.09864): pair (i, i + r/2) turned by p theta^(-2i/r).
+
+  p is the position, from `start` on.
+  """
   half = x.shape[-1] // 2
   rates = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angles = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * rates[None]
+  position = (start + jnp.arange(x.shape[1])).astype(jnp.float32)
+  angles = position[:, None] * rates[None]
   cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   turned = [first * cos - second * sin, second * cos + first * sin]

@@ -73,12 +73,14 @@ class ConnectionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-  """Multi-head latent attention (DeepSeek-V2), without query compression."""
+  """Multi-head latent attention (DeepSeek-V2)."""
 
   num_heads: int = 2
   head_dim: int = 32
   rope_dim: int = 16
   kv_rank: int = 32
+  # Queries through a latent vector of this size (q-LoRA), 0 for directly.
+  query_rank: int = 0
   rope_theta: float = 10_000.0
 
   def __post_init__(self):
@@ -88,6 +90,7 @@ class AttentionConfig:
       raise ValueError(
         f'attention.rope_dim={self.rope_dim} must be even: RoPE turns pairs'
       )
+    checks.not_negative(self, 'query_rank')
     checks.positive(self, 'rope_theta')
 
 
@@ -228,10 +231,14 @@ class DataConfig:
   path: str = ''
   seq_len: int = 64
   batch_size: int = 8
+  # Rows that a device takes at a time, 0 for its whole share of the batch.
+  # Gradients are added up; what depends on the tokens taken together (capacity,
+  # the Sinkhorn router) then does so within each such part.
+  microbatch_size: int = 0
 
   def __post_init__(self):
     checks.check_types(self)
-    checks.at_least(self, seq_len=2, batch_size=1)
+    checks.at_least(self, seq_len=2, batch_size=1, microbatch_size=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mhc import config as config_lib
+from mhc import precision
 from mhc import streams
 from mhc.hyper import HC, MHC, Ahead, Context, SinglePass
 
@@ -35,12 +36,12 @@ class Residual(nnx.Module):
   def pre(
     self, x: Float[Array, '*batch 1 d']
   ) -> tuple[Float[Array, '*batch d'], Context]:
-    return x[..., 0, :], Context(x, None)
+    return precision.mark('sublayer_input', x[..., 0, :]), Context(x, None)
 
   def post(
     self, y: Float[Array, '*batch d'], context: Context
   ) -> Float[Array, '*batch 1 d']:
-    return context.x + y[..., None, :]
+    return precision.mark('streams', context.x + y[..., None, :])
 
 
 Connection = Residual | HC | MHC | SinglePass
@@ -81,7 +82,7 @@ def open_streams(
   config: config_lib.ConnectionConfig, x: Float[Array, '*batch d']
 ) -> State:
   """What the first connection reads: copies of x."""
-  wide = streams.expand(x, config.streams)
+  wide = precision.mark('streams', streams.expand(x, config.streams))
   if config.kind != 'mhc_single_pass':
     return wide
   first = jnp.arange(config.streams) == 0

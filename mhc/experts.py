@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mhc import layers
 from mhc import recompute
 
 BLOCK = 32
@@ -74,9 +75,9 @@ def ragged(
 ) -> Float[Array, 'r d']:
   """Rows sorted by expert, `sizes` of them each."""
   dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-  gated = recompute.inner(dot(rows, weights.gate))
-  hidden = jax.nn.silu(gated) * recompute.inner(dot(rows, weights.up))
-  return dot(hidden, weights.down)
+  gate = recompute.inner(dot(rows, weights.gate))
+  up = recompute.inner(dot(rows, weights.up))
+  return dot(recompute.inner(layers.swiglu(gate, up)), weights.down)
 
 
 def blocked(
@@ -101,10 +102,11 @@ def _in_blocks(rows, place, block, owner, weights):
   # Places past the end are dropped on the way in and read as 0 on the way out.
   buffer = buffer.at[place].set(rows, mode='drop', unique_indices=True)
   buffer = buffer.reshape(len(owner), block, -1)
-  gate, up, down = (w[owner] for w in weights)
-  gated = recompute.inner(jnp.matmul(buffer, gate))
-  hidden = jax.nn.silu(gated) * recompute.inner(jnp.matmul(buffer, up))
-  out = jnp.matmul(hidden, down).reshape(len(owner) * block, -1)
+  w_gate, w_up, w_down = (w[owner] for w in weights)
+  gate = recompute.inner(jnp.matmul(buffer, w_gate))
+  up = recompute.inner(jnp.matmul(buffer, w_up))
+  hidden = recompute.inner(layers.swiglu(gate, up))
+  out = jnp.matmul(hidden, w_down).reshape(len(owner) * block, -1)
   return out.at[place].get(mode='fill', fill_value=0)
 
 

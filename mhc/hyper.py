@@ -6,6 +6,7 @@ lie tokens-minor, [n, t] and [n, n, t], t being all leading dimensions of x
 flattened; streams and what is read from them keep the dtype of x.
 """
 
+import functools
 import typing
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float
 
 from mhc import manifold
 from mhc import mixing as mixing_lib
+from mhc import precision
 from mhc import streams
 
 
@@ -176,6 +178,7 @@ class MHC(nnx.Module):
   def mappings(self, x: Float[Array, 't n d']) -> Mappings:
     n = x.shape[1]
     raw = streams.normed_projection(x, self.phi[...], self.norm_eps)
+    raw = precision.mark('mapping_logits', raw)
     alpha = jnp.repeat(
       self.alpha[...], jnp.array(self.sizes), total_repeat_length=raw.shape[1]
     )
@@ -233,11 +236,14 @@ def _context(connection, x):
       f'this connection has {n} streams of width {dim}, got x of shape '
       f'{x.shape}: open streams once, with expand, before the first sub-layer'
     )
-  return Context(x, connection.mappings(x.reshape(-1, *x.shape[-2:])))
+  mappings = connection.mappings(x.reshape(-1, *x.shape[-2:]))
+  mark = functools.partial(precision.mark, 'mappings')
+  return Context(x, jax.tree.map(mark, mappings))
 
 
 def _read(x, weights):
   h = streams.read(x.reshape(-1, *x.shape[-2:]), weights)
+  h = precision.mark('sublayer_input', h)
   return h.reshape(*x.shape[:-2], x.shape[-1])
 
 
@@ -256,4 +262,4 @@ def _post(y, context):
     )
   flat = y.reshape(-1, y.shape[-1])
   out = streams.write(tokens, flat, mappings.post, mappings.res)
-  return out.reshape(x.shape)
+  return precision.mark('streams', out).reshape(x.shape)

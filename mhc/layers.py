@@ -5,6 +5,8 @@ used; norm statistics are float32. Matrices start as N(0, 1/fan_in), so a unit
 input gives a unit output. No layer has a bias.
 """
 
+import functools
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -32,11 +34,7 @@ class RMSNorm(nnx.Module):
     self.eps = eps
 
   def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
-    wide = x.astype(jnp.float32)
-    square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    normed = wide * jax.lax.rsqrt(square + self.eps)
-    gain = jnp.expand_dims(self.gain[...], range(x.ndim - 1))
-    return (normed * gain).astype(x.dtype)
+    return _rms_norm(x, self.gain[...], self.eps)
 
 
 class Embed(nnx.Module):
@@ -59,4 +57,22 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
     gate, up = recompute.inner(self.gate(x)), recompute.inner(self.up(x))
-    return self.down(jax.nn.silu(gate) * up)
+    return self.down(recompute.inner(swiglu(gate, up)))
+
+
+@recompute.lean
+def swiglu(
+  gate: Float[Array, '*b f'], up: Float[Array, '*b f']
+) -> Float[Array, '*b f']:
+  """silu(gate) * up; the gradient keeps gate and up only."""
+  return jax.nn.silu(gate) * up
+
+
+@functools.partial(recompute.lean, static_argnums=2)
+def _rms_norm(x, gain, eps):
+  """The gradient keeps x only, in its own dtype."""
+  wide = x.astype(jnp.float32)
+  square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+  normed = wide * jax.lax.rsqrt(square + eps)
+  gain = jnp.expand_dims(gain, range(x.ndim - 1))
+  return (normed * gain).astype(x.dtype)

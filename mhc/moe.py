@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from mhc import config as config_lib
 from mhc import experts as experts_lib
 from mhc import layers
+from mhc import precision
 
 SINKHORN_ROUTER_ITERS = 20
 
@@ -70,6 +71,7 @@ class MoE(nnx.Module):
         precision=jax.lax.Precision.HIGHEST,
       )
     )
+    scores = precision.mark('router_scores', scores)
     chosen = self._select(scores, bias)
     gates = jnp.take_along_axis(scores, chosen, axis=1)
     gates = gates / jnp.sum(gates, axis=1, keepdims=True)

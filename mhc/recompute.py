@@ -14,12 +14,12 @@ so that L_r* = argmin n ceil(L / L_r) + (n + 2) L_r, about sqrt(n L / (n + 2))
 (Eq. 20). Policies, by what they compute again inside a recompute block:
 
     none        nothing; no recompute blocks
-    mhc         connections, norms and elementwise functions (the paper's plan)
+    mhc         connections and norms (the paper's plan)
     mhc+block   everything but the output of each sub-layer
     full        everything
 
 The tensors that a policy may keep are marked where they arise, with `output`
-and `inner`.
+and `inner`; see `precision.mark`.
 """
 
 from collections.abc import Callable
@@ -28,17 +28,24 @@ import math
 from typing import Literal
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+
+from mhc import config as config_lib
+from mhc import precision
 
 Policy = Literal['none', 'mhc', 'mhc+block', 'full']
 
 OUTPUT = 'sublayer_output'
 INNER = 'sublayer_inner'
 
-# Marks what a sub-layer returns, and what its matrix products return.
-output = functools.partial(checkpoint_name, name=OUTPUT)
-inner = functools.partial(checkpoint_name, name=INNER)
+# Marks what a sub-layer returns, and what it would keep for its own gradient.
+output = functools.partial(precision.mark, OUTPUT)
+inner = functools.partial(precision.mark, INNER)
+
+# For parts of a layer that are cheaper to compute again than to keep, whatever
+# the policy: only what goes in is kept. In a loop's body, as all of ours are,
+# there is nothing that common-subexpression elimination could undo.
+lean = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def scan(body: Callable, carry, xs, *, policy: Policy, blocks: int) -> tuple:
@@ -95,4 +102,11 @@ def best_every(num_sublayers: int, num_streams: int) -> int:
   return min(
     range(2, num_sublayers + 1, 2),
     key=lambda every: kept(num_sublayers, num_streams, every),
+  )
+
+
+def interval(config: config_lib.ModelConfig) -> int:
+  """L_r of a model: as set, or the optimum."""
+  return config.recompute_every or best_every(
+    2 * config.num_blocks, config.connection.streams
   )

@@ -21,6 +21,7 @@ from mhc import config as config_lib
 from mhc import gains
 from mhc import moe
 from mhc import optimizer as optimizer_lib
+from mhc import precision
 from mhc import sharding
 from mhc import transformer
 
@@ -34,24 +35,40 @@ class TrainState(NamedTuple):
   router_bias: jax.Array | None  # float32 [l, e] of the l blocks with experts
 
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
-  """What a run executes; t is `seq_len`.
+class Functions(NamedTuple):
+  """What a run executes, not yet compiled; t is `seq_len`.
 
   init: seed -> state.
-  train_step: state, tokens int32 [b, t + 1] -> state, metrics; donates state.
+  train_step: state, tokens int32 [b, t + 1] -> state, metrics.
   row_nats: state, tokens int32 [b, t + 1] -> float32 [b], the summed negative
     log-likelihood of each row's t targets.
   probe: state, tokens int32 [1, t] -> `gains.profile` of H_res on them.
   """
 
-  mesh: Mesh
   abstract_state: TrainState  # of jax.ShapeDtypeStruct, with shardings
+  abstract_tokens: jax.ShapeDtypeStruct
   init: Callable
   train_step: Callable
   row_nats: Callable
   probe: Callable
-  peak_bytes: int  # of one update on one device, by XLA's buffer assignment
+
+  def lower(self) -> jax.stages.Lowered:
+    """The update from abstract shapes; it donates the state."""
+    update = jax.jit(self.train_step, donate_argnums=0)
+    return update.lower(self.abstract_state, self.abstract_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """`Functions`, compiled."""
+
+  mesh: Mesh
+  abstract_state: TrainState
+  init: Callable
+  train_step: Callable
+  row_nats: Callable
+  probe: Callable
+  memory: Any  # `memory_analysis()` of one update on one device
 
 
 def build(config: config_lib.Config) -> Programs:
@@ -60,17 +77,36 @@ def build(config: config_lib.Config) -> Programs:
     config.model,
     config.optimizer,
     config.num_steps,
-    config.data.batch_size,
-    config.data.seq_len,
+    dataclasses.replace(config.data, path=''),
     config.num_devices,
   )
 
 
 @functools.lru_cache(maxsize=8)
-def _build(
-  model, optimizer_config, num_steps, batch_size, seq_len, num_devices
-):
-  mesh = sharding.make_mesh(num_devices, batch_size)
+def _build(model, optimizer, num_steps, data, num_devices):
+  mesh = sharding.make_mesh(num_devices, data)
+  traced = functions(model, optimizer, num_steps, data, mesh)
+  update = traced.lower().compile()
+  whole = NamedSharding(mesh, sharding.WHOLE)
+  return Programs(
+    mesh=mesh,
+    abstract_state=traced.abstract_state,
+    init=jax.jit(traced.init, static_argnums=0, out_shardings=whole),
+    train_step=update,
+    row_nats=jax.jit(traced.row_nats),
+    probe=jax.jit(traced.probe),
+    memory=update.memory_analysis(),
+  )
+
+
+def functions(
+  model: config_lib.ModelConfig,
+  optimizer_config: config_lib.OptimizerConfig,
+  num_steps: int,
+  data: config_lib.DataConfig,
+  mesh: Mesh,
+) -> Functions:
+  """The functions of a run on `mesh`, whose devices need not exist."""
   whole = NamedSharding(mesh, sharding.WHOLE)
   optimizer = optimizer_lib.make(optimizer_config, num_steps)
   learning_rate = optimizer_lib.learning_rate(optimizer_config, num_steps)
@@ -90,41 +126,59 @@ def _build(
       jnp.zeros((), jnp.int32), params, optimizer.init(params), router_bias
     )
 
-  def local_nats(params, router_bias, tokens):
+  def nats_and_stats(params, router_bias, tokens):
     logits, stats = network(params).logits_and_stats(
       tokens[:, :-1], router_bias
     )
     nats = optax.softmax_cross_entropy_with_integer_labels(
       logits, tokens[:, 1:]
     )
-    return jnp.sum(nats, axis=1), stats
+    return precision.mark('loss', jnp.sum(nats, axis=1)), stats
+
+  def gradient(params, router_bias, tokens):
+    """Of the sum over local tokens, with that sum and the experts' loads."""
+
+    def objective(params):
+      rows, stats = nats_and_stats(params, router_bias, tokens)
+      nats = jnp.sum(rows)
+      total, load = nats, None
+      if stats is not None:
+        load = (stats.load, stats.dropped)
+        if model.moe.balance_loss:
+          balance = jnp.sum(stats.balance_loss) * rows.size * data.seq_len
+          total = total + model.moe.balance_loss * balance
+      return total, (nats, load)
+
+    grads, (nats, load) = jax.grad(objective, has_aux=True)(params)
+    return nats, grads, load
 
   def local_loss_and_grads(params, router_bias, tokens):
     # The local gradient first, then one sum over devices: parameters must vary
     # over the mesh, or autodiff would sum at every use of them.
-    params, router_bias = jax.lax.pcast(
-      (params, router_bias), sharding.DATA, to='varying'
-    )
+    params, router_bias = _varying((params, router_bias))
+    parts = sharding.microbatches(tokens, data)
+    if len(parts) == 1:
+      nats, grads, load = gradient(params, router_bias, tokens)
+    else:
+      zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(gradient, params, router_bias, parts[0]),
+      )
 
-    def objective(params):
-      rows, stats = local_nats(params, router_bias, tokens)
-      nats = jnp.sum(rows)
-      total = nats
-      if stats is not None and model.moe.balance_loss:
-        balance = jnp.sum(stats.balance_loss) * rows.size * seq_len
-        total = total + model.moe.balance_loss * balance
-      return total, (nats, stats)
+      def add(total, part):
+        one = gradient(params, router_bias, part)
+        return jax.tree.map(jnp.add, total, one), None
 
-    grads, (nats, stats) = jax.grad(objective, has_aux=True)(params)
-    scale = 1 / (batch_size * seq_len)
+      (nats, grads, load), _ = jax.lax.scan(add, _varying(zeros), parts)
+    scale = 1 / (data.batch_size * data.seq_len)
     nats, grads = jax.tree.map(
       lambda leaf: jax.lax.psum(leaf, sharding.DATA) * scale, (nats, grads)
     )
-    load = None
-    if stats is not None:
+    if load is not None:
+      counts, dropped = load
       load = (
-        jax.lax.psum(stats.load, sharding.DATA),
-        jax.lax.pmean(stats.dropped, sharding.DATA),
+        jax.lax.psum(counts, sharding.DATA),
+        jax.lax.pmean(dropped, sharding.DATA) / len(parts),
       )
     return nats, grads, load
 
@@ -150,8 +204,17 @@ def _build(
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state, router_bias), metrics
 
+  def local_nats(params, router_bias, tokens):
+    def score(part):
+      return nats_and_stats(params, router_bias, part)[0]
+
+    parts = sharding.microbatches(tokens, data)
+    if len(parts) == 1:
+      return score(tokens)
+    return jax.lax.map(score, parts).reshape(-1)
+
   row_nats = jax.shard_map(
-    lambda params, bias, tokens: local_nats(params, bias, tokens)[0],
+    local_nats,
     mesh=mesh,
     in_specs=(sharding.WHOLE, sharding.WHOLE, sharding.BATCH),
     out_specs=sharding.BATCH,
@@ -165,28 +228,21 @@ def _build(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
     jax.eval_shape(init, 0),
   )
-  abstract_tokens = jax.ShapeDtypeStruct(
-    (batch_size, seq_len + 1),
-    jnp.int32,
-    sharding=NamedSharding(mesh, sharding.BATCH),
-  )
-  compiled = (
-    jax.jit(train_step, donate_argnums=0)
-    .lower(abstract_state, abstract_tokens)
-    .compile()
-  )
-  memory = compiled.memory_analysis()
-  return Programs(
-    mesh=mesh,
+  return Functions(
     abstract_state=abstract_state,
-    init=jax.jit(init, static_argnums=0, out_shardings=whole),
-    train_step=compiled,
-    row_nats=jax.jit(
-      lambda state, tokens: row_nats(state.params, state.router_bias, tokens)
+    abstract_tokens=jax.ShapeDtypeStruct(
+      (data.batch_size, data.seq_len + 1),
+      jnp.int32,
+      sharding=NamedSharding(mesh, sharding.BATCH),
     ),
-    probe=jax.jit(probe),
-    peak_bytes=memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-    + memory.temp_size_in_bytes,
+    init=init,
+    train_step=train_step,
+    row_nats=lambda state, tokens: row_nats(
+      state.params, state.router_bias, tokens
+    ),
+    probe=probe,
   )
+
+
+def _varying(tree):
+  return jax.lax.pcast(tree, sharding.DATA, to='varying')

@@ -19,6 +19,7 @@ from mhc import checkpoint
 from mhc import config as config_lib
 from mhc import data
 from mhc import evaluate
+from mhc import memory
 from mhc import sharding
 from mhc import step as step_lib
 from mhc import writer
@@ -40,7 +41,7 @@ def train(
   heldout = data.heldout_rows(
     corpus, config.data.seq_len, config.eval_sequences
   )
-  sharding.make_mesh(config.num_devices, config.data.batch_size)
+  sharding.make_mesh(config.num_devices, config.data)
   checkpoint.claim(workdir, config)
   summary = read_summary(workdir)
   if summary is not None:
@@ -122,7 +123,7 @@ def train(
 
   summary = {
     'num_params': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-    'peak_bytes': programs.peak_bytes,
+    'peak_bytes': memory.peak_bytes(programs.memory),
     'heldout_nats': values['loss/heldout'],
     'heldout_bits_per_byte': values['loss/heldout_bits_per_byte'],
     'tokens': config.num_steps * config.tokens_per_step,

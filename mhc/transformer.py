@@ -8,7 +8,7 @@ not depend on the depth; with experts there are two stacks, the leading dense
 blocks and the others.
 """
 
-import functools
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -20,8 +20,17 @@ from mhc import config as config_lib
 from mhc import connections
 from mhc import layers
 from mhc import moe
+from mhc import precision
 from mhc import recompute
 from mhc import streams
+
+
+class Aux(NamedTuple):
+  """What a block returns beside the streams."""
+
+  contexts: tuple[connections.Context, connections.Context]
+  stats: moe.Stats | None  # with experts
+  cache: attention.Cache | None  # in decoding
 
 
 class Block(nnx.Module):
@@ -57,17 +66,20 @@ class Block(nnx.Module):
     x: connections.State,
     batch: tuple[int, int],
     router_bias: Float[Array, 'e'] | None,
-  ) -> tuple[
-    connections.State, tuple[connections.Context, ...], moe.Stats | None
-  ]:
+    cache: attention.Cache | None = None,
+    start: Int[Array, ''] | None = None,
+  ) -> tuple[connections.State, Aux]:
     """One block on the streams [s, n, d] of s = b t tokens, batch = (b, t).
 
-    Returns the streams, both connections' contexts and the experts' stats.
+    With a cache, the tokens follow the `start` ones that it holds.
     """
     h, first = self.attention_connection.pre(x)
-    normed = self.attention_norm(h)
-    y = self.attention(normed.reshape(*batch, -1)).reshape(h.shape)
-    y = recompute.output(y)
+    normed = self.attention_norm(h).reshape(*batch, -1)
+    if cache is None:
+      y = self.attention(normed)
+    else:
+      y, cache = self.attention.decode(normed, cache, start)
+    y = recompute.output(y.reshape(h.shape))
     h, second = connections.advance(
       self.attention_connection, self.ffn_connection, y, first
     )
@@ -78,7 +90,9 @@ class Block(nnx.Module):
     else:
       y, stats = self.ffn(normed, router_bias)
     y = recompute.output(y.reshape(h.shape))
-    return self.ffn_connection.post(y, second), (first, second), stats
+    return self.ffn_connection.post(y, second), Aux(
+      (first, second), stats, cache
+    )
 
 
 class Transformer(nnx.Module):
@@ -128,10 +142,36 @@ class Transformer(nnx.Module):
     router_bias: Float[Array, 'l e'] | None = None,
   ) -> tuple[Float[Array, 'b t v'], moe.Stats | None]:
     """The logits and each expert layer's `Stats`, stacked; None without."""
-    x, _, stats = self._run(tokens, router_bias, collect=False)
-    h = self.norm(connections.close_streams(x, self.collapse))
-    h = h.reshape(*tokens.shape, -1)
-    return self.head(h).astype(jnp.float32), stats
+    x, auxes = self._run(tokens, router_bias)
+    stats = auxes[-1].stats
+    return self._logits(x, tokens.shape), stats
+
+  def decode(
+    self,
+    tokens: Int[Array, 'b t'],
+    cache: attention.Cache,
+    start: Int[Array, ''],
+    router_bias: Float[Array, 'l e'] | None = None,
+  ) -> tuple[Float[Array, 'b t v'], attention.Cache]:
+    """Logits of t tokens that follow `start` others, and the cache with them.
+
+    Connections act on each token alone: attention's cache is all the memory.
+    With experts the result is that of a whole row if what happens to a token
+    does not depend on others: `router='bias'`, `dispatch='dropless'`.
+    """
+    x, auxes = self._run(tokens, router_bias, cache=cache, start=start)
+    cache = jax.tree.map(
+      lambda *stacks: jnp.concatenate(stacks), *(aux.cache for aux in auxes)
+    )
+    return self._logits(x, tokens.shape), cache
+
+  def empty_cache(self, batch_size: int, size: int) -> attention.Cache:
+    """For rows of up to `size` tokens, all blocks stacked."""
+    c, shape = self.config, (self.config.num_blocks, batch_size, size)
+    return attention.Cache(
+      jnp.zeros((*shape, c.attention.kv_rank), c.dtype),
+      jnp.zeros((*shape, c.attention.rope_dim), c.dtype),
+    )
 
   def mixing_matrices(
     self,
@@ -139,13 +179,22 @@ class Transformer(nnx.Module):
     router_bias: Float[Array, 'l e'] | None = None,
   ) -> Float[Array, 'm s n n']:
     """H_res of every sub-layer m and token s = b t, in order of depth."""
-    _, matrices, _ = self._run(tokens, router_bias, collect=True)
+    _, auxes = self._run(tokens, router_bias, collect=True)
+    matrices = [aux.contexts for aux in auxes]
     return jnp.concatenate(
       [stack.reshape(-1, *stack.shape[2:]) for stack in matrices]
     )
 
-  def _run(self, tokens, router_bias, collect):
-    """(streams, H_res of each stack if collected, stats of the experts)."""
+  def _logits(self, x, shape):
+    h = self.norm(connections.close_streams(x, self.collapse))
+    logits = self.head(h.reshape(*shape, -1)).astype(jnp.float32)
+    return precision.mark('logits', logits)
+
+  def _run(self, tokens, router_bias, *, collect=False, cache=None, start=None):
+    """The last streams, and the `Aux` of each stack of blocks.
+
+    The contexts in it are the matrices H_res if they are to be collected.
+    """
     config = self.config
     if (router_bias is None) != (self.moe_blocks is None):
       raise ValueError('router_bias is for models with experts, and only those')
@@ -155,25 +204,27 @@ class Transformer(nnx.Module):
     batch = x.shape[:2]
     x = connections.open_streams(config.connection, x.reshape(-1, config.dim))
 
-    def run(x, block_and_bias):
-      block, bias = block_and_bias
-      x, contexts, stats = block(x, batch, bias)
+    def run(x, inputs):
+      block, bias, cache = inputs
+      x, aux = block(x, batch, bias, cache, start)
       matrices = None
       if collect:
-        matrices = jnp.stack([*map(connections.mixing_matrices, contexts)])
-      return x, (matrices, stats)
+        matrices = jnp.stack([*map(connections.mixing_matrices, aux.contexts)])
+      return x, aux._replace(contexts=matrices)
 
-    every = config.recompute_every or recompute.best_every(
-      2 * config.num_blocks, config.connection.streams
-    )
-    scan = functools.partial(
-      recompute.scan, run, policy=config.recompute, blocks=every // 2
-    )
-    collected, stats = [], None
-    if self.dense_blocks is not None:
-      x, (matrices, _) = scan(x, (self.dense_blocks, None))
-      collected.append(matrices)
-    if self.moe_blocks is not None:
-      x, (matrices, stats) = scan(x, (self.moe_blocks, router_bias))
-      collected.append(matrices)
-    return x, collected, stats
+    auxes, num_dense = [], config.num_blocks - config.num_moe_blocks
+    for blocks, bias, part in (
+      (self.dense_blocks, None, slice(num_dense)),
+      (self.moe_blocks, router_bias, slice(num_dense, None)),
+    ):
+      if blocks is None:
+        continue
+      x, aux = recompute.scan(
+        run,
+        x,
+        (blocks, bias, jax.tree.map(lambda leaf, part=part: leaf[part], cache)),
+        policy=config.recompute,
+        blocks=recompute.interval(config) // 2,
+      )
+      auxes.append(aux)
+    return x, auxes

@@ -10,6 +10,7 @@ from mhc import config
 LEAVES = """
 checkpoint_every
 data.batch_size
+data.microbatch_size
 data.path
 data.seq_len
 eval_every
@@ -18,6 +19,7 @@ keep_checkpoints
 model.attention.head_dim
 model.attention.kv_rank
 model.attention.num_heads
+model.attention.query_rank
 model.attention.rope_dim
 model.attention.rope_theta
 model.connection.collapse

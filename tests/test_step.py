@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from mhc import config
+from mhc import memory
 from mhc import sharding
 from mhc import step
 
@@ -89,6 +90,31 @@ def test_experts_over_devices():
   assert losses[0].keys() == losses[1].keys()
 
 
+@pytest.mark.parametrize('num_devices', [1, 2])
+def test_microbatches_add_up(num_devices):
+  """Losses, gradients (through the state) and loads, in parts of 2 rows."""
+  experts = config.MoEConfig(num_experts=4, expert_dim=16, num_dense_blocks=1)
+  results = []
+  for size in (0, 2):
+    programs = step.build(
+      dataclasses.replace(
+        TINY,
+        num_devices=num_devices,
+        data=dataclasses.replace(TINY.data, microbatch_size=size),
+        model=dataclasses.replace(TINY.model, moe=experts),
+      )
+    )
+    state = programs.init(0)
+    metrics = []
+    for seed in range(3):
+      state, values = programs.train_step(state, batch(programs, seed))
+      metrics.append(values)
+    nats = programs.row_nats(state, batch(programs))
+    results.append(jax.device_get((state, metrics, nats)))
+  for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_the_gradient_norm_is_that_of_the_mean_loss():
   """Against plain autodiff of the mean over all tokens, without shard_map."""
   programs = step.build(TINY)
@@ -132,14 +158,25 @@ def test_peak_bytes_grow_with_the_streams():
       TINY.model, connection=config.ConnectionConfig(kind='residual')
     ),
   )
-  assert step.build(TINY).peak_bytes > step.build(plain).peak_bytes > 0
+  streams, stream = (
+    memory.peak_bytes(step.build(settings).memory) for settings in (TINY, plain)
+  )
+  assert streams > stream > 0
 
 
 def test_the_mesh_takes_the_devices_that_divide_the_batch():
-  assert sharding.make_mesh(0, 8).size == 8
-  assert sharding.make_mesh(0, 12).size == 6
-  assert sharding.make_mesh(0, 7).size == 7
+  def mesh(num_devices, batch_size, microbatch_size=0):
+    data = config.DataConfig(
+      batch_size=batch_size, microbatch_size=microbatch_size
+    )
+    return sharding.make_mesh(num_devices, data)
+
+  assert mesh(0, 8).size == 8
+  assert mesh(0, 12).size == 6
+  assert mesh(0, 7).size == 7
   with pytest.raises(ValueError, match=r'num_devices=9.*8 cpu'):
-    sharding.make_mesh(9, 9)
+    mesh(9, 9)
   with pytest.raises(ValueError, match=r'batch_size=6.*num_devices=4'):
-    sharding.make_mesh(4, 6)
+    mesh(4, 6)
+  with pytest.raises(ValueError, match=r'microbatch_size=4.*12 rows.* are 6'):
+    mesh(2, 12, 4)
