@@ -30,9 +30,18 @@ setuptools.setup(
     'tqdm>=4.66',
   ],
   extras_require={
+    'data': ['pyarrow>=20', 'tokenizers>=0.22'],
     'gpu': ['jax[cuda13]'],
     'tpu': ['jax[tpu]'],
-    'dev': ['beartype>=0.22', 'pytest>=9', 'pytest-xdist>=3.6', 'ruff==0.17.6'],
+    'dev': [
+      'beartype>=0.22',
+      'libtpu',  # the tests compile for TPUs; no TPU is needed
+      'pyarrow>=20',
+      'pytest>=9',
+      'pytest-xdist>=3.6',
+      'ruff==0.17.6',
+      'tokenizers>=0.22',
+    ],
   },
   classifiers=[
     'License :: OSI Approved :: Apache Software License',

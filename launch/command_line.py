@@ -6,6 +6,8 @@ anything else is ours and keeps its traceback.
 """
 
 from collections.abc import Callable
+import glob
+import os
 import pathlib
 import re
 import runpy
@@ -14,6 +16,7 @@ import sys
 from absl import app
 from absl import flags
 from absl import logging
+import jax
 from ml_collections import config_flags
 
 from mhc import checks
@@ -44,6 +47,12 @@ def config[T](cls: type[T]) -> T:
 
 def run(main: Callable[[], None]):
   """absl's app.run for a main without arguments."""
+  accelerators = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
+  if 'JAX_PLATFORMS' not in os.environ and not any(
+    map(glob.glob, (*accelerators, '/dev/kfd'))
+  ):
+    # libtpu, installed to compile for TPUs, would look for one at length.
+    jax.config.update('jax_platforms', 'cpu')
   app.run(lambda _: _guarded(main), flags_parser=_parse)
 
 

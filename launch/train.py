@@ -19,9 +19,13 @@ def main():
   summary = train.train(config, pathlib.Path(WORKDIR.value))
   print(
     f'held-out loss {summary["heldout_nats"]:.4f} nats a token, '
-    f'{summary["heldout_bits_per_byte"]:.4f} bits per byte, '
+    f'{_bits(summary["heldout_bits_per_byte"])} bits per byte, '
     f'{summary["num_params"]:,} parameters; everything is in {WORKDIR.value}'
   )
+
+
+def _bits(value):
+  return 'unknown' if value is None else f'{value:.4f}'
 
 
 if __name__ == '__main__':

@@ -1,15 +1,14 @@
-"""Causal softmax attention in blocks of queries, for latent attention.
+"""Causal softmax attention in blocks of queries.
 
-A query and a key have two parts, so that with rotary parts (q_r, k_r)
+    o_t = sum_s a_ts v_s,   a_ts = softmax_s(scale q_t . k_s),   s <= start + t
 
-    a_ts = softmax_s (scale (q_t . k_s + q_r,t . k_r,s)),   s <= start + t,
+with the softmax in float32. Blocks of `BLOCK` queries are taken one by one,
+each against the keys that it can see, and are computed again for the gradient:
+at most [BLOCK, s] logits a head exist at a time, and most of the products
+beyond the diagonal are never made.
 
-in float32. Blocks of `BLOCK` queries are taken one after the other, each
-against the keys that it can see, and are computed again for the gradient: at
-most [BLOCK, s] logits a head exist at a time, and most of the products beyond
-the diagonal are never made. (`jax.nn.dot_product_attention` makes all of [t, s]
-on every backend but cuDNN and wants values as wide as keys, which MLA's are
-not;
+(`jax.nn.dot_product_attention` makes all of [t, s] on every backend but cuDNN
+and wants values as wide as keys, which those of latent attention are not;
 Splash attention does not trace in a `shard_map` that checks its axes.)
 """
 
@@ -20,14 +19,12 @@ from jaxtyping import Array, Float, Int
 from mhc import precision
 from mhc import recompute
 
-BLOCK = 512
+BLOCK = 1024
 
 
 def attend(
   query: Float[Array, 'b t h k'],
-  query_rope: Float[Array, 'b t h r'],
   key: Float[Array, 'b s h k'] | Float[Array, 'b s k'],
-  key_rope: Float[Array, 'b s r'],
   value: Float[Array, 'b s h v'] | Float[Array, 'b s v'],
   scale: float,
   start: int | Int[Array, ''] = 0,
@@ -35,9 +32,8 @@ def attend(
   """The weighted values, in the dtype of the values.
 
   Args:
-    query, query_rope: of t tokens, each with h heads.
+    query: of t tokens, h heads each.
     key, value: of s tokens; without a head dimension all heads share them.
-    key_rope: shared by all heads.
     scale: of the logits.
     start: position of the first query; key s stands at position s.
   """
@@ -46,13 +42,11 @@ def attend(
     last = min(first + BLOCK, time)
     # With a traced start the mask alone says which keys are seen.
     seen = start + last if isinstance(start, int) else key.shape[1]
-    block = recompute.lean(_block, static_argnums=5)
+    block = recompute.lean(_block, static_argnums=3)
     blocks.append(
       block(
         query[:, first:last],
-        query_rope[:, first:last],
         key[:, :seen],
-        key_rope[:, :seen],
         value[:, :seen],
         scale,
         start + first,
@@ -61,14 +55,11 @@ def attend(
   return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
-def _block(query, query_rope, key, key_rope, value, scale, start):
+def _block(query, key, value, scale, start):
   keys = 'bshk' if key.ndim == 4 else 'bsk'
   values = 'bshk' if value.ndim == 4 else 'bsk'
-  wide = jnp.float32
   logits = jnp.einsum(
-    f'bqhk,{keys}->bhqs', query, key, preferred_element_type=wide
-  ) + jnp.einsum(
-    'bqhr,bsr->bhqs', query_rope, key_rope, preferred_element_type=wide
+    f'bqhk,{keys}->bhqs', query, key, preferred_element_type=jnp.float32
   )
   logits = precision.mark('attention_logits', logits * scale)
   position = start + jnp.arange(query.shape[1])

@@ -67,8 +67,15 @@ class Attention(nnx.Module):
     batch, time, _ = x.shape
     query, query_rope, latent, key_rope = self._project(x, 0)
     up = recompute.inner(self.up(latent))
-    key, value = jnp.split(up.reshape(batch, time, c.num_heads, -1), 2, axis=-1)
-    mixed = attend.attend(query, query_rope, key, key_rope, value, self.scale)
+    up = up.reshape(batch, time, c.num_heads, -1)
+    key, value = jnp.split(up, 2, axis=-1)
+    key_rope = jnp.broadcast_to(key_rope[:, :, None], query_rope.shape)
+    mixed = attend.attend(
+      jnp.concatenate([query, query_rope], axis=-1),
+      jnp.concatenate([key, key_rope], axis=-1),
+      value,
+      self.scale,
+    )
     return self.out(recompute.inner(mixed.reshape(batch, time, -1)))
 
   def decode(
@@ -95,11 +102,10 @@ class Attention(nnx.Module):
     up = self.up.weight[...].astype(x.dtype)
     up = up.reshape(c.kv_rank, c.num_heads, -1)
     to_key, to_value = jnp.split(up, 2, axis=-1)
+    query = jnp.einsum('bthk,chk->bthc', query, to_key)
     mixed = attend.attend(
-      jnp.einsum('bthk,chk->bthc', query, to_key),
-      query_rope,
-      cache.latent,
-      cache.key_rope,
+      jnp.concatenate([query, query_rope], axis=-1),
+      jnp.concatenate(cache, axis=-1),
       cache.latent,
       self.scale,
       start,

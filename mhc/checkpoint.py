@@ -72,10 +72,27 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
     raise ValueError(f'{file} is not a readable config: {error}') from None
 
 
+def restore(
+  workdir: pathlib.Path, abstract: step.TrainState
+) -> step.TrainState:
+  """The newest state of the run in `workdir`.
+
+  Raises:
+    ValueError: it has none yet.
+  """
+  state = None
+  if (workdir / 'checkpoints').is_dir():
+    with Checkpoints(workdir, None) as checkpoints:
+      state = checkpoints.restore(abstract, None)
+  if state is None:
+    raise ValueError(f'{workdir} has no checkpoint yet: train it first')
+  return state
+
+
 class Checkpoints:
   """The states saved under `workdir`, newest kept."""
 
-  def __init__(self, workdir: pathlib.Path, keep: int):
+  def __init__(self, workdir: pathlib.Path, keep: int | None):
     self._folder = workdir.absolute() / 'checkpoints'
     self._manager = ocp.CheckpointManager(
       self._folder,

@@ -25,6 +25,7 @@ def train_all(comparison: config_lib.Comparison, workdir: pathlib.Path):
   for name, config in runs.items():
     checkpoint.check(workdir / name, config)
     corpus = data.load(config.data.path)
+    data.check_vocabulary(corpus, config.model.vocab_size)
     data.heldout_rows(corpus, config.data.seq_len, config.eval_sequences)
   workdir.mkdir(parents=True, exist_ok=True)
   text = json.dumps(config_lib.to_dict(comparison), indent=2) + '\n'

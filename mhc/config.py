@@ -226,8 +226,10 @@ class OptimizerConfig:
 class DataConfig:
   """Text, cut into rows of `seq_len` tokens."""
 
-  # A text file, a folder of them or a glob pattern; '' is the source code of
-  # the running Python's standard library, about 10 MB.
+  # A file of text, JSON lines, Parquet or ArrayRecord, a folder of them or a
+  # glob pattern, then read as bytes; a folder of tokens that
+  # launch/prepare_data.py wrote; '' is the source code of the running Python's
+  # standard library, about 10 MB.
   path: str = ''
   seq_len: int = 64
   batch_size: int = 8

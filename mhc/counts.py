@@ -8,6 +8,7 @@ and one of the two vocabulary matrices.
 from flax import nnx
 
 from mhc import config as config_lib
+from mhc import memory
 from mhc import transformer
 
 
@@ -21,6 +22,7 @@ def count(
     flops_per_token: of one training step (forward and backward, nothing
       recomputed): 6 for each active parameter in a matrix product, causal
       attention, and reading, mixing and writing the streams.
+    activation_bytes_per_token: kept for the backward pass, see `memory`.
   """
   abstract = nnx.eval_shape(
     lambda: transformer.Transformer(config, rngs=nnx.Rngs(0))
@@ -56,6 +58,7 @@ def count(
     'flops_per_token': 6 * active
     + 3 * _attention_flops(config, seq_len)
     + 3 * _stream_flops(config),
+    'activation_bytes_per_token': sum(memory.activations(config).values()),
   }
 
 

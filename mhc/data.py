@@ -1,76 +1,93 @@
-"""Text files to batches of token rows.
+"""Text to batches of token rows.
 
-A corpus is a list of documents, one a file. About one document in twenty is
-held out, chosen by a hash of its name, so the split depends neither on order
-nor on what else is in the folder. The documents of each side are tokenised,
-joined and cut into rows of `seq_len + 1` tokens that overlap by one: inputs
-are all but the last, targets all but the first. Training rows come in an order
-that is a function of the seed and the step alone.
+A corpus is two token streams, for training and held out. It comes from
+documents, tokenised to bytes as it is read, or from a folder of tokens that
+launch/prepare_data.py wrote. Either stream is cut into rows of `seq_len + 1`
+tokens that overlap by one: inputs are all but the last, targets all but the
+first. Training rows come in an order that is a function of the seed and the
+step alone.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
-import glob
 import hashlib
 import pathlib
-import sysconfig
-from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from mhc import config as config_lib
-from mhc import tokenizer
-
-
-class Document(NamedTuple):
-  name: str
-  text: bytes
+from mhc import documents as documents_lib
+from mhc import tokenizer as tokenizer_lib
+from mhc import tokens as tokens_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Token streams of both sides, uint16, and what they were made from."""
+  """Token streams of both sides, in shards, and what they were made from."""
 
   name: str
-  train: np.ndarray
-  heldout: np.ndarray
+  train: tuple[np.ndarray, ...]
+  heldout: tuple[np.ndarray, ...]
+  tokenizer: tokenizer_lib.Tokenizer | None  # None where nobody knows
   num_documents: int
   num_heldout_documents: int
   num_bytes: int
   sha256: str  # of all documents, in order of name
 
+  @property
+  def num_train_tokens(self) -> int:
+    return sum(map(len, self.train))
+
   def summary(self) -> dict[str, str | int]:
     return {
-      field.name: getattr(self, field.name)
-      for field in dataclasses.fields(self)
-      if field.name not in ('train', 'heldout')
-    } | {'train_tokens': len(self.train), 'heldout_tokens': len(self.heldout)}
+      'name': self.name,
+      'num_documents': self.num_documents,
+      'num_heldout_documents': self.num_heldout_documents,
+      'num_bytes': self.num_bytes,
+      'sha256': self.sha256,
+      'tokenizer': self.tokenizer.name if self.tokenizer else 'unknown',
+      'train_tokens': self.num_train_tokens,
+      'heldout_tokens': sum(map(len, self.heldout)),
+    }
 
 
 @functools.lru_cache(maxsize=1)
 def load(path: str) -> Corpus:
-  """Reads, splits and tokenises the text at `path` (see `DataConfig.path`).
+  """Reads the text or the tokens at `path` (see `DataConfig.path`).
 
   Raises:
     FileNotFoundError: nothing is there.
-    ValueError: no text in it, or a file that is not UTF-8.
+    ValueError: no text in it, a file that is not UTF-8, damaged tokens.
   """
+  if path and tokens_lib.holds(pathlib.Path(path)):
+    return _from_tokens(pathlib.Path(path))
   if path:
-    name, documents = path, _read(path)
+    name, documents = (
+      path,
+      [
+        document
+        for name, file in documents_lib.files(path).items()
+        for document, _ in documents_lib.read(name, file)
+      ],
+    )
   else:
-    name, documents = "Python's standard library", _standard_library()
-  documents = sorted(_distinct(documents))
+    name = "Python's standard library"
+    documents = documents_lib.standard_library()
+  documents = sorted(documents_lib.distinct(documents))
   if not documents:
     raise ValueError(f'data.path={path!r} holds no text: every file is empty')
-  train, heldout = _split(documents)
+  train, heldout = documents_lib.split(documents)
   digest = hashlib.sha256()
   for document in documents:
     digest.update(document.text)
+  tokenizer = tokenizer_lib.Bytes()
   return Corpus(
     name=name,
-    train=tokenizer.encode([d.text for d in train]),
-    heldout=tokenizer.encode([d.text for d in heldout]),
+    train=(tokenizer.encode_documents([d.text for d in train]),),
+    heldout=(tokenizer.encode_documents([d.text for d in heldout]),),
+    tokenizer=tokenizer,
     num_documents=len(documents),
     num_heldout_documents=len(heldout),
     num_bytes=sum(len(d.text) for d in documents),
@@ -78,24 +95,68 @@ def load(path: str) -> Corpus:
   )
 
 
-class Rows:
-  """Random access to the rows of a token stream, int32 [seq_len + 1] each."""
-
-  def __init__(self, tokens: np.ndarray, seq_len: int, side: str):
-    if len(tokens) <= seq_len:
-      raise ValueError(
-        f'data.seq_len={seq_len} needs more than {len(tokens)} tokens of '
-        f'{side} text: shorten the rows or bring more text'
+def _from_tokens(path):
+  folder = tokens_lib.read(path)
+  return Corpus(
+    name=folder.index['name'],
+    train=folder.train,
+    heldout=folder.heldout,
+    tokenizer=folder.tokenizer,
+    **{
+      name: folder.index[name]
+      for name in (
+        'num_documents',
+        'num_heldout_documents',
+        'num_bytes',
+        'sha256',
       )
-    self._tokens = tokens
+    },
+  )
+
+
+def check_vocabulary(corpus: Corpus, vocab_size: int):
+  """Raises ValueError if a model of that vocabulary cannot read the corpus."""
+  if corpus.tokenizer is not None:
+    largest = corpus.tokenizer.num_tokens - 1
+  else:
+    # Reading all of a large corpus for this would take longer than it is worth.
+    shards = (*corpus.train, *corpus.heldout)
+    largest = max(int(shard[:10_000_000].max(initial=0)) for shard in shards)
+  if largest >= vocab_size:
+    raise ValueError(
+      f'model.vocab_size={vocab_size} is less than the {largest + 1} tokens '
+      f'of {corpus.name}: set it to that, or to the next multiple of 128'
+    )
+
+
+class Rows:
+  """Random access to the rows of a token stream, int32 [seq_len + 1] each.
+
+  No row crosses from one shard to the next.
+  """
+
+  def __init__(self, shards: Sequence[np.ndarray], seq_len: int, side: str):
+    self._shards = tuple(shards)
     self._seq_len = seq_len
+    # Rows up to the end of each shard.
+    counts = [max(0, len(shard) - 1) // seq_len for shard in self._shards]
+    self._ends = np.cumsum(counts)
+    if not counts or not self._ends[-1]:
+      raise ValueError(
+        f'data.seq_len={seq_len} needs more than '
+        f'{max(map(len, self._shards), default=0)} tokens of {side} text: '
+        'shorten the rows or bring more text'
+      )
 
   def __len__(self) -> int:
-    return (len(self._tokens) - 1) // self._seq_len
+    return int(self._ends[-1])
 
   def __getitem__(self, index: int) -> np.ndarray:
-    start = index * self._seq_len
-    return self._tokens[start : start + self._seq_len + 1].astype(np.int32)
+    number = int(np.searchsorted(self._ends, index, side='right'))
+    first = int(self._ends[number - 1]) if number else 0
+    start = (index - first) * self._seq_len
+    row = self._shards[number][start : start + self._seq_len + 1]
+    return row.astype(np.int32)
 
 
 def train_batches(
@@ -123,91 +184,3 @@ def heldout_rows(
   count = len(rows) if num_rows is None else min(num_rows, len(rows))
   indices = np.arange(count) * len(rows) // count
   return np.stack([rows[index] for index in indices.tolist()])
-
-
-def _read(path: str) -> list[Document]:
-  root = pathlib.Path(path)
-  if root.is_file():
-    files = {root.name: root}
-  elif root.is_dir():
-    files = {
-      str(file.relative_to(root)): file
-      for file in root.rglob('*')
-      if not any(p.startswith('.') for p in file.relative_to(root).parts)
-    }
-  else:
-    files = {
-      name: pathlib.Path(name) for name in glob.glob(path, recursive=True)
-    }
-  files = {name: file for name, file in files.items() if file.is_file()}
-  if not files:
-    raise FileNotFoundError(
-      f'data.path={path!r} names no file: give a text file, a folder of them '
-      "or a quoted pattern such as 'texts/**/*.txt'"
-    )
-  return [Document(name, _utf8(file)) for name, file in files.items()]
-
-
-def _utf8(file: pathlib.Path) -> bytes:
-  text = file.read_bytes()
-  try:
-    text.decode()
-  except UnicodeDecodeError as error:
-    raise ValueError(
-      f'{file} is not UTF-8 text (byte {error.start}): convert it with iconv, '
-      "or leave it out with a pattern such as data.path='texts/**/*.txt'"
-    ) from None
-  return text
-
-
-def _standard_library() -> list[Document]:
-  """The running interpreter's own modules, without tests and odd files."""
-  root = pathlib.Path(sysconfig.get_paths()['stdlib'])
-  skipped = {'test', 'tests', 'idle_test', 'site-packages', '__pycache__'}
-  documents = []
-  for file in root.rglob('*.py'):
-    name = file.relative_to(root)
-    if skipped & set(name.parts):
-      continue
-    text = file.read_bytes()
-    if _clean(text):
-      documents.append(Document(str(name), text))
-  return documents
-
-
-def _clean(text: bytes) -> bool:
-  """UTF-8 of 200 B to 200 kB, no NUL, no line above 2,000 bytes."""
-  try:
-    text.decode()
-  except UnicodeDecodeError:
-    return False
-  longest = max(map(len, text.split(b'\n')))
-  return 200 <= len(text) <= 200_000 and b'\0' not in text and longest <= 2_000
-
-
-def _distinct(documents: list[Document]) -> list[Document]:
-  """Without empty documents and exact copies; the first name wins."""
-  first = {d.text: d for d in sorted(documents, reverse=True) if d.text.strip()}
-  return list(first.values())
-
-
-def _split(
-  documents: list[Document],
-) -> tuple[list[Document], list[Document]]:
-  """(train, held out); of a single document the last twentieth is held out."""
-  if len(documents) == 1:
-    name, text = documents[0]
-    cut = len(text) - max(1, len(text) // 20)
-    return [Document(name, text[:cut])], [Document(name, text[cut:])]
-  hashes = {d.name: _hash(d.name) for d in documents}
-  heldout = {name for name, value in hashes.items() if value % 20 == 0}
-  if not heldout or len(heldout) == len(documents):
-    heldout = {min(hashes, key=hashes.get)}
-  return (
-    [d for d in documents if d.name not in heldout],
-    [d for d in documents if d.name in heldout],
-  )
-
-
-def _hash(name: str) -> int:
-  return int(hashlib.sha1(name.encode()).hexdigest(), 16)

@@ -11,6 +11,7 @@ from mhc import checkpoint
 from mhc import data
 from mhc import sharding
 from mhc import step as step_lib
+from mhc import tokenizer as tokenizer_lib
 
 # Rows are scored in batches this many times the training batch.
 BATCHES = 4
@@ -21,12 +22,14 @@ def evaluate(
   state: step_lib.TrainState,
   rows: np.ndarray,
   batch_size: int,
+  tokenizer: tokenizer_lib.Tokenizer | None,
 ) -> dict[str, float]:
   """Scores every target of `rows`, int32 [r, t + 1].
 
   `batch_size` is the training batch, of which the devices divide multiples.
   Bits per byte divides all nats, those of document marks included, by the
-  number of target bytes: comparable between tokenizers.
+  number of target bytes: comparable between tokenizers. It is nan where the
+  tokenizer is not known.
   """
   nats, size = 0.0, BATCHES * batch_size
   for start in range(0, len(rows), size):
@@ -37,11 +40,12 @@ def evaluate(
     scores = jax.device_get(programs.row_nats(state, tokens))
     nats += float(scores[: len(batch)].sum(dtype=np.float64))
   targets = rows[:, 1:]
+  bits = math.nan
+  if tokenizer is not None:
+    bits = nats / math.log(2) / tokenizer.num_bytes(targets)
   return {
     'loss/heldout': nats / targets.size,
-    'loss/heldout_bits_per_byte': nats
-    / math.log(2)
-    / int((targets < 256).sum()),
+    'loss/heldout_bits_per_byte': bits,
   }
 
 
@@ -64,17 +68,13 @@ def evaluate_checkpoint(
       config, data=dataclasses.replace(config.data, path=path)
     )
   corpus = data.load(config.data.path)
+  data.check_vocabulary(corpus, config.model.vocab_size)
   rows = data.heldout_rows(corpus, config.data.seq_len, num_rows or None)
-  if not (workdir / 'checkpoints').is_dir():
-    raise ValueError(f'{workdir} has no checkpoint yet: train it first')
   programs = step_lib.build(config)
-  with checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
-    state = checkpoints.restore(programs.abstract_state, None)
-  if state is None:
-    raise ValueError(f'{workdir} has no checkpoint yet: train it first')
+  state = checkpoint.restore(workdir, programs.abstract_state)
   return {
     'step': int(state.step),
-    **evaluate(programs, state, rows, config.data.batch_size),
+    **evaluate(programs, state, rows, config.data.batch_size, corpus.tokenizer),
     'rows': len(rows),
     'corpus': corpus.name,
     'corpus_sha256': corpus.sha256,

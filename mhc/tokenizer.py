@@ -1,34 +1,212 @@
-"""Bytes as tokens: lossless, no vocabulary file.
+"""Text to tokens and back: bytes, or a byte-level BPE vocabulary.
 
-Token i < 256 is byte i; BOS opens a document and EOS closes it.
+Both are lossless and know how many bytes of text a token stands for, so that
+losses can be compared in bits per byte. Documents are framed by the marks
+`start` and `stop`, which stand for no text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+import json
+import pathlib
+from typing import Literal
 
+from jaxtyping import Int, UInt
 import numpy as np
 
-BOS = 256
-EOS = 257
-NUM_TOKENS = 258
+TRAINED_MARKS = ('<|start|>', '<|stop|>')
+# Names that published vocabularies give to the mark after a document.
+STOP_MARKS = (
+  TRAINED_MARKS[1],
+  '<|endoftext|>',
+  '<|end_of_text|>',
+  '<\N{FULLWIDTH VERTICAL LINE}end▁of▁sentence\N{FULLWIDTH VERTICAL LINE}>',
+  '</s>',
+  '<eos>',
+)
 
 
-def encode(documents: Sequence[bytes]) -> np.ndarray:
-  """One flat uint16 array: BOS, bytes, EOS of every document in order."""
-  size = sum(len(text) + 2 for text in documents)
-  tokens = np.empty(size, np.uint16)
-  start = 0
-  for text in documents:
-    stop = start + len(text) + 2
-    tokens[start] = BOS
-    tokens[start + 1 : stop - 1] = np.frombuffer(text, np.uint8)
-    tokens[stop - 1] = EOS
-    start = stop
-  return tokens
+class Bytes:
+  """Token i < 256 is byte i. No vocabulary file."""
+
+  name = 'bytes'
+  num_tokens = 258
+  start = 256
+  stop = 257
+
+  def encode(self, text: bytes) -> UInt[np.ndarray, 't']:
+    """Without marks."""
+    return np.frombuffer(text, np.uint8)
+
+  def encode_documents(
+    self, documents: Sequence[bytes]
+  ) -> UInt[np.ndarray, 't']:
+    """One flat array: start, tokens, stop of every document in order."""
+    size = sum(len(text) + 2 for text in documents)
+    tokens = np.empty(size, np.uint16)
+    first = 0
+    for text in documents:
+      last = first + len(text) + 2
+      tokens[first] = self.start
+      tokens[first + 1 : last - 1] = self.encode(text)
+      tokens[last - 1] = self.stop
+      first = last
+    return tokens
+
+  def decode(self, tokens) -> bytes:
+    tokens = np.asarray(tokens)
+    return tokens[tokens < 256].astype(np.uint8).tobytes()
+
+  def num_bytes(self, tokens: Int[np.ndarray, '...']) -> int:
+    """Of text that the tokens stand for."""
+    return int((tokens < 256).sum())
 
 
-def decode(tokens: np.ndarray) -> str:
-  """The text of the byte tokens; invalid UTF-8 becomes U+FFFD."""
-  tokens = np.asarray(tokens)
-  return (
-    tokens[tokens < 256].astype(np.uint8).tobytes().decode(errors='replace')
-  )
+class BPE:
+  """A byte-level BPE vocabulary of the `tokenizers` library (tokenizer.json).
+
+  `start` is `stop` where the vocabulary has no mark of its own for it.
+  """
+
+  name = 'bpe'
+
+  def __init__(self, description: str, source: str = 'tokenizer'):
+    tokenizers = _library()
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_str(description)
+    except Exception as error:  # the library raises nothing more specific
+      raise ValueError(f'{source} is not a tokenizer.json: {error}') from None
+    if 'ByteLevel' not in json.dumps(json.loads(description).get('decoder')):
+      raise ValueError(
+        f'{source} is not a byte-level vocabulary: its tokens do not say how '
+        'many bytes they stand for'
+      )
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self.num_tokens = 1 + max(self._tokenizer.get_vocab().values())
+    marks = {
+      token.content: number
+      for number, token in self._tokenizer.get_added_tokens_decoder().items()
+    }
+    stops = [marks[name] for name in STOP_MARKS if name in marks]
+    if not stops:
+      raise ValueError(
+        f'{source} has none of the marks {STOP_MARKS} to put after a document: '
+        'add one with tokenizers.Tokenizer.add_special_tokens'
+      )
+    self.stop = stops[0]
+    self.start = marks.get(TRAINED_MARKS[0], self.stop)
+    # In such a vocabulary each character of a token's name is one byte.
+    self._lengths = np.zeros(self.num_tokens, np.int64)
+    for name, number in self._tokenizer.get_vocab().items():
+      if name not in marks:
+        self._lengths[number] = len(name)
+
+  @classmethod
+  def train(cls, documents: Iterable[bytes], num_tokens: int) -> 'BPE':
+    """Learns a vocabulary of at most `num_tokens` from UTF-8 documents."""
+    tokenizers = _library()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=num_tokens,
+      special_tokens=list(TRAINED_MARKS),
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+      (text.decode() for text in documents), trainer
+    )
+    return cls(tokenizer.to_str())
+
+  @property
+  def description(self) -> str:
+    """What `tokenizer.json` holds."""
+    return self._tokenizer.to_str()
+
+  def encode(self, text: bytes) -> UInt[np.ndarray, 't']:
+    """Without marks; marks that are spelled out in the text are text."""
+    return self._encode([text])[0]
+
+  def encode_documents(
+    self, documents: Sequence[bytes]
+  ) -> UInt[np.ndarray, 't']:
+    """One flat array: tokens and stop of every document, start if it differs.
+
+    Raises:
+      ValueError: the vocabulary does not give a document back.
+    """
+    parts = []
+    for text, tokens in zip(documents, self._encode(documents), strict=True):
+      if self.num_bytes(tokens) != len(text):
+        raise ValueError(
+          f'the vocabulary is lossy: {len(text)} bytes became tokens of '
+          f'{self.num_bytes(tokens)}, in the document {text[:60]!r}...; a '
+          'normalizer in tokenizer.json does that'
+        )
+      if self.start != self.stop:
+        parts.append([self.start])
+      parts += [tokens, [self.stop]]
+    return np.concatenate(parts).astype(self._dtype)
+
+  def decode(self, tokens) -> bytes:
+    ids = [int(token) for token in np.asarray(tokens).reshape(-1)]
+    byte_of = _byte_of_character()
+    names = (self._tokenizer.id_to_token(number) for number in ids)
+    return bytes(
+      byte_of[character]
+      for number, name in zip(ids, names, strict=True)
+      if name is not None and self._lengths[number]
+      for character in name
+    )
+
+  def num_bytes(self, tokens: Int[np.ndarray, '...']) -> int:
+    """Of text that the tokens stand for."""
+    return int(self._lengths[tokens].sum())
+
+  @property
+  def _dtype(self):
+    return np.uint16 if self.num_tokens <= 2**16 else np.uint32
+
+  def _encode(self, documents):
+    # A mark in the text must not become the mark's token.
+    self._tokenizer.encode_special_tokens = True
+    encoded = self._tokenizer.encode_batch_fast(
+      [text.decode() for text in documents], add_special_tokens=False
+    )
+    return [np.array(item.ids, self._dtype) for item in encoded]
+
+
+Tokenizer = Bytes | BPE
+
+
+def load(source: Literal['bytes'] | str | pathlib.Path) -> Tokenizer:
+  """'bytes', or the vocabulary in a tokenizer.json.
+
+  Raises:
+    OSError: no such file.
+    ValueError: not a lossless byte-level vocabulary.
+  """
+  if source == 'bytes':
+    return Bytes()
+  return BPE(pathlib.Path(source).read_text(), str(source))
+
+
+def _library():
+  try:
+    import tokenizers  # optional
+  except ImportError:
+    raise ValueError(
+      "BPE vocabularies need the tokenizers library: pip install 'mhc[data]'"
+    ) from None
+  return tokenizers
+
+
+def _byte_of_character():
+  """GPT-2's alphabet: printable bytes stand for themselves, others from 256."""
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(256) if byte not in printable]
+  table = {chr(byte): byte for byte in printable}
+  return table | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -6,6 +6,7 @@ The folder's files, beside those of `checkpoint`:
                      loss where it was measured
     probes.jsonl     gains and mean matrices of H_res on one held-out row
     summary.json     written last: what the run was and how it ended
+    tokenizer.json   the vocabulary, if it is not bytes
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from mhc import config as config_lib
 from mhc import data
 from mhc import evaluate
 from mhc import memory
+from mhc import recompute
 from mhc import sharding
 from mhc import step as step_lib
 from mhc import writer
@@ -37,17 +39,22 @@ def train(
     ValueError, OSError: unusable settings, data or folder, before any work.
   """
   corpus = data.load(config.data.path)
+  data.check_vocabulary(corpus, config.model.vocab_size)
   batches = data.train_batches(corpus, config.data, config.seed)
   heldout = data.heldout_rows(
     corpus, config.data.seq_len, config.eval_sequences
   )
   sharding.make_mesh(config.num_devices, config.data)
   checkpoint.claim(workdir, config)
+  if corpus.tokenizer is not None and corpus.tokenizer.name != 'bytes':
+    # So that the run can be sampled where its data are not.
+    writer.replace(workdir / 'tokenizer.json', corpus.tokenizer.description)
   summary = read_summary(workdir)
   if summary is not None:
     return summary
 
   programs = step_lib.build(config)
+  writer.note(_memory_line(config, programs))
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(workdir, config.keep_checkpoints)
@@ -108,7 +115,7 @@ def train(
       values = fetch(pending, clock)
       if evaluating:
         values |= evaluate.evaluate(
-          programs, state, heldout, config.data.batch_size
+          programs, state, heldout, config.data.batch_size, corpus.tokenizer
         )
       if probing:
         row = sharding.place(heldout[:1, :-1], programs.mesh, sharding.WHOLE)
@@ -123,18 +130,39 @@ def train(
 
   summary = {
     'num_params': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    'predicted_activation_bytes': sum(
+      memory.predicted(config, programs.mesh.size).values()
+    ),
+    'temp_bytes': programs.memory.temp_size_in_bytes,
     'peak_bytes': memory.peak_bytes(programs.memory),
     'heldout_nats': values['loss/heldout'],
     'heldout_bits_per_byte': values['loss/heldout_bits_per_byte'],
     'tokens': config.num_steps * config.tokens_per_step,
-    'epochs': config.num_steps * config.tokens_per_step / len(corpus.train),
+    'epochs': config.num_steps
+    * config.tokens_per_step
+    / corpus.num_train_tokens,
     'corpus': corpus.summary(),
     'num_devices': programs.mesh.size,
     'device': jax.devices()[0].device_kind,
     'jax': jax.__version__,
   }
-  writer.replace(workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
+  text = json.dumps(writer.plain(summary), indent=2) + '\n'
+  writer.replace(workdir / 'summary.json', text)
   return summary
+
+
+def _memory_line(config, programs):
+  """What the recompute policy is predicted to keep, beside XLA's own count."""
+  predicted = memory.predicted(config, programs.mesh.size)
+  parts = ', '.join(f'{k} {v / 2**20:.1f}' for k, v in predicted.items())
+  every = recompute.interval(config.model)
+  return (
+    f'recompute={config.model.recompute}, streams kept every {every} '
+    f'sub-layers; a device holds, in MiB: activations '
+    f'{sum(predicted.values()) / 2**20:.1f} by formula ({parts}), temporaries '
+    f'{programs.memory.temp_size_in_bytes / 2**20:.1f} by XLA, peak '
+    f'{memory.peak_bytes(programs.memory) / 2**20:.1f}'
+  )
 
 
 def read_summary(workdir: pathlib.Path) -> dict | None:

@@ -67,19 +67,35 @@ class TensorBoard:
 
 def progress_bar(total: int, done: int, label: str) -> tqdm.tqdm:
   """Steps with time left; one line every 15 s where there is no terminal."""
-  terminal = sys.stderr.isatty()
-  return tqdm.tqdm(
+  return _bar(
     total=total,
     initial=done,
     desc=label,
     unit='step',
+    bar_format='{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} '
+    '[{elapsed}<{remaining}]{postfix}',
+  )
+
+
+def byte_bar(total: float, label: str) -> tqdm.tqdm:
+  """Bytes of files with time left; `total` 0 for unknown."""
+  return _bar(total=total or None, desc=label, unit='B', unit_scale=True)
+
+
+def note(text: str):
+  """A line for whoever watches, above the progress bar."""
+  tqdm.tqdm.write(text, file=sys.stderr)
+
+
+def _bar(**options) -> tqdm.tqdm:
+  terminal = sys.stderr.isatty()
+  return tqdm.tqdm(
+    **options,
     mininterval=0.2 if terminal else 15,
     maxinterval=0.5 if terminal else 30,
     dynamic_ncols=terminal,
     file=sys.stderr if terminal else _Lines(),
     ncols=None if terminal else 110,
-    bar_format='{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} '
-    '[{elapsed}<{remaining}]{postfix}',
   )
 
 

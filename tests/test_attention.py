@@ -1,10 +1,14 @@
 """MLA against a loop over queries in numpy, and RoPE by its property."""
 
+import dataclasses
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from mhc import attend
 from mhc import attention
 from mhc import config
 
@@ -56,3 +60,62 @@ def test_rope_depends_on_distance_only():
   scores = turned[0] @ turned[1].T
   np.testing.assert_allclose(scores[2, 0], scores[9, 7], rtol=1e-4)
   assert abs(scores[2, 0] - scores[3, 0]) > 1e-3
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_blocks_of_queries_are_one_softmax(shared, monkeypatch):
+  """Forward and gradients against all of [t, s] at once, 37 = 2 * 16 + 5."""
+  keys = iter(jax.random.split(jax.random.key(0), 4))
+  heads = () if shared else (3,)
+  query = jax.random.normal(next(keys), (2, 37, 3, 6))
+  key = jax.random.normal(next(keys), (2, 37, *heads, 6))
+  value = jax.random.normal(next(keys), (2, 37, *heads, 4))
+  cotangent = jax.random.normal(next(keys), (2, 37, 3, 4))
+
+  def run():
+    out, pull_back = jax.vjp(
+      lambda *args: attend.attend(*args, 0.5), query, key, value
+    )
+    return out, *pull_back(cotangent)
+
+  whole = run()
+  monkeypatch.setattr(attend, 'BLOCK', 16)
+  for got, want in zip(run(), whole, strict=True):
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+def test_long_rows_never_make_all_logits():
+  """At 4096 tokens no tensor of the gradient is [t, t]."""
+  shape = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.bfloat16)
+
+  def loss(*args):
+    return jnp.sum(attend.attend(*args, 1.0).astype(jnp.float32))
+
+  text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).as_text()
+  assert '1024x4096xf32' in text
+  assert '4096x4096' not in text
+
+
+@pytest.mark.parametrize('query_rank', [0, 5])
+def test_decoding_keeps_the_latent_and_gives_the_same(query_rank):
+  settings = dataclasses.replace(SETTINGS, query_rank=query_rank)
+  layer = attention.Attention(settings, 16, 1e-20, rngs=nnx.Rngs(0))
+  x = jax.random.normal(jax.random.key(1), (2, 7, 16))
+  want = layer(x)
+  cache = attention.Cache(jnp.zeros((2, 9, 6)), jnp.zeros((2, 9, 4)))
+  start, got = 0, []
+  for size in (3, 1, 1, 2):
+    y, cache = layer.decode(x[:, start : start + size], cache, jnp.array(start))
+    got.append(y)
+    start += size
+  np.testing.assert_allclose(jnp.concatenate(got, 1), want, rtol=0, atol=1e-5)
+
+
+def test_query_compression_has_its_parameters():
+  def count(query_rank):
+    settings = dataclasses.replace(SETTINGS, query_rank=query_rank)
+    layer = attention.Attention(settings, 16, 1e-20, rngs=nnx.Rngs(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(layer)))
+
+  heads = 2 * (8 + 4)
+  assert count(5) - count(0) == 16 * 5 + 5 + 5 * heads - 16 * heads

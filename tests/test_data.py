@@ -10,6 +10,12 @@ from mhc import config
 from mhc import data
 from mhc import tokenizer
 
+BYTES = tokenizer.Bytes()
+
+
+def text_of(shards):
+  return b''.join(map(BYTES.decode, shards)).decode()
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -32,10 +38,10 @@ def test_held_out_files_are_whole_and_chosen_by_name(folder):
     if int(hashlib.sha1(f'part{n % 3}/{n}.txt'.encode()).hexdigest(), 16) % 20
     == 0
   }
-  text = tokenizer.decode(corpus.heldout)
+  text = text_of(corpus.heldout)
   assert {text[i : i + 2] for i in range(0, len(text), 10)} == chosen
-  assert len(corpus.train) + len(corpus.heldout) == 40 * 12
-  train = tokenizer.decode(corpus.train)
+  assert corpus.num_train_tokens + len(corpus.heldout[0]) == 40 * 12
+  train = text_of(corpus.train)
   assert not chosen & {train[i : i + 2] for i in range(0, len(train), 10)}
 
 
@@ -43,8 +49,8 @@ def test_a_single_file_holds_out_its_end(tmp_path):
   file = tmp_path / 'book.txt'
   file.write_text('a' * 950 + 'b' * 50)
   corpus = data.load(str(file))
-  assert tokenizer.decode(corpus.train) == 'a' * 950
-  assert tokenizer.decode(corpus.heldout) == 'b' * 50
+  assert text_of(corpus.train) == 'a' * 950
+  assert text_of(corpus.heldout) == 'b' * 50
 
 
 def test_copies_and_empty_files_are_dropped(tmp_path):
@@ -62,7 +68,7 @@ def test_standard_library_is_the_default():
   corpus = data.load('')
   assert corpus.num_documents > 300
   assert corpus.num_bytes > 5e6
-  assert 0.01 < len(corpus.heldout) / len(corpus.train) < 0.12
+  assert 0.01 < len(corpus.heldout[0]) / corpus.num_train_tokens < 0.12
   again = corpus.summary()
   data.load.cache_clear()
   assert data.load('').summary() == again
@@ -70,20 +76,22 @@ def test_standard_library_is_the_default():
 
 def test_tokens_round_trip():
   texts = ['naïve — 日本', 'x']
-  tokens = tokenizer.encode([t.encode() for t in texts])
+  tokens = BYTES.encode_documents([t.encode() for t in texts])
   assert tokens.dtype == np.uint16
-  assert tokenizer.decode(tokens) == ''.join(texts)
-  assert list(tokens[-3:]) == [tokenizer.BOS, ord('x'), tokenizer.EOS]
-  assert tokens.max() < tokenizer.NUM_TOKENS
+  assert BYTES.decode(tokens).decode() == ''.join(texts)
+  assert list(tokens[-3:]) == [BYTES.start, ord('x'), BYTES.stop]
+  assert tokens.max() < BYTES.num_tokens
 
 
 def corpus_of(tokens):
   tokens = np.asarray(tokens, np.uint16)
-  return data.Corpus('test', tokens, tokens[:50], 2, 1, len(tokens), '')
+  return data.Corpus(
+    'test', (tokens,), (tokens[:50],), BYTES, 2, 1, len(tokens), ''
+  )
 
 
 def test_rows_overlap_by_one_and_cover_the_text():
-  rows = data.Rows(np.arange(101, dtype=np.uint16), 10, 'training')
+  rows = data.Rows([np.arange(101, dtype=np.uint16)], 10, 'training')
   assert len(rows) == 10
   stacked = np.stack([rows[i] for i in range(10)])
   np.testing.assert_array_equal(stacked[:, :-1].reshape(-1), np.arange(100))
@@ -118,7 +126,9 @@ def test_an_iterator_resumes_where_its_state_says():
 
 
 def test_held_out_rows_are_spread_over_the_text():
-  corpus = data.Corpus('', np.arange(9), np.arange(1001), 2, 1, 0, '')
+  corpus = data.Corpus(
+    '', (np.arange(9),), (np.arange(1001),), BYTES, 2, 1, 0, ''
+  )
   rows = data.heldout_rows(corpus, 10, 4)
   np.testing.assert_array_equal(rows[:, 0], [0, 250, 500, 750])
   assert len(data.heldout_rows(corpus, 10, 5000)) == 100

@@ -42,7 +42,7 @@ def temporary_units(policy, every=4, kind='mhc'):
 
 
 def test_without_recomputation_mhc_adds_n_plus_2_tensors_a_sublayer():
-  """Streams, H_pre x and y against x; its norm both have. Mappings are small."""
+  """Streams, H_pre x and y against x; both have its norm."""
   extra = temporary_units('none') - temporary_units('none', kind='residual')
   assert extra == pytest.approx((4 + 1 + 1) * 32, rel=0.1)
 

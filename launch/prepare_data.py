@@ -1,0 +1,39 @@
+"""Tokenises text once, for training from memory-mapped files.
+
+    python launch/prepare_data.py --path='texts/*.jsonl' --out=data/mine \
+      --tokenizer=train:32768
+    python launch/train.py --workdir=runs/mine --config.data.path=data/mine \
+      --config.model.vocab_size=32768
+
+Reads UTF-8 text, JSON lines and Parquet (the field `text`) and ArrayRecord.
+"""
+
+import pathlib
+
+from absl import flags
+
+import command_line
+from mhc import prepare
+
+PATH = flags.DEFINE_string(
+  'path', '', "File, folder or pattern; '' for Python's standard library."
+)
+OUT = flags.DEFINE_string('out', None, 'Folder to write.', required=True)
+TOKENIZER = flags.DEFINE_string(
+  'tokenizer', 'bytes', "'bytes', a tokenizer.json, or train:N to learn N."
+)
+
+
+def main():
+  index = prepare.prepare(PATH.value, pathlib.Path(OUT.value), TOKENIZER.value)
+  train, heldout = sum(index['train']), sum(index['heldout'])
+  print(
+    f'{index["num_documents"]:,} documents, {index["num_bytes"]:,} bytes: '
+    f'{train:,} tokens for training, {heldout:,} held out, '
+    f'{index["num_bytes"] / (train + heldout):.2f} bytes a token, vocabulary '
+    f'of {index["num_tokens"]:,}; in {OUT.value}'
+  )
+
+
+if __name__ == '__main__':
+  command_line.run(main)

@@ -1,0 +1,64 @@
+"""Text from a checkpoint: `python launch/sample.py --workdir=runs/tiny`.
+
+python launch/sample.py --workdir=runs/mine --prompt='def main(' \
+  --temperature=0.8 --top_p=0.95 --num_tokens=400
+"""
+
+import codecs
+import pathlib
+
+from absl import flags
+import numpy as np
+
+import command_line
+from mhc import sample
+
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run.', required=True
+)
+PROMPT = flags.DEFINE_string('prompt', '', 'Text to continue.')
+NUM_TOKENS = flags.DEFINE_integer(
+  'num_tokens', 200, 'Tokens to add at most.', lower_bound=1
+)
+NUM_SAMPLES = flags.DEFINE_integer(
+  'num_samples', 1, 'Continuations.', lower_bound=1
+)
+TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0 takes the likeliest.')
+TOP_P = flags.DEFINE_float('top_p', 0.95, 'Share of the nucleus.')
+SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
+
+
+def main():
+  model, bias, tokenizer = sample.restore(pathlib.Path(WORKDIR.value))
+  prompt = np.concatenate(
+    [[tokenizer.start], tokenizer.encode(PROMPT.value.encode())]
+  )
+  drawn = sample.generate(
+    model,
+    bias,
+    prompt,
+    num_samples=NUM_SAMPLES.value,
+    num_tokens=NUM_TOKENS.value,
+    seed=SEED.value,
+    temperature=TEMPERATURE.value,
+    top_p=TOP_P.value,
+  )
+  if NUM_SAMPLES.value == 1:
+    # As it is drawn; a character may take several tokens.
+    text = codecs.getincrementaldecoder('utf-8')('replace')
+    print(PROMPT.value, end='', flush=True)
+    for tokens in drawn:
+      if tokens[0] == tokenizer.stop:
+        break
+      print(text.decode(tokenizer.decode(tokens)), end='', flush=True)
+    print()
+    return
+  for number, tokens in enumerate(np.stack(list(drawn), axis=1)):
+    ends = np.flatnonzero(tokens == tokenizer.stop)
+    tokens = tokens[: ends[0]] if len(ends) else tokens
+    text = tokenizer.decode(tokens).decode(errors='replace')
+    print(f'--- {number}\n{PROMPT.value}{text}')
+
+
+if __name__ == '__main__':
+  command_line.run(main)

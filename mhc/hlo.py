@@ -1,0 +1,256 @@
+r"""What a compiled TPU program does, read off its scheduled HLO text.
+
+XLA's own totals count the body of a loop once. Here every instruction counts as
+often as its loops run:
+
+    cycles(c) = sum of estimated_cycles of c's instructions
+                + sum over loops of trips * cycles(body)
+
+and likewise for bytes. Only TPU compilers write `estimated_cycles`; kernels
+carry a cost estimate of their own instead (FLOPs and bytes).
+"""
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+DTYPE_BYTES = {
+  'pred': 1,
+  's8': 1,
+  'u8': 1,
+  'bf16': 2,
+  'f16': 2,
+  's16': 2,
+  'u16': 2,
+  'f32': 4,
+  's32': 4,
+  'u32': 4,
+  'f64': 8,
+  's64': 8,
+  'u64': 8,
+}
+# These name, select or wait; they move nothing.
+FREE = frozenset(
+  {
+    'after-all',
+    'bitcast',
+    'constant',
+    'get-tuple-element',
+    'iota',
+    'opt-barrier',
+    'parameter',
+    'partition-id',
+    'replica-id',
+    'tuple',
+  }
+)
+
+
+_CALLED = re.compile(r'(body|to_apply|calls)=%([^\s,)]+)')
+
+
+class Instruction(NamedTuple):
+  name: str
+  shape: str
+  opcode: str
+  operands: tuple[str, ...]
+  attributes: str
+
+
+class Cost(NamedTuple):
+  """Of running a computation once, its loops in full."""
+
+  cycles: float = 0  # estimated by the compiler
+  bytes: float = 0  # read and written in HBM
+  kernel_flops: float = 0  # of kernels (custom calls), which have no cycles
+  kernel_bytes: float = 0
+
+  def plus(self, other: 'Cost', times: float = 1) -> 'Cost':
+    return Cost(*(a + times * b for a, b in zip(self, other, strict=True)))
+
+
+class Module(NamedTuple):
+  """Computations by name, instructions in the order of the schedule."""
+
+  computations: dict[str, list[Instruction]]
+  entry: str
+
+
+def parse(text: str) -> Module:
+  """Reads `compiled.as_text()`."""
+  computations, entry, body = {}, '', []
+  for line in text.splitlines():
+    if line.endswith('{') and not line.startswith((' ', 'HloModule')):
+      name = re.search(r'%([^\s(]+)', line).group(1)
+      body = computations.setdefault(name, [])
+      if line.startswith('ENTRY'):
+        entry = name
+    elif line.startswith('  ') and ' = ' in line:
+      body.append(_instruction(line))
+  return Module(computations, entry)
+
+
+def cost(module: Module) -> Cost:
+  """Of the whole program."""
+
+  @functools.cache
+  def of(name) -> Cost:
+    total, shapes = Cost(), _shapes(module, name)
+    for instruction in module.computations[name]:
+      called = dict(
+        re.findall(r'(body|to_apply|calls)=%([^\s,)]+)', instruction.attributes)
+      )
+      if instruction.opcode == 'while':
+        total = total.plus(of(called['body']), trips(module, instruction))
+      elif instruction.opcode == 'conditional':
+        branches = re.search(
+          r'(?:branch_computations=\{|true_computation=)([^}]*)',
+          instruction.attributes,
+        )
+        names = re.findall(r'%([^\s,}]+)', branches.group(1))
+        total = total.plus(max(map(of, names)))
+      elif instruction.opcode in ('call', 'async-start'):
+        target = called.get('to_apply') or called.get('calls')
+        total = total.plus(of(target))
+      else:
+        total = total.plus(_single(module, instruction, shapes))
+    return total
+
+  return of(module.entry)
+
+
+def trips(module: Module, loop: Instruction) -> int:
+  """How often a `while` runs: the bound that its counter is compared with.
+
+  JAX's scans count from 0 by 1. A loop with another condition counts once.
+  """
+  name = re.search(r'condition=%([^\s,]+)', loop.attributes).group(1)
+  condition = module.computations[name]
+  bounds = {
+    i.name: int(i.operands[0])
+    for i in condition
+    if i.opcode == 'constant' and i.shape.startswith('s32[]')
+  }
+  for instruction in condition:
+    if 'direction=LT' in instruction.attributes and len(bounds) == 1:
+      return next(iter(bounds.values()))
+  return 1
+
+
+def sizes(shape: str) -> list[int]:
+  """Bytes of each array of a shape that lies in HBM; S(n) marks on-chip."""
+  return [
+    0
+    if re.search(r'S\(\d+\)', layout)
+    else DTYPE_BYTES.get(dtype, 4)
+    * math.prod(int(extent) for extent in dims.split(',') if extent)
+    for dtype, dims, layout in re.findall(
+      r'(\w+)\[([\d,]*)\](\{[^}]*\})?', shape
+    )
+  ]
+
+
+def _single(module, instruction, shapes) -> Cost:
+  """Of an instruction that is not control flow."""
+  if instruction.opcode in FREE or instruction.opcode.endswith('-start'):
+    return Cost()
+  cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+  moved = _moved(module, instruction, shapes)
+  kernel = re.search(
+    r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"',
+    instruction.attributes,
+  )
+  if kernel:
+    flops, accessed = map(float, kernel.groups())
+    return Cost(0, moved, flops, accessed)
+  return Cost(float(cycles.group(1)) if cycles else 0, moved)
+
+
+def _moved(module, instruction, shapes):
+  """Operands read plus results written; slices count what they touch."""
+  written = sum(sizes(instruction.shape))
+  match instruction.opcode:
+    case 'dynamic-slice' | 'gather' | 'slice':
+      return 2 * written
+    case 'dynamic-update-slice':
+      return 2 * sum(sizes(shapes.get(instruction.operands[1], '')))
+    case 'fusion':
+      called = re.search(r'calls=%([^\s,]+)', instruction.attributes).group(1)
+      return _fused(module, called, instruction, shapes, written)
+  return written + sum(
+    sum(sizes(shapes.get(name, ''))) for name in instruction.operands
+  )
+
+
+def _fused(module, name, instruction, shapes, written):
+  """A fusion's traffic: of an operand that it only slices, the slices."""
+  body = module.computations[name]
+  inner = {i.name: i for i in body}
+  users = {}
+  for user in body:
+    for operand in user.operands:
+      users.setdefault(operand, []).append(user)
+
+  read = 0
+  for parameter in (i for i in body if i.opcode == 'parameter'):
+    whole = sum(
+      sizes(shapes.get(instruction.operands[int(parameter.operands[0])], ''))
+    )
+    uses = users.get(parameter.name, [])
+    if uses and all(use.opcode == 'dynamic-slice' for use in uses):
+      whole = min(whole, sum(sum(sizes(use.shape)) for use in uses))
+    elif uses and all(
+      use.opcode == 'dynamic-update-slice' and use.operands[0] == parameter.name
+      for use in uses
+    ):
+      # Updated in place: only the update is written, see below.
+      updates = [sum(sizes(inner[use.operands[1]].shape)) for use in uses]
+      written -= whole - min(whole, sum(updates))
+      whole = 0
+    read += whole
+  return read + max(0, written)
+
+
+def _shapes(module, name):
+  return {i.name: i.shape for i in module.computations[name]}
+
+
+def _instruction(line):
+  name, _, rest = line.strip().removeprefix('ROOT ').partition(' = ')
+  rest = re.sub(r'/\*.*?\*/', '', rest)
+  shape, rest = _leading(rest) if rest[0] == '(' else _word(rest)
+  opcode, _, rest = rest.strip().partition('(')
+  inside, attributes = _leading('(' + rest)
+  operands = tuple(
+    part.split()[-1].lstrip('%')
+    for part in _split(inside[1:-1])
+    if part.strip()
+  )
+  return Instruction(name.lstrip('%'), shape, opcode, operands, attributes)
+
+
+def _leading(text):
+  """The leading parenthesised part, and what follows."""
+  depth = 0
+  for position, char in enumerate(text):
+    depth += (char == '(') - (char == ')')
+    if depth == 0:
+      return text[: position + 1], text[position + 1 :]
+  raise AssertionError(f'unbalanced: {text[:80]}')
+
+
+def _word(text):
+  head, _, rest = text.partition(' ')
+  return head, rest
+
+
+def _split(text):
+  """At the commas that no bracket encloses."""
+  parts, depth, start = [], 0, 0
+  for position, char in enumerate(text):
+    depth += (char in '([{') - (char in ')]}')
+    if char == ',' and depth == 0:
+      parts.append(text[start:position])
+      start = position + 1
+  return [*parts, text[start:]]

@@ -1,0 +1,106 @@
+"""Documents to a folder of tokens, in one pass over files of any size."""
+
+from collections.abc import Iterator
+import hashlib
+import itertools
+import pathlib
+from typing import Any
+
+from mhc import documents as documents_lib
+from mhc import tokenizer as tokenizer_lib
+from mhc import tokens as tokens_lib
+from mhc import writer
+
+# Documents tokenised together, and enough of them to tell small corpora.
+BATCH = 512
+VOCABULARY_BYTES = 100_000_000
+
+
+def prepare(path: str, out: pathlib.Path, tokenizer: str) -> dict[str, Any]:
+  """Tokenises the text at `path` into the folder `out`; returns its index.
+
+  Args:
+    path: file, folder or pattern of files that `documents` reads; '' for the
+      standard library.
+    out: an empty or new folder, or one that an earlier call did not finish.
+    tokenizer: 'bytes', a tokenizer.json, or 'train:N' to learn a byte-level
+      BPE vocabulary of N tokens from the first 100 MB.
+
+  Exact copies are dropped; the split is that of `documents`.
+
+  Raises:
+    OSError, ValueError: unusable files, tokenizer or folder.
+  """
+  files = documents_lib.files(path) if path else {}
+  total = sum(file.stat().st_size for file in files.values())
+  vocabulary = _vocabulary(path, files, tokenizer)
+  tokens = tokens_lib.Writer(out, vocabulary)
+  with writer.byte_bar(total, 'tokenise') as bar:
+    documents = _distinct(_read(files, bar.update))
+    first = list(itertools.islice(documents, BATCH))
+    if len(first) < BATCH:
+      # Few enough to make sure that both sides get some.
+      for side, part in zip(
+        tokens_lib.SIDES,
+        documents_lib.split(first) if first else ([], []),
+        strict=True,
+      ):
+        if part:
+          tokens.add(side, (document.text for document in part))
+    else:
+      rest = itertools.batched(documents, BATCH)
+      for batch in itertools.chain([first], rest):
+        for side, heldout in zip(tokens_lib.SIDES, (False, True), strict=True):
+          part = [
+            document.text
+            for document in batch
+            if documents_lib.is_held_out(document.name) == heldout
+          ]
+          if part:
+            tokens.add(side, part)
+  return tokens.close(path or "Python's standard library")
+
+
+def _vocabulary(path, files, tokenizer):
+  kind, _, number = tokenizer.partition(':')
+  if kind != 'train':
+    return tokenizer_lib.load(tokenizer)
+  if not number.isdigit() or int(number) < 258:
+    raise ValueError(
+      f'tokenizer={tokenizer!r}: train:N wants the number of tokens, 258 or '
+      'more, such as train:32768'
+    )
+  total = sum(file.stat().st_size for file in files.values())
+  with writer.byte_bar(min(total, VOCABULARY_BYTES), 'learn words') as bar:
+    return tokenizer_lib.BPE.train(
+      _sample(_read(files, bar.update)), int(number)
+    )
+
+
+def _sample(documents):
+  size = 0
+  for document in documents:
+    yield document.text
+    size += len(document.text)
+    if size >= VOCABULARY_BYTES:
+      return
+
+
+def _read(files, progress) -> Iterator[documents_lib.Document]:
+  """Documents of the files, or of the standard library if there are none."""
+  if not files:
+    yield from documents_lib.standard_library()
+  for name, file in files.items():
+    for document, size in documents_lib.read(name, file):
+      yield document
+      progress(size)
+
+
+def _distinct(documents):
+  """Without empty documents and exact copies; the first one stays."""
+  seen = set()
+  for document in documents:
+    digest = hashlib.sha1(document.text).digest()
+    if document.text.strip() and digest not in seen:
+      seen.add(digest)
+      yield document

@@ -1,0 +1,142 @@
+"""Text from a trained model, token by token from a latent cache.
+
+The next token is drawn from softmax(logits / temperature), cut to its nucleus:
+the fewest most probable tokens whose probabilities add up to `top_p`
+(arXiv 1904.09751). Temperature 0 takes the most probable one.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import pathlib
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+from mhc import checkpoint
+from mhc import config as config_lib
+from mhc import sharding
+from mhc import step
+from mhc import tokenizer as tokenizer_lib
+from mhc import transformer
+
+
+def choose(
+  logits: Float[Array, 'b v'], key: jax.Array, temperature: float, top_p: float
+) -> Int[Array, 'b']:
+  """One token a row; see above."""
+  if temperature == 0:
+    return jnp.argmax(logits, axis=-1)
+  logits = logits / temperature
+  ranked = jnp.sort(logits, axis=-1, descending=True)
+  share = jax.nn.softmax(ranked, axis=-1)
+  # A token is in if those before it do not yet reach top_p.
+  inside = jnp.cumsum(share, axis=-1) - share < top_p
+  least = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
+  logits = jnp.where(logits >= least, logits, -jnp.inf)
+  return jax.random.categorical(key, logits)
+
+
+def generate(
+  model: transformer.Transformer,
+  router_bias: Float[Array, 'l e'] | None,
+  prompt: Int[np.ndarray, 't'],
+  *,
+  num_samples: int,
+  num_tokens: int,
+  seed: int = 0,
+  temperature: float = 1.0,
+  top_p: float = 1.0,
+) -> Iterator[Int[np.ndarray, 'n']]:
+  """Continues a prompt `num_samples` times.
+
+  Args:
+    model: as trained; see `serving` for models with experts.
+    router_bias: its router's, with experts.
+    prompt: at least one token.
+    num_samples, num_tokens: how many continuations, how long.
+    seed: of the draws.
+    temperature: 0 or more.
+    top_p: more than 0, at most 1.
+
+  Yields:
+    the next token of every continuation, `num_tokens` times.
+
+  Raises:
+    ValueError: a value out of its range.
+  """
+  if temperature < 0:
+    raise ValueError(f'temperature={temperature} must be 0 or more')
+  if not 0 < top_p <= 1:
+    raise ValueError(f'top_p={top_p} must be above 0 and at most 1')
+  if len(prompt) == 0:
+    raise ValueError('the prompt must have at least one token')
+  graphdef, params = nnx.split(model)
+
+  @jax.jit
+  def run(params, tokens, cache, start, key):
+    decode = nnx.merge(graphdef, params).decode
+    logits, cache = decode(tokens, cache, start, router_bias)
+    return choose(logits[:, -1], key, temperature, top_p), cache
+
+  cache = model.empty_cache(num_samples, len(prompt) + num_tokens)
+  tokens = jnp.tile(jnp.asarray(prompt, jnp.int32)[None], (num_samples, 1))
+  start, key = 0, jax.random.key(seed)
+  for number in range(num_tokens):
+    following, cache = run(
+      params,
+      tokens,
+      cache,
+      jnp.asarray(start, jnp.int32),
+      jax.random.fold_in(key, number),
+    )
+    yield np.asarray(following)
+    start += tokens.shape[1]
+    tokens = following[:, None].astype(jnp.int32)
+
+
+def serving(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
+  """The model as it can run token by token.
+
+  What a token's experts are must not depend on other tokens: nothing is
+  dropped, and a Sinkhorn router, which balances a batch, gives way to the plain
+  order of affinities.
+  """
+  moe = dataclasses.replace(config.moe, dispatch='dropless', router='bias')
+  return dataclasses.replace(config, moe=moe)
+
+
+def restore(
+  workdir: pathlib.Path,
+) -> tuple[
+  transformer.Transformer, Float[Array, 'l e'] | None, tokenizer_lib.Tokenizer
+]:
+  """The model of a run's newest checkpoint, its router's bias, its tokens.
+
+  Raises:
+    ValueError: no run or no checkpoint in the folder.
+  """
+  config = checkpoint.read_config(workdir)
+  mesh = sharding.make_mesh(1, config_lib.DataConfig())
+  state = checkpoint.restore(
+    workdir,
+    step.functions(
+      config.model, config.optimizer, config.num_steps, config.data, mesh
+    ).abstract_state,
+  )
+  abstract = nnx.eval_shape(
+    lambda: transformer.Transformer(serving(config.model), rngs=nnx.Rngs(0))
+  )
+  graphdef, _ = nnx.split(abstract)
+  model = nnx.merge(graphdef, nnx.State(state.params))
+  bias = state.router_bias
+  if bias is not None and config.model.moe.router == 'sinkhorn':
+    bias = jnp.zeros_like(bias)  # it had no say in training
+  vocabulary = workdir / 'tokenizer.json'
+  return (
+    model,
+    bias,
+    tokenizer_lib.load(vocabulary if vocabulary.exists() else 'bytes'),
+  )
