@@ -10,6 +10,7 @@ without clipping. Expected on two CPU cores: about ten minutes.
 import ml_collections
 
 from mhc import config
+from mhc import plain
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -37,5 +38,5 @@ def get_config() -> ml_collections.ConfigDict:
     ),
   }
   return ml_collections.ConfigDict(
-    config.to_dict(config.Comparison(base, panels))
+    plain.to_dict(config.Comparison(base, panels))
   )

@@ -10,6 +10,7 @@ other and below the plain residual, only HC with a gain far from 1.
 import ml_collections
 
 from mhc import config
+from mhc import plain
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -23,4 +24,4 @@ def get_config() -> ml_collections.ConfigDict:
     batch_size=8,
   )
   comparison = config.Comparison(config.Config(), {'family': panel})
-  return ml_collections.ConfigDict(config.to_dict(comparison))
+  return ml_collections.ConfigDict(plain.to_dict(comparison))

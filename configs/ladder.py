@@ -3,15 +3,16 @@
     python launch/compare.py --config=configs/ladder.py:3m --workdir=runs/3m
 
 The argument is the rung: 1m, 3m, 10m, 30m or 100m active parameters (sizes.py
-says how they derive from the paper's models). 300 steps of 512 bytes:
-far from trained. With moe.bias_speed = 0.001 the loads even out slowly: after
-60 steps of the 1m rung the largest is still 3.7 times the mean. The family's
-own ratio is 64 tokens an active parameter: --config.panels.ladder.num_steps.
+says how they derive from the paper's models). 300 steps of 2,048 bytes are far
+from trained: the family's own ratio is 64 tokens an active parameter, set
+--config.panels.ladder.num_steps. configs/balance.py compares ways to balance
+the experts' load.
 """
 
 import ml_collections
 
 from mhc import config
+from mhc import plain
 from mhc import sizes
 
 
@@ -28,4 +29,4 @@ def get_config(size: str = '3m') -> ml_collections.ConfigDict:
     clip_norm=base.optimizer.clip_norm,
   )
   comparison = config.Comparison(base, {'ladder': panel})
-  return ml_collections.ConfigDict(config.to_dict(comparison))
+  return ml_collections.ConfigDict(plain.to_dict(comparison))

@@ -1,16 +1,22 @@
-"""Times the projection and whole connection sites against a copy.
+"""What a connection costs: time against a copy, memory against the formula.
 
-    python launch/bench.py            # a Markdown table
-    python launch/bench.py --json     # one JSON object a row
+    python launch/bench.py              # connections: a Markdown table
+    python launch/bench.py recompute    # memory of each recompute policy
+    python launch/bench.py --json       # one JSON object a row
 
-A site is what a connection adds around a sub-layer: mappings, `pre` and `post`,
-with the identity as the sub-layer. Every time is a ratio to copying the
+`recompute` compiles the gradient of a 16-block model and sets XLA's temporary
+bytes beside Eq. 20, in units of C numbers a token; it runs nothing.
+
+`connections` times the projection and whole sites: what a connection adds
+around a sub-layer, mappings, `pre` and `post`, with the identity as the
+sub-layer. Every time is a ratio to copying the
 [tokens, n, C] float32 tensor on the same device in the same run, the two timed
 in turn: on a shared machine that is the only figure that holds. The projection
 is timed on 4 matrices a token.
 """
 
 from collections.abc import Callable, Iterator
+import dataclasses
 import json
 import statistics
 import time
@@ -23,6 +29,8 @@ import command_line
 from mhc import config
 from mhc import connections
 from mhc import manifold
+from mhc import memory
+from mhc import recompute
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a row.')
 TOKENS = flags.DEFINE_integer('tokens', 4096, 'Tokens.', lower_bound=1)
@@ -32,7 +40,15 @@ KINDS = flags.DEFINE_list('kinds', ['hc', 'mhc', 'identity'], 'Connections.')
 ROUNDS = flags.DEFINE_integer('rounds', 15, 'Timings of each.', lower_bound=1)
 
 
-def main():
+def main(what):
+  match what:
+    case 'connections':
+      _connections()
+    case 'recompute':
+      _recompute()
+
+
+def _connections():
   widths = [int(width) for width in WIDTHS.value]
   cases = list(_cases(TOKENS.value, STREAMS.value, widths, KINDS.value))
   if not JSON.value:
@@ -59,6 +75,51 @@ def main():
       print(
         f'| {op} | {width} | {direction} | {row["ms"]:.2f} | '
         f'{row["copy_ms"]:.2f} | {row["ratio_to_copy"]:.2f} |',
+        flush=True,
+      )
+
+
+def _recompute():
+  base = config.ModelConfig(num_blocks=16, dim=256, ffn_dim=512)
+  rows, length = 64, 64
+  unit = rows * length * base.dim * 4
+  sublayers = 2 * base.num_blocks
+  settings = [('none', 2, 'residual'), ('none', 2, 'mhc')]
+  best = recompute.best_every(sublayers, STREAMS.value)
+  settings += [('mhc', every, 'mhc') for every in (2, 4, 6, 8, 16, 32)]
+  settings += [('mhc+block', best, 'mhc'), ('full', best, 'mhc')]
+  if not JSON.value:
+    print(
+      f'{sublayers} sub-layers, n = {STREAMS.value}, C = {base.dim}, '
+      f'{rows * length} tokens, L_r* = {best}; in C numbers a token\n'
+    )
+    print(
+      '| policy | L_r | connection | streams by formula | XLA temporaries |'
+    )
+    print('|---|---:|---|---:|---:|')
+  for policy, every, kind in settings:
+    model = dataclasses.replace(
+      base,
+      recompute=policy,
+      recompute_every=every,
+      connection=config.ConnectionConfig(kind=kind, num_streams=STREAMS.value),
+    )
+    streams = memory.activations(model)['streams'] / (4 * base.dim)
+    compiled = memory.compile_gradient(model, rows, length)
+    measured = compiled.memory_analysis().temp_size_in_bytes / unit
+    if JSON.value:
+      row = {
+        'policy': policy,
+        'L_r': every,
+        'connection': kind,
+        'streams_by_formula': streams,
+        'xla_temporaries': measured,
+      }
+      print(json.dumps(row), flush=True)
+    else:
+      shown = '' if policy == 'none' else every
+      print(
+        f'| {policy} | {shown} | {kind} | {streams:.0f} | {measured:.1f} |',
         flush=True,
       )
 
@@ -119,4 +180,4 @@ def _time(
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  command_line.run(main, choices=('connections', 'recompute'))

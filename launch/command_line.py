@@ -6,6 +6,7 @@ anything else is ours and keeps its traceback.
 """
 
 from collections.abc import Callable
+import functools
 import glob
 import os
 import pathlib
@@ -20,7 +21,7 @@ import jax
 from ml_collections import config_flags
 
 from mhc import checks
-from mhc import config as config_lib
+from mhc import plain
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 
@@ -42,18 +43,24 @@ def define_config(default: str):
 
 def config[T](cls: type[T]) -> T:
   """The typed settings that --config and its overrides ask for."""
-  return config_lib.from_dict(cls, flags.FLAGS.config.to_dict())
+  return plain.from_dict(cls, flags.FLAGS.plain.to_dict())
 
 
-def run(main: Callable[[], None]):
-  """absl's app.run for a main without arguments."""
+def run(main: Callable[..., None], choices: tuple[str, ...] = ()):
+  """absl's app.run for a main without arguments, or with one of `choices`.
+
+  The choice is the command line's first word, by default the first of them.
+  """
   accelerators = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
   if 'JAX_PLATFORMS' not in os.environ and not any(
     map(glob.glob, (*accelerators, '/dev/kfd'))
   ):
     # libtpu, installed to compile for TPUs, would look for one at length.
     jax.config.update('jax_platforms', 'cpu')
-  app.run(lambda _: _guarded(main), flags_parser=_parse)
+  app.run(
+    lambda words: _guarded(functools.partial(main, *words[1:])),
+    flags_parser=functools.partial(_parse, choices=choices),
+  )
 
 
 def _guarded(main):
@@ -68,7 +75,7 @@ def _guarded(main):
     sys.exit(130)
 
 
-def _parse(arguments):
+def _parse(arguments, choices):
   try:
     if 'config' in flags.FLAGS:
       _check_names(arguments)
@@ -77,14 +84,17 @@ def _parse(arguments):
     _fail(checks.unknown_name(error.flagname, list(flags.FLAGS)))
   except (flags.Error, ValueError, OSError) as error:
     _fail(str(error))
-  if len(rest) > 1:
+  words = rest[1:] or list(choices[:1])
+  if words and words[0] not in choices and choices:
+    _fail(f'{words[0]!r} must be one of {choices}')
+  if len(words) > bool(choices):
     _fail(
-      f'unexpected argument {rest[1]!r}: settings go as --config.NAME=VALUE'
+      f'unexpected argument {words[-1]!r}: settings go as --config.NAME=VALUE'
     )
   if flags.FLAGS['verbosity'].using_default_value:
     # Libraries report every step of theirs at INFO; --verbosity=0 shows it.
     flags.FLAGS.verbosity = logging.WARNING
-  return rest
+  return [rest[0], *words]
 
 
 def _check_names(arguments):
@@ -96,7 +106,7 @@ def _check_names(arguments):
     raise ValueError(f'--config={path}: there is no such file')
   get_config = runpy.run_path(path)['get_config']
   values = get_config(argument) if argument else get_config()
-  known = [f'config.{name}' for name in config_lib.leaves(values.to_dict())]
+  known = [f'config.{name}' for name in plain.leaves(values.to_dict())]
   for override in arguments:
     name = override.lstrip('-').split('=', 1)[0]
     if name.startswith('config.') and name not in known:

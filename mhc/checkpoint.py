@@ -14,6 +14,7 @@ import grain
 import orbax.checkpoint as ocp
 
 from mhc import config as config_lib
+from mhc import plain
 from mhc import step
 from mhc import writer
 
@@ -34,8 +35,8 @@ def check(workdir: pathlib.Path, config: config_lib.Config):
     ValueError: the folder holds something else, or a run with other settings.
   """
   if (workdir / 'config.json').exists():
-    old = config_lib.leaves(read_config(workdir))
-    for name, new in config_lib.leaves(config).items():
+    old = plain.leaves(read_config(workdir))
+    for name, new in plain.leaves(config).items():
       if name not in FREE and old[name] != new:
         raise ValueError(
           f'{workdir} holds a run with {name}={old[name]!r}, this one has '
@@ -53,7 +54,7 @@ def claim(workdir: pathlib.Path, config: config_lib.Config):
   """Makes `workdir` the folder of this run, once `check` has passed."""
   check(workdir, config)
   workdir.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(config_lib.to_dict(config), indent=2) + '\n'
+  text = json.dumps(plain.to_dict(config), indent=2) + '\n'
   writer.replace(workdir / 'config.json', text)
 
 
@@ -65,7 +66,7 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
   """
   file = workdir / 'config.json'
   try:
-    return config_lib.from_dict(config_lib.Config, json.loads(file.read_text()))
+    return plain.from_dict(config_lib.Config, json.loads(file.read_text()))
   except FileNotFoundError:
     raise ValueError(f'{workdir} holds no run: no {file}') from None
   except (ValueError, TypeError) as error:

@@ -6,6 +6,7 @@ import pathlib
 from mhc import checkpoint
 from mhc import config as config_lib
 from mhc import data
+from mhc import plain
 from mhc import train
 from mhc import writer
 
@@ -28,7 +29,7 @@ def train_all(comparison: config_lib.Comparison, workdir: pathlib.Path):
     data.check_vocabulary(corpus, config.model.vocab_size)
     data.heldout_rows(corpus, config.data.seq_len, config.eval_sequences)
   workdir.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(config_lib.to_dict(comparison), indent=2) + '\n'
+  text = json.dumps(plain.to_dict(comparison), indent=2) + '\n'
   writer.replace(workdir / 'comparison.json', text)
 
   todo = [name for name in runs if train.read_summary(workdir / name) is None]

@@ -2,17 +2,17 @@
 
 A `Config` is what one training run is; a `Comparison` is a base `Config` and
 the panels that vary it. Files in configs/ are short diffs against these
-defaults. `to_dict` and `from_dict` convert to and from nested plain dicts; the
-latter refuses unknown names.
+defaults; `plain` converts them to and from nested dicts.
 """
 
 from collections.abc import Mapping
 import dataclasses
 import types
 import typing
-from typing import Any, Literal
+from typing import Literal
 
 from mhc import checks
+from mhc import plain
 
 Kind = Literal[
   'residual',
@@ -106,8 +106,9 @@ class MoEConfig:
   # The first blocks keep a dense FFN of width ffn_dim.
   num_dense_blocks: int = 1
   # 'bias' chooses by affinity and a bias that evens the load, 'sinkhorn' by
-  # affinities made doubly stochastic over tokens and experts.
-  router: Literal['bias', 'sinkhorn'] = 'bias'
+  # affinities made doubly stochastic over tokens and experts, 'none' by
+  # affinity alone, whatever the load.
+  router: Literal['bias', 'sinkhorn', 'none'] = 'bias'
   bias_speed: float = 0.001
   # Weight of the sequence-wise auxiliary loss.
   balance_loss: float = 0.0
@@ -297,6 +298,8 @@ class Panel:
   num_steps: int = 400
   batch_size: int = 8
   clip_norm: float = 1.0
+  # Of the mixture of experts; '' is the base's.
+  router: Literal['', 'bias', 'sinkhorn', 'none'] = ''
 
   def __post_init__(self):
     checks.check_types(self)
@@ -329,11 +332,15 @@ class Comparison:
     """Run name -> Config, kinds innermost so that equal settings are near."""
     p = self.panels[panel]
     return {
-      f'{panel}/{kind}-b{blocks}-lr{rate:g}-s{seed}': _replace(
+      f'{panel}/{kind}-b{blocks}-lr{rate:g}-s{seed}': plain.replace(
         self.base,
         seed=seed,
         num_steps=p.num_steps,
-        model=dict(num_blocks=blocks, connection=dict(kind=kind)),
+        model=dict(
+          num_blocks=blocks,
+          connection=dict(kind=kind),
+          moe=dict(router=p.router or self.base.model.moe.router),
+        ),
         optimizer=dict(learning_rate=rate, clip_norm=p.clip_norm),
         data=dict(batch_size=p.batch_size),
       )
@@ -342,76 +349,3 @@ class Comparison:
       for seed in p.seeds
       for kind in p.kinds
     }
-
-
-def to_dict(config) -> Any:
-  """Nested dict of plain values; tuples stay tuples."""
-  if dataclasses.is_dataclass(config):
-    return {
-      field.name: to_dict(getattr(config, field.name))
-      for field in dataclasses.fields(config)
-    }
-  if isinstance(config, Mapping):
-    return {key: to_dict(value) for key, value in config.items()}
-  return config
-
-
-def from_dict[T](cls: type[T], values: Mapping[str, Any], path: str = '') -> T:
-  """Builds `cls` from a nested dict as `to_dict` makes it.
-
-  Raises:
-    ValueError: an unknown name (with the nearest known one), a value of the
-      wrong type or out of its range.
-  """
-  hints = typing.get_type_hints(cls)
-  arguments = {}
-  for name, value in values.items():
-    if name not in hints:
-      raise ValueError(
-        checks.unknown_name(path + name, [path + h for h in hints])
-      )
-    hint = hints[name]
-    if dataclasses.is_dataclass(hint):
-      value = from_dict(hint, _mapping(path + name, value), f'{path}{name}.')
-    elif typing.get_origin(hint) is Mapping:
-      entry = typing.get_args(hint)[1]
-      value = types.MappingProxyType(
-        {
-          key: from_dict(entry, _mapping(name, item), f'{path}{name}.{key}.')
-          for key, item in _mapping(path + name, value).items()
-        }
-      )
-    elif typing.get_origin(hint) is tuple and isinstance(value, list):
-      value = tuple(value)
-    arguments[name] = value
-  return cls(**arguments)
-
-
-def leaves(config, path: str = '') -> dict[str, Any]:
-  """Dotted name -> value of every setting."""
-  flat = {}
-  for name, value in to_dict(config).items():
-    if isinstance(value, dict):
-      flat |= leaves(value, f'{path}{name}.')
-    else:
-      flat[path + name] = value
-  return flat
-
-
-def _replace(config, **changes):
-  """dataclasses.replace, where a dict stands for changes one level down."""
-  return dataclasses.replace(
-    config,
-    **{
-      name: _replace(getattr(config, name), **value)
-      if isinstance(value, dict)
-      else value
-      for name, value in changes.items()
-    },
-  )
-
-
-def _mapping(name, value):
-  if not isinstance(value, Mapping):
-    raise ValueError(f'{name}={value!r} must be a group of settings')
-  return value

@@ -162,12 +162,13 @@ def _array_record(name, file):
     ) from None
   try:
     reader = array_record_module.ArrayRecordReader(str(file))
-  except Exception as error:  # likewise
+    count = reader.num_records()
+    assert count, 'no records'
+  except Exception as error:  # likewise; a damaged file may also seem empty
     raise ValueError(f'{file} is not an ArrayRecord file: {error}') from None
-  each = file.stat().st_size / max(1, reader.num_records())
-  for number in range(1, reader.num_records() + 1):
+  for number in range(1, count + 1):
     text = _utf8(reader.read(), f'{file}, record {number}')
-    yield Document(f'{name}:{number}', text), each
+    yield Document(f'{name}:{number}', text), file.stat().st_size / count
   reader.close()
 
 

@@ -107,6 +107,8 @@ class MoE(nnx.Module):
         ranking = scores + bias[None]
       case 'sinkhorn':
         ranking = balanced(scores)
+      case 'none':
+        ranking = scores
     return jax.lax.top_k(ranking, self.config.experts_per_token)[1]
 
 

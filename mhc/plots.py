@@ -191,6 +191,22 @@ def expert_load(by_kind: ByKind) -> Figure | None:
   return figure
 
 
+def loads_of_panels(panels: dict[str, list[results.Run]]) -> Figure:
+  """The expert load of each panel's first run, smoothed over 25 steps."""
+  figure, axes = _axes(1, 1, width=9)
+  for name, runs in panels.items():
+    steps, values = runs[0].series('moe/load_max_over_mean')
+    line = axes[0].plot(
+      steps[results.WINDOW - 1 :], _smooth(values), label=name
+    )
+    axes[0].plot(
+      steps, values, color=line[0].get_color(), linewidth=0.5, alpha=0.4
+    )
+  axes[0].axhline(1, color='black', linewidth=0.6, linestyle=':')
+  _label(axes[0], 'expert load', 'step', 'largest / mean, mean over layers')
+  return figure
+
+
 def mappings(by_kind: ByKind) -> Figure | None:
   kinds = [kind for kind in by_kind if kind not in ('residual', 'identity')]
   if not kinds:

@@ -66,13 +66,37 @@ def render(workdir: pathlib.Path) -> list[dict]:
       rows += panel_rows
       title = comparison.panels[name].title or name
       parts += _panel(workdir, name, title, runs, panel_rows)
+  parts += _loads(workdir, panels)
   parts = [*_introduction(comparison, panels, unfinished), *parts, *_notes()]
   (workdir / 'results.json').write_text(
-    json.dumps(writer.plain(rows), indent=2) + '\n'
+    json.dumps(writer.jsonable(rows), indent=2) + '\n'
   )
   (workdir / 'report.md').write_text(_markdown(parts))
   (workdir / 'report.html').write_text(_html(parts, workdir))
   return rows
+
+
+def _loads(workdir, panels) -> list[Part]:
+  """One figure across panels, where more than one has experts."""
+  routed = {
+    name: runs
+    for name, runs in panels.items()
+    if runs and runs[0].config.model.moe.num_experts
+  }
+  if len(routed) < 2:
+    return []
+  (workdir / 'figures').mkdir(parents=True, exist_ok=True)
+  plots.loads_of_panels(routed).savefig(
+    workdir / 'figures' / 'expert_load.png', dpi=110
+  )
+  return [
+    Heading(2, 'Expert load of the panels'),
+    Picture(
+      'figures/expert_load.png',
+      'Largest expert load over the mean load of a batch; 1 is even. Thin: '
+      'every step; thick: means of 25 steps.',
+    ),
+  ]
 
 
 def summary(rows: list[dict]) -> str:

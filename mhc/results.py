@@ -17,6 +17,7 @@ import pathlib
 import numpy as np
 
 from mhc import config as config_lib
+from mhc import plain
 from mhc import train
 from mhc import writer
 
@@ -110,7 +111,7 @@ def read_comparison(
       f'{workdir} holds no comparison ({file} is missing): run without '
       '--report_only first, or give the --workdir of one'
     )
-  comparison = config_lib.from_dict(
+  comparison = plain.from_dict(
     config_lib.Comparison, json.loads(file.read_text())
   )
   panels, unfinished = {}, 0

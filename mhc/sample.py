@@ -102,7 +102,7 @@ def serving(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
 
   What a token's experts are must not depend on other tokens: nothing is
   dropped, and a Sinkhorn router, which balances a batch, gives way to the plain
-  order of affinities.
+  order of affinities (its bias has stayed 0).
   """
   moe = dataclasses.replace(config.moe, dispatch='dropless', router='bias')
   return dataclasses.replace(config, moe=moe)
@@ -131,12 +131,9 @@ def restore(
   )
   graphdef, _ = nnx.split(abstract)
   model = nnx.merge(graphdef, nnx.State(state.params))
-  bias = state.router_bias
-  if bias is not None and config.model.moe.router == 'sinkhorn':
-    bias = jnp.zeros_like(bias)  # it had no say in training
   vocabulary = workdir / 'tokenizer.json'
   return (
     model,
-    bias,
+    state.router_bias,
     tokenizer_lib.load(vocabulary if vocabulary.exists() else 'bytes'),
   )

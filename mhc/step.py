@@ -200,7 +200,10 @@ def functions(
     router_bias = state.router_bias
     if load is not None:
       metrics |= moe.load_metrics(*load)
-      router_bias = moe.updated_bias(router_bias, load[0], model.moe.bias_speed)
+      if model.moe.router == 'bias':
+        router_bias = moe.updated_bias(
+          router_bias, load[0], model.moe.bias_speed
+        )
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state, router_bias), metrics
 

@@ -10,7 +10,7 @@ import json
 import pathlib
 from typing import Literal
 
-from jaxtyping import Int, UInt
+from jaxtyping import Integer, UInt
 import numpy as np
 
 TRAINED_MARKS = ('<|start|>', '<|stop|>')
@@ -56,7 +56,7 @@ class Bytes:
     tokens = np.asarray(tokens)
     return tokens[tokens < 256].astype(np.uint8).tobytes()
 
-  def num_bytes(self, tokens: Int[np.ndarray, '...']) -> int:
+  def num_bytes(self, tokens: Integer[np.ndarray, '...']) -> int:
     """Of text that the tokens stand for."""
     return int((tokens < 256).sum())
 
@@ -162,7 +162,7 @@ class BPE:
       for character in name
     )
 
-  def num_bytes(self, tokens: Int[np.ndarray, '...']) -> int:
+  def num_bytes(self, tokens: Integer[np.ndarray, '...']) -> int:
     """Of text that the tokens stand for."""
     return int(self._lengths[tokens].sum())
 

@@ -146,7 +146,7 @@ def train(
     'device': jax.devices()[0].device_kind,
     'jax': jax.__version__,
   }
-  text = json.dumps(writer.plain(summary), indent=2) + '\n'
+  text = json.dumps(writer.jsonable(summary), indent=2) + '\n'
   writer.replace(workdir / 'summary.json', text)
   return summary
 

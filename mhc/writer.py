@@ -77,7 +77,7 @@ def progress_bar(total: int, done: int, label: str) -> tqdm.tqdm:
   )
 
 
-def byte_bar(total: float, label: str) -> tqdm.tqdm:
+def byte_bar(total: int, label: str) -> tqdm.tqdm:
   """Bytes of files with time left; `total` 0 for unknown."""
   return _bar(total=total or None, desc=label, unit='B', unit_scale=True)
 
@@ -110,18 +110,18 @@ class _Lines:
 
 
 def _line(values: Mapping) -> str:
-  return json.dumps(plain(values), allow_nan=False) + '\n'
+  return json.dumps(jsonable(values), allow_nan=False) + '\n'
 
 
-def plain(value):
+def jsonable(value):
   """Arrays to lists; numbers that are not finite to None."""
   if isinstance(value, Mapping):
-    return {key: plain(item) for key, item in value.items()}
+    return {key: jsonable(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
-    return [plain(item) for item in value]
+    return [jsonable(item) for item in value]
   if hasattr(value, 'dtype'):
     if value.ndim:
-      return plain(np.asarray(value, np.float64).tolist())
+      return jsonable(np.asarray(value, np.float64).tolist())
     value = value.item()
   if isinstance(value, float) and not math.isfinite(value):
     return None

@@ -27,7 +27,7 @@ install_import_hook(
   [
     f'mhc.{module.name}'
     for module in pkgutil.iter_modules([str(ROOT / 'mhc')])
-    if module.name not in ('checks', 'config')
+    if module.name not in ('checks', 'config', 'plain')
   ],
   'beartype.beartype',
 )

@@ -10,6 +10,7 @@ import pytest
 from mhc import claims
 from mhc import compare
 from mhc import config
+from mhc import plain
 from mhc import report
 from mhc import results
 
@@ -118,7 +119,7 @@ def test_changed_settings_are_refused_before_training(finished):
 def test_unfinished_runs_are_said_to_be_missing(finished, tmp_path):
   comparison, workdir = finished
   panels = {'small': dataclasses.replace(PANEL, seeds=(0, 1, 2))}
-  text = json.dumps(config.to_dict(config.Comparison(comparison.base, panels)))
+  text = json.dumps(plain.to_dict(config.Comparison(comparison.base, panels)))
   for path in workdir.iterdir():
     if path.name != 'comparison.json':
       (tmp_path / path.name).symlink_to(path)

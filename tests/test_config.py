@@ -6,6 +6,7 @@ import json
 import pytest
 
 from mhc import config
+from mhc import plain
 
 LEAVES = """
 checkpoint_every
@@ -68,18 +69,18 @@ tensorboard
 
 def test_the_settings_are_these():
   """A new setting is a visible change."""
-  assert sorted(config.leaves(config.Config())) == LEAVES.split()
+  assert sorted(plain.leaves(config.Config())) == LEAVES.split()
 
 
 @pytest.mark.parametrize('cls', [config.Config, config.Comparison])
 def test_json_round_trip(cls):
   value = cls()
-  text = json.dumps(config.to_dict(value))
-  assert config.from_dict(cls, json.loads(text)) == value
+  text = json.dumps(plain.to_dict(value))
+  assert plain.from_dict(cls, json.loads(text)) == value
 
 
 def test_an_int_passes_for_a_float():
-  rate = config.from_dict(config.OptimizerConfig, {'learning_rate': 1})
+  rate = plain.from_dict(config.OptimizerConfig, {'learning_rate': 1})
   assert isinstance(rate.learning_rate, float)
 
 
@@ -140,7 +141,7 @@ def test_an_int_passes_for_a_float():
 )
 def test_mistakes_are_named(values, message):
   with pytest.raises(ValueError, match=message):
-    config.from_dict(config.Config, values)
+    plain.from_dict(config.Config, values)
 
 
 def test_the_plain_residual_has_one_stream():

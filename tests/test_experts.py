@@ -7,7 +7,7 @@ import pytest
 
 from mhc import experts
 
-TOKENS, DIM, HIDDEN, NUM = 40, 6, 10, 5
+TOKENS, DIM, HIDDEN, NUM = 40, 6, 10, 8
 
 
 def inputs(seed=0):
@@ -66,7 +66,7 @@ PATHS = {
 @pytest.mark.parametrize(
   'load', ['even', 'skewed', 'one has all', 'one has none']
 )
-@pytest.mark.parametrize('k', [1, 2, 4])
+@pytest.mark.parametrize('k', [1, 2, 3, 4, 5, 6])
 def test_outputs_and_all_gradients_match_a_dense_loop(load, k):
   x, weights = inputs()
   chosen = assignments(load, k)

@@ -62,6 +62,37 @@ def test_train_then_evaluate(launch, text, tmp_path):
   assert json.loads(launch('evaluate.py', workdir).stdout)['step'] == 4
 
 
+def test_prepare_then_train_then_sample(launch, text, tmp_path):
+  """Learned words, memory-mapped tokens, a checkpoint, text."""
+  out, workdir = tmp_path / 'tokens', f'--workdir={tmp_path / "run"}'
+  result = launch(
+    'prepare_data.py', f'--path={text}', f'--out={out}', '--tokenizer=train:280'
+  )
+  assert result.returncode == 0, result.stderr
+  assert '30 documents' in result.stdout
+  data = f'--config.data.path={out}'
+  small = [*SMALL, '--config.model.moe.num_experts=0']
+  result = launch('train.py', workdir, data, *small)
+  assert result.returncode == 0, result.stderr
+  assert 'by formula' in result.stderr
+  assert 'by XLA' in result.stderr
+  drawn = ('--prompt=ab cd', '--num_tokens=8')
+  result = launch('sample.py', workdir, *drawn)
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.startswith('ab cd')
+  again = launch('sample.py', workdir, *drawn)
+  assert again.stdout == result.stdout
+  several = launch('sample.py', workdir, *drawn, '--num_samples=3')
+  assert several.stdout.count('--- ') == 3
+  refused(launch('sample.py', workdir, '--top_p=0'), 'top_p=0')
+  fewer = '--config.model.vocab_size=270'
+  refused(
+    launch('train.py', f'--workdir={tmp_path / "b"}', data, *SMALL, fewer),
+    'vocab_size=270',
+  )
+
+
+PER_TOKEN = ['--config.model.moe.experts_per_token=3']
 MISTAKES = {
   'unknown key': (
     ['--config.model.num_block=3'],
@@ -83,6 +114,14 @@ MISTAKES = {
   'empty data': (['--config.data.path={empty}'], ['empty']),
   'short data': (['--config.data.path={short}'], ['seq_len=64', 'tokens']),
   'not text': (['--config.data.path={binary}'], ['not UTF-8', 'byte 3']),
+  'more choices than experts': (
+    ['--config.model.moe.num_experts=2', *PER_TOKEN],
+    ['experts_per_token=3', 'num_experts=2'],
+  ),
+  'no capacity': (
+    ['--config.model.moe.capacity_factor=0'],
+    ['capacity_factor=0', 'positive'],
+  ),
   'too many devices': (
     ['--config.num_devices=3', '--config.data.batch_size=3'],
     ['num_devices=3', '1 cpu'],
@@ -119,6 +158,12 @@ def test_the_other_mains_refuse_alike(launch, tmp_path):
   )
   refused(launch('train.py'), 'workdir')
   refused(launch('aot.py'), '--count')
+  refused(launch('aot.py', '--topology=v5p:2x'), "'v5p:2x'", 'v6e:4x4')
+  refused(launch('sample.py', empty), 'holds no run')
+  refused(
+    launch('prepare_data.py', '--path=/nowhere', f'--out={tmp_path}/new'),
+    '/nowhere',
+  )
   ladder = f'--config={ROOT / "configs" / "ladder.py"}:2m'
   refused(launch('compare.py', empty, ladder), "'2m'", "'3m'")
 
@@ -129,6 +174,11 @@ def test_counts_are_printed_as_json(launch):
   assert json.loads(result.stdout)['connection_params'] == 2949768
   plain = launch('aot.py', f'--config={config}:residual', '--count')
   assert json.loads(plain.stdout)['connection_params'] == 0
+
+
+def test_bench_knows_its_parts(launch):
+  refused(launch('bench.py', 'kernel'), "'kernel'", "'recompute'")
+  refused(launch('bench.py', 'recompute', 'more'), "'more'")
 
 
 def test_bench_prints_ratios(launch):

@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # A module imports only from groups to its left.
 ORDER = (
   ('checks',),
+  ('plain',),
   ('config',),
   ('manifold',),
   ('gains', 'mixing', 'precision'),

@@ -131,6 +131,7 @@ def test_tensorboard_mirrors_the_scalars(text, tmp_path):
 SLOWED = """
 import json, pathlib, sys, time
 from mhc import config, train, writer
+from mhc import plain
 
 write = writer.JsonLines.write
 
@@ -140,7 +141,7 @@ def slowly(self, step, values):
 
 writer.JsonLines.write = slowly
 settings = json.loads(pathlib.Path(sys.argv[1]).read_text())
-settings = config.from_dict(config.Config, settings)
+settings = plain.from_dict(config.Config, settings)
 train.train(settings, pathlib.Path(sys.argv[2]))
 """
 
@@ -149,7 +150,7 @@ def test_killed_and_resumed_bit_for_bit(finished, text, tmp_path):
   """kill -9 after two checkpoints; the losses are the uninterrupted ones."""
   uninterrupted, summary = finished
   workdir, settings = tmp_path / 'run', tmp_path / 'settings.json'
-  settings.write_text(json.dumps(config.to_dict(with_text(text))))
+  settings.write_text(json.dumps(plain.to_dict(with_text(text))))
   process = subprocess.Popen([sys.executable, '-c', SLOWED, settings, workdir])
   metrics = workdir / 'metrics.jsonl'
   deadline = time.time() + 120

@@ -1,0 +1,144 @@
+"""Decoding token by token is the model, and draws are from the nucleus."""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mhc import config
+from mhc import sample
+from mhc import transformer
+
+SMALL = config.ModelConfig(
+  num_blocks=3,
+  dim=32,
+  ffn_dim=48,
+  attention=config.AttentionConfig(
+    num_heads=2, head_dim=8, rope_dim=4, kv_rank=12
+  ),
+)
+EXPERTS = config.MoEConfig(num_experts=4, experts_per_token=2, expert_dim=16)
+
+
+def network(kind, **changes):
+  """With every parameter moved from where it starts."""
+  settings = dataclasses.replace(
+    SMALL, connection=config.ConnectionConfig(kind=kind), **changes
+  )
+  model = transformer.Transformer(settings, rngs=nnx.Rngs(0))
+  graphdef, params = nnx.split(model)
+  leaves, treedef = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(7), len(leaves))
+  moved = [
+    leaf + 0.05 * jax.random.normal(key, leaf.shape)
+    for leaf, key in zip(leaves, keys, strict=True)
+  ]
+  return nnx.merge(graphdef, treedef.unflatten(moved))
+
+
+def check(model, bias):
+  graphdef, params = nnx.split(model)
+  tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 256)
+
+  @jax.jit
+  def step(params, part, cache, start):
+    return nnx.merge(graphdef, params).decode(part, cache, start, bias)
+
+  @jax.jit
+  def whole(params, tokens):
+    return nnx.merge(graphdef, params)(tokens, bias)
+
+  cache, start, got = model.empty_cache(2, 12), 0, []
+  # A prompt of five at once, then one by one.
+  for size in (5, 1, 1, 1, 1):
+    part = tokens[:, start : start + size]
+    logits, cache = step(params, part, cache, jnp.asarray(start, jnp.int32))
+    got.append(logits)
+    start += size
+  want = whole(params, tokens)
+  assert jnp.std(want) > 0.1
+  np.testing.assert_allclose(
+    jnp.concatenate(got, axis=1), want, rtol=0, atol=1e-4
+  )
+
+
+@pytest.mark.parametrize('kind', config.KINDS)
+def test_decoding_agrees_with_the_whole_row(kind):
+  check(network(kind), None)
+
+
+def test_decoding_agrees_with_experts_and_compressed_queries():
+  attention = dataclasses.replace(SMALL.attention, query_rank=10)
+  model = network('mhc', moe=EXPERTS, attention=attention)
+  check(model, jnp.linspace(-0.2, 0.2, 8).reshape(2, 4))
+
+
+def test_the_nucleus():
+  probabilities = jnp.array([0.5, 0.3, 0.15, 0.05])
+  logits = jnp.broadcast_to(jnp.log(probabilities), (4000, 4))
+
+  def shares(temperature, top_p):
+    drawn = sample.choose(logits, jax.random.key(0), temperature, top_p)
+    return np.bincount(drawn, minlength=4) / 4000
+
+  np.testing.assert_allclose(shares(1.0, 1.0), probabilities, atol=0.03)
+  np.testing.assert_allclose(shares(1.0, 0.75), [0.625, 0.375, 0, 0], atol=0.03)
+  np.testing.assert_array_equal(shares(1.0, 1e-6), [1, 0, 0, 0])
+  np.testing.assert_array_equal(shares(0.0, 1.0), [1, 0, 0, 0])
+  hot = probabilities**0.5 / jnp.sum(probabilities**0.5)
+  np.testing.assert_allclose(shares(2.0, 1.0), hot, atol=0.03)
+
+
+def test_generation_is_greedy_decoding_at_temperature_zero():
+  model = network('mhc')
+  prompt = np.array([256, 10, 20])
+  drawn = sample.generate(
+    model, None, prompt, num_samples=2, num_tokens=4, temperature=0.0
+  )
+  drawn = np.stack(list(drawn), axis=1)
+  assert drawn.shape == (2, 4)
+  row = prompt
+  for _ in range(4):
+    logits = model(jnp.asarray(row[None], jnp.int32))[0, -1]
+    row = np.append(row, int(jnp.argmax(logits)))
+  np.testing.assert_array_equal(drawn, np.tile(row[3:], (2, 1)))
+
+
+def test_a_seed_decides_the_draws():
+  model = network('residual')
+
+  def text(seed):
+    drawn = sample.generate(
+      model, None, np.array([256]), num_samples=3, num_tokens=5, seed=seed
+    )
+    return np.stack(list(drawn))
+
+  np.testing.assert_array_equal(text(0), text(0))
+  assert (text(0) != text(1)).any()
+  assert (text(0)[:, 0] != text(0)[:, 1]).any()
+
+
+def test_values_out_of_range():
+  model = network('residual')
+  for options, message in (
+    ({'temperature': -1.0}, 'temperature=-1.0'),
+    ({'top_p': 0.0}, 'top_p=0.0'),
+    ({'top_p': 1.5}, 'top_p=1.5'),
+  ):
+    drawn = sample.generate(
+      model, None, np.array([1]), num_samples=1, num_tokens=1, **options
+    )
+    with pytest.raises(ValueError, match=message):
+      next(drawn)
+
+
+def test_serving_drops_nothing_and_ranks_by_affinity():
+  settings = dataclasses.replace(
+    SMALL,
+    moe=dataclasses.replace(EXPERTS, dispatch='capacity', router='sinkhorn'),
+  )
+  served = sample.serving(settings).moe
+  assert (served.dispatch, served.router) == ('dropless', 'bias')
