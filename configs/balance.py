@@ -3,7 +3,7 @@
     python launch/compare.py --config=configs/balance.py:3m \
       --workdir=runs/balance
 
-The argument is a rung of the ladder. Expected (3m, 300 steps of 2,048 bytes):
+The argument is a rung of the ladder. Expected (3m, 300 steps of 1,536 bytes):
 the largest load over the mean falls below 1.5 within 100 steps under the
 loss-free bias of DeepSeek-V3 and stays there, is lower still by a doubly
 stochastic assignment, and stays above 2 without balancing.

@@ -43,7 +43,7 @@ def define_config(default: str):
 
 def config[T](cls: type[T]) -> T:
   """The typed settings that --config and its overrides ask for."""
-  return plain.from_dict(cls, flags.FLAGS.plain.to_dict())
+  return plain.from_dict(cls, flags.FLAGS.config.to_dict())
 
 
 def run(main: Callable[..., None], choices: tuple[str, ...] = ()):

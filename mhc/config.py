@@ -256,6 +256,8 @@ class Config:
   data: DataConfig = DataConfig()
   # Devices that share a batch; 0 takes the most that divide it.
   num_devices: int = 0
+  # Of these, the devices that split the experts of a layer between them.
+  num_expert_shards: int = 1
   # Each `*_every` is in steps, 0 for only at the end.
   eval_every: int = 100
   eval_sequences: int = 256
@@ -266,7 +268,13 @@ class Config:
 
   def __post_init__(self):
     checks.check_types(self)
-    checks.at_least(self, num_steps=1, eval_sequences=1, keep_checkpoints=1)
+    checks.at_least(
+      self,
+      num_steps=1,
+      num_expert_shards=1,
+      eval_sequences=1,
+      keep_checkpoints=1,
+    )
     checks.not_negative(
       self,
       'seed',
@@ -275,6 +283,14 @@ class Config:
       'probe_every',
       'checkpoint_every',
     )
+    experts = self.model.moe.num_experts
+    if self.num_expert_shards > 1 and (
+      not experts or experts % self.num_expert_shards
+    ):
+      raise ValueError(
+        f'model.moe.num_experts={experts} does not divide over '
+        f'num_expert_shards={self.num_expert_shards}'
+      )
     if self.optimizer.warmup_steps >= self.num_steps:
       raise ValueError(
         f'optimizer.warmup_steps={self.optimizer.warmup_steps} must be less '

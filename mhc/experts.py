@@ -10,11 +10,17 @@ weights. Three ways to compute it:
   weights of its expert: num_rows + num_experts * BLOCK rows of work at most;
 * `capacity`: every expert has the same number of slots, rows beyond are lost.
 
-All three give the same result where nothing is dropped.
+All three give the same result where nothing is dropped. An expert number past
+the last one stands for an expert that is elsewhere: its rows come back as 0.
+
+Over devices, each holds some experts of a layer and some tokens. Tokens travel
+to every device of the group (`all_gather`), each adds up what its own experts
+say about them, and the sums travel back (`psum_scatter`): for p devices every
+token is sent 2 (p - 1) times, whatever k is.
 """
 
+from collections.abc import Callable
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -24,7 +30,8 @@ from jaxtyping import Array, Float, Int
 from mhc import layers
 from mhc import recompute
 
-BLOCK = 32
+BLOCK = 64
+AXIS = 'expert'  # of the mesh, over which the experts of a layer are split
 
 
 class Weights(NamedTuple):
@@ -36,14 +43,27 @@ class Weights(NamedTuple):
 
 
 def dropless(
-  x: Float[Array, 's d'], experts: Int[Array, 's k'], weights: Weights
+  x: Float[Array, 's d'],
+  experts: Int[Array, 's k'],
+  weights: Weights,
+  *,
+  partial: bool = False,
 ) -> Float[Array, 's k d']:
-  """Every expert's output for every token assigned to it."""
+  """Every expert's output for every token assigned to it.
+
+  `partial` says that some experts are elsewhere.
+  """
   order, sizes = _sort(experts, weights.gate.shape[0])
   rows = x[order // experts.shape[1]]
+  if partial:
+    # Their rows are sorted last.
+    here = (jnp.arange(len(rows)) < jnp.sum(sizes))[:, None]
+    rows = jnp.where(here, rows, 0)
   out = jax.lax.platform_dependent(
     rows, sizes, weights, cpu=blocked, default=ragged
   )
+  if partial:
+    out = jnp.where(here, out, 0)
   return _unsort(out, order, experts.shape)
 
 
@@ -51,23 +71,49 @@ def capacity(
   x: Float[Array, 's d'],
   experts: Int[Array, 's k'],
   weights: Weights,
-  factor: float,
+  slots: int,
 ) -> tuple[Float[Array, 's k d'], Float[Array, '']]:
-  """As `dropless` with ceil(factor s k / e) slots an expert.
+  """As `dropless` with `slots` rows an expert at most.
 
   Returns:
     the outputs, 0 where an assignment found no slot (later tokens lose), and
     the share of such assignments.
   """
   num_experts = weights.gate.shape[0]
-  slots = math.ceil(factor * experts.size / num_experts)
   order, sizes = _sort(experts, num_experts)
   rows = x[order // experts.shape[1]]
   group, rank = _places(sizes, len(rows))
-  place = jnp.where(rank < slots, group * slots + rank, num_experts * slots)
+  late = (rank >= slots) & (group < num_experts)
+  place = jnp.where(late, num_experts * slots, group * slots + rank)
   out = _in_blocks(rows, place, slots, jnp.arange(num_experts), weights)
-  dropped = jnp.mean((rank >= slots).astype(jnp.float32))
+  dropped = jnp.mean(late.astype(jnp.float32))
   return _unsort(out, order, experts.shape), dropped
+
+
+def over_devices(
+  apply: Callable,
+  x: Float[Array, 's d'],
+  experts: Int[Array, 's k'],
+  gates: Float[Array, 's k'],
+  num_local: int,
+) -> tuple[Float[Array, 's d'], Float[Array, '']]:
+  """Applies experts that are split over the mesh axis `AXIS`.
+
+  Args:
+    apply: (tokens, experts, gates) of the whole group -> what the `num_local`
+      experts of this device add to the tokens, and the share of assignments
+      that they dropped.
+    x, experts, gates: of this device's tokens, experts numbered over the group.
+    num_local: experts here.
+  """
+  gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
+  experts = gather(experts) - num_local * jax.lax.axis_index(AXIS)
+  elsewhere = (experts < 0) | (experts >= num_local)
+  out, dropped = apply(
+    gather(x), jnp.where(elsewhere, num_local, experts), gather(gates)
+  )
+  out = jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
+  return out, jax.lax.psum(dropped, AXIS)
 
 
 def ragged(
@@ -90,7 +136,7 @@ def blocked(
   last = jnp.cumsum(-(-sizes // block))  # blocks up to each expert
   group, rank = _places(sizes, num_rows)
   first = jnp.concatenate([jnp.zeros(1, last.dtype), last[:-1]])
-  place = first[group] * block + rank
+  place = first.at[group].get(mode='fill', fill_value=num_blocks) * block + rank
   owner = jnp.searchsorted(last, jnp.arange(num_blocks), side='right')
   owner = jnp.minimum(owner, num_experts - 1)
   return _in_blocks(rows, place, block, owner, weights)

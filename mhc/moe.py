@@ -14,6 +14,7 @@ rectangle. That selection lets a token depend on the others of its batch, later
 ones too.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -79,15 +80,14 @@ class MoE(nnx.Module):
     weights = experts_lib.Weights(
       *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
     )
-    dropped = jnp.zeros(())
-    match config.dispatch:
-      case 'dropless':
-        out = experts_lib.dropless(tokens, chosen, weights)
-      case 'capacity':
-        out, dropped = experts_lib.capacity(
-          tokens, chosen, weights, config.capacity_factor
-        )
-    out = jnp.sum(out * gates[..., None].astype(x.dtype), axis=1)
+    apply = functools.partial(self._apply, weights)
+    num_local = weights.gate.shape[0]
+    if num_local == config.num_experts:
+      out, dropped = apply(tokens, chosen, gates)
+    else:
+      out, dropped = experts_lib.over_devices(
+        apply, tokens, chosen, gates, num_local
+      )
     out = out.reshape(x.shape)
     if self.shared is not None:
       out = out + self.shared(x)
@@ -98,6 +98,21 @@ class MoE(nnx.Module):
       dropped=dropped,
       balance_loss=_balance_loss(scores, chosen, x.shape[0]),
     )
+
+  def _apply(self, weights, tokens, chosen, gates):
+    """The gated sum over chosen experts, and the share of dropped ones."""
+    config = self.config
+    dropped = jnp.zeros(())
+    match config.dispatch:
+      case 'dropless':
+        partial = weights.gate.shape[0] != config.num_experts
+        out = experts_lib.dropless(tokens, chosen, weights, partial=partial)
+      case 'capacity':
+        mean = chosen.size / config.num_experts
+        slots = math.ceil(config.capacity_factor * mean)
+        out, dropped = experts_lib.capacity(tokens, chosen, weights, slots)
+    gates = gates[..., None].astype(tokens.dtype)
+    return jnp.sum(out * gates, axis=1), dropped
 
   def _select(self, scores, bias) -> Int[Array, 's k']:
     """The chosen experts; no gradient passes through the choice."""

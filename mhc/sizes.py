@@ -92,6 +92,7 @@ def ladder(size: str, kind: config_lib.Kind = 'mhc') -> config_lib.Config:
       num_blocks=num_blocks,
       dim=dim,
       ffn_dim=round(8 * 0.7 * dim),
+      recompute='mhc',
       attention=config_lib.AttentionConfig(
         num_heads=round(1.6 * dim / 32),
         head_dim=32,
@@ -109,9 +110,9 @@ def ladder(size: str, kind: config_lib.Kind = 'mhc') -> config_lib.Config:
       ),
     ),
     optimizer=config_lib.OptimizerConfig(learning_rate=0.6 / dim),
-    # 2,048 tokens a step: in fewer bytes of text the loads of 16 experts are
+    # 1,536 tokens a step: in fewer bytes of text the loads of 16 experts are
     # uneven by chance.
-    data=config_lib.DataConfig(seq_len=64, batch_size=32),
+    data=config_lib.DataConfig(seq_len=64, batch_size=24),
   )
 
 

@@ -52,9 +52,17 @@ class Functions(NamedTuple):
   row_nats: Callable
   probe: Callable
 
+  @property
+  def state_shardings(self) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
   def lower(self) -> jax.stages.Lowered:
     """The update from abstract shapes; it donates the state."""
-    update = jax.jit(self.train_step, donate_argnums=0)
+    update = jax.jit(
+      self.train_step,
+      donate_argnums=0,
+      out_shardings=(self.state_shardings, None),
+    )
     return update.lower(self.abstract_state, self.abstract_tokens)
 
 
@@ -79,19 +87,21 @@ def build(config: config_lib.Config) -> Programs:
     config.num_steps,
     dataclasses.replace(config.data, path=''),
     config.num_devices,
+    config.num_expert_shards,
   )
 
 
 @functools.lru_cache(maxsize=8)
-def _build(model, optimizer, num_steps, data, num_devices):
-  mesh = sharding.make_mesh(num_devices, data)
+def _build(model, optimizer, num_steps, data, num_devices, num_expert_shards):
+  mesh = sharding.make_mesh(num_devices, data, num_expert_shards)
   traced = functions(model, optimizer, num_steps, data, mesh)
   update = traced.lower().compile()
-  whole = NamedSharding(mesh, sharding.WHOLE)
   return Programs(
     mesh=mesh,
     abstract_state=traced.abstract_state,
-    init=jax.jit(traced.init, static_argnums=0, out_shardings=whole),
+    init=jax.jit(
+      traced.init, static_argnums=0, out_shardings=traced.state_shardings
+    ),
     train_step=update,
     row_nats=jax.jit(traced.row_nats),
     probe=jax.jit(traced.probe),
@@ -107,7 +117,6 @@ def functions(
   mesh: Mesh,
 ) -> Functions:
   """The functions of a run on `mesh`, whose devices need not exist."""
-  whole = NamedSharding(mesh, sharding.WHOLE)
   optimizer = optimizer_lib.make(optimizer_config, num_steps)
   learning_rate = optimizer_lib.learning_rate(optimizer_config, num_steps)
   create = functools.partial(transformer.Transformer, model)
@@ -125,6 +134,16 @@ def functions(
     return TrainState(
       jnp.zeros((), jnp.int32), params, optimizer.init(params), router_bias
     )
+
+  shapes = jax.eval_shape(init, 0)
+  param_specs = sharding.specs(shapes.params)
+  abstract_state = jax.tree.map(
+    lambda leaf, spec: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
+    ),
+    shapes,
+    sharding.specs(shapes),
+  )
 
   def nats_and_stats(params, router_bias, tokens):
     logits, stats = network(params).logits_and_stats(
@@ -171,22 +190,31 @@ def functions(
 
       (nats, grads, load), _ = jax.lax.scan(add, _varying(zeros), parts)
     scale = 1 / (data.batch_size * data.seq_len)
-    nats, grads = jax.tree.map(
-      lambda leaf: jax.lax.psum(leaf, sharding.DATA) * scale, (nats, grads)
+    nats = jax.lax.psum(nats, sharding.AXES) * scale
+    # Over the devices that have the same part of a parameter.
+    grads = jax.tree.map(
+      lambda leaf, spec: (
+        jax.lax.psum(
+          leaf, sharding.AXES if spec == sharding.WHOLE else sharding.DATA
+        )
+        * scale
+      ),
+      grads,
+      param_specs,
     )
     if load is not None:
-      counts, dropped = load
+      counts, dropped = _varying(load)
       load = (
-        jax.lax.psum(counts, sharding.DATA),
-        jax.lax.pmean(dropped, sharding.DATA) / len(parts),
+        jax.lax.psum(counts, sharding.AXES),
+        jax.lax.pmean(dropped, sharding.AXES) / len(parts),
       )
     return nats, grads, load
 
   loss_and_grads = jax.shard_map(
     local_loss_and_grads,
     mesh=mesh,
-    in_specs=(sharding.WHOLE, sharding.WHOLE, sharding.BATCH),
-    out_specs=sharding.WHOLE,
+    in_specs=(param_specs, sharding.WHOLE, sharding.BATCH),
+    out_specs=(sharding.WHOLE, param_specs, sharding.WHOLE),
   )
 
   def train_step(state, tokens):
@@ -219,7 +247,7 @@ def functions(
   row_nats = jax.shard_map(
     local_nats,
     mesh=mesh,
-    in_specs=(sharding.WHOLE, sharding.WHOLE, sharding.BATCH),
+    in_specs=(param_specs, sharding.WHOLE, sharding.BATCH),
     out_specs=sharding.BATCH,
   )
 
@@ -227,10 +255,6 @@ def functions(
     matrices = network(state.params).mixing_matrices(tokens, state.router_bias)
     return gains.profile(matrices)
 
-  abstract_state = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-    jax.eval_shape(init, 0),
-  )
   return Functions(
     abstract_state=abstract_state,
     abstract_tokens=jax.ShapeDtypeStruct(
@@ -248,4 +272,10 @@ def functions(
 
 
 def _varying(tree):
-  return jax.lax.pcast(tree, sharding.DATA, to='varying')
+  """Every leaf as one that may differ between any two devices."""
+
+  def leaf(x):
+    missing = set(sharding.AXES) - jax.typeof(x).mat.varying
+    return jax.lax.pcast(x, tuple(missing), to='varying') if missing else x
+
+  return jax.tree.map(leaf, tree)

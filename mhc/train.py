@@ -44,7 +44,7 @@ def train(
   heldout = data.heldout_rows(
     corpus, config.data.seq_len, config.eval_sequences
   )
-  sharding.make_mesh(config.num_devices, config.data)
+  sharding.make_mesh(config.num_devices, config.data, config.num_expert_shards)
   checkpoint.claim(workdir, config)
   if corpus.tokenizer is not None and corpus.tokenizer.name != 'bytes':
     # So that the run can be sampled where its data are not.

@@ -48,6 +48,7 @@ model.recompute
 model.recompute_every
 model.vocab_size
 num_devices
+num_expert_shards
 num_steps
 optimizer.b1
 optimizer.b2

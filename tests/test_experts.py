@@ -51,7 +51,7 @@ def ragged(x, weights, chosen):
 
 
 def roomy(x, weights, chosen):
-  out, dropped = experts.capacity(x, chosen, weights, factor=float(NUM))
+  out, dropped = experts.capacity(x, chosen, weights, slots=chosen.size)
   assert dropped.shape == ()
   return out
 
@@ -102,8 +102,8 @@ def test_outputs_and_all_gradients_match_a_dense_loop(load, k):
 def test_capacity_drops_the_later_tokens_and_says_so():
   x, weights = inputs()
   chosen = assignments('one has all', 1)
-  out, dropped = experts.capacity(x, chosen, weights, factor=1.0)
   slots = TOKENS // NUM
+  out, dropped = experts.capacity(x, chosen, weights, slots)
   np.testing.assert_allclose(dropped, 1 - slots / TOKENS, rtol=1e-6)
   kept = np.abs(out[:, 0]).max(axis=1) > 0
   assert kept[:slots].all()
@@ -116,3 +116,37 @@ def test_fewer_rows_than_experts():
   out = experts.dropless(x[:2], chosen, weights)
   want = reference(x[:2], weights, chosen)
   np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('dispatch', ['dropless', 'ragged', 'capacity'])
+def test_experts_elsewhere_add_nothing(dispatch, monkeypatch):
+  """Half of the experts are here; the others' rows and gradients are 0."""
+  x, weights = inputs()
+  chosen = assignments('even', 3)
+  half = experts.Weights(*(w[: NUM // 2] for w in weights))
+  here = (chosen < NUM // 2)[..., None]
+  local = jnp.where(here[..., 0], chosen, NUM // 2)
+  if dispatch == 'ragged':
+    monkeypatch.setattr(experts, 'blocked', experts.ragged)
+
+  def some(x, half):
+    if dispatch == 'capacity':
+      return experts.capacity(x, local, half, chosen.size)[0]
+    return experts.dropless(x, local, half, partial=True)
+
+  def masked(x, half):
+    whole = experts.Weights(
+      *(
+        jnp.concatenate([part, w[NUM // 2 :]])
+        for part, w in zip(half, weights, strict=True)
+      )
+    )
+    return jnp.where(here, reference(x, whole, chosen), 0)
+
+  cotangent = jax.random.normal(jax.random.key(3), (TOKENS, 3, DIM))
+  results = []
+  for function in (some, masked):
+    out, pull_back = jax.vjp(function, x, half)
+    results.append((out, pull_back(cotangent)))
+  for got, want in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)

@@ -62,36 +62,88 @@ def test_eight_devices_compute_what_one_does(kind):
   assert one[0].step == 3
 
 
-def test_experts_over_devices():
-  """Loads are counted, and biases updated, over the whole batch."""
+@pytest.mark.parametrize('dispatch', ['dropless', 'capacity'])
+def test_experts_over_devices(dispatch):
+  """Loads are counted, and biases updated, over the whole batch.
+
+  With an expert axis of four, each device has one expert; the capacity is so
+  large that none of the groups drops anything.
+  """
   experts = config.MoEConfig(
-    num_experts=4, expert_dim=16, num_dense_blocks=1, balance_loss=0.1
+    num_experts=4,
+    expert_dim=16,
+    num_dense_blocks=1,
+    balance_loss=0.1,
+    dispatch=dispatch,
+    capacity_factor=3.0,
   )
   states, losses = [], []
-  for num_devices in (1, 8):
+  layouts = (
+    [(1, 1), (8, 4)] if dispatch == 'capacity' else [(1, 1), (8, 1), (8, 4)]
+  )
+  for num_devices, shards in layouts:
     programs = step.build(
       dataclasses.replace(
         TINY,
         num_devices=num_devices,
+        num_expert_shards=shards,
         model=dataclasses.replace(TINY.model, moe=experts),
       )
     )
     state = programs.init(0)
+    gate = state.params['moe_blocks']['ffn']['gate']
+    assert gate.addressable_shards[0].data.shape[1] == 4 // shards
+    metrics = []
     for seed in range(3):
-      state, metrics = programs.train_step(state, batch(programs, seed))
-    states.append(jax.device_get(state))
+      state, values = programs.train_step(state, batch(programs, seed))
+      metrics.append(values)
+    nats = programs.row_nats(state, batch(programs))
+    states.append(jax.device_get((state, nats)))
     losses.append(jax.device_get(metrics))
-  for a, b in zip(*map(jax.tree.leaves, states), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-  bias = states[0].router_bias
+  for other in range(1, len(layouts)):
+    for a, b in zip(
+      *map(jax.tree.leaves, (states[0], states[other])), strict=True
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    for a, b in zip(
+      *map(jax.tree.leaves, (losses[0], losses[other])), strict=True
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+  bias = states[0][0].router_bias
   assert bias.shape == (1, 4)
   assert 0 < np.abs(bias).max() <= 3 * 0.001 + 1e-9
-  assert losses[0]['moe/load_max_over_mean'] >= 1
-  assert losses[0].keys() == losses[1].keys()
+  assert losses[0][0]['moe/load_max_over_mean'] >= 1
 
 
-@pytest.mark.parametrize('num_devices', [1, 2])
-def test_microbatches_add_up(num_devices):
+def test_an_expert_axis_that_does_not_fit():
+  experts = config.MoEConfig(num_experts=6, num_dense_blocks=1)
+  model = dataclasses.replace(TINY.model, moe=experts)
+  with pytest.raises(ValueError, match=r'num_experts=6.*num_expert_shards=4'):
+    dataclasses.replace(TINY, model=model, num_expert_shards=4)
+  with pytest.raises(ValueError, match=r'num_experts=0.*num_expert_shards=2'):
+    dataclasses.replace(TINY, num_expert_shards=2)
+  with pytest.raises(ValueError, match=r'num_devices=4.*num_expert_shards=3'):
+    sharding.make_mesh(4, TINY.data, 3)
+
+
+def test_the_table_of_layouts_splits_experts_only():
+  settings = dataclasses.replace(
+    TINY,
+    model=dataclasses.replace(
+      TINY.model, moe=config.MoEConfig(num_experts=4, expert_dim=16)
+    ),
+  )
+  state = step.build(settings).abstract_state
+  split = [
+    leaf.shape
+    for leaf in jax.tree.leaves(state)
+    if leaf.sharding.spec == sharding.EXPERTS
+  ]
+  # gate, up and down, each with both of Adam's moments.
+  assert sorted(split) == [(1, 4, 16, 16)] * 9
+
+
+def test_microbatches_add_up():
   """Losses, gradients (through the state) and loads, in parts of 2 rows."""
   experts = config.MoEConfig(num_experts=4, expert_dim=16, num_dense_blocks=1)
   results = []
@@ -99,7 +151,7 @@ def test_microbatches_add_up(num_devices):
     programs = step.build(
       dataclasses.replace(
         TINY,
-        num_devices=num_devices,
+        num_devices=2,
         data=dataclasses.replace(TINY.data, microbatch_size=size),
         model=dataclasses.replace(TINY.model, moe=experts),
       )
