@@ -12,14 +12,14 @@ FLAGS ?=
 compare: .venv/installed
 	$(BIN)/python launch/compare.py --workdir=$(WORKDIR) $(FLAGS)
 
-test: .venv/installed
+test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
-lint: .venv/installed
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: .venv/installed
+format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -29,5 +29,9 @@ clean:
 .venv/installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 12) or sys.exit(f"mhc needs Python 3.12 or newer, {sys.executable} is {v.major}.{v.minor}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -35,7 +35,8 @@ setuptools.setup(
     'tpu': ['jax[tpu]'],
     'dev': [
       'beartype>=0.22',
-      'libtpu',  # the tests compile for TPUs; no TPU is needed
+      # The tests compile for TPUs; no TPU is needed.
+      "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
       'pyarrow>=20',
       'pytest>=9',
       'pytest-xdist>=3.6',

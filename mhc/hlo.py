@@ -66,7 +66,7 @@ class Cost(NamedTuple):
   kernel_flops: float = 0  # of kernels (custom calls), which have no cycles
   kernel_bytes: float = 0
 
-  def plus(self, other: 'Cost', times: float = 1) -> 'Cost':
+  def plus(self, other: 'Cost', times: int = 1) -> 'Cost':
     return Cost(*(a + times * b for a, b in zip(self, other, strict=True)))
 
 
@@ -98,9 +98,7 @@ def cost(module: Module) -> Cost:
   def of(name) -> Cost:
     total, shapes = Cost(), _shapes(module, name)
     for instruction in module.computations[name]:
-      called = dict(
-        re.findall(r'(body|to_apply|calls)=%([^\s,)]+)', instruction.attributes)
-      )
+      called = dict(_CALLED.findall(instruction.attributes))
       if instruction.opcode == 'while':
         total = total.plus(of(called['body']), trips(module, instruction))
       elif instruction.opcode == 'conditional':

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from mhc import config
@@ -29,8 +30,8 @@ TINY = config.Config(
 
 @pytest.fixture(scope='module')
 def sliced():
-  with_rules = plan.make(TINY, 'v5e:2x2')
-  return with_rules
+  with jax.numpy_dtype_promotion('standard'):  # for optax
+    return plan.make(TINY, 'v5e:2x2')
 
 
 def test_a_tpu_slice(sliced):
