@@ -7,7 +7,7 @@ devices of this process, or a TPU slice such as 'v5p:2x2x1' or 'v6e:4x4'.
 
 import os
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -19,8 +19,21 @@ from mhc import memory
 from mhc import sharding
 from mhc import step
 
-# Clock of a TPU generation in Hz, from public material.
-CLOCKS = {'v4': 1.05e9, 'v5e': 1.5e9, 'v5p': 1.75e9, 'v6e': 1.75e9}
+
+class Chip(NamedTuple):
+  """A TPU generation, from its public data sheet."""
+
+  clock: float  # Hz
+  flops: float  # a second, bfloat16
+  bandwidth: float  # bytes a second, HBM
+
+
+CHIPS = {
+  'v4': Chip(1.05e9, 275e12, 1.228e12),
+  'v5e': Chip(1.5e9, 197e12, 0.819e12),
+  'v5p': Chip(1.75e9, 459e12, 2.765e12),
+  'v6e': Chip(1.75e9, 918e12, 1.64e12),
+}
 
 
 def devices(topology: str) -> list[jax.Device]:
@@ -56,8 +69,8 @@ def make(config: config_lib.Config, topology: str) -> dict[str, Any]:
     bytes_accessed, optimal_seconds: XLA's cost analysis of one step on one
       device, which counts the body of every loop once; None where it has none.
     bytes_moved, scheduled_seconds: of the compiler's schedule, loops in full;
-      None but for TPUs. Kernels, ragged matrix products among them, are in the
-      bytes and not in the seconds.
+      None but for TPUs. The seconds are the compiler's cycles, and for kernels
+      (ragged matrix products) their roofline.
     compile_seconds: on this machine.
 
   Raises:
@@ -89,9 +102,8 @@ def make(config: config_lib.Config, topology: str) -> dict[str, Any]:
   analysis, xla = compiled.memory_analysis(), compiled.cost_analysis() or {}
   moved = scheduled = None
   generation = topology.partition(':')[0]
-  if generation in CLOCKS:
-    cost = hlo.cost(hlo.parse(compiled.as_text()))
-    moved, scheduled = cost.bytes, cost.cycles / CLOCKS[generation]
+  if generation in CHIPS:
+    moved, scheduled = _schedule(compiled, CHIPS[generation])
   count = counts.count(config.model, config.data.seq_len)
   return {
     'topology': topology,
@@ -109,6 +121,14 @@ def make(config: config_lib.Config, topology: str) -> dict[str, Any]:
     'scheduled_seconds': scheduled,
     'compile_seconds': seconds,
   }
+
+
+def _schedule(compiled, chip):
+  cost = hlo.cost(hlo.parse(compiled.as_text()))
+  kernels = max(
+    cost.kernel_flops / chip.flops, cost.kernel_bytes / chip.bandwidth
+  )
+  return cost.bytes, cost.cycles / chip.clock + kernels
 
 
 def table(plan: dict[str, Any]) -> str:
