@@ -14,7 +14,8 @@ setuptools.setup(
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   python_requires='>=3.12',
-  packages=['mhc'],
+  packages=['mhc', 'mhc.kernels'],
+  package_dir={'mhc': 'mhc', 'mhc.kernels': 'kernels'},
   install_requires=[
     'absl-py>=2.1',
     'flax>=0.12',

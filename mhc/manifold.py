@@ -8,19 +8,7 @@ loses the mean of the residual streams.
 `sinkhorn_project` maps any real matrix L into it (Eq. 9): M = exp(L), then
 `num_iters` times: divide columns by their sums, divide rows by their sums.
 
-How it is computed. Every iterate is a rescaling of one fixed kernel,
-
-    M_ij = K_ij / (r_i c_j),
-
-so an iteration only updates two vectors of divisors,
-
-    c_j <- sum_i K_ij / r_i + eps c_j          (columns),
-    r_i <- sum_j K_ij / c_j + eps r_i          (rows),
-
-instead of n^2 entries. For eps = 0 the kernel is exp(L) shifted by its column
-maxima and then by its row maxima; the first shift cancels in the first column
-step, the second is undone by the starting value of r. Each row and each column
-of K then holds a one, so no sum underflows, whatever the logits.
+`scaling` holds the iteration itself.
 """
 
 import functools
@@ -29,6 +17,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from mhc import scaling
 
 Backward = Literal['recompute', 'unrolled', 'implicit']
 
@@ -131,61 +121,12 @@ def residuals(
   return rows, columns
 
 
-# The core works on [n, n, t]: matrices in front, t of them on the minor axis.
-
-
-def _start(eps, logits):
-  """Kernel and divisors (K, r, c) after the first column step."""
-  shifted = logits - jnp.max(logits, axis=0, keepdims=True)
-  if eps:
-    kernel = jnp.exp(shifted)
-    kernel = kernel / jnp.sum(kernel, axis=0, keepdims=True) + eps
-    ones = kernel[0] * 0 + 1  # not jnp.ones: varies over mesh axes as K does
-    return kernel, ones, ones
-  row_max = jnp.max(shifted, axis=1)
-  kernel = jnp.exp(shifted - row_max[:, None])
-  columns = _columns(kernel, jnp.exp(row_max))
-  return kernel, jnp.exp(-row_max), columns
-
-
-def _divisors(num_iters, eps, logits):
-  """Kernel, starting divisors and the divisors after each iteration."""
-  kernel, rows, columns = _start(eps, logits)
-  first = (_step(eps, _rows(kernel, 1 / columns), rows), columns)
-
-  def iterate(carry, _):
-    rows, columns = carry
-    columns = _step(eps, _columns(kernel, 1 / rows), columns)
-    rows = _step(eps, _rows(kernel, 1 / columns), rows)
-    return (rows, columns), carry
-
-  last, history = jax.lax.scan(iterate, first, length=num_iters - 1)
-  return kernel, rows, last, history
-
-
-def _step(eps, sums, divisors):
-  return sums + eps * divisors if eps else sums
-
-
-def _rows(kernel, weights):
-  """sum_j K_ij w_j as a sum of vectors over t: [n, n, t], [n, t] -> [n, t]."""
-  terms = [kernel[:, j] * weights[j : j + 1] for j in range(weights.shape[0])]
-  return functools.reduce(jnp.add, terms)
-
-
-def _columns(kernel, weights):
-  """sum_i K_ij w_i: [n, n, t], [n, t] -> [n, t]."""
-  terms = [kernel[i] * weights[i : i + 1] for i in range(weights.shape[0])]
-  return functools.reduce(jnp.add, terms)
-
-
-def _scale(kernel, rows, columns):
-  return kernel / (rows[:, None] * columns[None])
+# On [n, n, t]: matrices in front, t of them on the minor axis.
 
 
 def _project(num_iters, eps, logits):
-  kernel, _, (rows, columns), _ = _divisors(num_iters, eps, logits)
-  return _scale(kernel, rows, columns)
+  kernel, _, (rows, columns), _ = scaling.divisors(num_iters, eps, logits)
+  return scaling.scale(kernel, rows, columns)
 
 
 def _project_unrolled(num_iters, eps, logits):
@@ -215,43 +156,20 @@ def _recompute_fwd(num_iters, eps, logits):
 
 
 def _recompute_bwd(num_iters, eps, logits, g):
-  r"""Adjoint of the truncated iteration, walked back step by step.
-
-  Let D be the gradient in log M. A row step M = X / (X 1 + eps) takes it from
-  D_M = M * G to
-
-      D_X = D_M - M * (D_M 1),
-
-  and a column step likewise with column sums, so the walk needs only the
-  iterates, M = K / (r c), and each step removes the rounding of the one before.
-  """
-  kernel, rows0, last, history = _divisors(num_iters, eps, logits)
-
-  def row_step(grad, rows, columns):
-    sums = functools.reduce(jnp.add, [grad[:, j] for j in range(len(grad))])
-    return grad - kernel * ((sums / rows)[:, None] * (1 / columns)[None])
-
-  def column_step(grad, rows, columns):
-    sums = functools.reduce(jnp.add, list(grad))
-    return grad - kernel * ((1 / rows)[:, None] * (sums / columns)[None])
+  """The adjoint of the truncated iteration, walked back step by step."""
+  kernel, rows0, last, history = scaling.divisors(num_iters, eps, logits)
 
   def iterate(carry, before):
     grad, (rows, columns) = carry
-    grad = row_step(grad, rows, columns)
-    grad = column_step(grad, before[0], columns)
+    grad = scaling.row_adjoint(kernel, grad, rows, columns)
+    grad = scaling.column_adjoint(kernel, grad, before[0], columns)
     return (grad, before), None
 
-  carry = (g * _scale(kernel, *last), last)
+  carry = (g * scaling.scale(kernel, *last), last)
   carry, _ = jax.lax.scan(iterate, carry, history, reverse=True)
   grad, (rows, columns) = carry
-  grad = row_step(grad, rows, columns)
-  if not eps:
-    return (column_step(grad, rows0, columns),)
-  softmax = kernel - eps
-  d_softmax = grad / kernel
-  return (
-    softmax * (d_softmax - jnp.sum(d_softmax * softmax, axis=0, keepdims=True)),
-  )
+  grad = scaling.row_adjoint(kernel, grad, rows, columns)
+  return (scaling.start_adjoint(eps, kernel, grad, rows0, columns),)
 
 
 _project_recompute.defvjp(_recompute_fwd, _recompute_bwd)

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from mhc import manifold
+from mhc.kernels import dispatch
 
 Mixing = Literal['sinkhorn', 'identity', 'permutations', 'kronecker', 'cayley']
 
@@ -57,13 +58,23 @@ def initial_logits(mixing: Mixing, n: int) -> Float[Array, 'k']:
 
 
 def matrices(
-  mixing: Mixing, logits: Float[Array, 'k t'], n: int, **sinkhorn
+  mixing: Mixing,
+  logits: Float[Array, 'k t'],
+  n: int,
+  *,
+  num_iters: int = 20,
+  eps: float = 0.0,
+  backward: manifold.Backward = 'recompute',
 ) -> Float[Array, 'n n t']:
-  """H_res of t tokens; `sinkhorn` are options of `sinkhorn_project`."""
+  """H_res of t tokens; the options are those of `sinkhorn_project`."""
   match mixing:
     case 'sinkhorn':
       square = logits.reshape(n, n, -1)
-      return manifold.sinkhorn_project(square, axes=(0, 1), **sinkhorn)
+      if backward == 'recompute':
+        return dispatch.sinkhorn(square, num_iters, eps)
+      return manifold.sinkhorn_project(
+        square, num_iters, eps, backward, axes=(0, 1)
+      )
     case 'identity':
       return jnp.broadcast_to(jnp.eye(n)[..., None], (n, n, logits.shape[1]))
     case 'permutations':

@@ -25,8 +25,9 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Settings check themselves, with messages that tests read.
 install_import_hook(
   [
-    f'mhc.{module.name}'
-    for module in pkgutil.iter_modules([str(ROOT / 'mhc')])
+    f'{package}.{module.name}'
+    for package, folder in (('mhc', 'mhc'), ('mhc.kernels', 'kernels'))
+    for module in pkgutil.iter_modules([str(ROOT / folder)])
     if module.name not in ('checks', 'config', 'plain')
   ],
   'beartype.beartype',

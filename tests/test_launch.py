@@ -85,10 +85,10 @@ def test_prepare_then_train_then_sample(launch, text, tmp_path):
   several = launch('sample.py', workdir, *drawn, '--num_samples=3')
   assert several.stdout.count('--- ') == 3
   refused(launch('sample.py', workdir, '--top_p=0'), 'top_p=0')
-  fewer = '--config.model.vocab_size=270'
+  fewer = '--config.model.vocab_size=258'
   refused(
     launch('train.py', f'--workdir={tmp_path / "b"}', data, *SMALL, fewer),
-    'vocab_size=270',
+    'vocab_size=258',
   )
 
 

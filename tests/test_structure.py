@@ -12,6 +12,7 @@ ORDER = (
   ('checks',),
   ('plain',),
   ('config',),
+  ('scaling',),
   ('manifold',),
   ('gains', 'mixing', 'precision'),
   ('recompute',),
@@ -36,7 +37,8 @@ ORDER = (
 )
 RANK = {name: i for i, group in enumerate(ORDER) for name in group}
 MODULES = sorted(ROOT.glob('mhc/*.py'))
-SOURCES = [*MODULES, *sorted(ROOT.glob('launch/*.py'))]
+KERNELS = sorted(ROOT.glob('kernels/*.py'))
+SOURCES = [*MODULES, *KERNELS, *sorted(ROOT.glob('launch/*.py'))]
 
 
 def imports(path):
@@ -63,6 +65,13 @@ def test_imports_point_one_way(path):
         assert RANK[imported] < RANK[path.stem], f'{path.stem} <- {imported}'
 
 
+@pytest.mark.parametrize('path', KERNELS, ids=name)
+def test_kernels_know_only_the_mathematics(path):
+  for module, names in imports(path):
+    if module == 'mhc':
+      assert set(names) <= {'manifold', 'scaling'}
+
+
 @pytest.mark.parametrize('path', SOURCES, ids=name)
 def test_files_are_short_and_say_what_they_are(path):
   text = path.read_text()
@@ -81,5 +90,12 @@ def test_parameters_are_plain_pytrees(path):
 def test_every_module_has_a_test():
   tests = '\n'.join(p.read_text() for p in ROOT.glob('tests/test_*.py'))
   for path in MODULES:
-    if path.stem not in ('__init__', 'checks', 'hyper', 'layers', 'plots'):
+    if path.stem not in (
+      '__init__',
+      'checks',
+      'hyper',
+      'layers',
+      'plots',
+      'scaling',  # by test_manifold, which it is the inside of
+    ):
       assert re.search(rf'\bimport {path.stem}\b', tests), path.stem

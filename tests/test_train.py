@@ -15,6 +15,7 @@ import pytest
 from mhc import checkpoint
 from mhc import config
 from mhc import evaluate
+from mhc import plain
 from mhc import train
 from mhc import writer
 
@@ -130,8 +131,7 @@ def test_tensorboard_mirrors_the_scalars(text, tmp_path):
 
 SLOWED = """
 import json, pathlib, sys, time
-from mhc import config, train, writer
-from mhc import plain
+from mhc import config, plain, train, writer
 
 write = writer.JsonLines.write
 
