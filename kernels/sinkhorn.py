@@ -37,7 +37,8 @@ def sinkhorn(
     interpret: run the kernel's program without a TPU.
   """
   kernel = functools.partial(_forward, num_iters=num_iters, eps=eps)
-  return _call(kernel, 'sinkhorn_forward', (logits,), (), interpret)
+  work = num_iters * (4 * len(logits) ** 2 + 2 * len(logits))
+  return _call(kernel, 'sinkhorn_forward', (logits,), (), work, interpret)
 
 
 def _vjp_forward(logits, num_iters, eps, interpret):
@@ -55,6 +56,7 @@ def _vjp_backward(num_iters, eps, interpret, logits, cotangent):
       'sinkhorn_backward',
       (logits, cotangent),
       (divisors, divisors),
+      num_iters * (16 * len(logits) ** 2 + 8 * len(logits)),
       interpret,
     ),
   )
@@ -96,8 +98,11 @@ def _backward(logits, cotangent, out, row_log, column_log, *, num_iters, eps):
   out[...] = scaling.start_adjoint(eps, kernel, grad, rows0, carry[2])
 
 
-def _call(kernel, name, arrays, scratch, interpret):
-  """Runs a kernel over blocks of tokens of [n, n, t] arrays."""
+def _call(kernel, name, arrays, scratch, work, interpret):
+  """Runs a kernel over blocks of tokens of [n, n, t] arrays.
+
+  `work` is its operations a token, for the compiler's schedule.
+  """
   n, _, num_tokens = arrays[0].shape
   blocks = pl.cdiv(num_tokens, TOKENS)
   missing = blocks * TOKENS - num_tokens
@@ -120,6 +125,11 @@ def _call(kernel, name, arrays, scratch, interpret):
     ),
     scratch_shapes=scratch,
     name=name,
+    cost_estimate=pl.CostEstimate(
+      flops=work * blocks * TOKENS,
+      transcendentals=n * n * blocks * TOKENS,
+      bytes_accessed=4 * (len(arrays) + 1) * n * n * blocks * TOKENS,
+    ),
     interpret=interpret,
   )(*map(tiled, arrays))
   return out.reshape(n, n, -1)[..., :num_tokens]

@@ -68,19 +68,44 @@ class Functions(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-  """`Functions`, compiled."""
+  """`Functions`, each compiled when it is first asked for."""
 
   mesh: Mesh
-  abstract_state: TrainState
-  init: Callable
-  train_step: Callable
-  row_nats: Callable
-  probe: Callable
-  memory: Any  # `memory_analysis()` of one update on one device
+  functions: Functions
+
+  @property
+  def abstract_state(self) -> TrainState:
+    return self.functions.abstract_state
+
+  @functools.cached_property
+  def init(self) -> Callable:
+    return jax.jit(
+      self.functions.init,
+      static_argnums=0,
+      out_shardings=self.functions.state_shardings,
+    )
+
+  @functools.cached_property
+  def train_step(self) -> jax.stages.Compiled:
+    """Donates the state."""
+    return self.functions.lower().compile()
+
+  @functools.cached_property
+  def row_nats(self) -> Callable:
+    return jax.jit(self.functions.row_nats)
+
+  @functools.cached_property
+  def probe(self) -> Callable:
+    return jax.jit(self.functions.probe)
+
+  @property
+  def memory(self):
+    """XLA's memory analysis of one update on one device."""
+    return self.train_step.memory_analysis()
 
 
 def build(config: config_lib.Config) -> Programs:
-  """Compiles for `config`; runs that differ in the seed share the programs."""
+  """Of a run; runs that differ in the seed share them."""
   return _build(
     config.model,
     config.optimizer,
@@ -94,19 +119,7 @@ def build(config: config_lib.Config) -> Programs:
 @functools.lru_cache(maxsize=8)
 def _build(model, optimizer, num_steps, data, num_devices, num_expert_shards):
   mesh = sharding.make_mesh(num_devices, data, num_expert_shards)
-  traced = functions(model, optimizer, num_steps, data, mesh)
-  update = traced.lower().compile()
-  return Programs(
-    mesh=mesh,
-    abstract_state=traced.abstract_state,
-    init=jax.jit(
-      traced.init, static_argnums=0, out_shardings=traced.state_shardings
-    ),
-    train_step=update,
-    row_nats=jax.jit(traced.row_nats),
-    probe=jax.jit(traced.probe),
-    memory=update.memory_analysis(),
-  )
+  return Programs(mesh, functions(model, optimizer, num_steps, data, mesh))
 
 
 def functions(
