@@ -34,7 +34,7 @@ import jax.numpy as jnp
 
 
 def start(eps, logits):
-  """Kernel and divisors (K, r, c) after the first column step, r still free."""
+  """(K, r, c) after the first column step; r is where rows start from."""
   shifted = logits - jnp.max(logits, axis=0, keepdims=True)
   if eps:
     kernel = jnp.exp(shifted)
