@@ -6,11 +6,13 @@ python launch/sample.py --workdir=runs/mine --prompt='def main(' \
 
 import codecs
 import pathlib
+import sys
 
 from absl import flags
 import numpy as np
 
 import command_line
+from mhc import checkpoint
 from mhc import sample
 
 WORKDIR = flags.DEFINE_string(
@@ -29,7 +31,8 @@ SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
 
 
 def main():
-  model, bias, tokenizer = sample.restore(pathlib.Path(WORKDIR.value))
+  workdir = pathlib.Path(WORKDIR.value)
+  model, bias, tokenizer = sample.restore(workdir)
   prompt = np.concatenate(
     [[tokenizer.start], tokenizer.encode(PROMPT.value.encode())]
   )
@@ -52,7 +55,19 @@ def main():
         break
       print(text.decode(tokenizer.decode(tokens)), end='', flush=True)
     print()
-    return
+  else:
+    _print_all(tokenizer, drawn)
+  length = len(prompt) + NUM_TOKENS.value
+  trained = checkpoint.read_config(workdir).data.seq_len
+  if length > trained:
+    print(
+      f'note: rows of {trained} tokens were trained on; past them, up to '
+      f'{length}, the model is at positions that it has never seen',
+      file=sys.stderr,
+    )
+
+
+def _print_all(tokenizer, drawn):
   for number, tokens in enumerate(np.stack(list(drawn), axis=1)):
     ends = np.flatnonzero(tokens == tokenizer.stop)
     tokens = tokens[: ends[0]] if len(ends) else tokens
