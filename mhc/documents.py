@@ -135,7 +135,7 @@ def _parquet(name, file):
   try:
     from pyarrow import parquet  # optional
   except ImportError:
-    raise ValueError(f"{file}: Parquet needs pip install 'mhc[data]'") from None
+    raise ValueError(f'{file}: Parquet needs pip install pyarrow') from None
   try:
     table = parquet.ParquetFile(file)
   except Exception as error:  # pyarrow has a class for each kind of damage

@@ -70,6 +70,7 @@ def _vocabulary(path, files, tokenizer):
       f'tokenizer={tokenizer!r}: train:N wants the number of tokens, 258 or '
       'more, such as train:32768'
     )
+  tokenizer_lib.library()  # before a bar is drawn
   total = sum(file.stat().st_size for file in files.values())
   with writer.byte_bar(min(total, VOCABULARY_BYTES), 'learn words') as bar:
     return tokenizer_lib.BPE.train(
@@ -89,7 +90,9 @@ def _sample(documents):
 def _read(files, progress) -> Iterator[documents_lib.Document]:
   """Documents of the files, or of the standard library if there are none."""
   if not files:
-    yield from documents_lib.standard_library()
+    for document in documents_lib.standard_library():
+      yield document
+      progress(len(document.text))
   for name, file in files.items():
     for document, size in documents_lib.read(name, file):
       yield document

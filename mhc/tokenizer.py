@@ -70,7 +70,7 @@ class BPE:
   name = 'bpe'
 
   def __init__(self, description: str, source: str = 'tokenizer'):
-    tokenizers = _library()
+    tokenizers = library()
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(description)
     except Exception as error:  # the library raises nothing more specific
@@ -104,7 +104,7 @@ class BPE:
   @classmethod
   def train(cls, documents: Iterable[bytes], num_tokens: int) -> 'BPE':
     """Learns a vocabulary of at most `num_tokens` from UTF-8 documents."""
-    tokenizers = _library()
+    tokenizers = library()
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
       add_prefix_space=False
@@ -194,12 +194,13 @@ def load(source: Literal['bytes'] | str | pathlib.Path) -> Tokenizer:
   return BPE(pathlib.Path(source).read_text(), str(source))
 
 
-def _library():
+def library():
+  """The `tokenizers` module, which is optional."""
   try:
-    import tokenizers  # optional
+    import tokenizers
   except ImportError:
     raise ValueError(
-      "BPE vocabularies need the tokenizers library: pip install 'mhc[data]'"
+      'BPE vocabularies need the tokenizers library: pip install tokenizers'
     ) from None
   return tokenizers
 
