@@ -9,6 +9,7 @@ from flax import nnx
 
 from mhc import config as config_lib
 from mhc import memory
+from mhc import sharding
 from mhc import transformer
 
 
@@ -37,11 +38,7 @@ def count(
 
   idle = 0
   if config.moe.num_experts:
-    routed = total(
-      lambda path: (
-        path[:2] == ('moe_blocks', 'ffn') and path[2] in ('gate', 'up', 'down')
-      )
-    )
+    routed = total(lambda path: sharding.spec(path) == sharding.EXPERTS)
     share = config.moe.num_experts - config.moe.experts_per_token
     idle = routed * share // config.moe.num_experts
   everything = total(lambda path: True)

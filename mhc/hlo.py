@@ -47,9 +47,6 @@ FREE = frozenset(
 )
 
 
-_CALLED = re.compile(r'(body|to_apply|calls)=%([^\s,)]+)')
-
-
 class Instruction(NamedTuple):
   name: str
   shape: str
@@ -98,9 +95,10 @@ def cost(module: Module) -> Cost:
   def of(name) -> Cost:
     total, shapes = Cost(), _shapes(module, name)
     for instruction in module.computations[name]:
-      called = dict(_CALLED.findall(instruction.attributes))
       if instruction.opcode == 'while':
-        total = total.plus(of(called['body']), trips(module, instruction))
+        total = total.plus(
+          of(_called(instruction, 'body')), trips(module, instruction)
+        )
       elif instruction.opcode == 'conditional':
         branches = re.search(
           r'(?:branch_computations=\{|true_computation=)([^}]*)',
@@ -109,8 +107,7 @@ def cost(module: Module) -> Cost:
         names = re.findall(r'%([^\s,}]+)', branches.group(1))
         total = total.plus(max(map(of, names)))
       elif instruction.opcode in ('call', 'async-start'):
-        target = called.get('to_apply') or called.get('calls')
-        total = total.plus(of(target))
+        total = total.plus(of(_called(instruction, 'to_apply|calls')))
       else:
         total = total.plus(_single(module, instruction, shapes))
     return total
@@ -123,8 +120,7 @@ def trips(module: Module, loop: Instruction) -> int:
 
   JAX's scans count from 0 by 1. A loop with another condition counts once.
   """
-  name = re.search(r'condition=%([^\s,]+)', loop.attributes).group(1)
-  condition = module.computations[name]
+  condition = module.computations[_called(loop, 'condition')]
   bounds = {
     i.name: int(i.operands[0])
     for i in condition
@@ -174,7 +170,7 @@ def _moved(module, instruction, shapes):
     case 'dynamic-update-slice':
       return 2 * sum(sizes(shapes.get(instruction.operands[1], '')))
     case 'fusion':
-      called = re.search(r'calls=%([^\s,]+)', instruction.attributes).group(1)
+      called = _called(instruction, 'calls')
       return _fused(module, called, instruction, shapes, written)
   return written + sum(
     sum(sizes(shapes.get(name, ''))) for name in instruction.operands
@@ -208,6 +204,12 @@ def _fused(module, name, instruction, shapes, written):
       whole = 0
     read += whole
   return read + max(0, written)
+
+
+def _called(instruction, role):
+  """The computation that an instruction runs in that role."""
+  pattern = rf'\b(?:{role})=%([^\s,)]+)'
+  return re.search(pattern, instruction.attributes).group(1)
 
 
 def _shapes(module, name):

@@ -63,14 +63,15 @@ def make(config: config_lib.Config, topology: str) -> dict[str, Any]:
   """Compiles the update for a topology.
 
   Returns:
-    devices, params and flops_per_token, as `counts` has them.
+    topology, devices, tokens_per_step.
+    total_params, flops_per_token: as `counts` has them.
     predicted_bytes: of activations a device, by kind, as `memory` has them.
     argument_bytes, temp_bytes, peak_bytes: a device, by XLA.
     bytes_accessed, optimal_seconds: XLA's cost analysis of one step on one
       device, which counts the body of every loop once; None where it has none.
     bytes_moved, scheduled_seconds: of the compiler's schedule, loops in full;
-      None but for TPUs. The seconds are the compiler's cycles, and for kernels
-      (ragged matrix products) their roofline.
+      None but for the TPUs of `CHIPS`. The seconds are the compiler's cycles,
+      and for kernels (ragged matrix products) their roofline.
     compile_seconds: on this machine.
 
   Raises:

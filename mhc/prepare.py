@@ -33,7 +33,7 @@ def prepare(path: str, out: pathlib.Path, tokenizer: str) -> dict[str, Any]:
   """
   files = documents_lib.files(path) if path else {}
   total = sum(file.stat().st_size for file in files.values())
-  vocabulary = _vocabulary(path, files, tokenizer)
+  vocabulary = _vocabulary(files, total, tokenizer)
   tokens = tokens_lib.Writer(out, vocabulary)
   with writer.byte_bar(total, 'tokenise') as bar:
     documents = _distinct(_read(files, bar.update))
@@ -61,7 +61,7 @@ def prepare(path: str, out: pathlib.Path, tokenizer: str) -> dict[str, Any]:
   return tokens.close(path or "Python's standard library")
 
 
-def _vocabulary(path, files, tokenizer):
+def _vocabulary(files, total, tokenizer):
   kind, _, number = tokenizer.partition(':')
   if kind != 'train':
     return tokenizer_lib.load(tokenizer)
@@ -71,7 +71,6 @@ def _vocabulary(path, files, tokenizer):
       'more, such as train:32768'
     )
   tokenizer_lib.library()  # before a bar is drawn
-  total = sum(file.stat().st_size for file in files.values())
   with writer.byte_bar(min(total, VOCABULARY_BYTES), 'learn words') as bar:
     return tokenizer_lib.BPE.train(
       _sample(_read(files, bar.update)), int(number)

@@ -30,6 +30,7 @@ class Bytes:
 
   name = 'bytes'
   num_tokens = 258
+  dtype = np.uint16
   start = 256
   stop = 257
 
@@ -42,7 +43,7 @@ class Bytes:
   ) -> UInt[np.ndarray, 't']:
     """One flat array: start, tokens, stop of every document in order."""
     size = sum(len(text) + 2 for text in documents)
-    tokens = np.empty(size, np.uint16)
+    tokens = np.empty(size, self.dtype)
     first = 0
     for text in documents:
       last = first + len(text) + 2
@@ -149,7 +150,7 @@ class BPE:
       if self.start != self.stop:
         parts.append([self.start])
       parts += [tokens, [self.stop]]
-    return np.concatenate(parts).astype(self._dtype)
+    return np.concatenate(parts).astype(self.dtype)
 
   def decode(self, tokens) -> bytes:
     ids = [int(token) for token in np.asarray(tokens).reshape(-1)]
@@ -167,7 +168,8 @@ class BPE:
     return int(self._lengths[tokens].sum())
 
   @property
-  def _dtype(self):
+  def dtype(self):
+    """The smallest that holds every token."""
     return np.uint16 if self.num_tokens <= 2**16 else np.uint32
 
   def _encode(self, documents):
@@ -176,7 +178,7 @@ class BPE:
     encoded = self._tokenizer.encode_batch_fast(
       [text.decode() for text in documents], add_special_tokens=False
     )
-    return [np.array(item.ids, self._dtype) for item in encoded]
+    return [np.array(item.ids, self.dtype) for item in encoded]
 
 
 Tokenizer = Bytes | BPE

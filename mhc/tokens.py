@@ -52,7 +52,6 @@ class Writer:
     for leftover in path.iterdir():
       leftover.unlink()
     self._path, self._tokenizer = path, tokenizer
-    self._dtype = np.uint16 if tokenizer.num_tokens <= 2**16 else np.uint32
     self._shards = {side: [] for side in SIDES}
     self._counts = {side: [] for side in SIDES}
     self._digest = hashlib.sha256()
@@ -61,7 +60,7 @@ class Writer:
   def add(self, side: str, documents: Iterable[bytes]):
     """Appends documents to 'train' or 'heldout'."""
     documents = list(documents)
-    tokens = self._tokenizer.encode_documents(documents).astype(self._dtype)
+    tokens = self._tokenizer.encode_documents(documents)
     for text in documents:
       self._digest.update(text)
       self._num_bytes += len(text)
@@ -91,7 +90,7 @@ class Writer:
       'name': name,
       'tokenizer': vocabulary,
       'num_tokens': self._tokenizer.num_tokens,
-      'dtype': np.dtype(self._dtype).name,
+      'dtype': np.dtype(self._tokenizer.dtype).name,
       'num_documents': self._num_documents,
       'num_heldout_documents': self._num_heldout,
       'num_bytes': self._num_bytes,
