@@ -1,22 +1,27 @@
 """Which implementation of an operation runs where.
 
     'xla'      plain JAX, everywhere
-    'pallas'   the TPU kernels of this package
+    'pallas'   the TPU kernels of this package; interpreted on other machines
+    'triton'   the GPU kernels of this package
 
-None takes the fastest that the platform has. The choice is made when a program
-is lowered, so that it holds for a TPU that is compiled for from a CPU.
+None takes the fastest that the platform has and that can serve the call. The
+platform is that of the mesh around the call (`shard_map`, `jax.set_mesh`), so
+that a program that is compiled for a TPU from a CPU has its kernels; without a
+mesh it is that of the default device.
 """
 
 import functools
+import typing
 from typing import Literal
 
-import jax
+from absl import logging
 from jaxtyping import Array, Float
 
-from mhc import manifold
-from mhc.kernels import sinkhorn as sinkhorn_lib
+from mhc.kernels import pallas
+from mhc.kernels import target
+from mhc.kernels import xla
 
-Implementation = Literal['xla', 'pallas']
+Implementation = Literal['xla', 'pallas', 'triton']
 
 
 def sinkhorn(
@@ -29,21 +34,102 @@ def sinkhorn(
 
   Raises:
     ValueError: an implementation that does not exist.
+    NotImplementedError: the one that was named cannot serve the call, and why.
   """
-  plain = functools.partial(
-    manifold.sinkhorn_project, num_iters=num_iters, eps=eps, axes=(0, 1)
+  return _first_that_serves('sinkhorn', implementation, logits, num_iters, eps)
+
+
+def pre(
+  x: Float[Array, 't n d'],
+  phi: Float[Array, 'nd k'],
+  alpha: Float[Array, ''],
+  bias: Float[Array, 'n'],
+  norm_eps: float,
+  implementation: Implementation | None = None,
+) -> tuple[Float[Array, 't d'], Float[Array, 'k t']]:
+  """`reference.pre`: what the sub-layer reads, and the projection z."""
+  return _first_that_serves(
+    'pre', implementation, x, phi, alpha, bias, norm_eps
   )
-  match implementation:
-    case None:
-      return jax.lax.platform_dependent(
-        logits,
-        tpu=lambda x: sinkhorn_lib.sinkhorn(x, num_iters, eps),
-        default=plain,
-      )
-    case 'xla':
-      return plain(logits)
-    case 'pallas':
-      return sinkhorn_lib.sinkhorn(logits, num_iters, eps)
-  raise ValueError(
-    f"implementation={implementation!r} must be None, 'xla' or 'pallas'"
+
+
+def post(
+  x: Float[Array, 't n d'],
+  y: Float[Array, 't d'],
+  post: Float[Array, 'n t'],
+  res: Float[Array, 'n n t'] | None,
+  implementation: Implementation | None = None,
+) -> Float[Array, 't n d']:
+  """`reference.post`: the streams behind a sub-layer; res=None stands for I."""
+  return _first_that_serves('post', implementation, x, y, post, res)
+
+
+def advance(
+  x: Float[Array, 't n d'],
+  y: Float[Array, 't d'],
+  post: Float[Array, 'n t'],
+  res: Float[Array, 'n n t'] | None,
+  phi: Float[Array, 'nd k'],
+  alpha: Float[Array, ''],
+  bias: Float[Array, 'n'],
+  norm_eps: float,
+  implementation: Implementation | None = None,
+) -> tuple[
+  Float[Array, 't n d'], Float[Array, 't d'], Float[Array, 'k t']
+]:
+  """`reference.advance`: `post`, then `pre` of the next sub-layer."""
+  return _first_that_serves(
+    'advance', implementation, x, y, post, res, phi, alpha, bias, norm_eps
   )
+
+
+def collapse(
+  x: Float[Array, 't n d'],
+  y: Float[Array, 't d'],
+  post: Float[Array, 'n t'],
+  res: Float[Array, 'n n t'] | None,
+  implementation: Implementation | None = None,
+) -> Float[Array, 't d']:
+  """`reference.collapse`: the sum of the streams behind the last sub-layer."""
+  return _first_that_serves('collapse', implementation, x, y, post, res)
+
+
+def fuses(implementation: Implementation | None) -> bool:
+  """Whether `advance` is one pass over the streams, by a kernel."""
+  names = _PREFERENCES.get(target.platform(), ('xla',))
+  return (implementation or names[0]) != 'xla'
+
+
+def _first_that_serves(operation, implementation, *arguments):
+  if implementation is None:
+    names = _PREFERENCES.get(target.platform(), ('xla',))
+  elif implementation in typing.get_args(Implementation):
+    names = (implementation,)
+  else:
+    raise ValueError(
+      f'implementation={implementation!r} must be None or one of '
+      f'{typing.get_args(Implementation)}'
+    )
+  for name in names:
+    try:
+      return getattr(_module(name), operation)(*arguments)
+    except NotImplementedError as reason:
+      if implementation is not None:
+        raise
+      _note(f'{operation} runs without its {name} kernel: {reason}')
+  raise AssertionError('xla serves every call')
+
+
+_PREFERENCES = {'tpu': ('pallas', 'xla'), 'gpu': ('triton', 'xla')}
+
+
+def _module(name):
+  if name == 'triton':
+    raise NotImplementedError('there are no GPU kernels yet')
+  return {'xla': xla, 'pallas': pallas}[name]
+
+
+@functools.cache
+def _note(message):
+  """Logs a message once."""
+  logging.warning(message)

@@ -41,6 +41,9 @@ class ConnectionConfig:
   # 0 is the paper's Eq. 9, 1e-6 DeepSeek-V4's kernels.
   sinkhorn_eps: float = 0.0
   sinkhorn_backward: Literal['recompute', 'unrolled', 'implicit'] = 'recompute'
+  # The passes over the streams: 'xla', the TPU kernels ('pallas', interpreted
+  # elsewhere) or the GPU kernels ('triton'); 'auto' is the platform's fastest.
+  implementation: Literal['auto', 'xla', 'pallas', 'triton'] = 'auto'
 
   def __post_init__(self):
     checks.check_types(self)

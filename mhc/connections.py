@@ -5,8 +5,12 @@ A connection wraps one sub-layer F (attention or FFN, each has its own):
     h, context = connection.pre(x)        h = H_pre x
     x = connection.post(F(h), context)    x <- H_res x + H_post^T F(h)
 
-(mHC, arXiv 2512.24880, Eq. 3) with the streams x in [..., n, d]. The kinds
-differ in the mappings, the last also in what it reads:
+(mHC, arXiv 2512.24880, Eq. 3) with the streams x in [..., n, d]. From one
+sub-layer straight to the next, in one pass over the streams:
+
+    h, context = following.advance(F(h), context)
+
+The kinds differ in the mappings, the last also in what it reads:
 
     residual         n = 1, all mappings 1: the plain residual stream
     hc               unconstrained mappings (HC, arXiv 2409.19606)
@@ -17,7 +21,11 @@ differ in the mappings, the last also in what it reads:
     orthogonal       H_res a Cayley rotation (arXiv 2602.18308)
     mhc_single_pass  mhc with H_pre one sub-layer early (DeepSeek-V4.1)
 
-Around them, once per model, stand `open_streams` and `close_streams`.
+Around them, once per model, stand `open_streams` and `close_streams`. Between
+blocks a model carries what `leave` returns and `enter` takes: the streams, or
+for kernels that write and read in one pass a `Sublayer`, whose output is still
+to be written back. Plain JAX gains nothing by that pass and would keep the
+streams twice for the backward pass.
 """
 
 from flax import nnx
@@ -27,7 +35,8 @@ from jaxtyping import Array, Float
 from mhc import config as config_lib
 from mhc import precision
 from mhc import streams
-from mhc.hyper import HC, MHC, Ahead, Context, SinglePass
+from mhc.hyper import HC, MHC, Ahead, Context, Mappings, SinglePass, Sublayer
+from mhc.kernels import dispatch
 
 
 class Residual(nnx.Module):
@@ -43,9 +52,15 @@ class Residual(nnx.Module):
   ) -> Float[Array, '*batch 1 d']:
     return precision.mark('streams', context.x + y[..., None, :])
 
+  def advance(
+    self, y: Float[Array, '*batch d'], context: Context
+  ) -> tuple[Float[Array, '*batch d'], Context]:
+    """Leaves the sub-layer of `context` and enters this one."""
+    return self.pre(self.post(y, context))
+
 
 Connection = Residual | HC | MHC | SinglePass
-State = Float[Array, '*batch n d'] | Ahead
+State = Float[Array, '*batch n d'] | Ahead | Sublayer
 
 
 def make(
@@ -53,17 +68,19 @@ def make(
 ) -> Connection:
   """The connection of sub-layer `index` (attention and FFN counted apart)."""
   shape = (dim, config.streams, index)
+  implementation = _implementation(config)
   options = dict(
     sinkhorn_iters=config.sinkhorn_iters,
     sinkhorn_eps=config.sinkhorn_eps,
     sinkhorn_backward=config.sinkhorn_backward,
     norm_eps=norm_eps,
+    implementation=implementation,
   )
   match config.kind:
     case 'residual':
       return Residual()
     case 'hc':
-      return HC(*shape, norm_eps=norm_eps)
+      return HC(*shape, norm_eps=norm_eps, implementation=implementation)
     case 'mhc':
       return MHC(*shape, **options)
     case 'identity':
@@ -81,32 +98,67 @@ def make(
 def open_streams(
   config: config_lib.ConnectionConfig, x: Float[Array, '*batch d']
 ) -> State:
-  """What the first connection reads: copies of x."""
-  wide = precision.mark('streams', streams.expand(x, config.streams))
-  if config.kind != 'mhc_single_pass':
-    return wide
-  first = jnp.arange(config.streams) == 0
+  """What the first connection enters by: x on every stream."""
+  n = config.streams
   # Made from x so that, inside a shard_map, it varies over devices as x does.
   zeros = 0 * x.reshape(-1, x.shape[-1])[:, 0].astype(jnp.float32)
-  pre = first.astype(jnp.float32)[:, None] + zeros[None]
-  return Ahead(wide, pre)
+  if _carries_output(config):
+    res = None
+    if config.kind != 'identity':
+      res = jnp.eye(n)[..., None] + zeros[None, None]
+    ones = jnp.ones((n, 1)) + zeros[None]
+    empty = precision.mark('streams', streams.expand(0 * x, n))
+    return Sublayer(x, Context(empty, Mappings(ones, ones, res)))
+  wide = precision.mark('streams', streams.expand(x, n))
+  if config.kind != 'mhc_single_pass':
+    return wide
+  first = jnp.arange(n) == 0
+  return Ahead(wide, first.astype(jnp.float32)[:, None] + zeros[None])
+
+
+def enter(
+  connection: Connection, state: State
+) -> tuple[Float[Array, '*batch d'], Context]:
+  """What the first sub-layer of a block reads, from what the last one left."""
+  if isinstance(state, Sublayer):
+    return connection.advance(*state)
+  return connection.pre(state)
+
+
+def leave(
+  config: config_lib.ConnectionConfig,
+  connection: Connection,
+  y: Float[Array, '*batch d'],
+  context: Context,
+) -> State:
+  """What a block hands on after its last sub-layer has returned y."""
+  if _carries_output(config):
+    return Sublayer(y, context)
+  return connection.post(y, context)
 
 
 def close_streams(
-  state: State, collapse: streams.Collapse
+  config: config_lib.ConnectionConfig,
+  state: State,
+  collapse: streams.Collapse,
 ) -> Float[Array, '*batch d']:
   """What the last connection left, as one stream."""
-  return state.read() if isinstance(state, Ahead) else collapse(state)
-
-
-def advance(
-  connection: Connection,
-  following: Connection,
-  y: Float[Array, '*batch d'],
-  context: Context,
-) -> tuple[Float[Array, '*batch d'], Context]:
-  """Leaves one sub-layer and enters the next: `following.pre . post`."""
-  return following.pre(connection.post(y, context))
+  if isinstance(state, Ahead):
+    return state.read()
+  if not isinstance(state, Sublayer):
+    return collapse(state)
+  y, (x, mappings) = state
+  last = (
+    x.reshape(-1, *x.shape[-2:]),
+    y.reshape(-1, y.shape[-1]),
+    mappings.post,
+    mappings.res,
+    _implementation(config),
+  )
+  if collapse.kind == 'learned':
+    return collapse(dispatch.post(*last)).reshape(y.shape)
+  total = dispatch.collapse(*last).reshape(y.shape)
+  return total / config.streams if collapse.kind == 'mean' else total
 
 
 def mixing_matrices(context: Context) -> Float[Array, 't n n']:
@@ -116,3 +168,13 @@ def mixing_matrices(context: Context) -> Float[Array, 't n n']:
   if context.mappings is None or context.mappings.res is None:
     return jnp.broadcast_to(jnp.eye(n), (num_tokens, n, n))
   return jnp.moveaxis(context.mappings.res, -1, 0)
+
+
+def _carries_output(config):
+  """Whether the kind reads and writes the streams in one pass of a kernel."""
+  kernel = dispatch.fuses(_implementation(config))
+  return kernel and config.kind not in ('residual', 'hc', 'mhc_single_pass')
+
+
+def _implementation(config):
+  return None if config.implementation == 'auto' else config.implementation

@@ -1,9 +1,11 @@
 """Hyper-Connections: mappings of n streams, free (HC) or constrained (mHC).
 
 Each class maps the streams x, [..., n, d], to the three mappings of Eq. 3 and
-applies them (`pre` reads, `post` mixes and writes). Mappings are float32 and
-lie tokens-minor, [n, t] and [n, n, t], t being all leading dimensions of x
-flattened; streams and what is read from them keep the dtype of x.
+applies them: `pre` reads, `post` mixes and writes, and `advance` is the `post`
+of one sub-layer with the `pre` of the next, which a fused kernel does in one
+pass over the streams (see kernels/). Mappings are float32 and lie tokens-minor,
+[n, t] and [n, n, t], t being all leading dimensions of x flattened; streams and
+what is read from them keep the dtype of x.
 """
 
 import functools
@@ -19,6 +21,7 @@ from mhc import manifold
 from mhc import mixing as mixing_lib
 from mhc import precision
 from mhc import streams
+from mhc.kernels import dispatch
 
 
 class Mappings(NamedTuple):
@@ -46,6 +49,13 @@ class Ahead(NamedTuple):
     return _read(self.x, self.weights)
 
 
+class Sublayer(NamedTuple):
+  """Between sub-layers: the output y of the last one, not written back yet."""
+
+  y: Float[Array, '*batch d']
+  context: Context
+
+
 class HC(nnx.Module):
   r"""Dynamic Hyper-Connections (arXiv 2409.19606, Sec. 3; restated as Eq. 5).
 
@@ -65,7 +75,13 @@ class HC(nnx.Module):
   """
 
   def __init__(
-    self, dim: int, num_streams: int, index, *, norm_eps: float = 1e-20
+    self,
+    dim: int,
+    num_streams: int,
+    index,
+    *,
+    norm_eps: float = 1e-20,
+    implementation: dispatch.Implementation | None = None,
   ):
     home = jnp.arange(num_streams) == index % num_streams
     self.gain = nnx.Param(jnp.ones(dim))
@@ -78,6 +94,7 @@ class HC(nnx.Module):
     self.bias_res = nnx.Param(jnp.eye(num_streams))
     self.shape = (num_streams, dim)
     self.norm_eps = norm_eps
+    self.implementation = implementation
 
   def mappings(self, x: Float[Array, 't n d']) -> Mappings:
     wide = x.astype(jnp.float32)
@@ -106,12 +123,19 @@ class HC(nnx.Module):
   def pre(
     self, x: Float[Array, '*batch n d']
   ) -> tuple[Float[Array, '*batch d'], Context]:
-    return _pre(self, x)
+    context = _context(self, x)
+    return _read(x, context.mappings.pre), context
 
   def post(
     self, y: Float[Array, '*batch d'], context: Context
   ) -> Float[Array, '*batch n d']:
-    return _post(y, context)
+    return _post(y, context, self.implementation)
+
+  def advance(
+    self, y: Float[Array, '*batch d'], context: Context
+  ) -> tuple[Float[Array, '*batch d'], Context]:
+    """Leaves the sub-layer of `context` and enters this one."""
+    return self.pre(self.post(y, context))
 
 
 class MHC(nnx.Module):
@@ -151,6 +175,7 @@ class MHC(nnx.Module):
     sinkhorn_eps: float = 0.0,
     sinkhorn_backward: manifold.Backward = 'recompute',
     norm_eps: float = 1e-20,
+    implementation: dispatch.Implementation | None = None,
   ):
     if mixing not in typing.get_args(mixing_lib.Mixing):
       raise ValueError(
@@ -171,18 +196,25 @@ class MHC(nnx.Module):
     self.sizes = sizes
     self.mixing = mixing
     self.sinkhorn = dict(
-      num_iters=sinkhorn_iters, eps=sinkhorn_eps, backward=sinkhorn_backward
+      num_iters=sinkhorn_iters,
+      eps=sinkhorn_eps,
+      backward=sinkhorn_backward,
+      implementation=implementation,
     )
     self.norm_eps = norm_eps
+    self.implementation = implementation
 
   def mappings(self, x: Float[Array, 't n d']) -> Mappings:
-    n = x.shape[1]
-    raw = streams.normed_projection(x, self.phi[...], self.norm_eps)
-    raw = precision.mark('mapping_logits', raw)
+    z = streams.normed_projection(x, self.phi[...], self.norm_eps).T
+    return self._mappings(precision.mark('mapping_logits', z))
+
+  def _mappings(self, z):
+    """Eq. 16-19, from the projection z = x phi / r, [k, t]."""
+    n = self.shape[0]
     alpha = jnp.repeat(
-      self.alpha[...], jnp.array(self.sizes), total_repeat_length=raw.shape[1]
+      self.alpha[...], jnp.array(self.sizes), total_repeat_length=len(z)
     )
-    logits = (raw * alpha[None] + self.bias[...][None]).T
+    logits = z * alpha[:, None] + self.bias[...][:, None]
     res = None
     if self.mixing != 'identity':
       res = mixing_lib.matrices(
@@ -197,12 +229,41 @@ class MHC(nnx.Module):
   def pre(
     self, x: Float[Array, '*batch n d']
   ) -> tuple[Float[Array, '*batch d'], Context]:
-    return _pre(self, x)
+    _check_streams(self, x)
+    h, z = dispatch.pre(_tokens(x), *self._reading(), self.implementation)
+    return self._entered(h, x, z)
 
   def post(
     self, y: Float[Array, '*batch d'], context: Context
   ) -> Float[Array, '*batch n d']:
-    return _post(y, context)
+    return _post(y, context, self.implementation)
+
+  def advance(
+    self, y: Float[Array, '*batch d'], context: Context
+  ) -> tuple[Float[Array, '*batch d'], Context]:
+    """Leaves the sub-layer of `context` and enters this one, in one pass."""
+    x, mappings = context
+    _check_streams(self, x)
+    _check_output(y, x)
+    x_next, h, z = dispatch.advance(
+      _tokens(x),
+      y.reshape(-1, y.shape[-1]),
+      mappings.post,
+      mappings.res,
+      *self._reading(),
+      self.implementation,
+    )
+    return self._entered(h, x_next.reshape(x.shape), z)
+
+  def _reading(self):
+    """phi, and alpha and bias of H_pre: what the kernels read by."""
+    n = self.shape[0]
+    return self.phi[...], self.alpha[0], self.bias[:n], self.norm_eps
+
+  def _entered(self, h, x, z):
+    mark = functools.partial(precision.mark, 'mappings')
+    mappings = jax.tree.map(mark, self._mappings(z))
+    return h.reshape(*x.shape[:-2], x.shape[-1]), Context(x, mappings)
 
 
 class SinglePass(nnx.Module):
@@ -226,40 +287,55 @@ class SinglePass(nnx.Module):
     return state.read(), _context(self.inner, state.x)
 
   def post(self, y: Float[Array, '*batch d'], context: Context) -> Ahead:
-    return Ahead(_post(y, context), context.mappings.pre)
+    x = _post(y, context, self.inner.implementation)
+    return Ahead(x, context.mappings.pre)
+
+  def advance(
+    self, y: Float[Array, '*batch d'], context: Context
+  ) -> tuple[Float[Array, '*batch d'], Context]:
+    """Leaves the sub-layer of `context` and enters this one."""
+    return self.pre(self.post(y, context))
 
 
-def _context(connection, x):
+def _tokens(x):
+  return x.reshape(-1, *x.shape[-2:])
+
+
+def _check_streams(connection, x):
   if x.shape[-2:] != connection.shape:
     n, dim = connection.shape
     raise ValueError(
       f'this connection has {n} streams of width {dim}, got x of shape '
       f'{x.shape}: open streams once, with expand, before the first sub-layer'
     )
-  mappings = connection.mappings(x.reshape(-1, *x.shape[-2:]))
-  mark = functools.partial(precision.mark, 'mappings')
-  return Context(x, jax.tree.map(mark, mappings))
 
 
-def _read(x, weights):
-  h = streams.read(x.reshape(-1, *x.shape[-2:]), weights)
-  h = precision.mark('sublayer_input', h)
-  return h.reshape(*x.shape[:-2], x.shape[-1])
-
-
-def _pre(connection, x):
-  context = _context(connection, x)
-  return _read(x, context.mappings.pre), context
-
-
-def _post(y, context):
-  x, mappings = context
-  tokens = x.reshape(-1, *x.shape[-2:])
+def _check_output(y, x):
   if y.dtype != x.dtype:
     raise ValueError(
       f'the sub-layer returned {y.dtype}, the streams are {x.dtype}: '
       'cast its output'
     )
-  flat = y.reshape(-1, y.shape[-1])
-  out = streams.write(tokens, flat, mappings.post, mappings.res)
-  return precision.mark('streams', out).reshape(x.shape)
+
+
+def _context(connection, x):
+  _check_streams(connection, x)
+  mark = functools.partial(precision.mark, 'mappings')
+  return Context(x, jax.tree.map(mark, connection.mappings(_tokens(x))))
+
+
+def _read(x, weights):
+  h = precision.mark('sublayer_input', streams.read(_tokens(x), weights))
+  return h.reshape(*x.shape[:-2], x.shape[-1])
+
+
+def _post(y, context, implementation):
+  x, mappings = context
+  _check_output(y, x)
+  return dispatch.post(
+    _tokens(x),
+    y.reshape(-1, y.shape[-1]),
+    mappings.post,
+    mappings.res,
+    implementation,
+  ).reshape(x.shape)

@@ -51,6 +51,7 @@ class Block(nnx.Module):
         config.connection, dim, 2 * index + sublayer, norm_eps=eps
       )
 
+    self.config = config.connection
     self.attention_connection = connection(0)
     self.attention_norm = layers.RMSNorm(dim, eps)
     self.attention = attention.Attention(config.attention, dim, eps, rngs=rngs)
@@ -63,7 +64,7 @@ class Block(nnx.Module):
 
   def __call__(
     self,
-    x: connections.State,
+    state: connections.State,
     batch: tuple[int, int],
     router_bias: Float[Array, 'e'] | None,
     cache: attention.Cache | None = None,
@@ -73,16 +74,14 @@ class Block(nnx.Module):
 
     With a cache, the tokens follow the `start` ones that it holds.
     """
-    h, first = self.attention_connection.pre(x)
+    h, first = connections.enter(self.attention_connection, state)
     normed = self.attention_norm(h).reshape(*batch, -1)
     if cache is None:
       y = self.attention(normed)
     else:
       y, cache = self.attention.decode(normed, cache, start)
     y = recompute.output(y.reshape(h.shape))
-    h, second = connections.advance(
-      self.attention_connection, self.ffn_connection, y, first
-    )
+    h, second = self.ffn_connection.advance(y, first)
     stats = None
     normed = self.ffn_norm(h).reshape(*batch, -1)
     if router_bias is None:
@@ -90,9 +89,8 @@ class Block(nnx.Module):
     else:
       y, stats = self.ffn(normed, router_bias)
     y = recompute.output(y.reshape(h.shape))
-    return self.ffn_connection.post(y, second), Aux(
-      (first, second), stats, cache
-    )
+    state = connections.leave(self.config, self.ffn_connection, y, second)
+    return state, Aux((first, second), stats, cache)
 
 
 class Transformer(nnx.Module):
@@ -142,9 +140,9 @@ class Transformer(nnx.Module):
     router_bias: Float[Array, 'l e'] | None = None,
   ) -> tuple[Float[Array, 'b t v'], moe.Stats | None]:
     """The logits and each expert layer's `Stats`, stacked; None without."""
-    x, auxes = self._run(tokens, router_bias)
+    state, auxes = self._run(tokens, router_bias)
     stats = auxes[-1].stats
-    return self._logits(x, tokens.shape), stats
+    return self._logits(state, tokens.shape), stats
 
   def decode(
     self,
@@ -159,11 +157,11 @@ class Transformer(nnx.Module):
     With experts the result is that of a whole row if what happens to a token
     does not depend on others: `router='bias'`, `dispatch='dropless'`.
     """
-    x, auxes = self._run(tokens, router_bias, cache=cache, start=start)
+    state, auxes = self._run(tokens, router_bias, cache=cache, start=start)
     cache = jax.tree.map(
       lambda *stacks: jnp.concatenate(stacks), *(aux.cache for aux in auxes)
     )
-    return self._logits(x, tokens.shape), cache
+    return self._logits(state, tokens.shape), cache
 
   def empty_cache(self, batch_size: int, size: int) -> attention.Cache:
     """For rows of up to `size` tokens, all blocks stacked."""
@@ -185,13 +183,16 @@ class Transformer(nnx.Module):
       [stack.reshape(-1, *stack.shape[2:]) for stack in matrices]
     )
 
-  def _logits(self, x, shape):
-    h = self.norm(connections.close_streams(x, self.collapse))
+  def _logits(self, state, shape):
+    h = connections.close_streams(
+      self.config.connection, state, self.collapse
+    )
+    h = self.norm(h)
     logits = self.head(h.reshape(*shape, -1)).astype(jnp.float32)
     return precision.mark('logits', logits)
 
   def _run(self, tokens, router_bias, *, collect=False, cache=None, start=None):
-    """The last streams, and the `Aux` of each stack of blocks.
+    """The last state, and the `Aux` of each stack of blocks.
 
     The contexts in it are the matrices H_res if they are to be collected.
     """
@@ -202,15 +203,17 @@ class Transformer(nnx.Module):
     # Tokens in one dimension: connections reshape to that, and what keeps its
     # shape is kept once for the backward pass.
     batch = x.shape[:2]
-    x = connections.open_streams(config.connection, x.reshape(-1, config.dim))
+    state = connections.open_streams(
+      config.connection, x.reshape(-1, config.dim)
+    )
 
-    def run(x, inputs):
+    def run(state, inputs):
       block, bias, cache = inputs
-      x, aux = block(x, batch, bias, cache, start)
+      state, aux = block(state, batch, bias, cache, start)
       matrices = None
       if collect:
         matrices = jnp.stack([*map(connections.mixing_matrices, aux.contexts)])
-      return x, aux._replace(contexts=matrices)
+      return state, aux._replace(contexts=matrices)
 
     auxes, num_dense = [], config.num_blocks - config.num_moe_blocks
     for blocks, bias, part in (
@@ -219,12 +222,12 @@ class Transformer(nnx.Module):
     ):
       if blocks is None:
         continue
-      x, aux = recompute.scan(
+      state, aux = recompute.scan(
         run,
-        x,
+        state,
         (blocks, bias, jax.tree.map(lambda leaf, part=part: leaf[part], cache)),
         policy=config.recompute,
         blocks=recompute.interval(config) // 2,
       )
       auxes.append(aux)
-    return x, auxes
+    return state, auxes

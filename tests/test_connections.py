@@ -253,17 +253,19 @@ def test_single_pass_reads_by_the_weights_of_the_sublayer_before():
   x = np.tile(inputs.reshape(10, 1, DIM), (1, 4, 1))
   weights = np.eye(4)[:, :1].repeat(10, 1)
   for site in sites:
-    h, context = site.pre(state)
+    h, context = connections.enter(site, state)
     np.testing.assert_allclose(
       h.reshape(10, DIM), np.einsum('jt,tjc->tc', weights, x), atol=1e-4
     )
-    state = site.post(jnp.sin(h), context)
+    state = connections.leave(settings, site, jnp.sin(h), context)
     mappings = jax.device_get(site.inner.mappings(jnp.asarray(x, jnp.float32)))
     x = np.einsum('ijt,tjc->tic', mappings.res, x) + np.einsum(
       'it,tc->tic', mappings.post, np.sin(h.reshape(10, DIM))
     )
     weights = mappings.pre
-  out = connections.close_streams(state, streams.Collapse('mean', DIM, 4))
+  out = connections.close_streams(
+    settings, state, streams.Collapse('mean', DIM, 4)
+  )
   np.testing.assert_allclose(
     out.reshape(10, DIM), np.einsum('jt,tjc->tc', weights, x), atol=1e-4
   )
@@ -273,7 +275,7 @@ def test_advance_is_post_then_pre():
   first, second = perturbed(make('mhc')), perturbed(make('mhc', index=1))
   h, context = first.pre(random_streams())
   y = jnp.sin(h)
-  got, after = connections.advance(first, second, y, context)
+  got, after = second.advance(y, context)
   want, wanted = second.pre(first.post(y, context))
   np.testing.assert_array_equal(got, want)
   np.testing.assert_array_equal(after.x, wanted.x)
