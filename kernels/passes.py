@@ -88,8 +88,9 @@ def run(call: Call, arrays: dict[str, jax.Array], sizes: tiles.Pass):
   )
   tokens = sizes.tokens
   count = pl.cdiv(num_tokens, tokens)
-  _, cores = tiles.generation()
-  cores = cores if count % cores == 0 else 1
+  cores = tiles.chip().cores
+  if count % cores:
+    cores = 1
   steps = count // cores
   filled = count * tokens
   narrow = tokens % diagonal.LANES != 0

@@ -10,18 +10,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from mhc import chips
 from mhc.kernels import diagonal
 from mhc.kernels import target
 
 MiB = 2**20
-# Vector memory of a core, and cores that share a program (public figures).
-GENERATIONS = {
-  'TPU v5 lite': (128 * MiB, 1),
-  'TPU v5': (64 * MiB, 2),
-  'TPU v6 lite': (128 * MiB, 1),
-  'TPU7x': (64 * MiB, 1),
-}
-SMALLEST = (64 * MiB, 1)
 # What the compiler keeps for itself: spilled registers and large values.
 RESERVE = 4 * MiB
 TOKENS = (256, 128, 64, 32, 16)
@@ -97,7 +90,7 @@ def fit(sizes: Pass, num_tokens: int, memory) -> Pass:
   Raises:
     NotImplementedError: not even the smallest fits.
   """
-  limit, _ = generation()
+  limit = chip().vector_memory
   for tokens in TOKENS:
     tile = dataclasses.replace(sizes, tokens=tokens)
     if tokens < 2 * num_tokens or tokens == TOKENS[-1]:
@@ -110,6 +103,8 @@ def fit(sizes: Pass, num_tokens: int, memory) -> Pass:
   )
 
 
-def generation() -> tuple[int, int]:
-  """Vector memory in bytes, and cores, of the TPU at hand."""
-  return GENERATIONS.get(target.device()[1], SMALLEST)
+def chip() -> chips.Chip:
+  """The TPU at hand; where there is none, as in the interpreter, a v5p."""
+  kind = target.device()[1]
+  found = [chip for chip in chips.CHIPS.values() if chip.kind == kind]
+  return found[0] if found else chips.CHIPS['v5p']

@@ -7,33 +7,18 @@ devices of this process, or a TPU slice such as 'v5p:2x2x1' or 'v6e:4x4'.
 
 import os
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
+from mhc import chips
 from mhc import config as config_lib
 from mhc import counts
 from mhc import hlo
 from mhc import memory
 from mhc import sharding
 from mhc import step
-
-
-class Chip(NamedTuple):
-  """A TPU generation, from its public data sheet."""
-
-  clock: float  # Hz
-  flops: float  # a second, bfloat16
-  bandwidth: float  # bytes a second, HBM
-
-
-CHIPS = {
-  'v4': Chip(1.05e9, 275e12, 1.228e12),
-  'v5e': Chip(1.5e9, 197e12, 0.819e12),
-  'v5p': Chip(1.75e9, 459e12, 2.765e12),
-  'v6e': Chip(1.75e9, 918e12, 1.64e12),
-}
 
 
 def devices(topology: str) -> list[jax.Device]:
@@ -70,7 +55,7 @@ def make(config: config_lib.Config, topology: str) -> dict[str, Any]:
     bytes_accessed, optimal_seconds: XLA's cost analysis of one step on one
       device, which counts the body of every loop once; None where it has none.
     bytes_moved, scheduled_seconds: of the compiler's schedule, loops in full;
-      None but for the TPUs of `CHIPS`. The seconds are the compiler's cycles,
+      None but for the TPUs of `chips`. The seconds are the compiler's cycles,
       and for kernels (ragged matrix products) their roofline.
     compile_seconds: on this machine.
 
@@ -103,8 +88,8 @@ def make(config: config_lib.Config, topology: str) -> dict[str, Any]:
   analysis, xla = compiled.memory_analysis(), compiled.cost_analysis() or {}
   moved = scheduled = None
   generation = topology.partition(':')[0]
-  if generation in CHIPS:
-    moved, scheduled = _schedule(compiled, CHIPS[generation])
+  if generation in chips.CHIPS:
+    moved, scheduled = _schedule(compiled, chips.CHIPS[generation])
   count = counts.count(config.model, config.data.seq_len)
   return {
     'topology': topology,
