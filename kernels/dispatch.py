@@ -15,6 +15,7 @@ import typing
 from typing import Literal
 
 from absl import logging
+import jax
 from jaxtyping import Array, Float
 
 from mhc.kernels import pallas
@@ -98,6 +99,11 @@ def fuses(implementation: Implementation | None) -> bool:
   """Whether `advance` is one pass over the streams, by a kernel."""
   names = _PREFERENCES.get(target.platform(), ('xla',))
   return (implementation or names[0]) != 'xla'
+
+
+def interprets(implementation: str, mesh: jax.sharding.Mesh) -> bool:
+  """Whether the TPU kernels were asked for on devices that are not TPUs."""
+  return implementation == 'pallas' and mesh.devices.flat[0].platform != 'tpu'
 
 
 def _first_that_serves(operation, implementation, *arguments):

@@ -12,6 +12,7 @@ import re
 import tempfile
 
 _LINE = re.compile(r'\s*(?:0x[0-9a-f]+|0)\s+(?:([A-Z]{2})\s*)?:\s*(>*)\s*\{')
+_EMPTY = re.compile(r':\s*\{\}')
 _LAST = re.compile(r',\s*(\d+) /\* loop exit test')
 
 
@@ -27,7 +28,7 @@ def folder() -> pathlib.Path:
 def bundles(path: pathlib.Path, kernel: str) -> int:
   """Bundles of one grid step of a kernel, its loops in full.
 
-  The newest compilation counts; the folder is emptied.
+  The newest compilation counts.
 
   Raises:
     FileNotFoundError: none of that name was written.
@@ -38,10 +39,13 @@ def bundles(path: pathlib.Path, kernel: str) -> int:
       f'no schedule of {kernel} in {path}: the TPU compiler was loaded before '
       'it was asked to write them; start in a new process'
     )
-  count = count_bundles(texts[-1].read_text())
+  return count_bundles(texts[-1].read_text())
+
+
+def empty(path: pathlib.Path):
+  """What was written is large: some 100 MB a program."""
   for file in path.iterdir():
     file.unlink()
-  return count
 
 
 def count_bundles(text: str) -> int:
@@ -62,9 +66,13 @@ def count_bundles(text: str) -> int:
       open_loops.append(len(counts))
       counts.append((0, tuple(open_loops)))
       bounds.append(1)
+    elif _EMPTY.search(line):
+      pass  # nothing issued; such lines do not show their depth
+    else:
+      del open_loops[depth:]
     if not open_loops:
       continue
-    here = open_loops[min(max(depth, 1), len(open_loops)) - 1]
+    here = open_loops[-1]
     count, outer = counts[here]
     counts[here] = (count + 1, outer)
     last = _LAST.search(line)

@@ -79,18 +79,21 @@ class Pass:
     ]
 
 
-def fit(sizes: Pass, num_tokens: int, memory) -> Pass:
+def fit(
+  sizes: Pass, num_tokens: int, memory, device: chips.Chip | None = None
+) -> Pass:
   """`sizes` with the largest tile that fits.
 
   Args:
     sizes: of the call.
     num_tokens: in all; a tile is not much larger.
     memory: from a `Pass` to the bytes that it takes.
+    device: the one at hand, if not given.
 
   Raises:
     NotImplementedError: not even the smallest fits.
   """
-  limit = chip().vector_memory
+  limit = (device or chip()).vector_memory
   for tokens in TOKENS:
     tile = dataclasses.replace(sizes, tokens=tokens)
     if tokens < 2 * num_tokens or tokens == TOKENS[-1]:

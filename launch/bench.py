@@ -2,10 +2,15 @@
 
     python launch/bench.py              # connections: a Markdown table
     python launch/bench.py recompute    # memory of each recompute policy
+    python launch/bench.py kernels      # TPU kernels, by the TPU's compiler
     python launch/bench.py --json       # one JSON object a row
 
 `recompute` compiles the gradient of a 16-block model and sets XLA's temporary
 bytes beside Eq. 20, in units of C numbers a token; it runs nothing.
+
+`kernels` compiles every kernel for TPUs that need not be here and sets the
+bytes that it moves and the instructions that the compiler schedules beside
+plain JAX; it runs nothing either, and needs pip install 'jax[tpu]'.
 
 `connections` times the projection and whole sites: what a connection adds
 around a sub-layer, mappings, `pre` and `post`, with the identity as the
@@ -31,6 +36,9 @@ from mhc import connections
 from mhc import manifold
 from mhc import memory
 from mhc import recompute
+from mhc.kernels import measure
+from mhc.kernels import schedule
+from mhc.kernels import shapes
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a row.')
 TOKENS = flags.DEFINE_integer('tokens', 4096, 'Tokens.', lower_bound=1)
@@ -38,6 +46,15 @@ STREAMS = flags.DEFINE_integer('streams', 4, 'n.', lower_bound=1)
 WIDTHS = flags.DEFINE_list('widths', ['512', '1024'], 'Model widths C.')
 KINDS = flags.DEFINE_list('kinds', ['hc', 'mhc', 'identity'], 'Connections.')
 ROUNDS = flags.DEFINE_integer('rounds', 15, 'Timings of each.', lower_bound=1)
+KERNEL_WIDTHS = flags.DEFINE_list(
+  'kernel_widths', [str(width) for width in shapes.WIDTHS], 'C, for kernels.'
+)
+GENERATIONS = flags.DEFINE_list(
+  'generations', ['v5e', 'v5p', 'v6e', 'tpu7x'], 'TPUs, for kernels.'
+)
+OPERATIONS = flags.DEFINE_list(
+  'operations', list(measure.OPERATIONS), 'For kernels.'
+)
 
 
 def main(what):
@@ -46,6 +63,41 @@ def main(what):
       _connections()
     case 'recompute':
       _recompute()
+    case 'kernels':
+      _kernels()
+
+
+def _kernels():
+  folder = schedule.folder()
+  widths = [int(width) for width in KERNEL_WIDTHS.value]
+  if not JSON.value:
+    print(
+      f'n = {shapes.STREAMS}, {shapes.TOKENS} tokens; ns a token: of the '
+      "schedule, of the kernel's bytes, and as the compiler expects of plain "
+      'JAX\n'
+    )
+    print(
+      '| op | direction | C | TPU | elements / bound | schedule | HBM '
+      '| of HBM | plain JAX | its bytes |'
+    )
+    print('|---|---|---:|---|---:|---:|---:|---:|---:|---:|')
+  rows = measure.rows(OPERATIONS.value, widths, GENERATIONS.value, folder)
+  for row in rows:
+    if JSON.value:
+      print(json.dumps(row), flush=True)
+      continue
+    elements = row['elements_per_token']
+    bound = elements / row['lower_bound_elements_per_token']
+    spent, hbm = row['schedule_ns_per_token'], row['hbm_ns_per_token']
+    print(
+      f'| {row["op"]} | {row["direction"]} | {row["C"]} | {row["generation"]} '
+      f'| {elements} / {bound:.2f} | {spent:.1f} | {hbm:.1f} '
+      f'| {spent / hbm:.2f} | {row["xla_ns_per_token"]:.1f} '
+      f'| {row["xla_bytes_per_token"] / row["bytes_per_token"]:.1f}x |',
+      flush=True,
+    )
+  schedule.empty(folder)
+  folder.rmdir()
 
 
 def _connections():
@@ -180,4 +232,4 @@ def _time(
 
 
 if __name__ == '__main__':
-  command_line.run(main, choices=('connections', 'recompute'))
+  command_line.run(main, choices=('connections', 'recompute', 'kernels'))

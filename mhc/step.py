@@ -24,6 +24,7 @@ from mhc import optimizer as optimizer_lib
 from mhc import precision
 from mhc import sharding
 from mhc import transformer
+from mhc.kernels import dispatch
 
 Params = dict[str, Any]  # nested; leaves are float32 arrays
 
@@ -223,9 +224,14 @@ def functions(
       )
     return nats, grads, load
 
-  loss_and_grads = jax.shard_map(
-    local_loss_and_grads,
+  over_devices = functools.partial(
+    jax.shard_map,
     mesh=mesh,
+    # The interpreter of kernels does not know about axes of a mesh.
+    check_vma=not dispatch.interprets(model.connection.implementation, mesh),
+  )
+  loss_and_grads = over_devices(
+    local_loss_and_grads,
     in_specs=(param_specs, sharding.WHOLE, sharding.BATCH),
     out_specs=(sharding.WHOLE, param_specs, sharding.WHOLE),
   )
@@ -257,9 +263,8 @@ def functions(
       return score(tokens)
     return jax.lax.map(score, parts).reshape(-1)
 
-  row_nats = jax.shard_map(
+  row_nats = over_devices(
     local_nats,
-    mesh=mesh,
     in_specs=(param_specs, sharding.WHOLE, sharding.BATCH),
     out_specs=sharding.BATCH,
   )

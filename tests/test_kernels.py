@@ -1,13 +1,11 @@
 """Kernels against the reference in float64, and compiled for TPUs."""
 
+import collections
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
@@ -15,9 +13,15 @@ from mhc import config
 from mhc import plan
 from mhc import sharding
 from mhc import step
+from mhc.kernels import calls
 from mhc.kernels import dispatch
+from mhc.kernels import measure
+from mhc.kernels import passes
 from mhc.kernels import reference
+from mhc.kernels import schedule
+from mhc.kernels import shapes
 from mhc.kernels import sinkhorn
+from mhc.kernels import tiles
 
 
 def exact(function, arguments, cotangent):
@@ -79,33 +83,147 @@ def test_extreme_logits_stay_finite():
   assert jnp.isfinite(pull_back(out)[0]).all()
 
 
+def arguments(operation, n, dim, num_tokens, dtype):
+  """Random operands of an operation on streams, and what is static."""
+  keys = jax.random.split(jax.random.key(n * dim + num_tokens), 7)
+  k = 2 * n + n * n
+  x = jax.random.normal(keys[0], (num_tokens, n, dim)).astype(dtype)
+  y = jax.random.normal(keys[1], (num_tokens, dim)).astype(dtype)
+  logits = jax.random.normal(keys[2], (n, n, num_tokens))
+  post = 2 * jax.nn.sigmoid(jax.random.normal(keys[3], (n, num_tokens)))
+  written = (x, y, post, reference.sinkhorn(logits, 20, 0.0))
+  phi = 0.1 * jax.random.normal(keys[4], (n * dim, k))
+  bias = jax.random.normal(keys[5], (n,))
+  reading = (phi, jnp.float32(0.7), bias)
+  return {
+    'pre': ((x, *reading), (1e-20,)),
+    'post': (written, ()),
+    'advance': ((*written, *reading), (1e-20,)),
+    'collapse': (written, ()),
+  }[operation]
+
+
+def compare(operation, implementation, shape, dtype, tolerance):
+  """Results and all gradients against float64, relative to their scale.
+
+  That of alpha is the biases': both add up the same gradients of the logits.
+  """
+  operands, static = arguments(operation, *shape, dtype)
+  run = lambda *args: getattr(dispatch, operation)(
+    *args, *static, implementation
+  )
+  specified = lambda *args: getattr(reference, operation)(*args, *static)
+  out = jax.eval_shape(run, *operands)
+  keys = iter(jax.random.split(jax.random.key(1), 3))
+  cotangent = jax.tree.map(
+    lambda o: jax.random.normal(next(keys), o.shape).astype(o.dtype), out
+  )
+  got = both_ways(run)(*operands, cotangent)
+  with jax.enable_x64(True):
+    wide = jax.tree.map(
+      lambda a: jnp.asarray(np.asarray(a, np.float64)), (*operands, cotangent)
+    )
+    want = jax.device_get(both_ways(specified)(*wide))
+  want = jax.tree.leaves(want)
+  for a, b in zip(jax.tree.leaves(got), want, strict=True):
+    scale = np.abs(b if b.ndim else want[-1]).max()
+    error = np.abs(np.asarray(a, np.float64) - b).max() / scale
+    assert error < tolerance, (operation, a.shape, error)
+
+
+@pytest.mark.parametrize('operation', ['pre', 'post', 'advance', 'collapse'])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize('shape', shapes.TINY, ids=str)
+def test_streams_in_float64(operation, dtype, shape, monkeypatch):
+  """bfloat16 within 2 ulp of the largest value, float32 within 2e-5.
+
+  Small tiles, so that there are several; the larger ones run the same code.
+  """
+  monkeypatch.setattr(tiles, 'TOKENS', (16,))
+  tolerance = {'bfloat16': 2 * 2**-8, 'float32': 2e-5}[dtype]
+  compare(operation, 'pallas', shape, jnp.dtype(dtype), tolerance)
+
+
+def test_a_tile_as_wide_as_a_register():
+  compare('advance', 'pallas', (2, 128, 140), jnp.dtype('bfloat16'), 2 * 2**-8)
+
+
+@pytest.mark.parametrize('operation', ['pre', 'post', 'advance', 'collapse'])
+def test_plain_jax_in_float64(operation):
+  compare(operation, 'xla', (4, 128, 20), jnp.float32, 2e-5)
+
+
 def test_the_choice_of_an_implementation():
   logits = jax.random.normal(jax.random.key(0), (3, 3, 10))
   plain = dispatch.sinkhorn(logits, 20, 0.0, 'xla')
   np.testing.assert_array_equal(dispatch.sinkhorn(logits, 20, 0.0), plain)
-  with pytest.raises(ValueError, match='interpret'):
-    dispatch.sinkhorn(logits, 20, 0.0, 'pallas')  # there is no TPU
+  kernel = dispatch.sinkhorn(logits, 20, 0.0, 'pallas')  # interpreted
+  np.testing.assert_allclose(kernel, plain, atol=1e-6)
 
 
-@pytest.mark.parametrize('topology', ['v5e:2x2', 'v6e:2x2'])
-def test_sinkhorn_compiles_for_tpus(topology):
-  """Forward and backward, inside a shard_map."""
-  devices = np.array(plan.devices(topology))
-  mesh = Mesh(devices.reshape(-1), ('data',), axis_types=(AxisType.Auto,))
-  tokens = PartitionSpec(None, None, 'data')
+@pytest.mark.parametrize(
+  ('shape', 'dtype', 'reason'),
+  [
+    ((5, 4, 96), jnp.float32, 'width 96: the kernels take multiples of 128'),
+    ((5, 5, 128), jnp.float32, r'5 streams: the kernels take \(2, 3, 4, 8\)'),
+    ((5, 4, 128), jnp.float16, 'float16 streams: bfloat16 or float32'),
+    ((5, 8, 2**17), jnp.float32, 'MiB of vector memory, there are 64 MiB'),
+  ],
+)
+def test_what_the_kernels_cannot_serve(shape, dtype, reason, monkeypatch):
+  """Named: an error with the reason. Not named: plain JAX, logged once."""
+  num_tokens, n, dim = shape
+  x, y = jnp.ones(shape, dtype), jnp.ones((num_tokens, dim), dtype)
+  post, res = jnp.ones((n, num_tokens)), jnp.ones((n, n, num_tokens))
+  with pytest.raises(NotImplementedError, match=reason):
+    dispatch.post(x, y, post, res, 'pallas')
+  monkeypatch.setitem(dispatch._PREFERENCES, 'cpu', ('pallas', 'xla'))
+  dispatch._note.cache_clear()
+  messages = []
+  monkeypatch.setattr(dispatch.logging, 'warning', messages.append)
+  for _ in range(2):
+    out = dispatch.post(x, y, post, res)
+  assert out.shape == shape
+  (message,) = messages
+  assert re.search(reason, message)
 
-  def both(logits, cotangent):
-    out, pull_back = jax.vjp(lambda x: dispatch.sinkhorn(x, 20, 0.0), logits)
-    return out, pull_back(cotangent)[0]
 
-  array = jax.ShapeDtypeStruct(
-    (4, 4, 4096), jnp.float32, sharding=NamedSharding(mesh, tokens)
-  )
-  lowered = jax.jit(
-    jax.shard_map(both, mesh=mesh, in_specs=tokens, out_specs=tokens)
-  ).lower(array, array)
-  text = lowered.compile().as_text()
-  assert text.count('tpu_custom_call') == 2
+@pytest.mark.parametrize('generation', ['v5p', 'v6e'])
+@pytest.mark.parametrize('dim', shapes.PAPER[:2])
+def test_the_kernels_compile_for_tpus(generation, dim):
+  """All, both ways, and within the memory that `passes.memory` gives them."""
+  for operation in measure.OPERATIONS:
+    forward, both = measure.programs(
+      operation, measure.case(operation, dim), generation, None
+    )
+    assert forward.compile().as_text().count('tpu_custom_call') == 1
+    assert both.compile().as_text().count('tpu_custom_call') == 2
+
+
+def test_bytes_through_memory():
+  """The streams once: (2 n + 2) C a token forward, (3 n + 3) C backward."""
+  sizes = tiles.Pass(4, 2560, 24, True, jnp.dtype(jnp.bfloat16))
+  for make, elements in (
+    (calls.forward, (2 * 4 + 2) * 2560),
+    (calls.backward, (3 * 4 + 3) * 2560),
+  ):
+    call = make(sizes, 4096)
+    assert measure.elements_per_token(call, 4096) == elements
+    # Coefficients, phi and its gradient are what is left.
+    assert passes.moved(call) < 1.03 * 2 * elements * 4096
+
+
+def test_bundles_of_nested_loops():
+  text = """
+     0   :  { %a = smov 0 }
+   0x1 LB: > { %b = sadd.s32 1, %a }
+   0x2 LB: >> { %c = vld [vmem:[%b]] }
+   0x3   : >> { %p = scmp.ge.s32.totalorder %s1, 5 /* loop exit test */ }
+   0x4   : > { %d = vadd.f32 %c, %c }
+   0x5   : > { %q = scmp.ge.s32.totalorder %s2, 10 /* loop exit test */ }
+   0x6   :  { %e = smov 0 }
+  """
+  assert schedule.count_bundles(text) == 3 + 5 * 2
 
 
 def test_a_training_step_for_a_tpu_calls_the_kernels(optax_promotion):
@@ -129,13 +247,21 @@ def test_a_training_step_for_a_tpu_calls_the_kernels(optax_promotion):
     settings.model, settings.optimizer, settings.num_steps, settings.data, mesh
   ).lower()
   text = lowered.as_text()
-  # A block has two sites: forward, recomputed, backward.
-  assert text.count('sinkhorn_forward') == 4
-  assert text.count('sinkhorn_backward') == 2
+  # A block has two sites: forward, recomputed, backward. The projection of a
+  # block's last sub-layer is handed on, and not computed again.
+  calls = collections.Counter(re.findall(r'kernel_name = "(\w+)"', text))
+  assert calls == {
+    'advance_forward': 4,
+    'advance_backward': 2,
+    'sinkhorn_forward': 3,
+    'sinkhorn_backward': 2,
+    'collapse_forward': 1,
+    'collapse_backward': 1,
+  }
   residual = dataclasses.replace(
     settings.model, connection=config.ConnectionConfig(kind='residual')
   )
   plain = step.functions(
     residual, settings.optimizer, settings.num_steps, settings.data, mesh
   ).lower()
-  assert 'sinkhorn' not in plain.as_text()
+  assert 'kernel_name' not in plain.as_text()

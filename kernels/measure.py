@@ -1,0 +1,237 @@
+"""What the operations cost on TPUs, by their compiler.
+
+For each kernel: the bytes that it moves, by its blocks, and the bundles that
+the compiler schedules for a tile, both as time a token; the larger one bounds
+it. For plain JAX: the bytes that the compiled program accesses and the time
+that the compiler expects. Nothing runs.
+"""
+
+from collections.abc import Iterator
+import math
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+import numpy as np
+
+from mhc import chips
+from mhc import hlo
+from mhc import plan
+from mhc.kernels import calls
+from mhc.kernels import dispatch
+from mhc.kernels import passes
+from mhc.kernels import schedule
+from mhc.kernels import shapes
+from mhc.kernels import sinkhorn
+from mhc.kernels import tiles
+
+OPERATIONS = ('sinkhorn', 'pre', 'advance', 'post', 'collapse')
+ITERATIONS = 20
+NORM_EPS = 1e-20
+
+
+def case(
+  operation: str,
+  dim: int,
+  num_tokens: int = shapes.TOKENS,
+  n: int = shapes.STREAMS,
+  dtype=jnp.bfloat16,
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """The operands of an operation, as `dispatch` takes them."""
+  shape = jax.ShapeDtypeStruct
+  k = 2 * n + n * n
+  x = shape((num_tokens, n, dim), dtype)
+  y = shape((num_tokens, dim), dtype)
+  post = shape((n, num_tokens), jnp.float32)
+  res = shape((n, n, num_tokens), jnp.float32)
+  reading = (
+    shape((n * dim, k), jnp.float32),
+    shape((), jnp.float32),
+    shape((n,), jnp.float32),
+  )
+  match operation:
+    case 'sinkhorn':
+      return (res,)
+    case 'pre':
+      return (x, *reading)
+    case 'advance':
+      return (x, y, post, res, *reading)
+    case 'post' | 'collapse':
+      return (x, y, post, res)
+
+
+def programs(operation, operands, generation, implementation):
+  """Forward alone, and forward with backward, lowered for one device.
+
+  The streams come and go in the order that the implementation likes best, so
+  that a program holds the operation alone.
+  """
+  devices = plan.devices(chips.CHIPS[generation].topology)[:1]
+  mesh = Mesh(np.array(devices), ('data',), axis_types=(AxisType.Auto,))
+  static = {
+    'sinkhorn': (ITERATIONS, 0.0),
+    'pre': (NORM_EPS,),
+    'advance': (NORM_EPS,),
+  }.get(operation, ())
+  of_streams = operation != 'sinkhorn'
+
+  def swap(x):
+    return jnp.moveaxis(x, 0, 1) if x.ndim == 3 and of_streams else x
+
+  def forward(x, *rest):
+    out = getattr(dispatch, operation)(
+      swap(x), *rest, *static, implementation
+    )
+    return jax.tree.map(lambda o: swap(o) if o.ndim == 3 else o, out)
+
+  def both(cotangent, *operands):
+    out, pull_back = jax.vjp(forward, *operands)
+    return out, pull_back(cotangent)
+
+  x, *rest = operands
+  if of_streams:
+    x = jax.ShapeDtypeStruct(
+      (x.shape[1], x.shape[0], x.shape[2]), x.dtype
+    )
+  whole = PartitionSpec()
+  operands = (x, *rest)
+  cotangent = jax.eval_shape(forward, *operands)
+
+  def lower(function, *arguments):
+    arguments = jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(
+        a.shape, a.dtype, sharding=NamedSharding(mesh, whole)
+      ),
+      arguments,
+    )
+    return jax.jit(
+      jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole)
+    ).lower(*arguments)
+
+  return lower(forward, *operands), lower(both, cotangent, *operands)
+
+
+def elements_per_token(call: passes.Call, num_tokens: int) -> int:
+  """Of streams and of what sub-layers read and return."""
+  blocks = [*call.inputs.values(), *call.outputs.values()]
+  return sum(
+    math.prod(block.shape) // num_tokens
+    for block in blocks
+    if block.kind in ('streams', 'tokens')
+  )
+
+
+def lower_bound(operation: str, direction: str, n: int, dim: int) -> int:
+  """The elements a token that an operation cannot do without."""
+  forward, backward = {
+    'sinkhorn': (2 * n * n, 3 * n * n),
+    'pre': ((n + 1) * dim, (2 * n + 1) * dim),
+    'advance': ((2 * n + 2) * dim, (3 * n + 3) * dim),
+    'post': ((2 * n + 1) * dim, (3 * n + 2) * dim),
+    'collapse': ((n + 2) * dim, (2 * n + 3) * dim),
+  }[operation]
+  return forward if direction == 'forward' else backward
+
+
+def rows(
+  operations, widths, generations, folder: pathlib.Path
+) -> Iterator[dict[str, Any]]:
+  """One row an operation, width, generation and direction.
+
+  Args:
+    operations: of `OPERATIONS`.
+    widths: C.
+    generations: of `chips.CHIPS`.
+    folder: from `schedule.folder`, asked for before this.
+  """
+  for operation in operations:
+    for dim in widths[:1] if operation == 'sinkhorn' else widths:
+      for generation in generations:
+        yield from _both_directions(operation, dim, generation, folder)
+
+
+def _both_directions(operation, dim, generation, folder):
+  chip = chips.CHIPS[generation]
+  operands = case(operation, dim)
+  _, kernel = programs(operation, operands, generation, None)
+  kernel.compile()
+  counts = {
+    direction: schedule.bundles(folder, f'{operation}_{direction}')
+    for direction in ('forward', 'backward')
+  }
+  schedule.empty(folder)
+  plain = [
+    program.compile()
+    for program in programs(operation, operands, generation, 'xla')
+  ]
+  schedule.empty(folder)
+  accessed = [p.cost_analysis()['bytes accessed'] for p in plain]
+  seconds = [
+    hlo.cost(hlo.parse(p.as_text())).cycles / chip.clock for p in plain
+  ]
+  for direction in ('forward', 'backward'):
+    tokens, elements, moved = _blocks(operation, direction, dim, generation)
+    spent = counts[direction] / tokens / chip.clock / chip.cores
+    hbm = moved / chip.bandwidth
+    back = direction == 'backward'
+    yield {
+      'op': operation,
+      'direction': direction,
+      'C': dim,
+      'n': shapes.STREAMS,
+      'dtype': 'float32' if operation == 'sinkhorn' else 'bfloat16',
+      'generation': generation,
+      'tile_tokens': tokens,
+      'bundles_per_tile': counts[direction],
+      'elements_per_token': elements,
+      'lower_bound_elements_per_token': lower_bound(
+        operation, direction, shapes.STREAMS, dim
+      ),
+      'bytes_per_token': moved,
+      'schedule_ns_per_token': 1e9 * spent,
+      'hbm_ns_per_token': 1e9 * hbm,
+      'bound': 'memory' if hbm >= spent else 'schedule',
+      'xla_bytes_per_token': (accessed[1] - accessed[0] if back else accessed[0])
+      / shapes.TOKENS,
+      'xla_ns_per_token': 1e9
+      * (seconds[1] - seconds[0] if back else seconds[0])
+      / shapes.TOKENS,
+    }
+
+
+def _blocks(operation, direction, dim, generation):
+  """Tokens of a tile, elements and bytes a token."""
+  n, num_tokens = shapes.STREAMS, shapes.TOKENS
+  if operation == 'sinkhorn':
+    elements = lower_bound(operation, direction, n, dim)
+    return sinkhorn.TOKENS, elements, 4 * elements
+  reads = operation in ('pre', 'advance')
+  sizes = tiles.Pass(
+    n,
+    dim,
+    2 * n + n * n if reads else 0,
+    operation != 'pre',
+    jnp.dtype(jnp.bfloat16),
+    NORM_EPS,
+  )
+  make = {
+    ('collapse', 'forward'): calls.collapse,
+    ('collapse', 'backward'): calls.collapse_backward,
+  }.get((operation, direction), getattr(calls, direction))
+  sizes = tiles.fit(
+    sizes,
+    num_tokens,
+    lambda tile: passes.memory(make(tile, num_tokens), tile.tokens),
+    chips.CHIPS[generation],
+  )
+  call = make(sizes, num_tokens)
+  return (
+    sizes.tokens,
+    elements_per_token(call, num_tokens),
+    passes.moved(call) / num_tokens,
+  )

@@ -1,0 +1,51 @@
+"""Training with the kernels in place of plain JAX."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mhc import config
+from mhc import sharding
+from mhc import step
+
+pytestmark = pytest.mark.usefixtures('optax_promotion')
+
+TINY = config.Config(
+  num_steps=10,
+  num_devices=2,
+  model=config.ModelConfig(
+    num_blocks=2,
+    dim=128,
+    ffn_dim=32,
+    recompute='mhc',
+    attention=config.AttentionConfig(
+      num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
+    ),
+  ),
+  optimizer=config.OptimizerConfig(warmup_steps=1),
+  data=config.DataConfig(seq_len=12, batch_size=4),
+)
+EXPERTS = config.MoEConfig(num_experts=4, expert_dim=16, num_dense_blocks=1)
+
+
+def losses(implementation, **options):
+  connection = config.ConnectionConfig(implementation=implementation)
+  model = dataclasses.replace(TINY.model, connection=connection, **options)
+  programs = step.build(dataclasses.replace(TINY, model=model))
+  state = programs.init(0)
+  found = []
+  for seed in range(3):
+    tokens = np.random.default_rng(seed).integers(0, 256, (4, 13), np.int32)
+    tokens = sharding.place(tokens, programs.mesh, sharding.BATCH)
+    state, metrics = programs.train_step(state, tokens)
+    found.append(float(metrics['loss/train']))
+  return found
+
+
+@pytest.mark.parametrize('moe', [config.MoEConfig(), EXPERTS])
+def test_interpreted_kernels_train_as_plain_jax_does(moe):
+  plain = losses('xla', moe=moe)
+  kernels = losses('pallas', moe=moe)
+  assert len(set(plain)) == 3
+  np.testing.assert_allclose(kernels, plain, rtol=0, atol=1e-4)
