@@ -14,8 +14,12 @@ setuptools.setup(
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   python_requires='>=3.12',
-  packages=['mhc', 'mhc.kernels'],
-  package_dir={'mhc': 'mhc', 'mhc.kernels': 'kernels'},
+  packages=['mhc', 'mhc.kernels', 'mhc.kernels.triton'],
+  package_dir={
+    'mhc': 'mhc',
+    'mhc.kernels': 'kernels',
+    'mhc.kernels.triton': 'kernels/triton',
+  },
   install_requires=[
     'absl-py>=2.1',
     'flax>=0.12',
@@ -32,10 +36,12 @@ setuptools.setup(
   ],
   extras_require={
     'data': ['pyarrow>=20', 'tokenizers>=0.22'],
-    'gpu': ['jax[cuda13]'],
+    'gpu': ['jax[cuda13]', 'jax-triton>=0.4.1', 'triton>=3.9,<3.10'],
     'tpu': ['jax[tpu]'],
     'dev': [
       'beartype>=0.22',
+      # The tests interpret the GPU kernels; no GPU is needed.
+      "jax-triton>=0.4.1; sys_platform == 'linux'",
       # The tests compile for TPUs; no TPU is needed.
       "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
       'pyarrow>=20',
@@ -43,6 +49,7 @@ setuptools.setup(
       'pytest-xdist>=3.6',
       'ruff==0.17.6',
       'tokenizers>=0.22',
+      "triton>=3.9,<3.10; sys_platform == 'linux'",
     ],
   },
   classifiers=[

@@ -64,7 +64,9 @@ def _dots(r, p, d, weights):
   diagonal.spread_lanes(weights, r.spread)
 
   def rows_of(number, _):
-    rows = pl.ds(pl.multiple_of(number * forward.ROWS, forward.ROWS), forward.ROWS)
+    rows = pl.ds(
+      pl.multiple_of(number * forward.ROWS, forward.ROWS), forward.ROWS
+    )
     totals = [r.dots[m, rows] for m in range(p.n + 1)]
     for start in range(0, p.dim, diagonal.LANES):
       lanes = pl.ds(start, diagonal.LANES)
@@ -123,8 +125,10 @@ def _first_pass(r, p):
   if p.writes:
     mixed = [
       sum(
-        (r.res[i * p.n + j : i * p.n + j + 1] * dots[j : j + 1]
-         for j in range(p.n)),
+        (
+          r.res[i * p.n + j : i * p.n + j + 1] * dots[j : j + 1]
+          for j in range(p.n)
+        ),
         r.post[i : i + 1] * dots[p.n :],
       )
       for i in range(p.n)
@@ -164,13 +168,19 @@ def _add_read(r, p, d_product, start):
   source = r.x_next if p.writes else r.x
 
   for i in range(p.n):
-    of_stream = pl.ds(pl.multiple_of(i * p.dim + start, diagonal.LANES), p.chunk)
+    of_stream = pl.ds(
+      pl.multiple_of(i * p.dim + start, diagonal.LANES), p.chunk
+    )
     through_z = diagonal.dot(d_product, r.phi[:, of_stream])
     for rows in p.groups(forward.ROWS):
       for lane in range(0, p.chunk, diagonal.LANES):
-        there = pl.ds(pl.multiple_of(start + lane, diagonal.LANES), diagonal.LANES)
+        there = pl.ds(
+          pl.multiple_of(start + lane, diagonal.LANES), diagonal.LANES
+        )
         total = through_z[rows, lane : lane + diagonal.LANES]
-        total = total + r.spread[i, rows] * r.dh[rows, there].astype(jnp.float32)
+        total = total + r.spread[i, rows] * r.dh[rows, there].astype(
+          jnp.float32
+        )
         x = source[i, rows, there].astype(jnp.float32)
         total = total + r.spread[p.n, rows] * x
         if p.writes:

@@ -177,9 +177,7 @@ def _written(p, num_tokens):
 def _reading(p):
   rows = 3 * p.height if p.is_bfloat16 else p.height
   return {
-    'phi': Block(
-      'whole', (rows, p.n * p.dim), BF16 if p.is_bfloat16 else F32
-    ),
+    'phi': Block('whole', (rows, p.n * p.dim), BF16 if p.is_bfloat16 else F32),
     'gate': Block('whole', (p.n, 2), F32),
   }
 

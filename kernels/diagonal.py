@@ -70,7 +70,7 @@ def pad_rows(x, rows):
 
 
 def columns(rows, count):
-  """[m, t] -> [t, l]: parts of the coefficients, each `round_up(m, 8)` lanes."""
+  """[m, t] -> [t, l]: coefficients by parts, `round_up(m, 8)` lanes each."""
   height = round_up(len(rows), 8)
   stacked = [
     pad_rows(part.astype(jnp.float32), height) for part in parts(rows, count)
@@ -106,7 +106,9 @@ def spreading(index, group, dtype):
   count, apart = (2, 2) if dtype == jnp.bfloat16 else (3, 1)
   height = round_up(index.size, 8)
   size, width = index.shape
-  result = np.zeros((size, round_up(count * height, LANES), apart, width, group))
+  result = np.zeros(
+    (size, round_up(count * height, LANES), apart, width, group)
+  )
   for part in range(count):
     for i, m in np.ndindex(size, width):
       result[i, part * height + index[i, m], part % apart, m] = 1

@@ -2,7 +2,9 @@
 
     'xla'      plain JAX, everywhere
     'pallas'   the TPU kernels of this package; interpreted on other machines
-    'triton'   the GPU kernels of this package
+    'triton'   the GPU kernels of this package; to be asked for by name: they
+               compile for GPUs and agree with the reference in Triton's
+               interpreter, but have not run on a GPU yet
 
 None takes the fastest that the platform has and that can serve the call. The
 platform is that of the mesh around the call (`shard_map`, `jax.set_mesh`), so
@@ -11,6 +13,7 @@ mesh it is that of the default device.
 """
 
 import functools
+import importlib
 import typing
 from typing import Literal
 
@@ -75,9 +78,7 @@ def advance(
   bias: Float[Array, 'n'],
   norm_eps: float,
   implementation: Implementation | None = None,
-) -> tuple[
-  Float[Array, 't n d'], Float[Array, 't d'], Float[Array, 'k t']
-]:
+) -> tuple[Float[Array, 't n d'], Float[Array, 't d'], Float[Array, 'k t']]:
   """`reference.advance`: `post`, then `pre` of the next sub-layer."""
   return _first_that_serves(
     'advance', implementation, x, y, post, res, phi, alpha, bias, norm_eps
@@ -101,9 +102,15 @@ def fuses(implementation: Implementation | None) -> bool:
   return (implementation or names[0]) != 'xla'
 
 
-def interprets(implementation: str, mesh: jax.sharding.Mesh) -> bool:
-  """Whether the TPU kernels were asked for on devices that are not TPUs."""
-  return implementation == 'pallas' and mesh.devices.flat[0].platform != 'tpu'
+def knows_axes(implementation: str, mesh: jax.sharding.Mesh) -> bool:
+  """Whether calls carry which axes of a mesh their operands vary over.
+
+  jax-triton's do not, nor those of the interpreter that runs the TPU kernels
+  elsewhere: around them a `shard_map` needs check_vma=False.
+  """
+  platform = mesh.devices.flat[0].platform
+  interpreted = implementation == 'pallas' and platform != 'tpu'
+  return implementation != 'triton' and not interpreted
 
 
 def _first_that_serves(operation, implementation, *arguments):
@@ -126,12 +133,17 @@ def _first_that_serves(operation, implementation, *arguments):
   raise AssertionError('xla serves every call')
 
 
-_PREFERENCES = {'tpu': ('pallas', 'xla'), 'gpu': ('triton', 'xla')}
+_PREFERENCES = {'tpu': ('pallas', 'xla')}
 
 
 def _module(name):
   if name == 'triton':
-    raise NotImplementedError('there are no GPU kernels yet')
+    try:
+      return importlib.import_module('mhc.kernels.triton.entries')
+    except ImportError as error:
+      raise NotImplementedError(
+        f"the GPU kernels need jax-triton: pip install 'mhc[gpu]' ({error})"
+      ) from None
   return {'xla': xla, 'pallas': pallas}[name]
 
 

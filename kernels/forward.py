@@ -97,8 +97,12 @@ def weighted_sum(weights, sources, counts, out, r, p):
 def _mix(r, p, start):
   lanes = pl.ds(start, p.chunk)
   for rows in p.groups(p.group):
-    mixed = mix(r.mix, [r.x[j, rows, lanes] for j in range(p.n)]
-                + [r.y[rows, lanes]], rows, p.n)
+    mixed = mix(
+      r.mix,
+      [r.x[j, rows, lanes] for j in range(p.n)] + [r.y[rows, lanes]],
+      rows,
+      p.n,
+    )
     streams = [mixed[i * p.group : (i + 1) * p.group] for i in range(p.n)]
     for i, stream in enumerate(streams):
       r.x_next[i, rows, lanes] = stream.astype(r.x_next.dtype)
@@ -129,7 +133,9 @@ def project(phi, source, start, p):
   """phi^T x of one chunk, [parts of k, t], all streams."""
   total = None
   for j in range(p.n):
-    of_stream = pl.ds(pl.multiple_of(j * p.dim + start, diagonal.LANES), p.chunk)
+    of_stream = pl.ds(
+      pl.multiple_of(j * p.dim + start, diagonal.LANES), p.chunk
+    )
     term = diagonal.dot(
       phi[:, of_stream], source[j, :, pl.ds(start, p.chunk)], ((1,), (1,))
     )

@@ -12,11 +12,11 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
-import jax.numpy as jnp
 import numpy as np
 
 from mhc import chips
@@ -84,9 +84,7 @@ def programs(operation, operands, generation, implementation):
     return jnp.moveaxis(x, 0, 1) if x.ndim == 3 and of_streams else x
 
   def forward(x, *rest):
-    out = getattr(dispatch, operation)(
-      swap(x), *rest, *static, implementation
-    )
+    out = getattr(dispatch, operation)(swap(x), *rest, *static, implementation)
     return jax.tree.map(lambda o: swap(o) if o.ndim == 3 else o, out)
 
   def both(cotangent, *operands):
@@ -95,9 +93,7 @@ def programs(operation, operands, generation, implementation):
 
   x, *rest = operands
   if of_streams:
-    x = jax.ShapeDtypeStruct(
-      (x.shape[1], x.shape[0], x.shape[2]), x.dtype
-    )
+    x = jax.ShapeDtypeStruct((x.shape[1], x.shape[0], x.shape[2]), x.dtype)
   whole = PartitionSpec()
   operands = (x, *rest)
   cotangent = jax.eval_shape(forward, *operands)
@@ -196,7 +192,9 @@ def _both_directions(operation, dim, generation, folder):
       'schedule_ns_per_token': 1e9 * spent,
       'hbm_ns_per_token': 1e9 * hbm,
       'bound': 'memory' if hbm >= spent else 'schedule',
-      'xla_bytes_per_token': (accessed[1] - accessed[0] if back else accessed[0])
+      'xla_bytes_per_token': (
+        accessed[1] - accessed[0] if back else accessed[0]
+      )
       / shapes.TOKENS,
       'xla_ns_per_token': 1e9
       * (seconds[1] - seconds[0] if back else seconds[0])

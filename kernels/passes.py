@@ -11,7 +11,6 @@ Arrays are given by name with the kind of block that a tile takes of them:
 Tokens are filled up with zeros to whole tiles, whose results are dropped.
 """
 
-import functools
 import math
 import types
 from typing import NamedTuple
@@ -82,9 +81,7 @@ def moved(call: Call) -> int:
 def run(call: Call, arrays: dict[str, jax.Array], sizes: tiles.Pass):
   """The outputs by name."""
   num_tokens = next(
-    block.shape[1]
-    for block in call.inputs.values()
-    if block.kind == 'streams'
+    block.shape[1] for block in call.inputs.values() if block.kind == 'streams'
   )
   tokens = sizes.tokens
   count = pl.cdiv(num_tokens, tokens)
@@ -124,9 +121,7 @@ def run(call: Call, arrays: dict[str, jax.Array], sizes: tiles.Pass):
     missing = filled - num_tokens
     if block.kind != 'whole' and missing:
       axis = {'streams': 1, 'tokens': 0, 'minor': x.ndim - 1}[block.kind]
-      x = jnp.pad(
-        x, [(0, missing if a == axis else 0) for a in range(x.ndim)]
-      )
+      x = jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
     if block.kind == 'minor' and narrow:
       x = jnp.moveaxis(x.reshape(*x.shape[:-1], count, tokens), -2, 0)
     absent = varying - jax.typeof(x).mat.varying
@@ -182,7 +177,9 @@ def run(call: Call, arrays: dict[str, jax.Array], sizes: tiles.Pass):
       dimension_semantics=('parallel', 'arbitrary'),
     ),
     cost_estimate=pl.CostEstimate(
-      flops=call.work * num_tokens, transcendentals=0, bytes_accessed=moved(call)
+      flops=call.work * num_tokens,
+      transcendentals=0,
+      bytes_accessed=moved(call),
     ),
     name=call.name,
     interpret=target.platform() != 'tpu',

@@ -89,9 +89,7 @@ def advance(
   alpha: Float[Array, ''],
   bias: Float[Array, 'n'],
   norm_eps: float,
-) -> tuple[
-  Float[Array, 't n d'], Float[Array, 't d'], Float[Array, 'k t']
-]:
+) -> tuple[Float[Array, 't n d'], Float[Array, 't d'], Float[Array, 'k t']]:
   """`post`, then `pre` of the next sub-layer: the streams, h and z."""
   x = post(x, y, post_weights, res)
   return x, *pre(x, phi, alpha, bias, norm_eps)

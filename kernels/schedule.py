@@ -12,7 +12,6 @@ import re
 import tempfile
 
 _LINE = re.compile(r'\s*(?:0x[0-9a-f]+|0)\s+(?:([A-Z]{2})\s*)?:\s*(>*)\s*\{')
-_EMPTY = re.compile(r':\s*\{\}')
 _LAST = re.compile(r',\s*(\d+) /\* loop exit test')
 
 
@@ -51,38 +50,45 @@ def empty(path: pathlib.Path):
 def count_bundles(text: str) -> int:
   """Bundles of one turn of the outermost loop, which is over grid steps.
 
-  The depth of a bundle in loops is marked on its line; a loop's bound stands
-  where its exit is tested.
+  A line shows how deep in loops its first instruction was written, which may be
+  less than where the bundle has been put: a loop ends with the last line that
+  shows its depth. Its bound stands where its exit is tested.
   """
-  counts, bounds = [], []  # of the loops, outermost first, in order
-  open_loops = []
-  for line in text.splitlines():
-    match = _LINE.match(line)
-    if not match:
+  lines = [line for line in text.splitlines() if _LINE.match(line)]
+  tags, depths = [], []
+  for line in lines:
+    tag, marks = _LINE.match(line).groups()
+    tags.append(tag)
+    depths.append(len(marks))
+  loops = []  # (first, last, depth), outer before inner
+  for first, (tag, depth) in enumerate(zip(tags, depths, strict=True)):
+    if tag != 'LB':
       continue
-    tag, depth = match.group(1), len(match.group(2))
-    if tag == 'LB':
-      del open_loops[depth - 1 :]
-      open_loops.append(len(counts))
-      counts.append((0, tuple(open_loops)))
-      bounds.append(1)
-    elif _EMPTY.search(line):
-      pass  # nothing issued; such lines do not show their depth
-    else:
-      del open_loops[depth:]
-    if not open_loops:
-      continue
-    here = open_loops[-1]
-    count, outer = counts[here]
-    counts[here] = (count + 1, outer)
-    last = _LAST.search(line)
-    if last:
-      bounds[here] = int(last.group(1))
-  if not counts:
+    last = first
+    for number in range(first + 1, len(lines)):
+      if tags[number] == 'LB' and depths[number] <= depth:
+        break
+      if depths[number] >= depth:
+        last = number
+    loops.append((first, last, depth))
+  if not loops:
     raise ValueError('no loop over grid steps in this schedule')
+  bounds = {}
+  for number, line in enumerate(lines):
+    bound = _LAST.search(line)
+    around = [
+      loop
+      for loop in loops
+      if loop[0] <= number <= loop[1] and loop not in bounds
+    ]
+    if bound and around:
+      bounds[around[-1]] = int(bound.group(1))
+  grid = loops[0]
   total = 0
-  for count, outer in counts:
-    for loop in outer[1:]:
-      count *= bounds[loop]
-    total += count
+  for number in range(grid[0], grid[1] + 1):
+    turns = 1
+    for loop in loops[1:]:
+      if loop[0] <= number <= loop[1]:
+        turns *= bounds.get(loop, 1)
+    total += turns
   return total

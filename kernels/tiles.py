@@ -74,9 +74,7 @@ class Pass:
     return 16 if 16 * lanes_of_token <= diagonal.LANES else 8
 
   def groups(self, size: int) -> list[slice]:
-    return [
-      slice(start, start + size) for start in range(0, self.tokens, size)
-    ]
+    return [slice(start, start + size) for start in range(0, self.tokens, size)]
 
 
 def fit(
@@ -96,9 +94,9 @@ def fit(
   limit = (device or chip()).vector_memory
   for tokens in TOKENS:
     tile = dataclasses.replace(sizes, tokens=tokens)
-    if tokens < 2 * num_tokens or tokens == TOKENS[-1]:
-      if memory(tile) <= limit:
-        return tile
+    useful = tokens < 2 * num_tokens or tokens == TOKENS[-1]
+    if useful and memory(tile) <= limit:
+      return tile
   raise NotImplementedError(
     f'{TOKENS[-1]} tokens of {sizes.n} streams of {sizes.dim} take '
     f'{memory(tile) / MiB:.0f} MiB of vector memory, there are '

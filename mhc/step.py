@@ -227,8 +227,7 @@ def functions(
   over_devices = functools.partial(
     jax.shard_map,
     mesh=mesh,
-    # The interpreter of kernels does not know about axes of a mesh.
-    check_vma=not dispatch.interprets(model.connection.implementation, mesh),
+    check_vma=dispatch.knows_axes(model.connection.implementation, mesh),
   )
   loss_and_grads = over_devices(
     local_loss_and_grads,

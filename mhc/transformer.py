@@ -184,9 +184,7 @@ class Transformer(nnx.Module):
     )
 
   def _logits(self, state, shape):
-    h = connections.close_streams(
-      self.config.connection, state, self.collapse
-    )
+    h = connections.close_streams(self.config.connection, state, self.collapse)
     h = self.norm(h)
     logits = self.head(h.reshape(*shape, -1)).astype(jnp.float32)
     return precision.mark('logits', logits)

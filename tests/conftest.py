@@ -9,6 +9,9 @@ os.environ['XLA_FLAGS'] = (
   '--xla_cpu_multi_thread_eigen=false'
 )
 
+# The GPU kernels run in Triton's interpreter; before anything imports triton.
+os.environ['TRITON_INTERPRET'] = '1'
+
 import pathlib
 import pkgutil
 import subprocess
@@ -22,13 +25,14 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Settings check themselves, with messages that tests read.
+# Settings check themselves, with messages that tests read; Triton compiles
+# source, which a hook would change.
 install_import_hook(
   [
     f'{package}.{module.name}'
     for package, folder in (('mhc', 'mhc'), ('mhc.kernels', 'kernels'))
     for module in pkgutil.iter_modules([str(ROOT / folder)])
-    if module.name not in ('checks', 'config', 'plain')
+    if module.name not in ('checks', 'config', 'plain', 'triton')
   ],
   'beartype.beartype',
 )

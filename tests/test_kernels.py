@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -132,8 +133,11 @@ def compare(operation, implementation, shape, dtype, tolerance):
 
 
 @pytest.mark.parametrize('operation', ['pre', 'post', 'advance', 'collapse'])
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
-@pytest.mark.parametrize('shape', shapes.TINY, ids=str)
+@pytest.mark.parametrize(
+  ('dtype', 'shape'),
+  list(itertools.product(['bfloat16', 'float32'], shapes.TINY)),
+  ids=str,
+)
 def test_streams_in_float64(operation, dtype, shape, monkeypatch):
   """bfloat16 within 2 ulp of the largest value, float32 within 2e-5.
 

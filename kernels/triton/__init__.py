@@ -1,0 +1,1 @@
+"""The operations of kernels/reference.py as Triton kernels, for NVIDIA GPUs."""
