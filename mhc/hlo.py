@@ -62,6 +62,7 @@ class Cost(NamedTuple):
   bytes: float = 0  # read and written in HBM
   kernel_flops: float = 0  # of kernels (custom calls), which have no cycles
   kernel_bytes: float = 0
+  kernel_seconds: float = 0  # each at its roofline
 
   def plus(self, other: 'Cost', times: int = 1) -> 'Cost':
     return Cost(*(a + times * b for a, b in zip(self, other, strict=True)))
@@ -88,8 +89,10 @@ def parse(text: str) -> Module:
   return Module(computations, entry)
 
 
-def cost(module: Module) -> Cost:
-  """Of the whole program."""
+def cost(
+  module: Module, peak: tuple[float, float] = (math.inf, math.inf)
+) -> Cost:
+  """Of the whole program; `peak` is FLOPs and bytes a second."""
 
   @functools.cache
   def of(name) -> Cost:
@@ -109,7 +112,7 @@ def cost(module: Module) -> Cost:
       elif instruction.opcode in ('call', 'async-start'):
         total = total.plus(of(_called(instruction, 'to_apply|calls')))
       else:
-        total = total.plus(_single(module, instruction, shapes))
+        total = total.plus(_single(module, instruction, shapes, peak))
     return total
 
   return of(module.entry)
@@ -145,7 +148,7 @@ def sizes(shape: str) -> list[int]:
   ]
 
 
-def _single(module, instruction, shapes) -> Cost:
+def _single(module, instruction, shapes, peak) -> Cost:
   """Of an instruction that is not control flow."""
   if instruction.opcode in FREE or instruction.opcode.endswith('-start'):
     return Cost()
@@ -157,7 +160,8 @@ def _single(module, instruction, shapes) -> Cost:
   )
   if kernel:
     flops, accessed = map(float, kernel.groups())
-    return Cost(0, moved, flops, accessed)
+    seconds = max(flops / peak[0], accessed / peak[1])
+    return Cost(0, moved, flops, accessed, seconds)
   return Cost(float(cycles.group(1)) if cycles else 0, moved)
 
 

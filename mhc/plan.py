@@ -110,11 +110,9 @@ def make(config: config_lib.Config, topology: str) -> dict[str, Any]:
 
 
 def _schedule(compiled, chip):
-  cost = hlo.cost(hlo.parse(compiled.as_text()))
-  kernels = max(
-    cost.kernel_flops / chip.flops, cost.kernel_bytes / chip.bandwidth
-  )
-  return cost.bytes, cost.cycles / chip.clock + kernels
+  module = hlo.parse(compiled.as_text())
+  cost = hlo.cost(module, (chip.flops, chip.bandwidth))
+  return cost.bytes, cost.cycles / chip.clock + cost.kernel_seconds
 
 
 def table(plan: dict[str, Any]) -> str:

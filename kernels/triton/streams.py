@@ -218,7 +218,7 @@ def read_cotangents(d_pre, dz, z, scale, alpha, bias, size):
   dz = dz.at[:n].add(alpha * d_logits)
   slope = -(scale**2) * jnp.sum(dz * z, axis=0) / size
   d_alpha, d_bias = jnp.sum(d_logits * z[:n]), jnp.sum(d_logits, axis=1)
-  return weights, slope, dz * scale, d_alpha, d_bias
+  return weights, slope, dz * scale[None], d_alpha, d_bias
 
 
 # Launches, one a kernel.
