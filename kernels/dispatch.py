@@ -106,7 +106,7 @@ def knows_axes(implementation: str, mesh: jax.sharding.Mesh) -> bool:
   """Whether calls carry which axes of a mesh their operands vary over.
 
   jax-triton's do not, nor those of the interpreter that runs the TPU kernels
-  elsewhere: around them a `shard_map` needs check_vma=False.
+  elsewhere: a `shard_map` around them must not check it.
   """
   platform = mesh.devices.flat[0].platform
   interpreted = implementation == 'pallas' and platform != 'tpu'

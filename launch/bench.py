@@ -3,6 +3,7 @@
     python launch/bench.py              # connections: a Markdown table
     python launch/bench.py recompute    # memory of each recompute policy
     python launch/bench.py kernels      # TPU kernels, by the TPU's compiler
+    python launch/bench.py triton       # GPU kernels, by Triton's compiler
     python launch/bench.py --json       # one JSON object a row
 
 `recompute` compiles the gradient of a 16-block model and sets XLA's temporary
@@ -10,7 +11,8 @@ bytes beside Eq. 20, in units of C numbers a token; it runs nothing.
 
 `kernels` compiles every kernel for TPUs that need not be here and sets the
 bytes that it moves and the instructions that the compiler schedules beside
-plain JAX; it runs nothing either, and needs pip install 'jax[tpu]'.
+plain JAX; it runs nothing either, and needs pip install 'jax[tpu]'. `triton`
+lists registers, spills and shared memory of the GPU kernels, without a GPU.
 
 `connections` times the projection and whole sites: what a connection adds
 around a sub-layer, mappings, `pre` and `post`, with the identity as the
@@ -65,6 +67,22 @@ def main(what):
       _recompute()
     case 'kernels':
       _kernels()
+    case 'triton':
+      _triton()
+
+
+def _triton():
+  # Here, not above: Triton is not installed everywhere.
+  from mhc.kernels.triton import resources
+
+  widths = [int(width) for width in KERNEL_WIDTHS.value]
+  for number, row in enumerate(resources.rows(widths)):
+    if JSON.value:
+      print(json.dumps(row), flush=True)
+      continue
+    if not number:
+      print(f'| {" | ".join(row)} |\n|---{"|---:" * (len(row) - 1)}|')
+    print(f'| {" | ".join(map(str, row.values()))} |', flush=True)
 
 
 def _kernels():
@@ -232,4 +250,6 @@ def _time(
 
 
 if __name__ == '__main__':
-  command_line.run(main, choices=('connections', 'recompute', 'kernels'))
+  command_line.run(
+    main, choices=('connections', 'recompute', 'kernels', 'triton')
+  )

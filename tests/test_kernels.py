@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mhc import chips
 from mhc import config
 from mhc import plan
 from mhc import sharding
@@ -215,6 +216,19 @@ def test_bytes_through_memory():
     assert measure.elements_per_token(call, 4096) == elements
     # Coefficients, phi and its gradient are what is left.
     assert passes.moved(call) < 1.03 * 2 * elements * 4096
+
+
+def test_tiles_are_as_large_as_the_vector_memory_allows():
+  sizes = tiles.Pass(4, 7168, 24, True, jnp.dtype(jnp.bfloat16))
+
+  def memory(tile):
+    return passes.memory(calls.backward(tile, 4096), tile.tokens)
+
+  large, small = (
+    tiles.fit(sizes, 4096, memory, chips.CHIPS[name]) for name in ('v6e', 'v5p')
+  )
+  assert (large.tokens, small.tokens) == (128, 64)
+  assert memory(small) <= chips.CHIPS['v5p'].vector_memory < memory(large)
 
 
 def test_bundles_of_nested_loops():

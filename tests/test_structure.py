@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # A module imports only from groups to its left.
 ORDER = (
-  ('checks',),
+  ('checks', 'chips'),
   ('plain',),
   ('config',),
   ('scaling',),
@@ -37,7 +37,7 @@ ORDER = (
 )
 RANK = {name: i for i, group in enumerate(ORDER) for name in group}
 MODULES = sorted(ROOT.glob('mhc/*.py'))
-KERNELS = sorted(ROOT.glob('kernels/*.py'))
+KERNELS = sorted(ROOT.glob('kernels/**/*.py'))
 SOURCES = [*MODULES, *KERNELS, *sorted(ROOT.glob('launch/*.py'))]
 
 
@@ -67,9 +67,18 @@ def test_imports_point_one_way(path):
 
 @pytest.mark.parametrize('path', KERNELS, ids=name)
 def test_kernels_know_only_the_mathematics(path):
+  """What plain JAX computes by, dtypes, and what chips there are."""
+  if path.stem == 'measure':  # a tool around them
+    return
   for module, names in imports(path):
     if module == 'mhc':
-      assert set(names) <= {'manifold', 'scaling'}
+      assert set(names) <= {
+        'chips',
+        'manifold',
+        'precision',
+        'scaling',
+        'streams',
+      }
 
 
 @pytest.mark.parametrize('path', SOURCES, ids=name)
@@ -84,7 +93,13 @@ def test_files_are_short_and_say_what_they_are(path):
 def test_parameters_are_plain_pytrees(path):
   text = path.read_text()
   assert not re.search(r'nnx\.(jit|grad|scan|vmap|Optimizer|sow)\b', text)
-  assert 'check_vma=False' not in text
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=name)
+def test_axes_of_the_mesh_are_checked(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.keyword) and node.arg == 'check_vma':
+      assert not isinstance(node.value, ast.Constant)
 
 
 def test_every_module_has_a_test():

@@ -1,6 +1,4 @@
-"""Compiles every kernel for GPUs without one and prints what each needs.
-
-python -m mhc.kernels.triton.resources [d ...] [kernel ...]
+"""Compiles every kernel for GPUs without one: what does each need?
 
 Registers and bytes of stack, where registers spill to, come from cuobjdump,
 bytes of shared memory from the compiler.
@@ -8,7 +6,6 @@ bytes of shared memory from the compiler.
 
 import re
 import subprocess
-import sys
 import tempfile
 
 import jax
@@ -91,25 +88,20 @@ def usage(compiled):
   return int(registers), int(stack), compiled.metadata.shared
 
 
-def main(dims, only=()):
-  print('kernel d sm warps registers stack shared')
+def rows(dims):
+  """What each kernel takes at n = 4 in bfloat16, for sm_80 and sm_90."""
   for d in dims:
     for launch, inputs in launches(4, d, 16384, jnp.bfloat16):
-      if only and launch.kernel.__name__ not in only:
-        continue
       for capability in (80, 90):
-        found = usage(compile_for(launch, inputs, capability))
-        print(
-          launch.kernel.__name__,
-          d,
-          capability,
-          launch.num_warps,
-          *found,
-          flush=True,
+        registers, stack, shared = usage(
+          compile_for(launch, inputs, capability)
         )
-
-
-if __name__ == '__main__':
-  words = sys.argv[1:]
-  dims = [int(word) for word in words if word.isdigit()]
-  main(dims or [1280, 2560, 7168], [w for w in words if not w.isdigit()])
+        yield {
+          'kernel': launch.kernel.__name__,
+          'C': d,
+          'sm': capability,
+          'warps': launch.num_warps,
+          'registers': registers,
+          'spilled_bytes': stack,
+          'shared_bytes': shared,
+        }

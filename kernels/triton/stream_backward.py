@@ -4,7 +4,7 @@ With x~ = [x_0 .. x_{n-1}, y] and B = [res | post], so that x' = B x~, and the
 gradient g of h, [t, d]:
 
     d_pre_j = sum_c g_c x'_jc                                (`*_dots`)
-    dx'_i  += pre_i g + s x'_i + d_raw phi_i^T               (`_total`)
+    dx'_i  += pre_i g + s x'_i + d_raw phi_i^T               (`projection`)
     dx~_m   = sum_i B_im dx'_i
     dB_im   = sum_c dx'_ic x~_mc
     dphi_i  = sum_t x'_i d_raw
@@ -21,6 +21,7 @@ outside, in a fixed order.
 import triton
 import triton.language as tl
 
+from mhc.kernels.triton import projection
 from mhc.kernels.triton import tiles
 
 
@@ -175,12 +176,12 @@ def pre_backward(
   """dx, and dphi^T over a part of the tokens, [parts, k, n d]."""
   column = tl.program_id(0) * C
   part = tl.program_id(1)
-  phis = _phis(phi, column, N, D, NUM, K, C, PARTS)
+  phis = projection.phis(phi, column, N, D, NUM, K, C, PARTS)
   dphis = _zeros(N, K, C)
   start = part.to(tl.int64) * tokens_of_part
   stop = tl.minimum(start + tokens_of_part, num_tokens)
   for first in range(start, stop, T):
-    d_raws = _d_raws(
+    d_raws = projection.d_raws(
       d_raw, first, num_tokens, x.dtype.element_ty, NUM, K, PARTS, T
     )
     s = tiles.vector(slope, 0, first, num_tokens, T)
@@ -190,14 +191,14 @@ def pre_backward(
       at = i * D + column
       value = tiles.tile(x, first, num_tokens, at, N * D, T, C)
       weight = tiles.vector(pre, i, first, num_tokens, T)
-      total = _total(
+      total = projection.total(
         value, wide, weight, s, d_raws, phis, d_raw, i, N, K, PARTS, T, C
       )
       tiles.store_tile(dx, total, first, num_tokens, at, N * D, T, C)
       value = value.to(x.dtype.element_ty)
-      new = new + (_d_phi(dphis[i], d_raws, value, PARTS),)
+      new = new + (projection.d_phi(dphis[i], d_raws, value, PARTS),)
     dphis = new
-  _store_phis(dphi, dphis, part, column, N, D, NUM, K, C)
+  projection.store_phis(dphi, dphis, part, column, N, D, NUM, K, C)
 
 
 @triton.jit
@@ -231,12 +232,12 @@ def advance_backward(
   block = tl.program_id(0).to(tl.int64)
   column = tl.program_id(0) * C
   part = tl.program_id(1)
-  phis = _phis(phi, column, N, D, NUM, K, C, PARTS)
+  phis = projection.phis(phi, column, N, D, NUM, K, C, PARTS)
   dphis = _zeros(N, K, C)
   start = part.to(tl.int64) * tokens_of_part
   stop = tl.minimum(start + tokens_of_part, num_tokens)
   for first in range(start, stop, T):
-    d_raws = _d_raws(
+    d_raws = projection.d_raws(
       d_raw, first, num_tokens, x.dtype.element_ty, NUM, K, PARTS, T
     )
     s = tiles.vector(slope, 0, first, num_tokens, T)
@@ -253,10 +254,10 @@ def advance_backward(
       row = tiles.row_of_mix(res, post, i, first, num_tokens, N, T)
       rounded = tiles.mixed(row, values, N + 1)
       rounded = tiles.pinned(rounded.to(x.dtype.element_ty))
-      new = new + (_d_phi(dphis[i], d_raws, rounded, PARTS),)
+      new = new + (projection.d_phi(dphis[i], d_raws, rounded, PARTS),)
       value = rounded.to(tl.float32)
       weight = tiles.vector(pre, i, first, num_tokens, T)
-      total = totals[i] + _total(
+      total = totals[i] + projection.total(
         value, wide, weight, s, d_raws, phis, d_raw, i, N, K, PARTS, T, C
       )
       grads = _back(grads, total, row, N)
@@ -270,7 +271,7 @@ def advance_backward(
     d_mixes = d_mix + rows[:, None] * (N * (N + 1)) + entries[None, :]
     tl.store(d_mixes, dots, mask=mask)
     _store_grads(grads, dx, dy, first, num_tokens, column, N, D, T, C)
-  _store_phis(dphi, dphis, part, column, N, D, NUM, K, C)
+  projection.store_phis(dphi, dphis, part, column, N, D, NUM, K, C)
 
 
 @triton.jit
@@ -304,90 +305,6 @@ def _store_sums(
 
 
 @triton.jit
-def _phis(
-  phi,
-  column,
-  N: tl.constexpr,
-  D: tl.constexpr,
-  NUM: tl.constexpr,
-  K: tl.constexpr,
-  C: tl.constexpr,
-  PARTS: tl.constexpr,
-):
-  """phi^T, [K, C], of each stream; of three parts the first two."""
-  out = ()
-  for part in tl.static_range((PARTS + 1) // 2):
-    for i in tl.static_range(N):
-      at = i * D + column
-      weight = tiles.weights_of_phi(phi, part, at, N * D, NUM, K, C)
-      out = out + (weight,)
-  return out
-
-
-@triton.jit
-def _d_raws(
-  d_raw,
-  first,
-  num_tokens: tl.constexpr,
-  DTYPE: tl.constexpr,
-  NUM: tl.constexpr,
-  K: tl.constexpr,
-  PARTS: tl.constexpr,
-  T: tl.constexpr,
-):
-  """The gradient of x' phi, [K, T]: for bfloat16 two parts, right to 2^-18."""
-  tokens = first + tl.arange(0, T)
-  numbers = tl.arange(0, K)
-  entries = d_raw + numbers[:, None] * num_tokens
-  mask = (numbers < NUM)[:, None] & (tokens < num_tokens)[None, :]
-  value = tl.load(entries + tokens[None, :], mask=mask, other=0.0)
-  out = ()
-  for _ in tl.static_range((PARTS + 1) // 2):
-    rounded = value.to(DTYPE)
-    out = out + (rounded,)
-    value -= rounded.to(tl.float32)
-  return out
-
-
-@triton.jit
-def _total(
-  value,
-  wide,
-  weight,
-  s,
-  d_raws,
-  phis,
-  source,
-  i: tl.constexpr,
-  N: tl.constexpr,
-  K: tl.constexpr,
-  PARTS: tl.constexpr,
-  T: tl.constexpr,
-  C: tl.constexpr,
-):
-  """pre_i g + s x'_i + d_raw phi_i^T.
-
-  Of bfloat16 streams the result is rounded to bfloat16, so that two parts of
-  either factor, and three products, are enough: they are right to 2^-16.
-  """
-  product = tl.zeros([T, C], tl.float32)
-  for p in tl.static_range((PARTS + 1) // 2):
-    for q in tl.static_range((PARTS + 1) // 2 - p):
-      left = tl.trans(d_raws[p])
-      product = tl.dot(left, phis[q * N + i], product, input_precision='ieee')
-  product = tiles.as_loaded(product, source, weight > 2, T, C)
-  return weight[:, None] * wide + s[:, None] * value + product
-
-
-@triton.jit
-def _d_phi(total, d_raws, value, PARTS: tl.constexpr):
-  """total + d_raw^T x'_i, [K, C]."""
-  for part in tl.static_range((PARTS + 1) // 2):
-    total = tl.dot(d_raws[part], value, total, input_precision='ieee')
-  return total
-
-
-@triton.jit
 def _back(grads, total, row, N: tl.constexpr):
   """dx~_m + B_im dx'_i."""
   out = ()
@@ -413,22 +330,3 @@ def _store_grads(
     at = m * D + column
     tiles.store_tile(dx, grads[m], first, num_tokens, at, N * D, T, C)
   tiles.store_tile(dy, grads[N], first, num_tokens, column, D, T, C)
-
-
-@triton.jit
-def _store_phis(
-  dphi,
-  dphis,
-  part,
-  column,
-  N: tl.constexpr,
-  D: tl.constexpr,
-  NUM: tl.constexpr,
-  K: tl.constexpr,
-  C: tl.constexpr,
-):
-  offsets = tl.arange(0, K)[:, None] * (N * D) + tl.arange(0, C)[None, :]
-  mask = (tl.arange(0, K) < NUM)[:, None]
-  for i in tl.static_range(N):
-    start = dphi + part * (NUM * N * D) + i * D + column
-    tl.store(start + offsets, dphis[i], mask=mask)
