@@ -24,6 +24,7 @@ model.attention.query_rank
 model.attention.rope_dim
 model.attention.rope_theta
 model.connection.collapse
+model.connection.implementation
 model.connection.kind
 model.connection.num_streams
 model.connection.sinkhorn_backward
