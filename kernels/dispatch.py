@@ -102,6 +102,27 @@ def fuses(implementation: Implementation | None) -> bool:
   return (implementation or names[0]) != 'xla'
 
 
+def check(
+  implementation: str, x: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh
+):
+  """Refuses an implementation that cannot serve streams x, [t, n, d].
+
+  Raises:
+    ValueError: with the reason.
+  """
+  platform = mesh.devices.flat[0].platform
+  try:
+    if implementation in ('pallas', 'triton'):
+      _module(implementation).check(x)
+    if implementation == 'triton' and platform != 'gpu':
+      raise NotImplementedError(f'there is no GPU, but {platform}')
+  except NotImplementedError as reason:
+    raise ValueError(
+      f'connection.implementation={implementation!r} cannot serve this model: '
+      f"{reason}; 'auto' falls back to plain JAX"
+    ) from None
+
+
 def knows_axes(implementation: str, mesh: jax.sharding.Mesh) -> bool:
   """Whether calls carry which axes of a mesh their operands vary over.
 

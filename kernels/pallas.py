@@ -55,6 +55,11 @@ def collapse(x, y, post, res):
   return _collapse(jnp.moveaxis(x, 1, 0), y, post, res, sizes)
 
 
+def check(x):
+  """Raises NotImplementedError if the kernels cannot serve streams x."""
+  _sizes(x, 0, False)
+
+
 def _read(h, z):
   h = precision.mark('sublayer_input', h)
   return h, precision.mark('mapping_logits', z)

@@ -131,6 +131,10 @@ def functions(
   mesh: Mesh,
 ) -> Functions:
   """The functions of a run on `mesh`, whose devices need not exist."""
+  if model.connection.streams > 1:
+    shape = (1, model.connection.streams, model.dim)
+    streams = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
+    dispatch.check(model.connection.implementation, streams, mesh)
   optimizer = optimizer_lib.make(optimizer_config, num_steps)
   learning_rate = optimizer_lib.learning_rate(optimizer_config, num_steps)
   create = functools.partial(transformer.Transformer, model)

@@ -103,6 +103,13 @@ MISTAKES = {
     ['--config.model.connection.num_streams=0'],
     ['num_streams=0', 'at least 1'],
   ),
+  'no kernel for the width': (
+    [
+      '--config.model.connection.implementation=pallas',
+      '--config.model.dim=96',
+    ],
+    ["implementation='pallas'", 'width 96', 'multiples of 128'],
+  ),
   'wrong type': (['--config.num_steps=ten'], ['num_steps', 'ten']),
   'unknown kind': (
     ['--config.model.connection.kind=mch'],

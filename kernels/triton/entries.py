@@ -57,6 +57,12 @@ def _matrix(post, res):
 
 
 def _check(x):
+  check(x)
+  _check_place(x)
+
+
+def check(x):
+  """Raises NotImplementedError if the kernels cannot serve streams x."""
   _, n, dim = x.shape
   if n not in STREAMS:
     raise NotImplementedError(f'{n} streams: the kernels take {STREAMS}')
@@ -66,7 +72,6 @@ def _check(x):
     )
   if x.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(f'{x.dtype} streams: bfloat16 or float32')
-  _check_place(x)
 
 
 def _check_place(x):
