@@ -65,6 +65,16 @@ def case(
       return (x, y, post, res)
 
 
+def run(operation, implementation, *operands):
+  """The operation of `dispatch`, with the settings that are measured."""
+  static = {
+    'sinkhorn': (ITERATIONS, 0.0),
+    'pre': (NORM_EPS,),
+    'advance': (NORM_EPS,),
+  }.get(operation, ())
+  return getattr(dispatch, operation)(*operands, *static, implementation)
+
+
 def programs(operation, operands, generation, implementation):
   """Forward alone, and forward with backward, lowered for one device.
 
@@ -73,18 +83,13 @@ def programs(operation, operands, generation, implementation):
   """
   devices = plan.devices(chips.CHIPS[generation].topology)[:1]
   mesh = Mesh(np.array(devices), ('data',), axis_types=(AxisType.Auto,))
-  static = {
-    'sinkhorn': (ITERATIONS, 0.0),
-    'pre': (NORM_EPS,),
-    'advance': (NORM_EPS,),
-  }.get(operation, ())
   of_streams = operation != 'sinkhorn'
 
   def swap(x):
     return jnp.moveaxis(x, 0, 1) if x.ndim == 3 and of_streams else x
 
   def forward(x, *rest):
-    out = getattr(dispatch, operation)(swap(x), *rest, *static, implementation)
+    out = run(operation, implementation, swap(x), *rest)
     return jax.tree.map(lambda o: swap(o) if o.ndim == 3 else o, out)
 
   def both(cotangent, *operands):

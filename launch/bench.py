@@ -4,6 +4,7 @@
     python launch/bench.py recompute    # memory of each recompute policy
     python launch/bench.py kernels      # TPU kernels, by the TPU's compiler
     python launch/bench.py triton       # GPU kernels, by Triton's compiler
+    python launch/bench.py bandwidth    # the operations, on the device here
     python launch/bench.py --json       # one JSON object a row
 
 `recompute` compiles the gradient of a 16-block model and sets XLA's temporary
@@ -13,6 +14,10 @@ bytes beside Eq. 20, in units of C numbers a token; it runs nothing.
 bytes that it moves and the instructions that the compiler schedules beside
 plain JAX; it runs nothing either, and needs pip install 'jax[tpu]'. `triton`
 lists registers, spills and shared memory of the GPU kernels, without a GPU.
+
+`bandwidth` times the operations on the device at hand, with --implementation
+(on a GPU triton, say), and gives the bytes that they cannot do without, a
+second, as a share of what a copy of the streams reaches in the same run.
 
 `connections` times the projection and whole sites: what a connection adds
 around a sub-layer, mappings, `pre` and `post`, with the identity as the
@@ -24,6 +29,8 @@ is timed on 4 matrices a token.
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import functools
+import itertools
 import json
 import statistics
 import time
@@ -57,6 +64,9 @@ GENERATIONS = flags.DEFINE_list(
 OPERATIONS = flags.DEFINE_list(
   'operations', list(measure.OPERATIONS), 'For kernels.'
 )
+IMPLEMENTATION = flags.DEFINE_enum(
+  'implementation', None, ['xla', 'pallas', 'triton'], 'For bandwidth.'
+)
 
 
 def main(what):
@@ -69,6 +79,63 @@ def main(what):
       _kernels()
     case 'triton':
       _triton()
+    case 'bandwidth':
+      _bandwidth()
+
+
+def _bandwidth():
+  n, num_tokens = STREAMS.value, TOKENS.value
+  widths = [int(width) for width in WIDTHS.value]
+  if not JSON.value:
+    print(f'{num_tokens} tokens, n = {n}, bfloat16, ', end='')
+    print(f'{jax.devices()[0].device_kind}\n')
+    print('| op | direction | C | ms | GB/s | share of a copy |')
+    print('|---|---|---:|---:|---:|---:|')
+  operations = [name for name in OPERATIONS.value if name != 'sinkhorn']
+  for operation, width in itertools.product(operations, widths):
+    operands = [
+      0.1 * jnp.ones(shape.shape, shape.dtype)
+      for shape in measure.case(operation, width, num_tokens, n)
+    ]
+    tensor = operands[0]
+    for direction, function, arguments in _both_directions(
+      functools.partial(measure.run, operation, IMPLEMENTATION.value), operands
+    ):
+      seconds, copy = _time(function, arguments, tensor, ROUNDS.value)
+      elements = measure.lower_bound(operation, 'forward', n, width)
+      if direction != 'forward':
+        elements += measure.lower_bound(operation, 'backward', n, width)
+      rate = 2 * elements * num_tokens / seconds
+      row = {
+        'op': operation,
+        'direction': direction,
+        'C': width,
+        'ms': 1e3 * seconds,
+        'gigabytes_per_second': 1e-9 * rate,
+        'share_of_copy': rate * copy / (2 * tensor.nbytes),
+      }
+      if JSON.value:
+        print(json.dumps(row), flush=True)
+      else:
+        print(
+          f'| {operation} | {direction} | {width} | {row["ms"]:.2f} '
+          f'| {row["gigabytes_per_second"]:.1f} | {row["share_of_copy"]:.2f} |',
+          flush=True,
+        )
+
+
+def _both_directions(function, operands):
+  """(direction, function, arguments)."""
+
+  def pull_back(cotangent, *operands):
+    out, back = jax.vjp(function, *operands)
+    return out, back(cotangent)
+
+  yield 'forward', function, operands
+  cotangent = jax.tree.map(
+    lambda o: jnp.ones(o.shape, o.dtype), jax.eval_shape(function, *operands)
+  )
+  yield 'forward+backward', pull_back, (cotangent, *operands)
 
 
 def _triton():
@@ -251,5 +318,5 @@ def _time(
 
 if __name__ == '__main__':
   command_line.run(
-    main, choices=('connections', 'recompute', 'kernels', 'triton')
+    main, choices=('connections', 'recompute', 'kernels', 'triton', 'bandwidth')
   )
