@@ -11,6 +11,7 @@ Arrays are given by name with the kind of block that a tile takes of them:
 Tokens are filled up with zeros to whole tiles, whose results are dropped.
 """
 
+from collections.abc import Callable
 import math
 import types
 from typing import NamedTuple
@@ -40,7 +41,7 @@ class Call(NamedTuple):
   compiler's schedule of what is around the kernel.
   """
 
-  kernel: callable
+  kernel: Callable
   name: str
   inputs: dict[str, Block]
   outputs: dict[str, Block]

@@ -124,6 +124,7 @@ def _call(kernel, name, arrays, scratch, work, interpret):
       manual_axis_type=jax.typeof(arrays[0]).mat,
     ),
     scratch_shapes=scratch,
+    compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),
     name=name,
     cost_estimate=pl.CostEstimate(
       flops=work * blocks * TOKENS,
