@@ -19,6 +19,7 @@ TINY = config.Config(
     num_blocks=2,
     dim=128,
     ffn_dim=32,
+    recompute='none',
     moe=config.MoEConfig(num_experts=4, expert_dim=16, num_dense_blocks=1),
     attention=config.AttentionConfig(
       num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
