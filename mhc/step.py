@@ -123,6 +123,14 @@ def _build(model, optimizer, num_steps, data, num_devices, num_expert_shards):
   return Programs(mesh, functions(model, optimizer, num_steps, data, mesh))
 
 
+def check_kernels(model: config_lib.ModelConfig, mesh: Mesh):
+  """Raises ValueError if the model asks for kernels that cannot serve it."""
+  if model.connection.streams > 1:
+    shape = (1, model.connection.streams, model.dim)
+    streams = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
+    dispatch.check(model.connection.implementation, streams, mesh)
+
+
 def functions(
   model: config_lib.ModelConfig,
   optimizer_config: config_lib.OptimizerConfig,
@@ -131,10 +139,7 @@ def functions(
   mesh: Mesh,
 ) -> Functions:
   """The functions of a run on `mesh`, whose devices need not exist."""
-  if model.connection.streams > 1:
-    shape = (1, model.connection.streams, model.dim)
-    streams = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
-    dispatch.check(model.connection.implementation, streams, mesh)
+  check_kernels(model, mesh)
   optimizer = optimizer_lib.make(optimizer_config, num_steps)
   learning_rate = optimizer_lib.learning_rate(optimizer_config, num_steps)
   create = functools.partial(transformer.Transformer, model)

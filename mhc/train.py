@@ -44,7 +44,10 @@ def train(
   heldout = data.heldout_rows(
     corpus, config.data.seq_len, config.eval_sequences
   )
-  sharding.make_mesh(config.num_devices, config.data, config.num_expert_shards)
+  mesh = sharding.make_mesh(
+    config.num_devices, config.data, config.num_expert_shards
+  )
+  step_lib.check_kernels(config.model, mesh)
   checkpoint.claim(workdir, config)
   if corpus.tokenizer is not None and corpus.tokenizer.name != 'bytes':
     # So that the run can be sampled where its data are not.
