@@ -4,12 +4,17 @@ One function a kernel, from its sizes to a `passes.Call`. Bench and tests read
 bytes and memory off these.
 """
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 
+from mhc import chips
 from mhc.kernels import backward as backward_lib
 from mhc.kernels import diagonal
 from mhc.kernels import forward as forward_lib
+from mhc.kernels import passes
+from mhc.kernels import tiles
 from mhc.kernels.passes import Block
 from mhc.kernels.passes import Call
 from mhc.kernels.tiles import Pass
@@ -135,7 +140,20 @@ def collapse_backward(p: Pass, num_tokens: int) -> Call:
   )
 
 
-def constants(p: Pass) -> dict[str, jnp.ndarray]:
+def largest(
+  make, sizes: Pass, num_tokens: int, chip: chips.Chip | None = None
+) -> tuple[Pass, Call]:
+  """The call that `make` describes with the largest tile that fits a chip."""
+
+  def memory(tile):
+    return passes.memory(make(tile, num_tokens), tile.tokens)
+
+  sizes = tiles.fit(sizes, num_tokens, memory, chip)
+  return sizes, make(sizes, num_tokens)
+
+
+@functools.cache
+def constants(p: Pass) -> dict[str, np.ndarray]:
   """What the matrix unit needs to spread and to gather coefficients."""
   n = p.n
   index = np.arange(n * n).reshape(n, n)
@@ -145,7 +163,7 @@ def constants(p: Pass) -> dict[str, jnp.ndarray]:
   return {
     'to_mix': diagonal.spreading(index, p.group, p.dtype),
     'to_mix_back': diagonal.spreading(index.T, p.group, p.dtype),
-    'to_sum': jnp.asarray(to_sum, BF16),
+    'to_sum': to_sum.astype(BF16),
   }
 
 

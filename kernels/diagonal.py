@@ -113,7 +113,7 @@ def spreading(index, group, dtype):
     for i, m in np.ndindex(size, width):
       result[i, part * height + index[i, m], part % apart, m] = 1
   result = result.reshape(size, -1, apart * width * group)
-  return jnp.asarray(result, jnp.bfloat16)
+  return result.astype(jnp.bfloat16)
 
 
 def on_diagonal(shape, group):

@@ -21,6 +21,7 @@ from absl import logging
 import jax
 from jaxtyping import Array, Float
 
+from mhc.kernels import operands
 from mhc.kernels import pallas
 from mhc.kernels import target
 from mhc.kernels import xla
@@ -113,7 +114,8 @@ def check(
   platform = mesh.devices.flat[0].platform
   try:
     if implementation in ('pallas', 'triton'):
-      _module(implementation).check(x)
+      _module(implementation)
+      operands.check(x)
     if implementation == 'triton' and platform != 'gpu':
       raise NotImplementedError(f'there is no GPU, but {platform}')
   except NotImplementedError as reason:

@@ -226,13 +226,8 @@ def _blocks(operation, direction, dim, generation):
     ('collapse', 'forward'): calls.collapse,
     ('collapse', 'backward'): calls.collapse_backward,
   }.get((operation, direction), getattr(calls, direction))
-  sizes = tiles.fit(
-    sizes,
-    num_tokens,
-    lambda tile: passes.memory(make(tile, num_tokens), tile.tokens),
-    chips.CHIPS[generation],
-  )
-  call = make(sizes, num_tokens)
+  chip = chips.CHIPS[generation]
+  sizes, call = calls.largest(make, sizes, num_tokens, chip)
   return (
     sizes.tokens,
     elements_per_token(call, num_tokens),

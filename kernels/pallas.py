@@ -14,12 +14,11 @@ import jax.numpy as jnp
 from mhc import precision
 from mhc.kernels import calls
 from mhc.kernels import diagonal
+from mhc.kernels import operands
 from mhc.kernels import passes
 from mhc.kernels import sinkhorn as sinkhorn_lib
 from mhc.kernels import target
 from mhc.kernels import tiles
-
-STREAMS = (2, 3, 4, 8)
 
 
 def sinkhorn(logits, num_iters, eps):
@@ -30,7 +29,7 @@ def sinkhorn(logits, num_iters, eps):
 def pre(x, phi, alpha, bias, norm_eps):
   x, phi, gate = _together(x, phi, _gate(alpha, bias))
   sizes = _sizes(x, phi.shape[1], False, norm_eps)
-  return _read(*_pre(jnp.moveaxis(x, 1, 0), phi, gate, sizes)[:2])
+  return operands.marked(*_pre(jnp.moveaxis(x, 1, 0), phi, gate, sizes)[:2])
 
 
 def post(x, y, post, res):
@@ -46,7 +45,9 @@ def advance(x, y, post, res, phi, alpha, bias, norm_eps):
   )
   sizes = _sizes(x, phi.shape[1], True, norm_eps)
   out, h, z = _advance(jnp.moveaxis(x, 1, 0), y, post, res, phi, gate, sizes)
-  return precision.mark('streams', jnp.moveaxis(out, 0, 1)), *_read(h, z)
+  return precision.mark('streams', jnp.moveaxis(out, 0, 1)), *operands.marked(
+    h, z
+  )
 
 
 def collapse(x, y, post, res):
@@ -55,27 +56,13 @@ def collapse(x, y, post, res):
   return _collapse(jnp.moveaxis(x, 1, 0), y, post, res, sizes)
 
 
-def check(x):
-  """Raises NotImplementedError if the kernels cannot serve streams x."""
-  _sizes(x, 0, False)
-
-
-def _read(h, z):
-  h = precision.mark('sublayer_input', h)
-  return h, precision.mark('mapping_logits', z)
-
-
 def _gate(alpha, bias):
   return jnp.stack([jnp.broadcast_to(alpha, bias.shape), bias], axis=1)
 
 
 def _matrix(post, res):
   """H_res as rows, [n n, t]; I where there is none."""
-  n = len(post)
-  if res is None:
-    eye = jnp.eye(n).reshape(-1)[:, None]
-    return jnp.broadcast_to(eye, (n * n, post.shape[1]))
-  return res.reshape(n * n, -1)
+  return operands.matrix(post, res).reshape(len(post) ** 2, -1)
 
 
 def _together(*arrays):
@@ -95,30 +82,17 @@ def _together(*arrays):
 
 
 def _sizes(x, k, writes, norm_eps=0.0):
+  operands.check(x)
   _, n, dim = x.shape
-  if n not in STREAMS:
-    raise NotImplementedError(f'{n} streams: the kernels take {STREAMS}')
-  if dim % diagonal.LANES:
-    raise NotImplementedError(
-      f'streams of width {dim}: the kernels take multiples of {diagonal.LANES}'
-    )
-  if x.dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f'{x.dtype} streams: bfloat16 or float32')
   return tiles.Pass(n, dim, k, writes, x.dtype, norm_eps)
 
 
 def _run(make, arrays, sizes):
   """Runs the call that `make` describes, with the largest tile that fits."""
-  num_tokens = arrays['x'].shape[1]
-  sizes = tiles.fit(
-    sizes,
-    num_tokens,
-    lambda tile: passes.memory(make(tile, num_tokens), tile.tokens),
-  )
-  call = make(sizes, num_tokens)
+  sizes, call = calls.largest(make, sizes, arrays['x'].shape[1])
   constants = calls.constants(sizes)
   arrays = {
-    name: arrays[name] if name in arrays else constants[name]
+    name: arrays[name] if name in arrays else jnp.asarray(constants[name])
     for name in call.inputs
   }
   return passes.run(call, arrays, sizes)

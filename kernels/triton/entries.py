@@ -5,15 +5,13 @@ call that the kernels cannot serve raises NotImplementedError with the reason.
 """
 
 import jax
-import jax.numpy as jnp
 
 from mhc import precision
+from mhc.kernels import operands
 from mhc.kernels import target
 from mhc.kernels.triton import launch
 from mhc.kernels.triton import sinkhorn as sinkhorn_lib
 from mhc.kernels.triton import streams
-
-STREAMS = (2, 3, 4, 8)
 
 
 def sinkhorn(logits, num_iters, eps):
@@ -23,55 +21,32 @@ def sinkhorn(logits, num_iters, eps):
 
 def pre(x, phi, alpha, bias, norm_eps):
   _check(x)
-  return _marked(*streams.pre(x, phi, alpha, bias, norm_eps))
+  return operands.marked(*streams.pre(x, phi, alpha, bias, norm_eps))
 
 
 def post(x, y, post, res):
   _check(x)
-  return precision.mark('streams', streams.post(x, y, post, _matrix(post, res)))
+  return precision.mark(
+    'streams', streams.post(x, y, post, operands.matrix(post, res))
+  )
 
 
 def advance(x, y, post, res, phi, alpha, bias, norm_eps):
   _check(x)
   x, h, z = streams.advance(
-    x, y, post, _matrix(post, res), phi, alpha, bias, norm_eps
+    x, y, post, operands.matrix(post, res), phi, alpha, bias, norm_eps
   )
-  return precision.mark('streams', x), *_marked(h, z)
+  return precision.mark('streams', x), *operands.marked(h, z)
 
 
 def collapse(x, y, post, res):
   _check(x)
-  return streams.collapse(x, y, post, _matrix(post, res))
-
-
-def _marked(h, z):
-  h = precision.mark('sublayer_input', h)
-  return h, precision.mark('mapping_logits', z)
-
-
-def _matrix(post, res):
-  if res is None:
-    eye = jnp.eye(len(post))[..., None]
-    return jnp.broadcast_to(eye, (len(post), *post.shape))
-  return res
+  return streams.collapse(x, y, post, operands.matrix(post, res))
 
 
 def _check(x):
-  check(x)
+  operands.check(x)
   _check_place(x)
-
-
-def check(x):
-  """Raises NotImplementedError if the kernels cannot serve streams x."""
-  _, n, dim = x.shape
-  if n not in STREAMS:
-    raise NotImplementedError(f'{n} streams: the kernels take {STREAMS}')
-  if dim % 128:
-    raise NotImplementedError(
-      f'streams of width {dim}: the kernels take multiples of 128'
-    )
-  if x.dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f'{x.dtype} streams: bfloat16 or float32')
 
 
 def _check_place(x):

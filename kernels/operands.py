@@ -1,0 +1,35 @@
+"""What the kernels of every platform take, and how their results are marked."""
+
+import jax.numpy as jnp
+
+from mhc import precision
+
+STREAMS = (2, 3, 4, 8)
+WIDTH = 128
+
+
+def check(x):
+  """Raises NotImplementedError if no kernel can serve streams x, [t, n, d]."""
+  _, n, dim = x.shape
+  if n not in STREAMS:
+    raise NotImplementedError(f'{n} streams: the kernels take {STREAMS}')
+  if dim % WIDTH:
+    raise NotImplementedError(
+      f'streams of width {dim}: the kernels take multiples of {WIDTH}'
+    )
+  if x.dtype not in (jnp.bfloat16, jnp.float32):
+    raise NotImplementedError(f'{x.dtype} streams: bfloat16 or float32')
+
+
+def matrix(post, res):
+  """H_res, [n, n, t]; I where there is none."""
+  if res is None:
+    eye = jnp.eye(len(post))[..., None]
+    return jnp.broadcast_to(eye, (len(post), *post.shape))
+  return res
+
+
+def marked(h, z):
+  """What `pre` and `advance` read and project, under their names."""
+  h = precision.mark('sublayer_input', h)
+  return h, precision.mark('mapping_logits', z)
