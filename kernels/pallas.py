@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mhc import axes
 from mhc import precision
 from mhc.kernels import calls
 from mhc.kernels import diagonal
@@ -27,20 +28,20 @@ def sinkhorn(logits, num_iters, eps):
 
 
 def pre(x, phi, alpha, bias, norm_eps):
-  x, phi, gate = _together(x, phi, _gate(alpha, bias))
+  x, phi, gate = axes.together(x, phi, _gate(alpha, bias))
   sizes = _sizes(x, phi.shape[1], False, norm_eps)
   return operands.marked(*_pre(jnp.moveaxis(x, 1, 0), phi, gate, sizes)[:2])
 
 
 def post(x, y, post, res):
-  x, y, post, res = _together(x, y, post, _matrix(post, res))
+  x, y, post, res = axes.together(x, y, post, _matrix(post, res))
   sizes = _sizes(x, 0, True)
   out = _post(jnp.moveaxis(x, 1, 0), y, post, res, sizes)
   return precision.mark('streams', jnp.moveaxis(out, 0, 1))
 
 
 def advance(x, y, post, res, phi, alpha, bias, norm_eps):
-  x, y, post, res, phi, gate = _together(
+  x, y, post, res, phi, gate = axes.together(
     x, y, post, _matrix(post, res), phi, _gate(alpha, bias)
   )
   sizes = _sizes(x, phi.shape[1], True, norm_eps)
@@ -51,7 +52,7 @@ def advance(x, y, post, res, phi, alpha, bias, norm_eps):
 
 
 def collapse(x, y, post, res):
-  x, y, post, res = _together(x, y, post, _matrix(post, res))
+  x, y, post, res = axes.together(x, y, post, _matrix(post, res))
   sizes = _sizes(x, 0, True)
   return _collapse(jnp.moveaxis(x, 1, 0), y, post, res, sizes)
 
@@ -63,22 +64,6 @@ def _gate(alpha, bias):
 def _matrix(post, res):
   """H_res as rows, [n n, t]; I where there is none."""
   return operands.matrix(post, res).reshape(len(post) ** 2, -1)
-
-
-def _together(*arrays):
-  """All arrays varying over the same axes of a mesh.
-
-  Done outside of the gradients written here, so that autodiff sums those of
-  parameters that are whole on every device.
-  """
-  varying = frozenset().union(*(jax.typeof(a).mat.varying for a in arrays))
-  together = []
-  for array in arrays:
-    absent = tuple(varying - jax.typeof(array).mat.varying)
-    if absent:
-      array = jax.lax.pcast(array, absent, to='varying')
-    together.append(array)
-  return together
 
 
 def _sizes(x, k, writes, norm_eps=0.0):

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from mhc import axes
 from mhc.kernels import diagonal
 from mhc.kernels import target
 from mhc.kernels import tiles
@@ -92,9 +93,7 @@ def run(call: Call, arrays: dict[str, jax.Array], sizes: tiles.Pass):
   steps = count // cores
   filled = count * tokens
   narrow = tokens % diagonal.LANES != 0
-  varying = frozenset().union(
-    *(jax.typeof(array).mat.varying for array in arrays.values())
-  )
+  varying = axes.over(arrays)
 
   def spec(block):
     shape = tile_shape(block, tokens)
@@ -125,8 +124,7 @@ def run(call: Call, arrays: dict[str, jax.Array], sizes: tiles.Pass):
       x = jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
     if block.kind == 'minor' and narrow:
       x = jnp.moveaxis(x.reshape(*x.shape[:-1], count, tokens), -2, 0)
-    absent = varying - jax.typeof(x).mat.varying
-    return jax.lax.pcast(x, tuple(absent), to='varying') if absent else x
+    return axes.vary(x, varying)
 
   def result(block):
     match block.kind:

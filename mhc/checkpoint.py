@@ -18,13 +18,21 @@ from mhc import plain
 from mhc import step
 from mhc import writer
 
-# Settings that may change when a run goes on: none enters the computation.
+# Settings that may change when a run goes on: none enters the computation, but
+# the last for what depends on the tokens that are taken together.
 FREE = (
+  'mesh.chunks',
+  'mesh.expert',
+  'mesh.head',
+  'mesh.num_devices',
+  'mesh.pipe',
+  'mesh.schedule',
   'eval_every',
   'probe_every',
   'checkpoint_every',
   'keep_checkpoints',
   'tensorboard',
+  'data.microbatch_size',
 )
 
 

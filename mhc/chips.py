@@ -1,4 +1,10 @@
-"""The TPU generations, from their public data sheets."""
+"""The TPU generations, from their public data sheets.
+
+Those are https://cloud.google.com/tpu/docs/v4 (and v5e, v5p, v6e, tpu7x). The
+speed of a link is that of the table in https://jax-ml.github.io/scaling-book/tpus
+which is a tenth under the data sheets' "bidirectional bandwidth per chip", 2 *
+links * link; tpu7x, which it lacks, has the same there as v5p.
+"""
 
 from typing import NamedTuple
 
@@ -11,6 +17,9 @@ class Chip(NamedTuple):
     clock: Hz; where it is not published, from the peak of the matrix units.
     flops: a second, bfloat16.
     bandwidth: bytes a second, HBM.
+    hbm: bytes that programs can have.
+    link: bytes a second of a chip's link to a neighbour, one way.
+    links: of a chip, two for each dimension of its torus.
     vector_memory: bytes, of a core.
     cores: that share a program.
     topology: a small slice to compile for.
@@ -20,16 +29,74 @@ class Chip(NamedTuple):
   clock: float
   flops: float
   bandwidth: float
+  hbm: int
+  link: float
+  links: int
   vector_memory: int
   cores: int
   topology: str
 
 
 CHIPS = {
-  'v4': Chip('TPU v4', 1.05e9, 275e12, 1.228e12, 16 << 20, 2, 'v4:2x2x1'),
-  'v5e': Chip('TPU v5 lite', 1.5e9, 197e12, 0.819e12, 128 << 20, 1, 'v5e:2x2'),
-  'v5p': Chip('TPU v5', 1.75e9, 459e12, 2.765e12, 64 << 20, 2, 'v5p:2x2x1'),
-  'v6e': Chip('TPU v6 lite', 1.75e9, 918e12, 1.64e12, 128 << 20, 1, 'v6e:2x2'),
-  # Two devices a chip: half of its figures.
-  'tpu7x': Chip('TPU7x', 2.2e9, 1155e12, 3.7e12, 64 << 20, 1, 'tpu7x:2x2x1'),
+  'v4': Chip(
+    kind='TPU v4',
+    clock=1.05e9,
+    flops=275e12,
+    bandwidth=1.228e12,
+    hbm=32 << 30,
+    link=4.5e10,
+    links=6,
+    vector_memory=16 << 20,
+    cores=2,
+    topology='v4:2x2x1',
+  ),
+  'v5e': Chip(
+    kind='TPU v5 lite',
+    clock=1.5e9,
+    flops=197e12,
+    bandwidth=0.819e12,
+    hbm=16 << 30,
+    link=4.5e10,
+    links=4,
+    vector_memory=128 << 20,
+    cores=1,
+    topology='v5e:2x2',
+  ),
+  'v5p': Chip(
+    kind='TPU v5',
+    clock=1.75e9,
+    flops=459e12,
+    bandwidth=2.765e12,
+    hbm=95 << 30,
+    link=9e10,
+    links=6,
+    vector_memory=64 << 20,
+    cores=2,
+    topology='v5p:2x2x1',
+  ),
+  'v6e': Chip(
+    kind='TPU v6 lite',
+    clock=1.75e9,
+    flops=918e12,
+    bandwidth=1.64e12,
+    hbm=32 << 30,
+    link=9e10,
+    links=4,
+    vector_memory=128 << 20,
+    cores=1,
+    topology='v6e:2x2',
+  ),
+  # Two devices a chip: half of its figures; its links they share.
+  'tpu7x': Chip(
+    kind='TPU7x',
+    clock=2.2e9,
+    flops=1155e12,
+    bandwidth=3.7e12,
+    hbm=96 << 30,
+    link=9e10,
+    links=6,
+    vector_memory=64 << 20,
+    cores=1,
+    topology='tpu7x:2x2x1',
+  ),
 }

@@ -13,6 +13,7 @@ from typing import Literal
 
 from mhc import checks
 from mhc import plain
+from mhc import schedule as schedule_lib
 
 Kind = Literal[
   'residual',
@@ -118,6 +119,14 @@ class MoEConfig:
   dispatch: Literal['dropless', 'capacity'] = 'dropless'
   # Slots over the mean load, for dispatch='capacity'.
   capacity_factor: float = 1.25
+  # How tokens reach experts on other devices: 'ragged' and 'padded' send each
+  # to the devices of its experts, by ragged_all_to_all (not on CPUs) or in
+  # buffers of one size; 'gather' sends every token to all. 'auto' is 'ragged'
+  # where there is such an operation, else 'padded'.
+  transport: Literal['auto', 'ragged', 'padded', 'gather'] = 'auto'
+  # Rows of those buffers over the mean; what does not fit goes in another
+  # round, nothing is lost.
+  buffer_factor: float = 1.5
 
   def __post_init__(self):
     checks.check_types(self)
@@ -130,7 +139,7 @@ class MoEConfig:
       num_dense_blocks=0,
     )
     checks.not_negative(self, 'bias_speed', 'balance_loss')
-    checks.positive(self, 'capacity_factor')
+    checks.positive(self, 'capacity_factor', 'buffer_factor')
     if 0 < self.num_experts < self.experts_per_token:
       raise ValueError(
         f'moe.experts_per_token={self.experts_per_token} is more than '
@@ -173,6 +182,11 @@ class ModelConfig:
         f'model.recompute_every={self.recompute_every} must be even: a block '
         'has two sub-layers (0 for the optimum of the paper)'
       )
+
+  @property
+  def stack(self) -> str:
+    """The stack of blocks that a pipeline is cut from."""
+    return 'moe_blocks' if self.moe.num_experts else 'dense_blocks'
 
   @property
   def num_moe_blocks(self) -> int:
@@ -248,6 +262,39 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices, and what they split; none of it changes what is computed.
+
+  `pipe` x `expert` x the rest, which with `expert` splits the batch and alone
+  splits every other array of the training state.
+  """
+
+  # 0 takes the most that divide the batch.
+  num_devices: int = 0
+  # Devices that split the depth, a pipeline of stages.
+  pipe: int = 1
+  # Devices that split the experts of a layer.
+  expert: int = 1
+  # The order of the stages' work on microbatches, see schedule.py.
+  schedule: schedule_lib.Name = 'interleaved'
+  # Stages a device, for schedule='interleaved'; the other schedules fix it.
+  chunks: int = 2
+  # Who computes the logits: the device of the last stage, or all, each of its
+  # part of the vocabulary.
+  head: schedule_lib.Head = 'last'
+
+  def __post_init__(self):
+    checks.check_types(self)
+    checks.not_negative(self, 'num_devices')
+    checks.at_least(self, pipe=1, expert=1, chunks=2)
+    if self.num_devices % (self.pipe * self.expert):
+      raise ValueError(
+        f'mesh.num_devices={self.num_devices} is not a multiple of '
+        f'mesh.pipe={self.pipe} times mesh.expert={self.expert}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """One training run."""
 
@@ -257,10 +304,7 @@ class Config:
   model: ModelConfig = ModelConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   data: DataConfig = DataConfig()
-  # Devices that share a batch; 0 takes the most that divide it.
-  num_devices: int = 0
-  # Of these, the devices that split the experts of a layer between them.
-  num_expert_shards: int = 1
+  mesh: MeshConfig = MeshConfig()
   # Each `*_every` is in steps, 0 for only at the end.
   eval_every: int = 100
   eval_sequences: int = 256
@@ -274,25 +318,26 @@ class Config:
     checks.at_least(
       self,
       num_steps=1,
-      num_expert_shards=1,
       eval_sequences=1,
       keep_checkpoints=1,
     )
     checks.not_negative(
       self,
       'seed',
-      'num_devices',
       'eval_every',
       'probe_every',
       'checkpoint_every',
     )
     experts = self.model.moe.num_experts
-    if self.num_expert_shards > 1 and (
-      not experts or experts % self.num_expert_shards
-    ):
+    if self.mesh.expert > 1 and (not experts or experts % self.mesh.expert):
       raise ValueError(
         f'model.moe.num_experts={experts} does not divide over '
-        f'num_expert_shards={self.num_expert_shards}'
+        f'mesh.expert={self.mesh.expert}'
+      )
+    if self.mesh.head == 'vocab' and self.model.vocab_size % self.mesh.pipe:
+      raise ValueError(
+        f'model.vocab_size={self.model.vocab_size} does not divide over '
+        f"mesh.pipe={self.mesh.pipe}, which mesh.head='vocab' asks for"
       )
     if self.optimizer.warmup_steps >= self.num_steps:
       raise ValueError(

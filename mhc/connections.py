@@ -116,6 +116,22 @@ def open_streams(
   return Ahead(wide, first.astype(jnp.float32)[:, None] + zeros[None])
 
 
+def land(config: config_lib.ConnectionConfig, state: State) -> State:
+  """The state with every output written back: what leaves a pipeline stage."""
+  if not isinstance(state, Sublayer):
+    return state
+  x = state.context.x
+  return dispatch.post(*_unwritten(config, state)).reshape(x.shape)
+
+
+def take_off(config: config_lib.ConnectionConfig, state: State) -> State:
+  """What `land` returned, as the first block of the next stage carries it."""
+  if not _carries_output(config):
+    return state
+  nothing = open_streams(config, 0 * state[..., 0, :])
+  return nothing._replace(context=nothing.context._replace(x=state))
+
+
 def enter(
   connection: Connection, state: State
 ) -> tuple[Float[Array, '*batch d'], Context]:
@@ -147,17 +163,9 @@ def close_streams(
     return state.read()
   if not isinstance(state, Sublayer):
     return collapse(state)
-  y, (x, mappings) = state
-  last = (
-    x.reshape(-1, *x.shape[-2:]),
-    y.reshape(-1, y.shape[-1]),
-    mappings.post,
-    mappings.res,
-    _implementation(config),
-  )
   if collapse.kind == 'learned':
-    return collapse(dispatch.post(*last)).reshape(y.shape)
-  total = dispatch.collapse(*last).reshape(y.shape)
+    return collapse(land(config, state))
+  total = dispatch.collapse(*_unwritten(config, state)).reshape(state.y.shape)
   return total / config.streams if collapse.kind == 'mean' else total
 
 
@@ -168,6 +176,18 @@ def mixing_matrices(context: Context) -> Float[Array, 't n n']:
   if context.mappings is None or context.mappings.res is None:
     return jnp.broadcast_to(jnp.eye(n), (num_tokens, n, n))
   return jnp.moveaxis(context.mappings.res, -1, 0)
+
+
+def _unwritten(config, state):
+  """The arguments of the kernels that write the output of a sub-layer."""
+  y, (x, mappings) = state
+  return (
+    x.reshape(-1, *x.shape[-2:]),
+    y.reshape(-1, y.shape[-1]),
+    mappings.post,
+    mappings.res,
+    _implementation(config),
+  )
 
 
 def _carries_output(config):

@@ -38,7 +38,7 @@ def count(
 
   idle = 0
   if config.moe.num_experts:
-    routed = total(lambda path: sharding.spec(path) == sharding.EXPERTS)
+    routed = total(lambda path: sharding.EXPERT in sharding.spec(path))
     share = config.moe.num_experts - config.moe.experts_per_token
     idle = routed * share // config.moe.num_experts
   everything = total(lambda path: True)

@@ -71,7 +71,9 @@ def evaluate_checkpoint(
   data.check_vocabulary(corpus, config.model.vocab_size)
   rows = data.heldout_rows(corpus, config.data.seq_len, num_rows or None)
   programs = step_lib.build(config)
-  state = checkpoint.restore(workdir, programs.abstract_state)
+  state = programs.place(
+    checkpoint.restore(workdir, programs.functions.canonical_state)
+  )
   return {
     'step': int(state.step),
     **evaluate(programs, state, rows, config.data.batch_size, corpus.tokenizer),

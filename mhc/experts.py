@@ -13,10 +13,7 @@ weights. Three ways to compute it:
 All three give the same result where nothing is dropped. An expert number past
 the last one stands for an expert that is elsewhere: its rows come back as 0.
 
-Over devices, each holds some experts of a layer and some tokens. Tokens travel
-to every device of the group (`all_gather`), each adds up what its own experts
-say about them, and the sums travel back (`psum_scatter`): for p devices every
-token is sent 2 (p - 1) times, whatever k is.
+How tokens get to experts on other devices is in `exchange`.
 """
 
 from collections.abc import Callable
@@ -79,41 +76,36 @@ def capacity(
     the outputs, 0 where an assignment found no slot (later tokens lose), and
     the share of such assignments.
   """
-  num_experts = weights.gate.shape[0]
+  apply = functools.partial(batched, weights=weights)
+  return in_slots(x, experts, weights.gate.shape[0], slots, apply)
+
+
+def in_slots(
+  x: Float[Array, 's d'],
+  experts: Int[Array, 's k'],
+  num_experts: int,
+  slots: int,
+  apply: Callable,
+) -> tuple[Float[Array, 's k d'], Float[Array, '']]:
+  """`capacity` with the experts' function of [num_experts, slots, d] given."""
   order, sizes = _sort(experts, num_experts)
   rows = x[order // experts.shape[1]]
   group, rank = _places(sizes, len(rows))
   late = (rank >= slots) & (group < num_experts)
   place = jnp.where(late, num_experts * slots, group * slots + rank)
-  out = _in_blocks(rows, place, slots, jnp.arange(num_experts), weights)
+  buffer = _placed(rows, place, num_experts, slots)
+  out = _taken(apply(buffer), place)
   dropped = jnp.mean(late.astype(jnp.float32))
   return _unsort(out, order, experts.shape), dropped
 
 
-def over_devices(
-  apply: Callable,
-  x: Float[Array, 's d'],
-  experts: Int[Array, 's k'],
-  gates: Float[Array, 's k'],
-  num_local: int,
-) -> tuple[Float[Array, 's d'], Float[Array, '']]:
-  """Applies experts that are split over the mesh axis `AXIS`.
-
-  Args:
-    apply: (tokens, experts, gates) of the whole group -> what the `num_local`
-      experts of this device add to the tokens, and the share of assignments
-      that they dropped.
-    x, experts, gates: of this device's tokens, experts numbered over the group.
-    num_local: experts here.
-  """
-  gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
-  experts = gather(experts) - num_local * jax.lax.axis_index(AXIS)
-  elsewhere = (experts < 0) | (experts >= num_local)
-  out, dropped = apply(
-    gather(x), jnp.where(elsewhere, num_local, experts), gather(gates)
-  )
-  out = jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
-  return out, jax.lax.psum(dropped, AXIS)
+def batched(
+  rows: Float[Array, 'e r d'], weights: Weights
+) -> Float[Array, 'e r d']:
+  """r rows of each expert."""
+  gate = recompute.inner(jnp.matmul(rows, weights.gate))
+  up = recompute.inner(jnp.matmul(rows, weights.up))
+  return jnp.matmul(recompute.inner(layers.swiglu(gate, up)), weights.down)
 
 
 def ragged(
@@ -139,21 +131,21 @@ def blocked(
   place = first.at[group].get(mode='fill', fill_value=num_blocks) * block + rank
   owner = jnp.searchsorted(last, jnp.arange(num_blocks), side='right')
   owner = jnp.minimum(owner, num_experts - 1)
-  return _in_blocks(rows, place, block, owner, weights)
+  buffer = _placed(rows, place, len(owner), block)
+  return _taken(batched(buffer, Weights(*(w[owner] for w in weights))), place)
 
 
-def _in_blocks(rows, place, block, owner, weights):
-  """Rows at their places in [len(owner), block] slots, through the experts."""
-  buffer = jnp.zeros((len(owner) * block, rows.shape[1]), rows.dtype)
-  # Places past the end are dropped on the way in and read as 0 on the way out.
+def _placed(rows, place, num_groups, size):
+  """Rows at their places in [num_groups, size]; those past the end are lost."""
+  buffer = jnp.zeros((num_groups * size, rows.shape[1]), rows.dtype)
   buffer = buffer.at[place].set(rows, mode='drop', unique_indices=True)
-  buffer = buffer.reshape(len(owner), block, -1)
-  w_gate, w_up, w_down = (w[owner] for w in weights)
-  gate = recompute.inner(jnp.matmul(buffer, w_gate))
-  up = recompute.inner(jnp.matmul(buffer, w_up))
-  hidden = recompute.inner(layers.swiglu(gate, up))
-  out = jnp.matmul(hidden, w_down).reshape(len(owner) * block, -1)
-  return out.at[place].get(mode='fill', fill_value=0)
+  return buffer.reshape(num_groups, size, -1)
+
+
+def _taken(buffer, place):
+  """The rows at their places; past the end they are 0."""
+  flat = buffer.reshape(-1, buffer.shape[-1])
+  return flat.at[place].get(mode='fill', fill_value=0)
 
 
 def _sort(experts, num_experts):

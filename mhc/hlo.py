@@ -10,10 +10,14 @@ and likewise for bytes. Only TPU compilers write `estimated_cycles`; kernels
 carry a cost estimate of their own instead (FLOPs and bytes).
 """
 
+from collections.abc import Iterable
 import functools
 import math
 import re
 from typing import NamedTuple
+
+from jaxtyping import Int
+import numpy as np
 
 DTYPE_BYTES = {
   'pred': 1,
@@ -93,29 +97,50 @@ def cost(
   module: Module, peak: tuple[float, float] = (math.inf, math.inf)
 ) -> Cost:
   """Of the whole program; `peak` is FLOPs and bytes a second."""
+  return total(costs(module, peak)[module.entry])
 
-  @functools.cache
+
+def costs(
+  module: Module, peak: tuple[float, float] = (math.inf, math.inf)
+) -> dict[str, list[Cost]]:
+  """Of each instruction, in the computations that control flow runs.
+
+  A loop costs its trips, a conditional its most expensive branch.
+  """
+  found = {}
+
   def of(name) -> Cost:
-    total, shapes = Cost(), _shapes(module, name)
-    for instruction in module.computations[name]:
-      if instruction.opcode == 'while':
-        total = total.plus(
-          of(_called(instruction, 'body')), trips(module, instruction)
-        )
-      elif instruction.opcode == 'conditional':
-        branches = re.search(
-          r'(?:branch_computations=\{|true_computation=)([^}]*)',
-          instruction.attributes,
-        )
-        names = re.findall(r'%([^\s,}]+)', branches.group(1))
-        total = total.plus(max(map(of, names)))
-      elif instruction.opcode in ('call', 'async-start'):
-        total = total.plus(of(_called(instruction, 'to_apply|calls')))
-      else:
-        total = total.plus(_single(module, instruction, shapes, peak))
-    return total
+    if name not in found:
+      types = shapes(module, name)
+      found[name] = [one(i, types) for i in module.computations[name]]
+    return total(found[name])
 
-  return of(module.entry)
+  def one(instruction, types) -> Cost:
+    match instruction.opcode:
+      case 'while':
+        body = of(called(instruction, 'body'))
+        return Cost().plus(body, trips(module, instruction))
+      case 'conditional':
+        return max(map(of, branches(instruction)))
+      case 'call' | 'async-start':
+        return of(called(instruction, 'to_apply|calls'))
+    return _single(module, instruction, types, peak)
+
+  of(module.entry)
+  return found
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+  return functools.reduce(Cost.plus, costs, Cost())
+
+
+def branches(conditional: Instruction) -> list[str]:
+  """The computations of which it runs one."""
+  found = re.search(
+    r'(?:branch_computations=\{|true_computation=)([^}]*)',
+    conditional.attributes,
+  )
+  return re.findall(r'%([^\s,}]+)', found.group(1))
 
 
 def trips(module: Module, loop: Instruction) -> int:
@@ -123,7 +148,7 @@ def trips(module: Module, loop: Instruction) -> int:
 
   JAX's scans count from 0 by 1. A loop with another condition counts once.
   """
-  condition = module.computations[_called(loop, 'condition')]
+  condition = module.computations[called(loop, 'condition')]
   bounds = {
     i.name: int(i.operands[0])
     for i in condition
@@ -135,17 +160,89 @@ def trips(module: Module, loop: Instruction) -> int:
   return 1
 
 
-def sizes(shape: str) -> list[int]:
-  """Bytes of each array of a shape that lies in HBM; S(n) marks on-chip."""
+def sizes(shape: str, on_chip: bool = False) -> list[int]:
+  """Bytes of each array of a shape.
+
+  Args:
+    shape: of an array or a tuple.
+    on_chip: count those that lie there, marked S(n), and not only HBM.
+  """
   return [
     0
-    if re.search(r'S\(\d+\)', layout)
+    if re.search(r'S\(\d+\)', layout) and not on_chip
     else DTYPE_BYTES.get(dtype, 4)
     * math.prod(int(extent) for extent in dims.split(',') if extent)
     for dtype, dims, layout in re.findall(
       r'(\w+)\[([\d,]*)\](\{[^}]*\})?', shape
     )
   ]
+
+
+def called(instruction: Instruction, role: str) -> str:
+  """The computation that an instruction runs in that role."""
+  pattern = rf'\b(?:{role})=%([^\s,)]+)'
+  return re.search(pattern, instruction.attributes).group(1)
+
+
+def shapes(module: Module, name: str) -> dict[str, str]:
+  """Of a computation's instructions, by their names."""
+  return {i.name: i.shape for i in module.computations[name]}
+
+
+def devices(attributes: str) -> str:
+  """The text that says which devices a collective joins; '' for all of them."""
+  found = re.search(
+    r'(?:replica_groups|source_target_pairs)=(mesh.*?\}|.*?)(?=, \w+=|$)',
+    attributes,
+  )
+  return found.group(1) if found else ''
+
+
+def groups(text: str, number: int) -> Int[np.ndarray, 'groups members']:
+  """[groups, members], or [pairs, from and to], of `devices`.
+
+  Of three notations. {{0,2},{1,3}}, where {} is one group of all `number`.
+  [2,2]<=[2,2]T(1,0), a range that is transposed and reshaped.
+  mesh['a'=2,'b'=2] {'a'}, where 'a':(2)4 is a part of an axis, the middle one
+  of [2, 4, rest], and device_ids=(...) another order of devices than a range.
+  """
+  if text.startswith('['):
+    shape, order = text.split('<=')
+    return _order(order).reshape(_integers(shape))
+  if not text.startswith('mesh'):
+    rows = [_integers(row) for row in re.findall(r'\{([\d,]+)\}', text)]
+    return np.array(rows or [range(number)])
+  axes, _, wanted = text.partition('] ' if 'device_ids' not in text else '], ')
+  sizes = {a: int(n) for a, n in re.findall(r"'([^']+)'=(\d+)", axes)}
+  ids = re.search(r'device_ids=\((.*)\) \{', wanted)
+  order = _order(ids.group(1) if ids else f'[{math.prod(sizes.values())}]')
+  parts = {
+    name: (int(before or 1), int(size or sizes[name]))
+    for name, before, size in re.findall(
+      r"'([^']+)'(?::\((\d+)\)(\d+))?", wanted
+    )
+  }
+  shape = []
+  for name, size in sizes.items():
+    before, part = parts.get(name, (size, 1))
+    shape += [before, part, size // (before * part)]
+  members = range(1, len(shape), 3)
+  array = np.moveaxis(order.reshape(shape), members, range(-len(members), 0))
+  return array.reshape(-1, math.prod(shape[1::3]))
+
+
+def _order(text):
+  """Of '[4,2]T(1,0)', or of '2,0,1'."""
+  if not text.startswith('['):
+    return np.array(_integers(text))
+  dimensions, _, axes = text.partition('T')
+  shape = _integers(dimensions)
+  array = np.arange(math.prod(shape)).reshape(shape)
+  return array.transpose(_integers(axes) or None).ravel()
+
+
+def _integers(text):
+  return [int(number) for number in re.findall(r'\d+', text)]
 
 
 def _single(module, instruction, shapes, peak) -> Cost:
@@ -174,8 +271,8 @@ def _moved(module, instruction, shapes):
     case 'dynamic-update-slice':
       return 2 * sum(sizes(shapes.get(instruction.operands[1], '')))
     case 'fusion':
-      called = _called(instruction, 'calls')
-      return _fused(module, called, instruction, shapes, written)
+      body = called(instruction, 'calls')
+      return _fused(module, body, instruction, shapes, written)
   return written + sum(
     sum(sizes(shapes.get(name, ''))) for name in instruction.operands
   )
@@ -208,16 +305,6 @@ def _fused(module, name, instruction, shapes, written):
       whole = 0
     read += whole
   return read + max(0, written)
-
-
-def _called(instruction, role):
-  """The computation that an instruction runs in that role."""
-  pattern = rf'\b(?:{role})=%([^\s,)]+)'
-  return re.search(pattern, instruction.attributes).group(1)
-
-
-def _shapes(module, name):
-  return {i.name: i.shape for i in module.computations[name]}
 
 
 def _instruction(line):

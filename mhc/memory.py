@@ -21,16 +21,22 @@ import jax.numpy as jnp
 import optax
 
 from mhc import config as config_lib
+from mhc import layout
 from mhc import recompute
+from mhc import schedule
+from mhc import sharding
 from mhc import transformer
 
 
-def activations(model: config_lib.ModelConfig) -> dict[str, int]:
-  """Bytes a token by the formulas above."""
+def activations(
+  model: config_lib.ModelConfig, num_blocks: int | None = None
+) -> dict[str, int]:
+  """Bytes a token by the formulas above, of all blocks or the last of them."""
   n, dim = model.connection.streams, model.dim
   size = 2 if model.dtype == 'bfloat16' else 4
-  sublayers = 2 * model.num_blocks
-  every = recompute.interval(model)
+  num_blocks = num_blocks or model.num_blocks
+  sublayers = 2 * num_blocks
+  every = recompute.interval(model, num_blocks)
   if model.recompute == 'none':
     streams = (n + 2 if n > 1 else 2) * sublayers
   else:
@@ -42,7 +48,7 @@ def activations(model: config_lib.ModelConfig) -> dict[str, int]:
     + (_experts(model) if experts else 3 * model.ffn_dim)
     for experts in (False,) * (model.num_blocks - model.num_moe_blocks)
     + (True,) * model.num_moe_blocks
-  ]
+  ][-num_blocks:]
   match model.recompute:
     case 'none' | 'mhc':
       at_once = sum(inner)
@@ -57,13 +63,33 @@ def activations(model: config_lib.ModelConfig) -> dict[str, int]:
 
 
 def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
-  """Bytes of activations on a device, by kind: of the rows taken at a time."""
-  data = config.data
-  rows = data.microbatch_size or data.batch_size // num_devices
+  """Bytes of activations on a device, by kind: of the rows taken at a time.
+
+  In a pipeline these are those of a stage, and `stages`: the inputs of stages,
+  and gradients, that wait in the slots of the schedule.
+  """
+  model, data, mesh = config.model, config.data, config.mesh
+  ways = num_devices // mesh.pipe
+  rows = data.microbatch_size or data.batch_size // ways
   tokens = rows * data.seq_len
-  return {
-    name: size * tokens for name, size in activations(config.model).items()
-  }
+  if mesh.pipe == 1:
+    kinds = activations(model)
+  else:
+    stages = layout.of(model, mesh)
+    kinds = activations(model, stages.rows)
+    table = schedule.build(
+      mesh.schedule,
+      mesh.pipe,
+      sharding.num_microbatches(mesh, data, ways),
+      num_chunks=mesh.chunks,
+      head=mesh.head,
+    )
+    size = 2 if model.dtype == 'bfloat16' else 4
+    state = size * model.connection.streams * model.dim
+    kinds['stages'] = schedule.peak_states(table) * state
+    if mesh.head == 'vocab':
+      kinds['logits'] //= mesh.pipe
+  return {name: size * tokens for name, size in kinds.items()}
 
 
 def compile_gradient(

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mhc import config as config_lib
+from mhc import exchange
 from mhc import experts as experts_lib
 from mhc import layers
 from mhc import precision
@@ -82,12 +83,11 @@ class MoE(nnx.Module):
     )
     apply = functools.partial(self._apply, weights)
     num_local = weights.gate.shape[0]
-    if num_local == config.num_experts:
-      out, dropped = apply(tokens, chosen, gates)
+    transport = exchange.transport(config.transport)
+    if num_local < config.num_experts and transport == 'gather':
+      out, dropped = exchange.gathered(apply, tokens, chosen, gates, num_local)
     else:
-      out, dropped = experts_lib.over_devices(
-        apply, tokens, chosen, gates, num_local
-      )
+      out, dropped = apply(tokens, chosen, gates)
     out = out.reshape(x.shape)
     if self.shared is not None:
       out = out + self.shared(x)
@@ -102,14 +102,25 @@ class MoE(nnx.Module):
   def _apply(self, weights, tokens, chosen, gates):
     """The gated sum over chosen experts, and the share of dropped ones."""
     config = self.config
+    split = weights.gate.shape[0] < config.num_experts
+    transport = exchange.transport(config.transport)
+    sends = split and transport != 'gather'
     dropped = jnp.zeros(())
+    slots = math.ceil(config.capacity_factor * chosen.size / config.num_experts)
     match config.dispatch:
+      case 'dropless' if sends:
+        out = exchange.dropless(
+          tokens,
+          chosen,
+          weights,
+          factor=config.buffer_factor,
+          ragged=transport == 'ragged',
+        )
       case 'dropless':
-        partial = weights.gate.shape[0] != config.num_experts
-        out = experts_lib.dropless(tokens, chosen, weights, partial=partial)
+        out = experts_lib.dropless(tokens, chosen, weights, partial=split)
+      case 'capacity' if sends:
+        out, dropped = exchange.by_capacity(tokens, chosen, weights, slots)
       case 'capacity':
-        mean = chosen.size / config.num_experts
-        slots = math.ceil(config.capacity_factor * mean)
         out, dropped = experts_lib.capacity(tokens, chosen, weights, slots)
     gates = gates[..., None].astype(tokens.dtype)
     return jnp.sum(out * gates, axis=1), dropped

@@ -63,15 +63,8 @@ def make(config: config_lib.Config, topology: str) -> dict[str, Any]:
     ValueError: an unknown topology, a batch that it cannot share, or a step
       that does not fit its memory.
   """
-  mesh = sharding.make_mesh(
-    config.num_devices,
-    config.data,
-    config.num_expert_shards,
-    devices(topology),
-  )
-  functions = step.functions(
-    config.model, config.optimizer, config.num_steps, config.data, mesh
-  )
+  mesh = sharding.make_mesh(config.mesh, config.data, devices(topology))
+  functions = step.functions(config, mesh)
   start = time.perf_counter()
   lowered = functions.lower()
   try:

@@ -105,8 +105,10 @@ def best_every(num_sublayers: int, num_streams: int) -> int:
   )
 
 
-def interval(config: config_lib.ModelConfig) -> int:
-  """L_r of a model: as set, or the optimum."""
+def interval(
+  config: config_lib.ModelConfig, num_blocks: int | None = None
+) -> int:
+  """L_r of a model, or of a stage of `num_blocks`: as set, or the optimum."""
   return config.recompute_every or best_every(
-    2 * config.num_blocks, config.connection.streams
+    2 * (num_blocks or config.num_blocks), config.connection.streams
   )

@@ -119,12 +119,14 @@ def restore(
     ValueError: no run or no checkpoint in the folder.
   """
   config = checkpoint.read_config(workdir)
-  mesh = sharding.make_mesh(1, config_lib.DataConfig())
+  config = dataclasses.replace(
+    config,
+    mesh=config_lib.MeshConfig(num_devices=1),
+    data=dataclasses.replace(config.data, microbatch_size=0),
+  )
+  mesh = sharding.make_mesh(config.mesh, config.data)
   state = checkpoint.restore(
-    workdir,
-    step.functions(
-      config.model, config.optimizer, config.num_steps, config.data, mesh
-    ).abstract_state,
+    workdir, step.functions(config, mesh).canonical_state
   )
   abstract = nnx.eval_shape(
     lambda: transformer.Transformer(serving(config.model), rngs=nnx.Rngs(0))

@@ -1,13 +1,15 @@
 """The mesh and how arrays lie on it.
 
-Two axes split the batch, `data` and `expert`; the second also splits the
-experts of a layer. Every other parameter, and its state in the optimiser, is
-whole on every device. `spec` is the table.
+Three axes. `data` and `expert` split the batch. `pipe` splits the stack of
+blocks into stages (`layout`), `expert` the experts of a layer. `data` splits
+one dimension of every matrix of parameters, and of what the optimiser keeps for
+it; the matrix is put together where it is used (`fsdp`). `spec` is the table.
 """
 
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -15,89 +17,144 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 import numpy as np
 
+from mhc import axes as axes_lib
 from mhc import config as config_lib
 from mhc import experts
+from mhc import schedule
 
+P = PartitionSpec
 DATA = 'data'
+PIPE = 'pipe'
 EXPERT = experts.AXIS
-AXES = (DATA, EXPERT)
-BATCH = PartitionSpec(AXES)
-WHOLE = PartitionSpec()
-# Stacked over layers, then over experts.
-EXPERTS = PartitionSpec(None, EXPERT)
+AXES = (DATA, PIPE, EXPERT)
+BATCH = P((DATA, EXPERT))
+WHOLE = P()
+ROWS = P(PIPE)  # of the stack of blocks
 
 
-def spec(path: tuple[str, ...]) -> PartitionSpec:
-  """How a parameter, or its optimiser state, lies; its path in the tree."""
+def spec(
+  path: tuple[str, ...], stack: str = 'moe_blocks', head: str = 'last'
+) -> PartitionSpec:
+  """How a parameter, or its optimiser state, lies.
+
+  Args:
+    path: its names in the tree, from the root.
+    stack: the blocks that a pipeline is cut from; all of its devices have the
+      others.
+    head: 'vocab' splits the logits' matrix over PIPE too.
+  """
   match path:
     case (*_, 'moe_blocks', 'ffn', 'gate' | 'up' | 'down'):
-      return EXPERTS
-  return WHOLE
+      return P(PIPE, EXPERT, DATA)
+    case (*_, 'embed', 'table'):
+      return P(None, DATA)
+    case (*_, 'head', 'weight'):
+      return P(DATA, PIPE) if head == 'vocab' else P(DATA)
+    case ('router_bias',):
+      return P(PIPE)
+  split = DATA if path and path[-1] in ('weight', 'phi') else None
+  for blocks in ('dense_blocks', 'moe_blocks'):
+    if blocks in path:
+      return P(PIPE if blocks == stack else None, split)
+  return P(split)
 
 
-def specs(tree):
-  """`spec` of every leaf of parameters or of a train state."""
+def specs(tree, mesh: Mesh, stack: str, head: str):
+  """`spec` of every leaf of parameters or of a train state.
 
-  def leaf(path, _):
-    return spec(tuple(str(_key(entry)) for entry in path))
+  A dimension that does not divide over its axis is not split.
+  """
+
+  def leaf(path, value):
+    axes = spec(names(path), stack, head)
+    return P(
+      *(
+        axis if axis and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes, value.shape, strict=False)
+      )
+    )
 
   return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def make_mesh(
-  num_devices: int,
+  config: config_lib.MeshConfig,
   data: config_lib.DataConfig,
-  num_expert_shards: int = 1,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """A mesh of `num_devices`, or with 0 of the most that divide the batch.
+  """A mesh of as many devices as asked for, see `MeshConfig`.
 
   Args:
-    num_devices: how many, 0 to choose.
+    config: how many, and what they split.
     data: the batch that they share.
-    num_expert_shards: devices that split the experts of a layer.
     devices: to take them from, by default all that JAX sees.
 
   Raises:
-    ValueError: fewer devices exist, they do not divide into shards, or the
-      batch does not divide over them, or a device's share not into
-      microbatches.
+    ValueError: fewer devices exist, the batch does not divide over them, a
+      device's share not into microbatches, or these are too few for the
+      pipeline.
   """
   devices = list(devices or jax.devices())
-  if num_devices == 0:
+  model = config.pipe * config.expert
+  number = config.num_devices
+  if number == 0:
     fitting = [
       number
-      for number in range(1, len(devices) + 1)
-      if data.batch_size % number == 0 and number % num_expert_shards == 0
+      for number in range(model, len(devices) + 1, model)
+      if data.batch_size % (number // config.pipe) == 0
     ]
-    num_devices = max(fitting, default=num_expert_shards)
-  if num_devices > len(devices):
+    number = max(fitting, default=model)
+  if number > len(devices):
     raise ValueError(
-      f'num_devices={num_devices} with num_expert_shards={num_expert_shards}, '
-      f'but there are {len(devices)} {devices[0].platform} device(s)'
+      f'mesh.num_devices={number} (mesh.pipe={config.pipe}, '
+      f'mesh.expert={config.expert}), but there are {len(devices)} '
+      f'{devices[0].platform} device(s)'
     )
-  if num_devices % num_expert_shards:
+  ways = number // config.pipe
+  if data.batch_size % ways:
     raise ValueError(
-      f'num_devices={num_devices} does not divide into '
-      f'num_expert_shards={num_expert_shards}'
+      f'data.batch_size={data.batch_size} does not divide over {ways} device(s)'
+      f': mesh.num_devices={number} over mesh.pipe={config.pipe}'
     )
-  if data.batch_size % num_devices:
-    raise ValueError(
-      f'data.batch_size={data.batch_size} does not divide over '
-      f'num_devices={num_devices}'
+  num_microbatches(config, data, ways)
+  shape = (ways // config.expert, config.pipe, config.expert)
+  if devices[0].platform == 'tpu' and number == len(devices) > 1:
+    # Axes onto the torus.
+    array = mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
     )
-  share = data.batch_size // num_devices
-  if data.microbatch_size and share % data.microbatch_size:
+  else:
+    array = np.array(devices[:number]).reshape(shape)
+  return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def num_microbatches(
+  config: config_lib.MeshConfig, data: config_lib.DataConfig, ways: int
+) -> int:
+  """Into how many parts a device takes its rows, of a batch split `ways`.
+
+  Raises:
+    ValueError: they do not come out even, or are too few for the schedule.
+  """
+  share = data.batch_size // ways
+  size = data.microbatch_size or share
+  if share % size:
     raise ValueError(
-      f'data.microbatch_size={data.microbatch_size} does not divide a '
+      f'data.microbatch_size={size} does not divide a '
       f"device's share of the batch: {data.batch_size} rows over "
-      f'{num_devices} device(s) are {share}'
+      f'{ways} device(s) are {share}'
     )
-  return Mesh(
-    np.array(devices[:num_devices]).reshape(-1, num_expert_shards),
-    AXES,
-    axis_types=(AxisType.Auto,) * 2,
-  )
+  number = share // size
+  if config.pipe > 1:
+    least = schedule.minimum_microbatches(config.schedule, config.pipe)
+    if number < least:
+      raise ValueError(
+        f'mesh.schedule={config.schedule!r} needs at least {least} '
+        f'microbatches on mesh.pipe={config.pipe} devices, got {number}: '
+        f'data.batch_size={data.batch_size} over {ways} device(s) are {share} '
+        f'rows, data.microbatch_size={size} of them at a time'
+      )
+  return number
 
 
 def microbatches(
@@ -109,13 +166,25 @@ def microbatches(
 
 
 def place(tree, mesh: Mesh, spec: PartitionSpec):
-  """Puts host arrays onto the mesh."""
-  return jax.device_put(tree, NamedSharding(mesh, spec))
+  """Puts arrays, of which every process has the whole, onto the mesh."""
+  sharding = NamedSharding(mesh, spec)
+
+  def leaf(value):
+    value = np.asarray(value)
+    return jax.make_array_from_callback(
+      value.shape, sharding, lambda index: value[index]
+    )
+
+  return jax.tree.map(leaf, tree)
 
 
-def _key(entry):
-  """The name in an entry of a tree's path, whatever kind of node it is in."""
-  for attribute in ('key', 'name', 'idx'):
-    if hasattr(entry, attribute):
-      return getattr(entry, attribute)
-  raise AssertionError(entry)
+def varying(tree):
+  """Inside a `shard_map`: leaves as ones that may differ on any two devices."""
+
+  return axes_lib.vary(tree, AXES)
+
+
+def names(path) -> tuple[str, ...]:
+  """Of the nodes on a path into a tree, whatever kind they are."""
+  keys = jax.tree_util.keystr(path, simple=True, separator='/')
+  return tuple(keys.split('/'))

@@ -1,8 +1,8 @@
 """The compiled programs of a run: initialise, update, score, probe.
 
 `jax.shard_map` is manual over the whole mesh and wraps the loss and its
-gradient: inside, a batch is the local one and sums over devices are written
-out. The update is plain jit on arrays that are whole on every device.
+gradient (`loss`): inside, a batch is the local one and sums over devices are
+written out. The update is plain jit on arrays as they lie.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,10 @@ import optax
 
 from mhc import config as config_lib
 from mhc import gains
+from mhc import layout as layout_lib
+from mhc import loss
 from mhc import moe
 from mhc import optimizer as optimizer_lib
-from mhc import precision
 from mhc import sharding
 from mhc import transformer
 from mhc.kernels import dispatch
@@ -39,7 +40,12 @@ class TrainState(NamedTuple):
 class Functions(NamedTuple):
   """What a run executes, not yet compiled; t is `seq_len`.
 
+  A state that trains has its blocks placed over the stages of the pipeline, one
+  that is saved has them in order of depth: `place` and `canonical` (`layout`).
+
   init: seed -> state.
+  loss_and_grads: parameters, router's bias, tokens int32 [b, t + 1] -> mean
+    loss, its gradient, loads of the experts.
   train_step: state, tokens int32 [b, t + 1] -> state, metrics.
   row_nats: state, tokens int32 [b, t + 1] -> float32 [b], the summed negative
     log-likelihood of each row's t targets.
@@ -47,22 +53,23 @@ class Functions(NamedTuple):
   """
 
   abstract_state: TrainState  # of jax.ShapeDtypeStruct, with shardings
+  canonical_state: TrainState  # likewise
+  layout: layout_lib.Layout
   abstract_tokens: jax.ShapeDtypeStruct
+  place: Callable
+  canonical: Callable
   init: Callable
+  loss_and_grads: Callable
   train_step: Callable
   row_nats: Callable
   probe: Callable
-
-  @property
-  def state_shardings(self) -> TrainState:
-    return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
   def lower(self) -> jax.stages.Lowered:
     """The update from abstract shapes; it donates the state."""
     update = jax.jit(
       self.train_step,
       donate_argnums=0,
-      out_shardings=(self.state_shardings, None),
+      out_shardings=(shardings(self.abstract_state), None),
     )
     return update.lower(self.abstract_state, self.abstract_tokens)
 
@@ -83,8 +90,23 @@ class Programs:
     return jax.jit(
       self.functions.init,
       static_argnums=0,
-      out_shardings=self.functions.state_shardings,
+      out_shardings=shardings(self.abstract_state),
     )
+
+  def place(self, state: TrainState) -> TrainState:
+    """A state as it is saved -> as it trains."""
+    return self._reordered(self.functions.place, state, self.abstract_state)
+
+  def canonical(self, state: TrainState) -> TrainState:
+    """A state as it trains -> as it is saved."""
+    return self._reordered(
+      self.functions.canonical, state, self.functions.canonical_state
+    )
+
+  def _reordered(self, reorder, state, abstract):
+    if self.functions.layout.is_canonical:
+      return state
+    return jax.jit(reorder, out_shardings=shardings(abstract))(state)
 
   @functools.cached_property
   def train_step(self) -> jax.stages.Compiled:
@@ -107,20 +129,29 @@ class Programs:
 
 def build(config: config_lib.Config) -> Programs:
   """Of a run; runs that differ in the seed share them."""
-  return _build(
-    config.model,
-    config.optimizer,
-    config.num_steps,
-    dataclasses.replace(config.data, path=''),
-    config.num_devices,
-    config.num_expert_shards,
-  )
+  data = dataclasses.replace(config.data, path='')
+  return _build(dataclasses.replace(config, seed=0, data=data))
 
 
 @functools.lru_cache(maxsize=8)
-def _build(model, optimizer, num_steps, data, num_devices, num_expert_shards):
-  mesh = sharding.make_mesh(num_devices, data, num_expert_shards)
-  return Programs(mesh, functions(model, optimizer, num_steps, data, mesh))
+def _build(config):
+  mesh = sharding.make_mesh(config.mesh, config.data)
+  return Programs(mesh, functions(config, mesh))
+
+
+def shardings(state: TrainState) -> TrainState:
+  """Of the leaves of an abstract state."""
+  return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def check_transport(model: config_lib.ModelConfig, mesh: Mesh):
+  """Raises ValueError if the devices have no such way to send tokens."""
+  platform = mesh.devices.flat[0].platform
+  if model.moe.transport == 'ragged' and platform == 'cpu':
+    raise ValueError(
+      "moe.transport='ragged' needs ragged_all_to_all, which XLA has for TPUs "
+      "and GPUs but not for cpu: take 'padded' (the same result) or 'auto'"
+    )
 
 
 def check_kernels(model: config_lib.ModelConfig, mesh: Mesh):
@@ -131,25 +162,19 @@ def check_kernels(model: config_lib.ModelConfig, mesh: Mesh):
     dispatch.check(model.connection.implementation, streams, mesh)
 
 
-def functions(
-  model: config_lib.ModelConfig,
-  optimizer_config: config_lib.OptimizerConfig,
-  num_steps: int,
-  data: config_lib.DataConfig,
-  mesh: Mesh,
-) -> Functions:
+def functions(config: config_lib.Config, mesh: Mesh) -> Functions:
   """The functions of a run on `mesh`, whose devices need not exist."""
+  model = config.model
   check_kernels(model, mesh)
-  optimizer = optimizer_lib.make(optimizer_config, num_steps)
-  learning_rate = optimizer_lib.learning_rate(optimizer_config, num_steps)
-  create = functools.partial(transformer.Transformer, model)
-  graphdef, _ = nnx.split(nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0))))
+  check_transport(model, mesh)
+  optimizer = optimizer_lib.make(config.optimizer, config.num_steps)
+  learning_rate = optimizer_lib.learning_rate(
+    config.optimizer, config.num_steps
+  )
+  layout = layout_lib.of(model, config.mesh)
 
-  def network(params):
-    return nnx.merge(graphdef, nnx.State(params))
-
-  def init(seed):
-    fresh = create(rngs=nnx.Rngs(jax.random.key(seed)))
+  def canonical_init(seed):
+    fresh = transformer.Transformer(model, rngs=nnx.Rngs(jax.random.key(seed)))
     params = nnx.to_pure_dict(nnx.state(fresh))
     router_bias = None
     if model.num_moe_blocks:
@@ -158,103 +183,67 @@ def functions(
       jnp.zeros((), jnp.int32), params, optimizer.init(params), router_bias
     )
 
-  shapes = jax.eval_shape(init, 0)
-  param_specs = sharding.specs(shapes.params)
-  abstract_state = jax.tree.map(
-    lambda leaf, spec: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
-    ),
-    shapes,
-    sharding.specs(shapes),
-  )
+  def specs(tree):
+    return sharding.specs(tree, mesh, model.stack, config.mesh.head)
 
-  def nats_and_stats(params, router_bias, tokens):
-    logits, stats = network(params).logits_and_stats(
-      tokens[:, :-1], router_bias
-    )
-    nats = optax.softmax_cross_entropy_with_integer_labels(
-      logits, tokens[:, 1:]
-    )
-    return precision.mark('loss', jnp.sum(nats, axis=1)), stats
+  def rows(reorder):
+    """A function of states that reorders every leaf of the stack."""
 
-  def gradient(params, router_bias, tokens):
-    """Of the sum over local tokens, with that sum and the experts' loads."""
+    def leaf(path, x):
+      names = sharding.names(path)
+      stacked = sharding.spec(names, model.stack)[:1] == (sharding.PIPE,)
+      return reorder(x) if stacked else x
 
-    def objective(params):
-      rows, stats = nats_and_stats(params, router_bias, tokens)
-      nats = jnp.sum(rows)
-      total, load = nats, None
-      if stats is not None:
-        load = (stats.load, stats.dropped)
-        if model.moe.balance_loss:
-          balance = jnp.sum(stats.balance_loss) * rows.size * data.seq_len
-          total = total + model.moe.balance_loss * balance
-      return total, (nats, load)
+    return functools.partial(jax.tree_util.tree_map_with_path, leaf)
 
-    grads, (nats, load) = jax.grad(objective, has_aux=True)(params)
-    return nats, grads, load
-
-  def local_loss_and_grads(params, router_bias, tokens):
-    # The local gradient first, then one sum over devices: parameters must vary
-    # over the mesh, or autodiff would sum at every use of them.
-    params, router_bias = _varying((params, router_bias))
-    parts = sharding.microbatches(tokens, data)
-    if len(parts) == 1:
-      nats, grads, load = gradient(params, router_bias, tokens)
-    else:
-      zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(gradient, params, router_bias, parts[0]),
-      )
-
-      def add(total, part):
-        one = gradient(params, router_bias, part)
-        return jax.tree.map(jnp.add, total, one), None
-
-      (nats, grads, load), _ = jax.lax.scan(add, _varying(zeros), parts)
-    scale = 1 / (data.batch_size * data.seq_len)
-    nats = jax.lax.psum(nats, sharding.AXES) * scale
-    # Over the devices that have the same part of a parameter.
-    grads = jax.tree.map(
-      lambda leaf, spec: (
-        jax.lax.psum(
-          leaf, sharding.AXES if spec == sharding.WHOLE else sharding.DATA
-        )
-        * scale
+  def abstract(shapes):
+    return jax.tree.map(
+      lambda leaf, spec: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)
       ),
-      grads,
-      param_specs,
+      shapes,
+      specs(shapes),
     )
-    if load is not None:
-      counts, dropped = _varying(load)
-      load = (
-        jax.lax.psum(counts, sharding.AXES),
-        jax.lax.pmean(dropped, sharding.AXES) / len(parts),
-      )
-    return nats, grads, load
 
+  place, canonical = rows(layout.place), rows(layout.canonical)
+  shapes = jax.eval_shape(canonical_init, 0)
+  placed = jax.eval_shape(place, shapes)
+  param_specs, bias_spec = specs(placed.params), specs(placed).router_bias
+  local = loss.build(model, config.data, config.mesh, mesh, param_specs, layout)
   over_devices = functools.partial(
     jax.shard_map,
     mesh=mesh,
     check_vma=dispatch.knows_axes(model.connection.implementation, mesh),
   )
   loss_and_grads = over_devices(
-    local_loss_and_grads,
-    in_specs=(param_specs, sharding.WHOLE, sharding.BATCH),
-    out_specs=(sharding.WHOLE, param_specs, sharding.WHOLE),
+    local.loss_and_grads,
+    in_specs=(param_specs, bias_spec, sharding.BATCH),
+    out_specs=(sharding.WHOLE, param_specs, sharding.ROWS),
+  )
+  row_nats = over_devices(
+    local.row_nats,
+    in_specs=(param_specs, bias_spec, sharding.BATCH),
+    out_specs=sharding.BATCH,
+  )
+  matrices = over_devices(
+    local.matrices,
+    in_specs=(param_specs, bias_spec, sharding.WHOLE),
+    out_specs=(sharding.ROWS, sharding.WHOLE),
   )
 
   def train_step(state, tokens):
-    loss, grads, load = loss_and_grads(state.params, state.router_bias, tokens)
+    mean_nats, grads, load = loss_and_grads(
+      state.params, state.router_bias, tokens
+    )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics = {
-      'loss/train': loss,
+      'loss/train': mean_nats,
       'grad/global_norm': optax.tree.norm(grads),
       'optimizer/learning_rate': learning_rate(state.step),
     }
     router_bias = state.router_bias
     if load is not None:
-      metrics |= moe.load_metrics(*load)
+      metrics |= moe.load_metrics(*map(layout.canonical, load))
       if model.moe.router == 'bias':
         router_bias = moe.updated_bias(
           router_bias, load[0], model.moe.bias_speed
@@ -262,46 +251,29 @@ def functions(
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state, router_bias), metrics
 
-  def local_nats(params, router_bias, tokens):
-    def score(part):
-      return nats_and_stats(params, router_bias, part)[0]
-
-    parts = sharding.microbatches(tokens, data)
-    if len(parts) == 1:
-      return score(tokens)
-    return jax.lax.map(score, parts).reshape(-1)
-
-  row_nats = over_devices(
-    local_nats,
-    in_specs=(param_specs, sharding.WHOLE, sharding.BATCH),
-    out_specs=sharding.BATCH,
-  )
-
   def probe(state, tokens):
-    matrices = network(state.params).mixing_matrices(tokens, state.router_bias)
-    return gains.profile(matrices)
+    stack, before = matrices(state.params, state.router_bias, tokens)
+    stack = layout.canonical(stack)
+    if before is not None:
+      stack = jnp.concatenate([before, stack])
+    return gains.profile(stack.reshape(-1, *stack.shape[2:]))
 
   return Functions(
-    abstract_state=abstract_state,
+    abstract_state=abstract(placed),
+    canonical_state=abstract(shapes),
+    layout=layout,
     abstract_tokens=jax.ShapeDtypeStruct(
-      (data.batch_size, data.seq_len + 1),
+      (config.data.batch_size, config.data.seq_len + 1),
       jnp.int32,
       sharding=NamedSharding(mesh, sharding.BATCH),
     ),
-    init=init,
+    place=place,
+    canonical=canonical,
+    init=lambda seed: place(canonical_init(seed)),
+    loss_and_grads=loss_and_grads,
     train_step=train_step,
     row_nats=lambda state, tokens: row_nats(
       state.params, state.router_bias, tokens
     ),
     probe=probe,
   )
-
-
-def _varying(tree):
-  """Every leaf as one that may differ between any two devices."""
-
-  def leaf(x):
-    missing = set(sharding.AXES) - jax.typeof(x).mat.varying
-    return jax.lax.pcast(x, tuple(missing), to='varying') if missing else x
-
-  return jax.tree.map(leaf, tree)

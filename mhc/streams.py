@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mhc import axes
+
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -84,10 +86,7 @@ def normed_projection(
   """
   # Inside a shard_map phi may be whole on every device where x is not. Casting
   # it here, outside of the custom gradient, lets autodiff sum phi's gradient.
-  split = jax.typeof(x).mat.varying - jax.typeof(phi).mat.varying
-  if split:
-    phi = jax.lax.pcast(phi, tuple(split), to='varying')
-  return _normed_projection(x, phi, norm_eps)
+  return _normed_projection(x, axes.vary(phi, axes.over(x)), norm_eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -44,9 +44,7 @@ def train(
   heldout = data.heldout_rows(
     corpus, config.data.seq_len, config.eval_sequences
   )
-  mesh = sharding.make_mesh(
-    config.num_devices, config.data, config.num_expert_shards
-  )
+  mesh = sharding.make_mesh(config.mesh, config.data)
   step_lib.check_kernels(config.model, mesh)
   checkpoint.claim(workdir, config)
   if corpus.tokenizer is not None and corpus.tokenizer.name != 'bytes':
@@ -62,9 +60,11 @@ def train(
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(workdir, config.keep_checkpoints)
     )
-    state = checkpoints.restore(programs.abstract_state, batches)
+    state = checkpoints.restore(programs.functions.canonical_state, batches)
     if state is None:
       state = programs.init(config.seed)
+    else:
+      state = programs.place(state)
     start = int(state.step)
     writers = [writer.JsonLines(workdir / 'metrics.jsonl', start)]
     if config.tensorboard:
@@ -128,11 +128,14 @@ def train(
         values['mhc/gain_bwd_max'] = float(profile['composite_bwd'].max())
       record(step, values)
       if saving:
-        checkpoints.save(state, batches)
+        checkpoints.save(programs.canonical(state), batches)
       pending, clock = None, time.perf_counter()
 
   summary = {
-    'num_params': sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    'num_params': sum(
+      leaf.size
+      for leaf in jax.tree.leaves(programs.functions.canonical_state.params)
+    ),
     'predicted_activation_bytes': sum(
       memory.predicted(config, programs.mesh.size).values()
     ),

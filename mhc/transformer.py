@@ -8,14 +8,16 @@ not depend on the depth; with experts there are two stacks, the leading dense
 blocks and the others.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mhc import attention
+from mhc import axes
 from mhc import config as config_lib
 from mhc import connections
 from mhc import layers
@@ -23,6 +25,15 @@ from mhc import moe
 from mhc import precision
 from mhc import recompute
 from mhc import streams
+
+# Makes the block at hand of a stack, by its name, from the part of it that the
+# device keeps.
+Whole = Callable[[str, nnx.Module], nnx.Module]
+
+
+def _as_it_is(name, block):
+  del name
+  return block
 
 
 class Aux(NamedTuple):
@@ -138,11 +149,13 @@ class Transformer(nnx.Module):
     self,
     tokens: Int[Array, 'b t'],
     router_bias: Float[Array, 'l e'] | None = None,
+    *,
+    whole: Whole = _as_it_is,
   ) -> tuple[Float[Array, 'b t v'], moe.Stats | None]:
     """The logits and each expert layer's `Stats`, stacked; None without."""
-    state, auxes = self._run(tokens, router_bias)
+    state, auxes = self._run(tokens, router_bias, whole=whole)
     stats = auxes[-1].stats
-    return self._logits(state, tokens.shape), stats
+    return self.logits(self.close(state), tokens.shape), stats
 
   def decode(
     self,
@@ -161,7 +174,7 @@ class Transformer(nnx.Module):
     cache = jax.tree.map(
       lambda *stacks: jnp.concatenate(stacks), *(aux.cache for aux in auxes)
     )
-    return self._logits(state, tokens.shape), cache
+    return self.logits(self.close(state), tokens.shape), cache
 
   def empty_cache(self, batch_size: int, size: int) -> attention.Cache:
     """For rows of up to `size` tokens, all blocks stacked."""
@@ -175,57 +188,150 @@ class Transformer(nnx.Module):
     self,
     tokens: Int[Array, 'b t'],
     router_bias: Float[Array, 'l e'] | None = None,
+    *,
+    whole: Whole = _as_it_is,
   ) -> Float[Array, 'm s n n']:
     """H_res of every sub-layer m and token s = b t, in order of depth."""
-    _, auxes = self._run(tokens, router_bias, collect=True)
+    _, auxes = self._run(tokens, router_bias, collect=True, whole=whole)
     matrices = [aux.contexts for aux in auxes]
     return jnp.concatenate(
       [stack.reshape(-1, *stack.shape[2:]) for stack in matrices]
     )
 
-  def _logits(self, state, shape):
+  def open(
+    self,
+    tokens: Int[Array, 'b t'],
+    *,
+    collect: bool = False,
+  ) -> tuple[connections.State, Aux | None]:
+    """What stands before `config.stack`: embedding and other blocks, if any."""
+    state, aux = self._embed(tokens), None
+    if self.config.stack == 'moe_blocks' and self.dense_blocks is not None:
+      state, aux = self._through(
+        'dense_blocks', None, state, tokens.shape, collect=collect
+      )
+    return connections.land(self.config.connection, state), aux
+
+  def stage(
+    self,
+    state: connections.State,
+    batch: tuple[int, int],
+    router_bias: Float[Array, 'l e'] | None,
+    active: Bool[Array, 'l'] | None = None,
+    *,
+    collect: bool = False,
+  ) -> tuple[connections.State, Aux]:
+    """The blocks of `config.stack`, one stage of a pipeline.
+
+    Args:
+      state: what `open` or the stage before has returned, of tokens `batch`.
+      router_bias: with experts, of these l blocks.
+      active: False leaves the state as it is; None for all True.
+      collect: as for `mixing_matrices`, which are `aux.contexts` then.
+    """
+    connection = self.config.connection
+    state, aux = self._through(
+      self.config.stack,
+      router_bias,
+      connections.take_off(connection, state),
+      batch,
+      active=active,
+      collect=collect,
+    )
+    return connections.land(connection, state), aux
+
+  def close(self, state: connections.State) -> Float[Array, 's d']:
+    """The streams as one, normed: what the head reads."""
     h = connections.close_streams(self.config.connection, state, self.collapse)
-    h = self.norm(h)
-    logits = self.head(h.reshape(*shape, -1)).astype(jnp.float32)
+    return self.norm(h)
+
+  def logits(
+    self, h: Float[Array, 's d'], batch: tuple[int, int]
+  ) -> Float[Array, 'b t v']:
+    logits = self.head(h.reshape(*batch, -1)).astype(jnp.float32)
     return precision.mark('logits', logits)
 
-  def _run(self, tokens, router_bias, *, collect=False, cache=None, start=None):
-    """The last state, and the `Aux` of each stack of blocks.
+  def _embed(self, tokens):
+    x = self.embed(tokens, jnp.dtype(self.config.dtype))
+    # Tokens in one dimension: connections reshape to that, and what keeps its
+    # shape is kept once for the backward pass.
+    return connections.open_streams(
+      self.config.connection, x.reshape(-1, self.config.dim)
+    )
 
-    The contexts in it are the matrices H_res if they are to be collected.
-    """
+  def _run(
+    self,
+    tokens,
+    router_bias,
+    *,
+    collect=False,
+    cache=None,
+    start=None,
+    whole=_as_it_is,
+  ):
+    """The last state, and the `Aux` of each stack of blocks."""
     config = self.config
     if (router_bias is None) != (self.moe_blocks is None):
       raise ValueError('router_bias is for models with experts, and only those')
-    x = self.embed(tokens, jnp.dtype(config.dtype))
-    # Tokens in one dimension: connections reshape to that, and what keeps its
-    # shape is kept once for the backward pass.
-    batch = x.shape[:2]
-    state = connections.open_streams(
-      config.connection, x.reshape(-1, config.dim)
-    )
+    state = self._embed(tokens)
+    auxes, num_dense = [], config.num_blocks - config.num_moe_blocks
+    for name, bias, part in (
+      ('dense_blocks', None, slice(num_dense)),
+      ('moe_blocks', router_bias, slice(num_dense, None)),
+    ):
+      if getattr(self, name) is None:
+        continue
+      state, aux = self._through(
+        name,
+        bias,
+        state,
+        tokens.shape,
+        cache=jax.tree.map(lambda leaf, part=part: leaf[part], cache),
+        start=start,
+        collect=collect,
+        whole=whole,
+      )
+      auxes.append(aux)
+    return state, auxes
+
+  def _through(
+    self,
+    name,
+    bias,
+    state,
+    batch,
+    *,
+    cache=None,
+    start=None,
+    active=None,
+    collect=False,
+    whole=_as_it_is,
+  ):
+    """A stack of blocks; the contexts are the H_res if they are collected."""
+    config, blocks = self.config, getattr(self, name)
 
     def run(state, inputs):
-      block, bias, cache = inputs
+      block, bias, cache, _ = inputs
+      block = whole(name, block)
       state, aux = block(state, batch, bias, cache, start)
       matrices = None
       if collect:
         matrices = jnp.stack([*map(connections.mixing_matrices, aux.contexts)])
       return state, aux._replace(contexts=matrices)
 
-    auxes, num_dense = [], config.num_blocks - config.num_moe_blocks
-    for blocks, bias, part in (
-      (self.dense_blocks, None, slice(num_dense)),
-      (self.moe_blocks, router_bias, slice(num_dense, None)),
-    ):
-      if blocks is None:
-        continue
-      state, aux = recompute.scan(
-        run,
-        state,
-        (blocks, bias, jax.tree.map(lambda leaf, part=part: leaf[part], cache)),
-        policy=config.recompute,
-        blocks=recompute.interval(config) // 2,
-      )
-      auxes.append(aux)
-    return state, auxes
+    def run_if_active(state, inputs):
+      def skip(state, inputs):
+        aux = jax.eval_shape(run, state, inputs)[1]
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), aux)
+        return state, axes.vary(zeros, axes.over((state, inputs)))
+
+      return jax.lax.cond(inputs[-1], run, skip, state, inputs)
+
+    length = len(jax.tree.leaves(blocks)[0])
+    return recompute.scan(
+      run if active is None else run_if_active,
+      state,
+      (blocks, bias, cache, active),
+      policy=config.recompute,
+      blocks=recompute.interval(config, length) // 2,
+    )

@@ -17,6 +17,12 @@ data.seq_len
 eval_every
 eval_sequences
 keep_checkpoints
+mesh.chunks
+mesh.expert
+mesh.head
+mesh.num_devices
+mesh.pipe
+mesh.schedule
 model.attention.head_dim
 model.attention.kv_rank
 model.attention.num_heads
@@ -35,6 +41,7 @@ model.dtype
 model.ffn_dim
 model.moe.balance_loss
 model.moe.bias_speed
+model.moe.buffer_factor
 model.moe.capacity_factor
 model.moe.dispatch
 model.moe.expert_dim
@@ -43,13 +50,12 @@ model.moe.num_dense_blocks
 model.moe.num_experts
 model.moe.num_shared
 model.moe.router
+model.moe.transport
 model.norm_eps
 model.num_blocks
 model.recompute
 model.recompute_every
 model.vocab_size
-num_devices
-num_expert_shards
 num_steps
 optimizer.b1
 optimizer.b2

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures('optax_promotion')
 
 TINY = config.Config(
   num_steps=10,
-  num_devices=2,
+  mesh=config.MeshConfig(num_devices=2),
   model=config.ModelConfig(
     num_blocks=2,
     dim=128,

@@ -130,7 +130,7 @@ MISTAKES = {
     ['capacity_factor=0', 'positive'],
   ),
   'too many devices': (
-    ['--config.num_devices=3', '--config.data.batch_size=3'],
+    ['--config.mesh.num_devices=3', '--config.data.batch_size=3'],
     ['num_devices=3', '1 cpu'],
   ),
 }

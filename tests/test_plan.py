@@ -72,7 +72,10 @@ def test_impossible_topologies():
   with pytest.raises(ValueError, match=r"'v5q:2x2'.*v5p:2x2x1"):
     plan.make(TINY, 'v5q:2x2')
   with pytest.raises(ValueError, match=r'num_devices=8.*4 tpu'):
-    plan.make(dataclasses.replace(TINY, num_devices=8), 'v5e:2x2')
+    plan.make(
+      dataclasses.replace(TINY, mesh=config.MeshConfig(num_devices=8)),
+      'v5e:2x2',
+    )
 
 
 MODULE = """\

@@ -40,7 +40,7 @@ def trained(num_devices, kind):
   connection = config.ConnectionConfig(kind=kind)
   settings = dataclasses.replace(
     TINY,
-    num_devices=num_devices,
+    mesh=config.MeshConfig(num_devices=num_devices),
     model=dataclasses.replace(TINY.model, connection=connection),
   )
   programs = step.build(settings)
@@ -82,8 +82,7 @@ def test_experts_over_devices(dispatch):
     programs = step.build(
       dataclasses.replace(
         TINY,
-        num_devices=num_devices,
-        num_expert_shards=shards,
+        mesh=config.MeshConfig(num_devices=num_devices, expert=shards),
         model=dataclasses.replace(TINY.model, moe=experts),
       )
     )
@@ -109,15 +108,15 @@ def test_experts_over_devices(dispatch):
 def test_an_expert_axis_that_does_not_fit():
   experts = config.MoEConfig(num_experts=6, num_dense_blocks=1)
   model = dataclasses.replace(TINY.model, moe=experts)
-  with pytest.raises(ValueError, match=r'num_experts=6.*num_expert_shards=4'):
-    dataclasses.replace(TINY, model=model, num_expert_shards=4)
-  with pytest.raises(ValueError, match=r'num_experts=0.*num_expert_shards=2'):
-    dataclasses.replace(TINY, num_expert_shards=2)
-  with pytest.raises(ValueError, match=r'num_devices=4.*num_expert_shards=3'):
-    sharding.make_mesh(4, TINY.data, 3)
+  with pytest.raises(ValueError, match=r'num_experts=6.*mesh.expert=4'):
+    dataclasses.replace(TINY, model=model, mesh=config.MeshConfig(expert=4))
+  with pytest.raises(ValueError, match=r'num_experts=0.*mesh.expert=2'):
+    dataclasses.replace(TINY, mesh=config.MeshConfig(expert=2))
+  with pytest.raises(ValueError, match=r'num_devices=4.*mesh.expert=3'):
+    config.MeshConfig(num_devices=4, expert=3)
 
 
-def test_the_table_of_layouts_splits_experts_only():
+def test_matrices_and_their_moments_are_split_over_data():
   settings = dataclasses.replace(
     TINY,
     model=dataclasses.replace(
@@ -125,13 +124,15 @@ def test_the_table_of_layouts_splits_experts_only():
     ),
   )
   state = step.build(settings).abstract_state
-  split = [
-    leaf.shape
-    for leaf in jax.tree.leaves(state)
-    if leaf.sharding.spec == sharding.EXPERTS
-  ]
-  # gate, up and down, each with both of Adam's moments.
-  assert sorted(split) == [(1, 4, 16, 16)] * 9
+  whole = {
+    sharding.names(path)[-1]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    if sharding.DATA not in leaf.sharding.spec
+  }
+  # With Adam's count and the two counters of steps.
+  assert whole == {'alpha', 'bias', 'gain', 'count', 'step', 'router_bias'}
+  gate = state.opt_state[1][0].mu['moe_blocks']['ffn']['gate']
+  assert gate.sharding.spec == sharding.P('pipe', 'expert', 'data')
 
 
 def test_microbatches_add_up():
@@ -142,7 +143,7 @@ def test_microbatches_add_up():
     programs = step.build(
       dataclasses.replace(
         TINY,
-        num_devices=2,
+        mesh=config.MeshConfig(num_devices=2),
         data=dataclasses.replace(TINY.data, microbatch_size=size),
         model=dataclasses.replace(TINY.model, moe=experts),
       )
@@ -212,14 +213,14 @@ def test_the_mesh_takes_the_devices_that_divide_the_batch():
     data = config.DataConfig(
       batch_size=batch_size, microbatch_size=microbatch_size
     )
-    return sharding.make_mesh(num_devices, data)
+    return sharding.make_mesh(config.MeshConfig(num_devices), data)
 
   assert mesh(0, 8).size == 8
   assert mesh(0, 12).size == 6
   assert mesh(0, 7).size == 7
   with pytest.raises(ValueError, match=r'num_devices=9.*8 cpu'):
     mesh(9, 9)
-  with pytest.raises(ValueError, match=r'batch_size=6.*num_devices=4'):
+  with pytest.raises(ValueError, match=r'batch_size=6.* 4 device'):
     mesh(4, 6)
   with pytest.raises(ValueError, match=r'microbatch_size=4.*12 rows.* are 6'):
     mesh(2, 12, 4)

@@ -1,0 +1,124 @@
+"""What the operations of a pipeline leave for each other, and how it travels.
+
+Every device holds V of the S = P V stages. F(s, m) and B(s, m) are the ticks of
+stage s for microbatch m, -1 for nothing. Kept, each in a slot of a buffer:
+
+    act   input of stage s > 0    end of tick F(s - 1, m)        to B(s, m)
+    grad  of the output, s < S-1  start of tick B(s + 1, m) + 1  to B(s, m)
+    head  the same of s = S - 1   tick F(s, m), between F and B  to B(s, m)
+
+In a schedule without B an input is kept to F(s, m). A head's gradient is kept
+where the head is not a part of B(S - 1, m).
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Placement = Literal['linear', 'loop', 'vshape']
+Head = Literal['last', 'vocab']
+Index = tuple[int, ...]
+
+SIDES = {1: 'right', -1: 'left', 0: 'self'}
+
+
+def stage_of(
+  placement: Placement, num_devices: int, device: int, chunk: int
+) -> int:
+  """linear, loop: v P + d. vshape: d on the way out, 2 P - 1 - d back."""
+  if placement == 'vshape' and chunk == 1:
+    return 2 * num_devices - 1 - device
+  return chunk * num_devices + device
+
+
+def places(
+  placement: Placement, num_devices: int, num_chunks: int
+) -> list[tuple[int, int]]:
+  """(device, chunk) of each stage."""
+  return sorted(
+    ((d, v) for d in range(num_devices) for v in range(num_chunks)),
+    key=lambda place: stage_of(placement, num_devices, *place),
+  )
+
+
+def shift(placement: Placement, num_devices: int, stage: int) -> int:
+  """From a stage's device to that of the next: 1, -1, or 0 if it is the same.
+
+  A loop is a ring: from device P - 1 on to device 0 is 1 too.
+  """
+  if placement == 'vshape':
+    return int(np.sign(num_devices - 1 - stage))
+  return int(num_devices > 1)
+
+
+class Handover(NamedTuple):
+  """A slot's use, from the end of tick `start` to the end of tick `end`.
+
+  Attributes:
+    what: 'act', 'grad' or 'head'.
+    stage: whose input, or gradient of the output, it is.
+    microbatch: m.
+    device: the stage's.
+    shift: of the channel that it comes through, 0 for none.
+    start: the slot may be read in this tick for the last time before.
+    end: it is read in this tick for the last time.
+    stored: (column, index) of the table's entry to store it by.
+    read: (column, index) of those to read it by.
+  """
+
+  what: str
+  stage: int
+  microbatch: int
+  device: int
+  shift: int
+  start: int
+  end: int
+  stored: tuple[str, Index]
+  read: list[tuple[str, Index]]
+
+  def __str__(self):
+    return (
+      f'tick {self.stored[1][0]}: {self.what} for stage {self.stage}, '
+      f'microbatch {self.microbatch}'
+    )
+
+
+def handovers(
+  placement: Placement,
+  num_devices: int,
+  head: Head,
+  f: np.ndarray,
+  b: np.ndarray,
+) -> Iterator[Handover]:
+  """All of a pipeline whose operations are in ticks f and b, [S, M]."""
+  last = len(f) - 1
+  where = places(placement, num_devices, len(f) // num_devices)
+  for s, m in np.ndindex(*f.shape):
+    device, _ = where[s]
+    tick_f, tick_b = int(f[s, m]), int(b[s, m])
+    if s > 0:
+      side, start = shift(placement, num_devices, s - 1), int(f[s - 1, m])
+      yield Handover(
+        *('act', s, m, device, side, start, max(tick_f, tick_b)),
+        stored=(f'ra_{SIDES[side]}', (start, device)),
+        read=[
+          (column, (tick, device))
+          for column, tick in (('f_slot', tick_f), ('b_slot', tick_b))
+          if tick >= 0
+        ],
+      )
+    if s < last and tick_b >= 0:
+      side, start = -shift(placement, num_devices, s), int(b[s + 1, m])
+      yield Handover(
+        *('grad', s, m, device, side, start, tick_b),
+        stored=(f'rg_{SIDES[side]}', (start + 1, device)),
+        read=[('b_gslot', (tick_b, device))],
+      )
+    if s == last and head == 'vocab':
+      # It is stored before the tick's B has read what it reads.
+      yield Handover(
+        *('head', s, m, device, 0, tick_f - 1, tick_b),
+        stored=('h_slot', (tick_f,)),
+        read=[('b_hslot', (tick_b, device))],
+      )

@@ -1,0 +1,120 @@
+"""Which device of a pipeline holds which transformer block.
+
+A stack of L blocks is cut into p v stages, v on each of p devices. In order of
+depth the stack is canonical: so it is initialised, and so it lies in a
+checkpoint. While it trains it is placed: row
+
+    (device * v + chunk) * r + position      of p v r rows,
+
+r the blocks of the longest stage, so that a split of the rows over p devices
+gives each its own stages. A shorter stage ends in rows of zeros, which are
+never computed. Stages differ where p v does not divide L: the first is shorter
+by the blocks that stand before the stack (it computes those as well), then the
+last ones are, next to the head.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mhc import config as config_lib
+from mhc import orders
+from mhc import schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Of `num_blocks` stacked blocks, `num_before` others standing before them.
+
+  Raises:
+    ValueError: some stage would be left without a block.
+  """
+
+  num_blocks: int
+  num_before: int = 0
+  num_devices: int = 1
+  num_chunks: int = 1
+  placement: schedule.Placement = 'linear'
+
+  def __post_init__(self):
+    if min(self.stages[1:], default=1) < 1:
+      raise ValueError(
+        f'{self.num_devices} pipeline devices with {self.num_chunks} stage(s) '
+        f'each are {len(self.stages)} stages, more than the '
+        f'{self.num_before + self.num_blocks} blocks can fill: lower mesh.pipe '
+        'or mesh.chunks, or take a schedule with one stage a device'
+      )
+
+  @functools.cached_property
+  def stages(self) -> tuple[int, ...]:
+    """Stacked blocks of every stage."""
+    number, before = self.num_devices * self.num_chunks, self.num_before
+    longest = -(-(self.num_blocks + before) // number)
+    stages = [max(0, longest - before)] + [longest] * (number - 1)
+    excess, stage = sum(stages) - self.num_blocks, number - 1
+    while excess > 0:
+      stages[stage] -= 1
+      excess -= 1
+      stage = stage - 1 if stage > 1 else number - 1
+    return tuple(stages)
+
+  @property
+  def rows(self) -> int:
+    """Of one stage."""
+    return max(self.stages)
+
+  @functools.cached_property
+  def order(self) -> np.ndarray:
+    """The canonical index of every placed row, -1 for padding; int32."""
+    starts = np.cumsum((0, *self.stages))
+    order = np.full((self.num_devices, self.num_chunks, self.rows), -1)
+    for device in range(self.num_devices):
+      for chunk in range(self.num_chunks):
+        stage = schedule.stage_of(
+          self.placement, self.num_devices, device, chunk
+        )
+        size = self.stages[stage]
+        order[device, chunk, :size] = starts[stage] + np.arange(size)
+    return order.reshape(-1).astype(np.int32)
+
+  @property
+  def is_canonical(self) -> bool:
+    return np.array_equal(self.order, np.arange(self.num_blocks))
+
+  def place(self, stack: jax.Array) -> jax.Array:
+    """[l, ...] in order of depth -> rows."""
+    if self.is_canonical:
+      return stack
+    # Rows past the end read as zeros.
+    order = np.where(self.order < 0, self.num_blocks, self.order)
+    return jnp.take(
+      stack, order, axis=0, mode='fill', fill_value=0, unique_indices=False
+    )
+
+  def canonical(self, stack: jax.Array) -> jax.Array:
+    """Rows -> [l, ...] in order of depth."""
+    if self.is_canonical:
+      return stack
+    return jnp.take(stack, np.argsort(self.order)[-self.num_blocks :], axis=0)
+
+
+def of(model: config_lib.ModelConfig, mesh: config_lib.MeshConfig) -> Layout:
+  """Where the blocks of a model's stack are.
+
+  Raises:
+    ValueError: there are more stages than blocks.
+  """
+  num_blocks = model.num_moe_blocks or model.num_blocks
+  if mesh.pipe == 1:
+    return Layout(num_blocks)
+  order = orders.ORDERS[mesh.schedule]
+  return Layout(
+    num_blocks,
+    model.num_blocks - num_blocks,
+    mesh.pipe,
+    order.chunks or mesh.chunks,
+    order.placement,
+  )

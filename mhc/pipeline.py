@@ -1,0 +1,422 @@
+"""Runs a schedule of pipeline stages inside a `shard_map`.
+
+Every device runs the same program, a scan over the ticks of a static table
+(`schedule`), each tick as follows.
+
+    1. gradients that left a stage in the last tick arrive and are stored
+    2. F: one stage forward for one microbatch, or nothing
+    3. its output sets out for the next stage
+    4. the head, where the vocabulary is split over the stages
+    5. B: one stage's gradient for one microbatch, or nothing
+    6. what set out in 3 is stored
+
+F does not wait for the transfer of 1, nor B for that of 3: both travel while
+something is computed. B computes its stage again from the stage's input, which
+is all that is kept of a microbatch between F and B, and takes the gradient by
+`jax.vjp` under the model's recompute policy. The first stage embeds its tokens
+again instead of keeping anything; the last has its forward pass in B only.
+
+Collectives over `PIPE` stand outside the branches: a device that is idle must
+take part. Inside a branch there are only those over other axes, whose groups
+take the same branch. Everything that enters a branch varies over all axes, so
+that autodiff puts no sum over devices there.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mhc import schedule as schedule_lib
+from mhc import sharding
+
+PIPE = sharding.PIPE
+Tree = Any
+
+
+class Stages(NamedTuple):
+  """What a pipeline computes; c rows of t tokens are a microbatch.
+
+  open: shared, tokens int32 [c, t] -> state, what the first stage takes.
+  run: blocks [r, ...], bias [r, e] or None, active bool [r], state ->
+    state, what else the blocks add to the objective, statistics.
+  close: shared, state -> h [c t, d], what the head takes.
+  score: shared, h, targets int32 [c, t] -> nats float32 [c]. With head='vocab'
+    of a vocabulary that is split over PIPE: called by all devices at once.
+  """
+
+  open: Callable
+  run: Callable
+  close: Callable
+  score: Callable
+
+
+class Parts(NamedTuple):
+  """What one device has, inside a `shard_map`."""
+
+  blocks: Tree  # its rows of the stack, [v r, ...], see `layout`
+  bias: Float[Array, 'vr e'] | None  # of the router, with experts
+  active: Bool[Array, 'vr'] | None  # which rows are blocks; None for all
+  shared: Tree  # every other parameter
+  tokens: Int[Array, 'm c t1']  # t + 1 of a row, inputs and targets
+
+
+class Gradients(NamedTuple):
+  """Sums over a device's microbatches, not yet over devices."""
+
+  nats: Float[Array, '']
+  blocks: Tree  # [v r, ...] float32
+  shared: Tree  # float32
+  stats: Tree  # of each block, [v r, ...]
+
+
+def gradients(
+  schedule: schedule_lib.Schedule,
+  stages: Stages,
+  parts: Parts,
+  *,
+  pollute: bool = False,
+) -> Gradients:
+  """The gradient of the summed loss of a device's microbatches.
+
+  Args:
+    schedule: for as many microbatches and the devices of the axis PIPE.
+    stages: the functions.
+    parts: what they are applied to.
+    pollute: fill every buffer and the output of every idle device with NaN,
+      to test that nothing of it is used.
+  """
+  do = _Local(schedule, stages, parts)
+  empty = jnp.nan if pollute else 0
+
+  def fresh(shapes, *extra):
+    return _full(shapes, empty, *extra)
+
+  def forward(my, x):
+    """F: the stage's output and, for a split head, what the head takes."""
+
+    def run():
+      y = do.run(my, 'f', x)[0]
+      if schedule.head == 'last':
+        return y, None
+      return y, jax.lax.cond(
+        my['f_last'] == 1, lambda: do.close(y), lambda: fresh(do.hidden)
+      )
+
+    def idle():
+      h = None if schedule.head == 'last' else fresh(do.hidden)
+      return fresh(do.state), h
+
+    return jax.lax.cond(my['f_chunk'] >= 0, run, idle)
+
+  def head(h, index, total):
+    """The loss of microbatch `index` at h, and its gradient at h."""
+
+    def loss(shared, h):
+      return jnp.sum(do.score(shared, h, index))
+
+    nats, (d_shared, dh) = jax.value_and_grad(loss, (0, 1))(do.shared, h)
+    return nats, dh, total._replace(shared=_add(total.shared, d_shared))
+
+  def split_head(h, hs, row, total):
+    h = _from_last(h, schedule)
+    nats, dh, total = head(h, row['h_mb'], total)
+    nats = jnp.where(_is_last(schedule), nats, 0)
+    return _put(hs, row['h_slot'], dh), _plus(total, nats)
+
+  def backward(my, x, incoming, dh, total):
+    """B: the gradient of the stage's input; the totals with its share."""
+
+    def run():
+      chunk, index = my['b_chunk'], my['b_mb']
+      x_ = do.start(my, 'b', x)
+      weights, bias, active = do.chunk(chunk)
+
+      def stage(weights, x):
+        y, extra, stats = stages.run(weights, bias, active, x)
+        return (y, extra), stats
+
+      (y, extra), pull, stats = jax.vjp(stage, weights, x_, has_aux=True)
+
+      def at_the_end(total):
+        h, pull = jax.vjp(stages.close, do.shared, y)
+        if schedule.head == 'vocab':
+          d_shared, dy = pull(dh)
+        else:
+          nats, dh_, total = head(h, index, total)
+          total = _plus(total, nats)
+          d_shared, dy = pull(dh_)
+        return dy, total._replace(shared=_add(total.shared, d_shared))
+
+      dy, sums = jax.lax.cond(
+        my['b_last'] == 1, at_the_end, lambda total: (incoming, total), total
+      )
+      d_weights, dx = pull((dy, jnp.ones_like(extra)))
+
+      def at_the_start(d_shared):
+        _, pull = jax.vjp(lambda shared: do.open(shared, index), do.shared)
+        return _add(d_shared, pull(dx)[0])
+
+      d_shared = jax.lax.cond(
+        my['b_first'] == 1, at_the_start, lambda same: same, sums.shared
+      )
+      return dx, Gradients(
+        sums.nats,
+        _add_at(sums.blocks, chunk, d_weights),
+        d_shared,
+        _add_at(sums.stats, chunk, stats),
+      )
+
+    return jax.lax.cond(
+      my['b_chunk'] >= 0, run, lambda: (fresh(do.state), total)
+    )
+
+  def tick(carry, row):
+    my = _mine(row)
+    xs, gs, hs, dx, total = carry
+    gs = _store(gs, 'rg', my, dx, _send(dx, 'grad', schedule))
+    # Read before the buffer is handed on, or XLA would copy all of it.
+    x_f, x_b = _slot(xs, my['f_slot']), _slot(xs, my['b_slot'])
+    xs, x_f, x_b = jax.lax.optimization_barrier((xs, x_f, x_b))
+    y, h = forward(my, x_f)
+    sent = _send(y, 'act', schedule)
+    dh = None
+    if schedule.head == 'vocab':
+      hs, total = jax.lax.cond(
+        row['h_mb'] >= 0,
+        lambda: split_head(h, hs, row, total),
+        lambda: (hs, total),
+      )
+      dh = _slot(hs, my['b_hslot'])
+    dx, total = backward(my, x_b, _slot(gs, my['b_gslot']), dh, total)
+    xs = _store(xs, 'ra', my, y, sent)
+    return (xs, gs, hs, dx, total), None
+
+  total = Gradients(
+    _full(jax.ShapeDtypeStruct((), jnp.float32), 0),
+    *(_full(_wide(tree), 0) for tree in (do.stack[0], do.shared)),
+    _full(do.stats, 0, schedule.num_chunks),
+  )
+  slots = (
+    fresh(do.state, max(1, schedule.num_slots)),
+    fresh(do.state, max(1, schedule.num_grad_slots)),
+    fresh(do.hidden, max(1, schedule.num_head_slots)),
+  )
+  carry = (*slots, fresh(do.state), total)
+  total = jax.lax.scan(tick, carry, _rows(schedule))[0][-1]
+  return total._replace(
+    blocks=_by_row(total.blocks), stats=_by_row(total.stats)
+  )
+
+
+def forward(
+  schedule: schedule_lib.Schedule, stages: Stages, parts: Parts
+) -> tuple[Float[Array, 'm c'], Tree]:
+  """The summed loss of every row, and what the blocks say of it.
+
+  Args:
+    schedule: of `schedule.build_forward`.
+    stages, parts: as for `gradients`.
+
+  Returns:
+    nats, on every device of PIPE; and the statistics of `stages.run` of each
+    microbatch at each block of this device, [v r, m, ...].
+  """
+  do = _Local(schedule, stages, parts)
+  num = schedule.num_microbatches
+
+  def tick(carry, row):
+    my = _mine(row)
+    xs, hs, kept = carry
+    x = _slot(xs, my['f_slot'])
+
+    def run():
+      chunk, index = my['f_chunk'], my['f_mb']
+      y, _, stats = do.run(my, 'f', x)
+      closed = jax.lax.cond(
+        my['f_last'] == 1, lambda: _put(hs, index, do.close(y)), lambda: hs
+      )
+      add = lambda kept, one: kept.at[chunk, :, index].set(one)
+      return y, closed, jax.tree.map(add, kept, stats)
+
+    y, hs, kept = jax.lax.cond(
+      my['f_chunk'] >= 0, run, lambda: (_full(do.state, 0), hs, kept)
+    )
+    xs = _store(xs, 'ra', my, y, _send(y, 'act', schedule))
+    return (xs, hs, kept), None
+
+  carry = (
+    _full(do.state, 0, max(1, schedule.num_slots)),
+    _full(do.hidden, 0, num),
+    jax.tree.map(
+      lambda leaf: _full(
+        jax.ShapeDtypeStruct(
+          (schedule.num_chunks, leaf.shape[0], num, *leaf.shape[1:]), leaf.dtype
+        ),
+        0,
+      ),
+      do.stats,
+    ),
+  )
+  (_, hs, kept), _ = jax.lax.scan(tick, carry, _rows(schedule))
+  hs = _from_last(hs, schedule)
+  nats = jax.lax.map(
+    lambda index: do.score(do.shared, _take(hs, index), index), jnp.arange(num)
+  )
+  return nats, _by_row(kept)
+
+
+class _Local:
+  """The stages' functions on one device's parts, all varying over all axes."""
+
+  def __init__(self, schedule, stages, parts):
+    parts = sharding.varying(parts)
+    self.stages = stages
+    self.stack = jax.tree.map(
+      lambda leaf: leaf.reshape(schedule.num_chunks, -1, *leaf.shape[1:]),
+      (parts.blocks, parts.bias, parts.active),
+    )
+    self.shared = parts.shared
+    self.inputs = parts.tokens[..., :-1]
+    self.targets = parts.tokens[..., 1:]
+    self.state = jax.eval_shape(self.open, self.shared, 0)
+    self.hidden = jax.eval_shape(self.close, self.state)
+    run = lambda x: stages.run(*self.chunk(0), x)[2]
+    self.stats = jax.eval_shape(run, self.state)
+
+  def chunk(self, index):
+    return jax.tree.map(lambda leaf: _take(leaf, index), self.stack)
+
+  def open(self, shared, index):
+    return self.stages.open(shared, _take(self.inputs, index))
+
+  def start(self, my, op, x):
+    """The input of the F or B at hand: x, or anew from tokens."""
+    return jax.lax.cond(
+      my[f'{op}_first'] == 1,
+      lambda: self.open(self.shared, my[f'{op}_mb']),
+      lambda: x,
+    )
+
+  def run(self, my, op, x):
+    return self.stages.run(
+      *self.chunk(my[f'{op}_chunk']), self.start(my, op, x)
+    )
+
+  def close(self, y):
+    return self.stages.close(self.shared, y)
+
+  def score(self, shared, h, index):
+    return self.stages.score(shared, h, _take(self.targets, index))
+
+
+def _rows(schedule):
+  return {name: jnp.asarray(column) for name, column in schedule.table.items()}
+
+
+def _mine(row):
+  """Of a row of the table, this device's part; what is for all stays."""
+  device = jax.lax.axis_index(PIPE)
+  return {
+    name: _take(column, device) if column.ndim else column
+    for name, column in row.items()
+  }
+
+
+def _from_last(tree, schedule):
+  """What the last stage's device has, on every device."""
+  here = _is_last(schedule)
+  return sharding.varying(
+    jax.tree.map(
+      lambda leaf: jax.lax.psum(jnp.where(here, leaf, 0), PIPE), tree
+    )
+  )
+
+
+def _is_last(schedule):
+  """Whether this device has the last stage."""
+  last = 0 if schedule.placement == 'vshape' else schedule.num_devices - 1
+  return jax.lax.axis_index(PIPE) == last
+
+
+def _send(tree, kind, schedule):
+  """The transfers of one kind: shift -> what arrives by it."""
+  size = schedule.num_devices
+  return {
+    shift: jax.tree.map(
+      lambda leaf, shift=shift: jax.lax.ppermute(
+        leaf, PIPE, [(d, (d + shift) % size) for d in range(size)]
+      ),
+      tree,
+    )
+    for channel, shift in schedule.channels
+    if channel == kind
+  }
+
+
+def _store(buffer, kind, my, own, arrived):
+  """Puts what arrived, or stays on this device, where the table says."""
+  for name, value in (
+    ('right', arrived.get(1)),
+    ('left', arrived.get(-1)),
+    ('self', own),
+  ):
+    if value is not None:
+      buffer = _put(buffer, my[f'{kind}_{name}'], value)
+  return buffer
+
+
+def _put(buffer, slot, value):
+  """buffer[slot] = value, nothing for slot -1."""
+
+  def leaf(buffer, value):
+    place = jnp.maximum(slot, 0)
+    old = _take(buffer, place)
+    new = jnp.where(slot >= 0, value, old)
+    return jax.lax.dynamic_update_index_in_dim(buffer, new, place, 0)
+
+  return jax.tree.map(leaf, buffer, value)
+
+
+def _slot(buffer, slot):
+  return jax.tree.map(lambda leaf: _take(leaf, jnp.maximum(slot, 0)), buffer)
+
+
+def _take(leaf, index):
+  return jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
+
+
+def _plus(total, nats):
+  return total._replace(nats=total.nats + nats)
+
+
+def _add(total, part):
+  return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, part)
+
+
+def _add_at(total, chunk, part):
+  return jax.tree.map(
+    lambda a, b: a.at[chunk].add(b.astype(a.dtype)), total, part
+  )
+
+
+def _by_row(tree):
+  return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+
+
+def _wide(tree):
+  """Shapes for sums."""
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), tree
+  )
+
+
+def _full(shapes, value, *extra):
+  """Arrays of one value, with the dimensions `extra` in front."""
+  return sharding.varying(
+    jax.tree.map(
+      lambda leaf: jnp.full((*extra, *leaf.shape), value, leaf.dtype), shapes
+    )
+  )

@@ -1,0 +1,182 @@
+r"""How long a transfer between devices keeps the links of their torus busy.
+
+Chips lie on a grid of 2 or 3 dimensions. Each has a link either way to its
+neighbours, of L bytes a second. A dimension closes to a ring where the slice is
+made of whole cubes (3 dimensions, all multiples of 4) or is 16 long (2
+dimensions); else it is a line. Two devices of one chip share its links, and
+need none between them. Latency counts nothing.
+
+Gathering B bytes to each of g chips, or reducing as many, which is the same
+backwards, takes every dimension that they span at once:
+
+    seconds = B (g-1)/g / sum_d L w_d / s_d
+
+w_d = 2 on a ring, both of whose directions carry, and 1 on a line, whose end
+has one link. s_d is the distance of neighbours in the group: s_d groups
+interleave, and share the links.
+
+A message from one device to another goes the shortest way, dimension by
+dimension, and
+
+    seconds = max over links of the bytes of all messages across it / L
+
+so a shift by h along a ring, B bytes from everybody, takes B h / L, and an
+exchange, where everybody's B bytes go out in g equal parts,
+
+    ring, g even:  B g / (8 L)    a byte goes g/4 far in the mean, and a chip
+                                  has two links to send by
+    line, g even:  B g / (4 L)    half of the bytes of half of the chips,
+                                  g/2 B/2, cross the link in the middle
+
+on its longest dimension.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Int
+import numpy as np
+
+from mhc import chips
+
+# A dimension of the torus, and which way along it: 0 forward, 1 backward.
+Link = tuple[int, int]
+Groups = Int[np.ndarray, 'groups members']  # by their numbers in the mesh
+Pairs = Int[np.ndarray, 'pairs 2']
+CUBE = 4
+RING = 16
+
+
+class Torus(NamedTuple):
+  """Where the devices of a mesh are.
+
+  Attributes:
+    places: [devices, dimensions], of the chip of each, in the mesh's order.
+    extents: of the slice, in chips.
+    rings: which dimensions close.
+    sharing: devices of a chip.
+    speed: L, of a link.
+  """
+
+  places: np.ndarray
+  extents: tuple[int, ...]
+  rings: tuple[bool, ...]
+  sharing: int
+  speed: float
+
+
+class Span(NamedTuple):
+  """What a group takes of a dimension: `size` chips, `stride` apart."""
+
+  dimension: int
+  size: int
+  stride: int
+  ring: bool
+
+
+class Use(NamedTuple):
+  """Of links: for how long the busiest one, and which ones."""
+
+  seconds: float
+  links: frozenset[Link]
+
+
+def of(
+  places: Int[np.ndarray, 'devices dimensions'], chip: chips.Chip
+) -> Torus:
+  """The smallest slice with chips at these coordinates, one for each device."""
+  places = places - places.min(axis=0)
+  extents = tuple(int(extent) + 1 for extent in places.max(axis=0))
+  if chip.links == 6:
+    rings = (all(extent % CUBE == 0 for extent in extents),) * len(extents)
+  else:
+    rings = tuple(extent == RING for extent in extents)
+  sharing = int(np.unique(places, axis=0, return_counts=True)[1].max())
+  return Torus(places, extents, rings, sharing, chip.link)
+
+
+def spans(
+  torus: Torus, group: Int[np.ndarray, ' members']
+) -> tuple[Span, ...] | None:
+  """The dimensions in which a group extends; None if it is no even grid."""
+  places = np.unique(torus.places[group], axis=0)
+  found, number = [], 1
+  for dimension, extent in enumerate(torus.extents):
+    values = np.unique(places[:, dimension])
+    number *= len(values)
+    if len(values) == 1:
+      continue
+    ring = torus.rings[dimension]
+    gaps = np.diff(values, append=values[0] + extent).tolist()
+    if not ring or len(set(gaps)) > 1:  # a line, that may lie across the seam
+      ring = False
+      gaps.pop(gaps.index(max(gaps)) if torus.rings[dimension] else -1)
+    if len(set(gaps)) > 1:
+      return None
+    found.append(Span(dimension, len(values), gaps[0], ring))
+  return tuple(found) if number == len(places) else None
+
+
+def gather(torus: Torus, groups: Groups, size: float) -> Use:
+  """Gathers `size` bytes to every device of each group, which are alike.
+
+  A group that is no grid passes them on from each to the next.
+  """
+  group = groups[0]
+  found = spans(torus, group)
+  if found is None:
+    following = np.roll(groups, -1, axis=1)
+    pairs = np.stack([groups.ravel(), following.ravel()], axis=1)
+    use = send(torus, pairs, size / len(group))
+    return use._replace(seconds=(len(group) - 1) * use.seconds)
+  if not found:
+    return Use(0.0, frozenset())
+  number = np.prod([span.size for span in found])
+  others = torus.sharing * number / len(group)  # groups on the same chips
+  speed = sum((2 if s.ring else 1) / s.stride for s in found) * torus.speed
+  seconds = others * size * (1 - 1 / number) / speed
+  links = {(span.dimension, way) for span in found for way in (0, 1)}
+  return Use(float(seconds), frozenset(links))
+
+
+def exchange(torus: Torus, groups: Groups, size: float) -> Use:
+  """Each device sends `size` bytes, an equal part to each of its group."""
+  number = groups.shape[1]
+  sources = np.repeat(groups, number, axis=1).ravel()
+  targets = np.tile(groups, (1, number)).ravel()
+  # Half of what is as far both ways goes either way.
+  return _use(
+    torus,
+    _loads(torus, sources, targets, size / number / 2, 0)
+    + _loads(torus, sources, targets, size / number / 2, 1),
+  )
+
+
+def send(torus: Torus, pairs: Pairs, size: float) -> Use:
+  """`size` bytes from the first to the second of every pair, in one message."""
+  sources, targets = pairs.T
+  return _use(torus, _loads(torus, sources, targets, size, 0))
+
+
+def _use(torus, loads):
+  busy = loads.max(axis=-1)
+  links = {(int(d), int(way)) for d, way in np.argwhere(busy)}
+  return Use(float(busy.max()) / torus.speed, frozenset(links))
+
+
+def _loads(torus, sources, targets, size, way_if_equal):
+  """[dimensions, ways, chips] bytes over the link that so leaves a chip."""
+  loads = np.zeros((len(torus.extents), 2, *torus.extents))
+  here, ends = torus.places[sources], torus.places[targets]
+  for dimension, extent in enumerate(torus.extents):
+    distance = ends[:, dimension] - here[:, dimension]
+    if torus.rings[dimension]:
+      distance = distance % extent
+      back = 2 * distance + way_if_equal > extent
+      distance = np.where(back, distance - extent, distance)
+    for step in range(int(np.abs(distance).max(initial=0))):
+      at = here.copy()
+      at[:, dimension] = (at[:, dimension] + step * np.sign(distance)) % extent
+      for way, moves in enumerate((distance > step, -distance > step)):
+        np.add.at(loads[dimension, way], tuple(at[moves].T), size)
+    here[:, dimension] = ends[:, dimension]
+  return loads.reshape(len(torus.extents), 2, -1)

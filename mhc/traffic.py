@@ -1,0 +1,330 @@
+r"""What a compiled TPU step sends between devices, read off its scheduled HLO.
+
+Of g devices, each of which puts in B bytes, the most that one sends or receives
+and what `torus` then does with them:
+
+    all-gather            B (g-1)       gathers g B
+    reduce-scatter        B (g-1)/g     the same backwards: gathers B
+    all-reduce            2 B (g-1)/g   both of these: gathers 2 B
+    all-to-all            B (g-1)/g     exchanges B
+    ragged-all-to-all     B (g-1)/g     as if its parts were equal; B is the
+                                        smaller of operand and result, of which
+                                        one has room to spare
+    collective-permute    B             sends B
+
+Where the compiler split a transfer into a start and a done, it is covered by
+what is scheduled between them in the same computation, loops, conditionals and
+kernels in full:
+
+    uncovered = sum of times * max(0, seconds - covered)
+
+A second of compute covers one second of a link (a dimension and a direction):
+of transfers in flight over the same one, the one that is awaited first takes
+what it needs from the earliest instructions on, the others have what is left.
+Those inside of a loop or a conditional come before those around it.
+
+Starts and dones are `x-start` and `x-done`; `call-start` and `call-done` of a
+collective on the SparseCores; and fusions of AsyncCollectiveStart and
+AsyncCollectiveDone, with the collective's steps in those between (v5e).
+"""
+
+from collections.abc import Iterable, Sequence
+import functools
+import math
+import re
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+import numpy as np
+
+from mhc import chips
+from mhc import hlo
+from mhc import torus as torus_lib
+
+KINDS = frozenset(
+  {
+    'all-gather',
+    'all-reduce',
+    'all-to-all',
+    'collective-permute',
+    'ragged-all-to-all',
+    'reduce-scatter',
+  }
+)
+
+
+class Collective(NamedTuple):
+  """An instruction that communicates.
+
+  Attributes:
+    name: of the instruction, or of the one that starts it.
+    kind: of KINDS.
+    axes: of the mesh, along which its groups extend.
+    bytes: that leave or enter a device, once.
+    times: how often a step runs it: the trips of the loops around it. Of a
+      conditional only the most expensive branch is there, and counts always.
+    seconds: on the links, once.
+    covered: seconds of compute while it is in flight, once, that no other
+      transfer needs; 0 if it is synchronous.
+    links: that it uses.
+  """
+
+  name: str
+  kind: str
+  axes: tuple[str, ...]
+  bytes: float
+  times: float
+  seconds: float
+  covered: float
+  links: frozenset[torus_lib.Link]
+
+  @property
+  def uncovered(self) -> float:
+    """Seconds that devices wait for it, once."""
+    return max(0.0, self.seconds - self.covered)
+
+
+class Total(NamedTuple):
+  """Of several collectives, of one step."""
+
+  count: float = 0
+  bytes: float = 0
+  seconds: float = 0
+  uncovered: float = 0
+
+
+class _Transfer(NamedTuple):
+  """A collective, as HLO has it: `size` is B."""
+
+  name: str
+  kind: str
+  size: float
+  attributes: str
+  asynchronous: bool
+
+
+def collectives(
+  module: hlo.Module, mesh: Mesh, chip: chips.Chip
+) -> list[Collective]:
+  """Of a step, in the order of its schedule.
+
+  Args:
+    module: compiled for `mesh`.
+    mesh: of a whole TPU slice; HLO counts devices in its order.
+    chip: that these are.
+  """
+  costs = hlo.costs(module, (chip.flops, chip.bandwidth))
+  measure = _measure(mesh, chip)
+
+  @functools.cache
+  def within(name: str) -> list[Collective]:
+    """Those of a computation, run once."""
+    body, shapes = module.computations[name], hlo.shapes(module, name)
+    compute = [_seconds(cost, chip) for cost in costs[name]]
+    busy = [{} for _ in body]  # seconds by link, of each instruction's
+    found = [[] for _ in body]
+    awaited = []
+    for index, instruction in enumerate(body):
+      inner, times = _inner(module, costs, instruction)
+      for one in within(inner) if inner else ():
+        found[index].append(one._replace(times=times * one.times))
+        hidden = times * one.times * min(one.seconds, one.covered)
+        _occupy(busy[index], one.links, hidden)
+      transfer = _transfer(module, shapes, instruction)
+      if transfer:
+        found[index] = [measure(transfer)]
+        if transfer.asynchronous:
+          awaited.append((_done(module, body, index), index))
+    for done, start in sorted(awaited):
+      (one,), window = found[start], slice(start + 1, done)
+      covered = _cover(one, compute[window], busy[window])
+      found[start] = [one._replace(covered=covered)]
+    return [one for some in found for one in some]
+
+  return within(module.entry)
+
+
+def by_axis(
+  collectives: Iterable[Collective],
+) -> dict[tuple[str, ...], dict[str, Total]]:
+  """Totals by the axes of the mesh and the kind."""
+  totals = {}
+  for one in collectives:
+    kinds = totals.setdefault(one.axes, {})
+    before = kinds.get(one.kind, Total())
+    each = (1, one.bytes, one.seconds, one.uncovered)
+    kinds[one.kind] = Total(
+      *(a + one.times * b for a, b in zip(before, each, strict=True))
+    )
+  return totals
+
+
+def uncovered_seconds(collectives: Iterable[Collective]) -> float:
+  """Of a step, in which devices wait for links."""
+  return sum((one.times * one.uncovered for one in collectives), 0.0)
+
+
+def step_seconds(module: hlo.Module, mesh: Mesh, chip: chips.Chip) -> float:
+  """Of the schedule's compute, and of waiting for links."""
+  cost = hlo.cost(module, (chip.flops, chip.bandwidth))
+  waiting = uncovered_seconds(collectives(module, mesh, chip))
+  return _seconds(cost, chip) + waiting
+
+
+def rings(
+  mesh: Mesh, axes: Sequence[str], chip: chips.Chip
+) -> tuple[torus_lib.Span, ...] | None:
+  """Where devices that differ along these axes lie; None if on no even grid."""
+  numbers = np.arange(mesh.size).reshape(mesh.devices.shape)
+  along = [mesh.axis_names.index(axis) for axis in axes]
+  members = np.moveaxis(numbers, along, range(-len(along), 0))
+  group = members.reshape(-1, math.prod(mesh.shape[axis] for axis in axes))[0]
+  return torus_lib.spans(_torus(mesh, chip), group)
+
+
+def _torus(mesh, chip):
+  places = [device.coords for device in mesh.devices.flat]
+  return torus_lib.of(np.array(places), chip)
+
+
+def _seconds(cost, chip):
+  return cost.cycles / chip.clock + cost.kernel_seconds
+
+
+def _inner(module, costs, instruction):
+  """The computation that control flow runs, and how often; '' for others."""
+  match instruction.opcode:
+    case 'while':
+      return hlo.called(instruction, 'body'), hlo.trips(module, instruction)
+    case 'conditional':
+      branches = hlo.branches(instruction)
+      return max(branches, key=lambda name: hlo.total(costs[name])), 1
+    case 'call':
+      return hlo.called(instruction, 'to_apply'), 1
+  return '', 0
+
+
+def _occupy(busy, links, seconds):
+  for link in links:
+    busy[link] = busy.get(link, 0) + seconds
+
+
+def _cover(one, compute, busy):
+  """Compute that no link of its needs for another; takes what it needs."""
+  covered, need = 0.0, one.seconds
+  for seconds, taken in zip(compute, busy, strict=True):
+    others = max((taken.get(link, 0) for link in one.links), default=0)
+    free = max(0.0, seconds - others)
+    covered += free
+    _occupy(taken, one.links, min(need, free))
+    need -= min(need, free)
+  return covered
+
+
+def _transfer(module, shapes, instruction) -> _Transfer | None:
+  """What an instruction sends, or begins to."""
+  kind, start = instruction.opcode.removesuffix('-start'), instruction
+  asynchronous = kind != instruction.opcode
+  if kind not in KINDS:
+    body = _body(module, instruction)
+    start = next((i for i in body if i.opcode in KINDS), None)
+    if start is None:
+      return None
+    kind, shapes = start.opcode, {i.name: i.shape for i in body}
+    targets = ' '.join(i.attributes for i in body)
+    if '"AsyncCollectiveStart"' in targets:
+      asynchronous = True
+    elif 'async_collective_fusion_config' in start.attributes:
+      return None  # a later step of one that began before
+    elif kind == 'all-reduce' and any(
+      i.opcode == 'dynamic-slice' for i in body
+    ):
+      kind = 'reduce-scatter'  # as the TPU compiler writes it
+  sizes = [
+    sum(hlo.sizes(shapes[name], on_chip=True)) for name in start.operands
+  ]
+  size = min(sizes[:2]) if kind == 'ragged-all-to-all' else sum(sizes)
+  return _Transfer(instruction.name, kind, size, start.attributes, asynchronous)
+
+
+def _body(module, instruction):
+  """Of what may hold a collective."""
+  if instruction.opcode in ('fusion', 'call-start', 'async-start'):
+    return module.computations[hlo.called(instruction, 'to_apply|calls')]
+  return []
+
+
+def _done(module, body, start):
+  """Where it is awaited."""
+  chain = {body[start].name}
+  channel = _channel(module, body[start])
+  for index in range(start + 1, len(body)):
+    instruction = body[index]
+    if chain.isdisjoint(instruction.operands):
+      continue
+    if instruction.opcode.endswith('-done'):
+      return index
+    if instruction.opcode == 'fusion' and any(
+      '"AsyncCollectiveDone"' in i.attributes
+      for i in _body(module, instruction)
+    ):
+      if _channel(module, instruction) == channel:
+        return index
+    elif instruction.opcode in ('fusion', 'get-tuple-element') or (
+      instruction.opcode.endswith('-update')
+    ):
+      chain.add(instruction.name)
+  return len(body)
+
+
+def _channel(module, instruction):
+  for inner in _body(module, instruction):
+    if inner.opcode in KINDS:
+      return re.search(r'channel_id=(\d+)', inner.attributes).group(1)
+  return None
+
+
+def _measure(mesh, chip):
+  """The function from a transfer to its Collective, not yet covered."""
+  torus = _torus(mesh, chip)
+
+  @functools.cache
+  def use(kind, devices):
+    """Axes, how many devices in a group, and the links' use by one byte."""
+    groups = hlo.groups(devices, mesh.size)
+    move = {
+      'all-to-all': torus_lib.exchange,
+      'collective-permute': torus_lib.send,
+      'ragged-all-to-all': torus_lib.exchange,
+    }.get(kind, torus_lib.gather)
+    return _axes(mesh, groups), groups.shape[1], move(torus, groups, 1.0)
+
+  def measure(transfer: _Transfer) -> Collective:
+    axes, g, byte = use(transfer.kind, hlo.devices(transfer.attributes))
+    sent, moved = {
+      'all-gather': (g - 1, g),
+      'all-reduce': (2 * (g - 1) / g, 2),
+      'collective-permute': (1, 1),
+    }.get(transfer.kind, ((g - 1) / g, 1))
+    return Collective(
+      transfer.name,
+      transfer.kind,
+      axes,
+      bytes=transfer.size * sent,
+      times=1,
+      seconds=transfer.size * moved * byte.seconds,
+      covered=0.0,
+      links=byte.links,
+    )
+
+  return measure
+
+
+def _axes(mesh, groups):
+  """Along which the members of a group differ."""
+  places = np.unravel_index(groups, mesh.devices.shape)
+  return tuple(
+    name
+    for name, place in zip(mesh.axis_names, places, strict=True)
+    if (place != place[:, :1]).any()
+  )

@@ -1,0 +1,74 @@
+"""Cross entropy of a vocabulary that is split over the devices of a pipeline.
+
+Each device multiplies the hidden states with its columns W_p of the logits'
+matrix. With z_i the logit of token i, of whichever device,
+
+    nats = log sum_i exp(z_i - m) + m - z_target,      m = max_i z_i,
+
+where the maximum and the sums are taken over columns, then over devices. For
+the gradient, q_i = exp(z_i) / sum_j exp(z_j) - [i = target], of the device's
+own columns:
+
+    dW_p = h^T q_p,      dh = sum_p q_p W_p^T.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mhc import axes
+from mhc import sharding
+
+PIPE = sharding.PIPE
+
+
+@jax.custom_vjp
+def cross_entropy(
+  h: Float[Array, 's d'],
+  weight: Float[Array, 'd v'],
+  targets: Int[Array, 's'],
+) -> Float[Array, 's']:
+  """-log p(target) of every token, float32, the same on all devices.
+
+  Args:
+    h: hidden states, the same on all devices of the axis PIPE.
+    weight: the device's columns, v of v p; cast to the dtype of h.
+    targets: numbers in the whole vocabulary.
+  """
+  return _forward(h, weight, targets)[0]
+
+
+def _forward(h, weight, targets):
+  # The logits are float32 values of the product's dtype, as in an unsplit head.
+  product = h @ weight.astype(h.dtype)
+  logits = product.astype(jnp.float32)
+  top = jax.lax.pmax(jnp.max(logits, axis=1), PIPE)
+  total = jnp.sum(jnp.exp(logits - top[:, None]), axis=1)
+  column, here = _columns(targets, weight.shape[1])
+  value = jnp.take_along_axis(logits, column[:, None], axis=1)[:, 0]
+  total, value = jax.lax.psum((total, jnp.where(here, value, 0)), PIPE)
+  nats = jnp.log(total) + top - value
+  over = axes.over((h, weight, targets))
+  kept = axes.vary((top, total), over)
+  return axes.vary(nats, over), (h, weight, targets, product, *kept)
+
+
+def _backward(kept, g):
+  h, weight, targets, product, top, total = kept
+  share = jnp.exp(product.astype(jnp.float32) - top[:, None]) / total[:, None]
+  column, here = _columns(targets, weight.shape[1])
+  is_target = jnp.arange(weight.shape[1])[None] == column[:, None]
+  hit = (is_target & here[:, None]).astype(share.dtype)
+  q = ((share - hit) * g[:, None]).astype(h.dtype)
+  dh = jax.lax.psum(q @ weight.astype(h.dtype).T, PIPE)
+  return axes.vary(dh, axes.over(h)), (h.T @ q).astype(weight.dtype), None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _columns(targets, size):
+  """The targets' columns on this device, and whether they are here."""
+  column = targets - jax.lax.axis_index(PIPE) * size
+  here = (column >= 0) & (column < size)
+  return jnp.clip(column, 0, size - 1), here
