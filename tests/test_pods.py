@@ -1,0 +1,548 @@
+"""The launchers of pods, with stand-ins for the clusters' commands.
+
+Nothing here reaches a cluster. The scripts are real, as is what they send to
+the workers, each of which is a folder; `gcloud`, `srun` and the Python of the
+workers are stand-ins that fail as they are told to.
+"""
+
+import math
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+from kubeflow_trainer_api.models import jobset_v1alpha2_job_set
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+POD, SLURM, JOBSET = (
+  ROOT / 'launch' / name
+  for name in ('tpu_pod.sh', 'slurm.sbatch', 'gke_jobset.yaml')
+)
+FLAGS = (
+  '--config=configs/paper_27b.py',
+  "--config.data.path=gs://b/my 'best' $HOME/**/*.txt",
+  '--config.seed=',
+)
+SLICE = ('--name=pod', '--zone=z-a', '--type=v5p-16', '--workdir=gs://b/run')
+QUEUE = '20'  # seconds between two looks at the queue for slices
+# All that the scripts may call; a real gcloud is not among it.
+COMMANDS = (
+  'bash cat cksum cp date dirname env flock git gzip mkdir mktemp rm sed '
+  'setsid tar touch tr true wc'
+)
+
+# The statuses of the lives of a run, one a line, are in $FAKE/lives.
+TRAIN = """
+if [[ $1 == -m ]]; then exit; fi
+life=$(($(cat "$HOME/life" 2> /dev/null || echo 0) + 1))
+echo "$life" > "$HOME/life"
+printf '%s\\n' "$JAX_PLATFORMS" "$@" > "$HOME/arguments"
+echo "worker ${HOME##*/}, life $life"
+status=$(sed -n "${life}p" "$FAKE/lives")
+if [[ $status == preempted ]]; then
+  status=137
+  if [[ ${HOME##*/} == 0 ]]; then cp "$FAKE"/after/* "$FAKE"; fi
+fi
+trap 'echo yes > "$HOME/ended"; exit 143' TERM
+for _ in {1..250}; do
+  [[ $status == wait && ! -e $FAKE/go ]] || break
+  "$FAKE/real_sleep" 0.02
+done
+exit "${status/wait/0}"
+"""
+GCLOUD = """
+worker='' command=''
+for word; do
+  case $word in
+    --worker=*) worker=${word#*=} ;;
+    --command=*) command=${word#*=} ;;
+  esac
+done
+echo "$3 $4 $worker" >> "$FAKE/calls"
+node=$(cat "$FAKE/node" 2> /dev/null)
+case "$3 $4" in
+  'tpu-vm describe') echo "$node" ;;
+  'tpu-vm delete') rm "$FAKE/node" ;;
+  'queued-resources describe') cat "$FAKE/queue" ;;
+  'queued-resources create')
+    printf '%s\\n' "$@" > "$FAKE/created"
+    echo READY > "$FAKE/node"
+    echo ACTIVE > "$FAKE/queue"
+    ;;
+  'queued-resources delete') rm "$FAKE/node" "$FAKE/queue" ;;
+  tpu-vm*)
+    [[ $node == READY ]] || exit 1
+    for one in ${worker/all/0 1}; do
+      if [[ $4 == scp ]]; then cp "$5" "$FAKE/$one/${6#*:}"; fi
+      if [[ $4 == ssh ]]; then
+        HOME=$FAKE/$one bash -c "$command" || exit
+      fi
+    done
+    ;;
+esac
+"""
+# `python3 -m uv venv ... FOLDER` and `python3.12 -m venv ... FOLDER`.
+PYTHON3 = """
+if [[ $2 != pip ]]; then
+  folder=${*: -1}
+  mkdir -p "$folder/bin"
+  cp "$FAKE/bin/train" "$folder/bin/python"
+fi
+"""
+SRUN = """
+printf '%s\\n' "$@" > "$FAKE/srun"
+life=$(($(cat "$FAKE/life" 2> /dev/null || echo 0) + 1))
+echo "$life" > "$FAKE/life"
+status=$(sed -n "${life}p" "$FAKE/lives")
+if [[ $status == wait ]]; then
+  trap 'exit 143' USR1
+  echo $$ > "$FAKE/process"
+  for _ in {1..250}; do "$FAKE/real_sleep" 0.02; done
+fi
+exit "$status"
+"""
+FAKES = {
+  'gcloud': GCLOUD,
+  'python3': PYTHON3,
+  'python3.12': PYTHON3,
+  'scancel': 'echo "$@" > "$FAKE/scancel"; kill -USR1 "$(cat $FAKE/process)"',
+  'scontrol': 'echo "$@" > "$FAKE/scontrol"',
+  'sleep': 'echo "$1" >> "$FAKE/sleeps"',
+  'squeue': 'cat "$FAKE/squeue"',
+  'srun': SRUN,
+  # Looks for the end of the run twenty times a second instead of once.
+  'tail': 'exec "$FAKE/real_tail" -s 0.05 "$@"',
+  'train': TRAIN,
+}
+
+
+class Cluster:
+  """A clone with one commit, and the commands of a cluster around it."""
+
+  def __init__(self, folder):
+    self.folder, self.clone = folder / 'fake', folder / 'clone'
+    bin_ = self.folder / 'bin'
+    for home in ('0', '1', 'bin'):
+      (self.folder / home).mkdir(parents=True)
+    for name in COMMANDS.split():
+      (bin_ / name).symlink_to(shutil.which(name))
+    for name in ('sleep', 'tail'):
+      (self.folder / f'real_{name}').symlink_to(shutil.which(name))
+    for name, body in FAKES.items():
+      (bin_ / name).write_text(f'#!{bin_}/bash\n{body}')
+      (bin_ / name).chmod(0o755)
+    (self.clone / 'launch').mkdir(parents=True)
+    for name in ('launch/tpu_pod.sh', 'launch/train.py', 'constraints.txt'):
+      shutil.copy(ROOT / name, self.clone / name)
+    # Slurm runs a copy in a folder of its own.
+    self.spooled = pathlib.Path(shutil.copy(SLURM, folder / 'slurm_script'))
+    self.environment = {
+      'FAKE': str(self.folder),
+      'HOME': str(folder),
+      'PATH': str(bin_),
+      'SLURM_CPUS_PER_TASK': '4',
+      'SLURM_JOB_ID': '7',
+      'SLURM_SUBMIT_DIR': str(self.clone),
+    }
+    identity = ('-c', 'user.name=t', '-c', 'user.email=t@example.com')
+    for words in (['init', '-q'], ['add', '.'], ['commit', '-qm', 'one']):
+      subprocess.run(
+        ['git', *identity, *words],
+        cwd=self.clone,
+        env=self.environment,
+        check=True,
+      )
+
+  def lives(self, *statuses):
+    """What becomes of the run, each time that it is started."""
+    self.write('lives', ''.join(f'{status}\n' for status in statuses))
+
+  def write(self, name, text):
+    (self.folder / name).write_text(text)
+
+  def lines(self, name):
+    file = self.folder / name
+    return file.read_text().splitlines() if file.exists() else []
+
+  def wait_for(self, name):
+    deadline = time.monotonic() + 10
+    while not self.lines(name):
+      assert time.monotonic() < deadline, name
+      time.sleep(0.02)
+
+  def run(self, script, *arguments, **environment):
+    return subprocess.run(
+      [shutil.which('bash'), script, *arguments],
+      env=self.environment | environment,
+      capture_output=True,
+      text=True,
+      check=False,
+      timeout=30,
+    )
+
+  def start(self, script, *arguments):
+    return subprocess.Popen(
+      [shutil.which('bash'), script, *arguments],
+      env=self.environment,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+    )
+
+  def pod(self, *arguments):
+    return self.run(self.clone / 'launch' / 'tpu_pod.sh', *arguments)
+
+  def slurm(self, *flags, **environment):
+    return self.run(self.spooled, '--workdir=/s/r', *flags, **environment)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+  cluster = Cluster(tmp_path)
+  yield cluster
+  cluster.write('go', 'so that nothing waits after a test that failed')
+
+
+def refused(result, *needles):
+  assert result.returncode == 2, result.stderr
+  assert result.stderr.startswith('error: ')
+  assert result.stderr.count('\n') == 1
+  for needle in needles:
+    assert needle in result.stderr
+
+
+def commands(stdout):
+  """The words of every command that a dry run has printed."""
+  printed = re.split(r'^\+ ', stdout, flags=re.MULTILINE)[1:]
+  return [shlex.split(text, comments=True) for text in printed]
+
+
+@pytest.mark.parametrize('script', [POD, SLURM], ids=lambda path: path.name)
+def test_shellcheck(script):
+  checker = pathlib.Path(sys.executable).with_name('shellcheck')
+  result = subprocess.run(
+    [checker, '--norc', script], capture_output=True, text=True, check=False
+  )
+  assert result.returncode == 0, result.stdout
+  assert len(script.read_text().splitlines()) <= 420
+
+
+# --- tpu_pod.sh ---
+
+
+def test_pod_dry_run_prints_all_and_runs_nothing(cluster):
+  result = cluster.pod(
+    *SLICE, '--spot', '--project', 'p', '--retries=3', '--dry-run', '--', *FLAGS
+  )
+  assert result.returncode == 0, result.stderr
+  assert not cluster.lines('calls')
+  printed = commands(result.stdout)
+  assert [' '.join(words[3:5]) for words in printed[1:]] == [
+    'tpu-vm describe',
+    'queued-resources describe',
+    'queued-resources create',
+    'tpu-vm ssh',
+    'tpu-vm scp',
+    'tpu-vm ssh',
+    'tpu-vm ssh',
+    'tpu-vm ssh',
+  ]
+  for words in printed[1:]:
+    assert words[:3] == ['gcloud', 'compute', 'tpus']
+    assert {'--zone=z-a', '--project=p', '--quiet'} < set(words)
+  assert {
+    '--accelerator-type=v5p-16',
+    '--runtime-version=v2-alpha-tpuv5',
+    '--spot',
+  } < set(printed[3])
+  ssh = [words for words in printed if words[4:5] == ['ssh']]
+  sent = [word for words in ssh for word in words if '--command=' in word]
+  alive, setup, start, follow = (word.rsplit('}; ', 1) for word in sent)
+  assert alive[1].startswith('alive ')
+  assert "pip install --quiet -c constraints.txt '.[tpu]'" in setup[0]
+  assert 'python launch/train.py --distributed "$@"' in start[0]
+  assert shlex.split(start[1])[3:] == ['--workdir=gs://b/run', *FLAGS]
+  assert follow[1] == 'follow'
+  assert 'up to 3 retries, after 30, 60' in result.stdout
+  assert 'last checkpoint in gs://b/run' in result.stdout
+
+
+def test_pod_trains_on_all_workers_and_retries(cluster):
+  cluster.lives(1, 0)
+  result = cluster.pod(*SLICE, '--', *FLAGS)
+  assert result.returncode == 0, result.stderr
+  for worker in '01':
+    assert cluster.lines(f'{worker}/life') == ['2']
+    assert cluster.lines(f'{worker}/arguments') == [
+      'tpu,cpu',
+      'launch/train.py',
+      '--distributed',
+      '--workdir=gs://b/run',
+      *FLAGS,
+    ]
+  assert 'worker 0, life 1\nworker 0, life 2' in result.stdout
+  assert 'worker 1' not in result.stdout
+  assert cluster.lines('sleeps') == [QUEUE, '30']
+  assert 'status 1: retry 1 of 20' in result.stderr
+  assert cluster.lines('calls').count('queued-resources create ') == 1
+  assert 'queued-resources delete pod --force' in result.stdout
+
+
+@pytest.mark.parametrize(
+  ('node', 'queue', 'delete'),
+  [
+    ('PREEMPTED', 'ACTIVE', 'queued-resources'),
+    ('', 'SUSPENDED', 'queued-resources'),
+    ('TERMINATED', '', 'tpu-vm'),
+  ],
+)
+def test_pod_takes_a_new_slice_after_preemption(cluster, node, queue, delete):
+  cluster.lives('preempted', 0)
+  (cluster.folder / 'after').mkdir()
+  cluster.write('after/node', node)
+  cluster.write('after/queue', queue)
+  result = cluster.pod(*SLICE, '--spot')
+  assert result.returncode == 0, result.stderr
+  calls = cluster.lines('calls')
+  assert calls.count('queued-resources create ') == 2
+  assert [call for call in calls if 'delete' in call] == [f'{delete} delete ']
+  assert calls.count('tpu-vm scp all') == 2
+  assert '--spot' in cluster.lines('created')
+
+
+def test_pod_uses_a_slice_that_is_there(cluster):
+  cluster.lives(0)
+  cluster.write('node', 'READY')
+  assert cluster.pod(*SLICE).returncode == 0
+  assert not any('create' in call for call in cluster.lines('calls'))
+
+
+def test_pod_gives_up(cluster):
+  cluster.lives(1, 1, 1, 0)
+  result = cluster.pod(*SLICE, '--retries=2')
+  assert result.returncode == 1
+  assert 'gave up after 2 retries' in result.stderr
+  assert cluster.lines('0/life') == ['3']
+  assert cluster.lines('sleeps') == [QUEUE, '30', '60']
+
+
+def test_pod_does_not_repeat_a_mistake(cluster):
+  cluster.lives(2)
+  result = cluster.pod(*SLICE)
+  assert result.returncode == 2
+  assert cluster.lines('0/life') == ['1']
+  assert cluster.lines('sleeps') == [QUEUE]
+
+
+def test_pod_finds_its_run_again(cluster):
+  cluster.lives('wait', 0)
+  script = cluster.clone / 'launch' / 'tpu_pod.sh'
+  with cluster.start(script, *SLICE, '--', *FLAGS) as watcher:
+    cluster.wait_for('0/arguments')
+    cluster.wait_for('1/arguments')
+    while 'tpu-vm ssh 0' not in cluster.lines('calls')[-1]:
+      time.sleep(0.02)  # it follows now
+    os.killpg(watcher.pid, signal.SIGINT)
+    assert 'the\nsame command follows it' in watcher.stderr.read()
+  assert watcher.returncode == 130
+  cluster.write('calls', '')
+  with cluster.start(script, *SLICE, '--', *FLAGS) as watcher:
+    while cluster.lines('calls').count('tpu-vm ssh 0') < 2:
+      time.sleep(0.02)
+    cluster.write('go', 'yes')
+    assert 'finished' in watcher.stderr.read()
+  assert watcher.returncode == 0
+  assert cluster.lines('0/life') == ['1']
+  # Other flags are another run: the one before is ended first.
+  (cluster.folder / 'go').unlink()
+  cluster.lives('', 'wait', 0)
+  with cluster.start(script, *SLICE) as watcher:
+    while cluster.lines('0/life') != ['2'] or cluster.lines('1/life') != ['2']:
+      time.sleep(0.02)
+    os.killpg(watcher.pid, signal.SIGINT)
+  result = cluster.pod(*SLICE, '--', *FLAGS)
+  assert result.returncode == 0, result.stderr
+  assert cluster.lines('0/life') == ['3']
+  assert cluster.lines('0/ended') == cluster.lines('1/ended') == ['yes']
+
+
+def test_pod_refuses_in_one_line(cluster):
+  refused(cluster.pod(), '--name')
+  refused(cluster.pod(*SLICE[:3]), '--workdir')
+  refused(cluster.pod(*SLICE, '--workdir=/tmp/run'), '/tmp/run', 'gs://')
+  refused(cluster.pod(*SLICE, '--config=x.py'), '--config=x.py', 'after --')
+  refused(cluster.pod(*SLICE, '--retries=many'), '--retries=many')
+  refused(cluster.pod(*SLICE, '--type=v9-8'), '--runtime-version', 'v9-8')
+  refused(cluster.pod('--name'), '--name has no value')
+  (cluster.folder / 'bin' / 'gcloud').unlink()
+  refused(cluster.pod(*SLICE), 'gcloud is not on PATH')
+  assert cluster.pod('--help').stdout.startswith('Trains on a slice')
+
+
+# --- slurm.sbatch ---
+
+
+def test_slurm_dry_run_prints_what_srun_would_run(cluster):
+  result = cluster.run(
+    SLURM,
+    '--workdir=/s/r',
+    *FLAGS,
+    MHC_DRY_RUN='1',
+    MHC_RETRIES='3',
+    SLURM_JOB_ID='',
+    SLURM_SUBMIT_DIR='',
+  )
+  assert result.returncode == 0, result.stderr
+  printed = commands(result.stdout)
+  (srun,) = (words for words in printed if words[0] == 'srun')
+  main = srun.index('launch/train.py')
+  assert srun[main:] == [
+    'launch/train.py',
+    '--distributed',
+    '--workdir=/s/r',
+    *FLAGS,
+  ]
+  assert ['export', 'JAX_PLATFORMS=cuda,cpu'] in printed
+  assert any(words[-1].endswith('source[gpu]') for words in printed)
+  assert printed[-1] == ['scontrol', 'requeue', 'JOB']
+  assert 'up to 3' in result.stdout
+  assert 'last checkpoint' in result.stdout
+  assert not (ROOT / 'runs' / 'slurm-JOB').exists()
+
+
+def test_slurm_goes_back_to_the_queue_until_it_succeeds(cluster):
+  cluster.lives(1, 0)
+  first = cluster.slurm(*FLAGS)
+  assert first.returncode == 1, first.stderr
+  assert 'retry 1 of 5' in first.stderr
+  assert cluster.lines('scontrol') == ['requeue 7']
+  cluster.write('scontrol', '')
+  (cluster.folder / 'bin' / 'python3.12').unlink()  # set up once a job
+  assert cluster.slurm(*FLAGS).returncode == 0
+  assert not cluster.lines('scontrol')
+  words = cluster.lines('srun')
+  main = words.index('launch/train.py')
+  assert words[main + 1 :] == ['--distributed', '--workdir=/s/r', *FLAGS]
+  assert {'--kill-on-bad-exit=1', '--cpus-per-task=4'} < set(words)
+  python = pathlib.Path(words[main - 1])
+  assert python.is_file()
+  assert (python.parents[2] / 'source' / 'launch' / 'train.py').is_file()
+
+
+def test_slurm_gives_up(cluster):
+  cluster.lives(1, 1, 1, 0)
+  for life in range(3):
+    cluster.write('scontrol', '')
+    result = cluster.slurm(MHC_RETRIES='2')
+    assert result.returncode == 1
+    assert cluster.lines('scontrol') == ['requeue 7'] * (life < 2)
+  assert 'gave up after 2 retries' in result.stderr
+
+
+def test_slurm_does_not_repeat_a_mistake(cluster):
+  cluster.lives(2)
+  assert cluster.slurm().returncode == 2
+  assert not cluster.lines('scontrol')
+
+
+@pytest.mark.parametrize('state', ['RUNNING', 'COMPLETING'])
+def test_slurm_saves_before_its_time_is_up(cluster, state):
+  """And does not come back when it has been cancelled."""
+  cluster.lives('wait')
+  cluster.write('squeue', state)
+  with cluster.start(cluster.spooled, '--workdir=/s/r') as job:
+    cluster.wait_for('process')
+    os.kill(job.pid, signal.SIGTERM)
+    if state == 'COMPLETING':  # Slurm itself ends the processes
+      os.kill(int(cluster.lines('process')[0]), signal.SIGUSR1)
+    job.stderr.read()
+  assert job.returncode == 143
+  again = state == 'RUNNING'
+  assert cluster.lines('scancel') == ['--signal=TERM 7'] * again
+  assert cluster.lines('scontrol') == ['requeue 7'] * again
+  assert not (cluster.clone / 'runs' / 'slurm-7' / 'failures').exists()
+
+
+def test_slurm_refuses_in_one_line(cluster):
+  refused(cluster.run(cluster.spooled), '--workdir')
+  refused(cluster.run(cluster.spooled, '--workdir=runs/x'), 'runs/x')
+  refused(cluster.slurm(SLURM_JOB_ID=''), 'sbatch')
+  refused(cluster.slurm(SLURM_SUBMIT_DIR='/'), 'launch/train.py')
+
+
+def test_slurm_starts_a_process_a_gpu():
+  """As jax's detection wants: process SLURM_LOCALID takes that device."""
+  header = dict(re.findall(r'^#SBATCH --(\S+?)=(\S+)', SLURM.read_text(), re.M))
+  assert header['ntasks-per-node'] == header['gpus-per-node']
+  assert header['signal'] == 'B:TERM@120'
+  assert '#SBATCH --requeue\n' in SLURM.read_text()
+  assert 'gpus-per-task' not in header
+
+
+# --- gke_jobset.yaml ---
+
+
+def test_jobset_has_only_fields_of_its_schema():
+  """Models generated from JobSet's and Kubernetes' own OpenAPI files.
+
+  They drop what they do not know, so that a wrong name is a difference.
+  """
+  values = yaml.safe_load(JOBSET.read_text())
+  model = jobset_v1alpha2_job_set.JobsetV1alpha2JobSet
+  assert model.from_dict(values).to_dict() == values
+  wrong = yaml.safe_load(JOBSET.read_text().replace('csi:', 'cis:'))
+  assert model.from_dict(wrong).to_dict() != wrong
+  with pytest.raises(ValueError, match='int'):
+    model.from_dict(
+      yaml.safe_load(
+        JOBSET.read_text().replace('maxRestarts: 20', 'maxRestarts: x')
+      )
+    )
+
+
+def test_jobset_starts_the_main_on_every_host():
+  values = yaml.safe_load(JOBSET.read_text())
+  assert values['apiVersion'] == 'jobset.x-k8s.io/v1alpha2'
+  assert values['kind'] == 'JobSet'
+  policy = values['spec']['failurePolicy']
+  assert policy['maxRestarts'] > 0
+  assert policy['restartStrategy'] == 'BlockingRecreate'
+  assert policy['rules'][0]['action'] == 'RestartJobSetAndIgnoreMaxRestarts'
+  (replicated,) = values['spec']['replicatedJobs']
+  job = replicated['template']['spec']
+  assert job['completionMode'] == 'Indexed'
+  assert job['backoffLimit'] == 0
+  pod = job['template']['spec']
+  assert pod['restartPolicy'] == 'Never'
+  assert pod['terminationGracePeriodSeconds'] >= 120
+  node = pod['nodeSelector']
+  assert node['cloud.google.com/gke-tpu-accelerator'] == 'tpu-v5p-slice'
+  topology = node['cloud.google.com/gke-tpu-topology']
+  chips = math.prod(map(int, topology.split('x')))
+  (container,) = pod['containers']
+  hosts = chips // container['resources']['limits']['google.com/tpu']
+  assert job['completions'] == job['parallelism'] == hosts
+  assert container['command'][:3] == [
+    'python',
+    'launch/train.py',
+    '--distributed',
+  ]
+  assert any(
+    word.startswith('--workdir=gs://') for word in container['command']
+  )
+
+
+def test_jobset_says_how_to_set_what_is_to_be_set():
+  text = JOBSET.read_text()
+  for name, value in re.findall(r"'s#(\w+)#([^']*)#'", text):
+    text = re.sub(rf"(?<!'s#){name}", value, text)
+  assert 'REPLACE' not in yaml.safe_dump(yaml.safe_load(text))
+  assert 'kubectl apply --dry-run=client' in text
