@@ -2,7 +2,8 @@
 
 A mistake of the user's (an unknown flag, a value out of range, unusable data, a
 folder that belongs to another run) ends in one line on stderr and exit code 2;
-anything else is ours and keeps its traceback.
+anything else is ours and keeps its traceback. Of many processes the first one
+says what goes well, each what does not.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pathlib
 import re
 import runpy
 import sys
+import traceback
 
 from absl import app
 from absl import flags
@@ -22,8 +24,10 @@ from ml_collections import config_flags
 
 from mhc import checks
 from mhc import plain
+from mhc import processes
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
+AGAIN = 'The same command goes on from here.'
 
 flags.DEFINE_bool('traceback', False, 'Show the traceback of a usage error.')
 
@@ -46,10 +50,67 @@ def config[T](cls: type[T]) -> T:
   return plain.from_dict(cls, flags.FLAGS.config.to_dict())
 
 
-def run(main: Callable[..., None], choices: tuple[str, ...] = ()):
+def define_processes():
+  """The flags by which many processes find each other, see `join`."""
+  flags.DEFINE_bool(
+    'distributed',
+    False,
+    'This is one of many processes, started on a cluster that JAX recognises '
+    '(TPU, Slurm, ...). Elsewhere, the following three.',
+  )
+  flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0.')
+  flags.DEFINE_integer('num_processes', None, 'How many there are.')
+  flags.DEFINE_integer('process_id', None, 'Which this is, from 0.')
+
+
+def join():
+  """Makes this process one of many, if the flags say so.
+
+  Before anything asks for a device.
+
+  Raises:
+    ValueError: flags that do not go together, or no cluster.
+  """
+  names = ('coordinator', 'num_processes', 'process_id')
+  coordinator, number, index = given = [flags.FLAGS[n].value for n in names]
+  if given == [None] * 3:
+    if not flags.FLAGS.distributed:
+      return
+  elif flags.FLAGS.distributed:
+    raise ValueError(
+      '--distributed finds out what --coordinator, --num_processes and '
+      '--process_id say: give either'
+    )
+  elif None in given:
+    missing = ', '.join(f'--{n}' for n in names if flags.FLAGS[n].value is None)
+    raise ValueError(
+      '--coordinator, --num_processes and --process_id go together: '
+      f'{missing} missing'
+    )
+  elif not re.fullmatch(r'.+:\d+', coordinator):
+    raise ValueError(f'--coordinator={coordinator} must be HOST:PORT')
+  elif not 0 <= index < number:
+    raise ValueError(
+      f'--process_id={index} must be from 0 to --num_processes={number} less 1'
+    )
+  try:
+    jax.distributed.initialize(coordinator, number, index)
+  except ValueError as error:
+    raise ValueError(
+      f'--distributed is for clusters that JAX recognises ({error}): give '
+      '--coordinator, --num_processes and --process_id'
+    ) from error
+
+
+def run(
+  main: Callable[..., None],
+  choices: tuple[str, ...] = (),
+  words: bool = False,
+):
   """absl's app.run for a main without arguments, or with one of `choices`.
 
   The choice is the command line's first word, by default the first of them.
+  With `words`, main takes whatever words there are.
   """
   accelerators = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
   if 'JAX_PLATFORMS' not in os.environ and not any(
@@ -58,24 +119,49 @@ def run(main: Callable[..., None], choices: tuple[str, ...] = ()):
     # libtpu, installed to compile for TPUs, would look for one at length.
     jax.config.update('jax_platforms', 'cpu')
   app.run(
-    lambda words: _guarded(functools.partial(main, *words[1:])),
-    flags_parser=functools.partial(_parse, choices=choices),
+    lambda rest: _guarded(functools.partial(main, *rest[1:])),
+    flags_parser=functools.partial(_parse, choices=choices, free=words),
   )
 
 
 def _guarded(main):
   try:
     main()
-  except (ValueError, OSError) as error:
-    if flags.FLAGS.traceback:
+  except (Exception, KeyboardInterrupt) as error:
+    status = _explain(error)
+    ended = isinstance(error, processes.Refused | processes.Stopped)
+    if processes.count() > 1 and not ended:
+      # The others wait for this process in a computation; as Python ends it
+      # would wait for them.
+      sys.stdout.flush()
+      sys.stderr.flush()
+      os._exit(status)
+    if status == 1:
       raise
-    _fail(str(error))
-  except KeyboardInterrupt:
-    print('\nInterrupted. The same command goes on from here.', file=sys.stderr)
-    sys.exit(130)
+    sys.exit(status)
 
 
-def _parse(arguments, choices):
+def _explain(error) -> int:
+  """Says why this process ends; returns its exit status."""
+  match error:
+    case processes.Stopped():
+      if processes.is_first():
+        print(f'Told to end: {error}. {AGAIN}', file=sys.stderr)
+      return 143
+    case KeyboardInterrupt():
+      if processes.is_first():
+        print(f'\nInterrupted. {AGAIN}', file=sys.stderr)
+      return 130
+    case ValueError() | OSError() if not flags.FLAGS.traceback:
+      _complain(str(error))
+      return 2
+  if processes.count() > 1:
+    _complain('what follows')
+    traceback.print_exception(error)
+  return 1
+
+
+def _parse(arguments, choices, free):
   try:
     if 'config' in flags.FLAGS:
       _check_names(arguments)
@@ -87,7 +173,7 @@ def _parse(arguments, choices):
   words = rest[1:] or list(choices[:1])
   if words and words[0] not in choices and choices:
     _fail(f'{words[0]!r} must be one of {choices}')
-  if len(words) > bool(choices):
+  if len(words) > bool(choices) and not free:
     _fail(
       f'unexpected argument {words[-1]!r}: settings go as --config.NAME=VALUE'
     )
@@ -114,5 +200,15 @@ def _check_names(arguments):
 
 
 def _fail(message: str):
-  print('error: ' + re.sub(r'\s*\n\s*', ' ', message), file=sys.stderr)
+  _complain(message)
   sys.exit(2)
+
+
+def _complain(message: str):
+  line = re.sub(r'\s*\n\s*', ' ', message)
+  where = ''
+  if processes.count() > 1:
+    where = f' in process {processes.index()}'
+  elif 'process_id' in flags.FLAGS and flags.FLAGS['process_id'].present:
+    where = f' in process {flags.FLAGS["process_id"].value}'
+  print(f'error{where}: {line}', file=sys.stderr)

@@ -1,4 +1,9 @@
-"""Trains one model: `python launch/train.py --workdir=runs/tiny`."""
+"""Trains one model: `python launch/train.py --workdir=runs/tiny`.
+
+Many processes train one together: each is given the same flags, and by
+--distributed finds the others on its cluster. launch/local_multiprocess.py
+starts some on this machine.
+"""
 
 import pathlib
 
@@ -6,22 +11,26 @@ from absl import flags
 
 import command_line
 from mhc import config as config_lib
+from mhc import processes
 from mhc import train
 
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True
 )
 command_line.define_config('tiny.py')
+command_line.define_processes()
 
 
 def main():
   config = command_line.config(config_lib.Config)
+  command_line.join()
   summary = train.train(config, pathlib.Path(WORKDIR.value))
-  print(
-    f'held-out loss {summary["heldout_nats"]:.4f} nats a token, '
-    f'{_bits(summary["heldout_bits_per_byte"])} bits per byte, '
-    f'{summary["num_params"]:,} parameters; everything is in {WORKDIR.value}'
-  )
+  if processes.is_first():
+    print(
+      f'held-out loss {summary["heldout_nats"]:.4f} nats a token, '
+      f'{_bits(summary["heldout_bits_per_byte"])} bits per byte, '
+      f'{summary["num_params"]:,} parameters; everything is in {WORKDIR.value}'
+    )
 
 
 def _bits(value):

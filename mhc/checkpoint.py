@@ -4,7 +4,8 @@
     checkpoints/     the newest states, each with the position in the data
 
 A state is written under a temporary name and renamed, so a killed process
-leaves the one before.
+leaves the one before. Processes that train together write it together, each its
+part of the arrays; other processes, on another mesh, can go on from it.
 """
 
 import json
@@ -25,6 +26,7 @@ FREE = (
   'mesh.expert',
   'mesh.head',
   'mesh.num_devices',
+  'mesh.parts',
   'mesh.pipe',
   'mesh.schedule',
   'eval_every',
@@ -125,7 +127,8 @@ class Checkpoints:
       int(state.step),
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        data=grain.checkpoint.CheckpointSave(batches),
+        # Once: it is the same in every process.
+        data=ocp.args.JsonSave(batches.get_state()),
       ),
     )
 
@@ -138,6 +141,8 @@ class Checkpoints:
       return None
     items = {'state': ocp.args.StandardRestore(abstract)}
     if batches is not None:
-      items['data'] = grain.checkpoint.CheckpointRestore(batches)
+      items['data'] = ocp.args.JsonRestore()
     restored = self._manager.restore(newest, args=ocp.args.Composite(**items))
+    if batches is not None:
+      batches.set_state(restored['data'])
     return step.TrainState(*restored['state'])

@@ -279,6 +279,9 @@ class MeshConfig:
   schedule: schedule_lib.Name = 'interleaved'
   # Stages a device, for schedule='interleaved'; the other schedules fix it.
   chunks: int = 2
+  # Parts of a microbatch that a block computes side by side: the tokens of one
+  # travel to their experts while another is computed.
+  parts: int = 1
   # Who computes the logits: the device of the last stage, or all, each of its
   # part of the vocabulary.
   head: schedule_lib.Head = 'last'
@@ -286,7 +289,7 @@ class MeshConfig:
   def __post_init__(self):
     checks.check_types(self)
     checks.not_negative(self, 'num_devices')
-    checks.at_least(self, pipe=1, expert=1, chunks=2)
+    checks.at_least(self, pipe=1, expert=1, chunks=2, parts=1)
     if self.num_devices % (self.pipe * self.expert):
       raise ValueError(
         f'mesh.num_devices={self.num_devices} is not a multiple of '

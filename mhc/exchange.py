@@ -1,131 +1,244 @@
 r"""Tokens to the devices of their experts, and the results back.
 
 The experts of a layer are split over the p devices of the mesh axis `AXIS`, e
-of them each, and so are the tokens. A device that has s tokens with k experts
-each sorts these s k assignments by expert, which sorts them by device, and
-sends every device a buffer of q rows,
+of them each, and so are the tokens, s on a device, each with k experts.
+`dropless` computes in rounds: a queue of assignments gives its first rows, for
+which there is room in buffers of `buffer_factor` times the mean, then the next.
+There are as many rounds as the longest queue of the group needs, so that
+nothing is lost under any load and an even one takes one round. Only the first
+round keeps anything for its gradient.
 
-    q = factor s k / p,
+    padded   A device has a queue for each other and sends it q = factor s k / p
+             rows by `all_to_all`.
+    ragged   The same by `ragged_all_to_all`, which leaves unused rows at home;
+             not on CPUs.
+    gather   Every token goes to every device, which has one queue, of the
+             assignments to its experts, and adds up what they say.
 
-what is left of a longer queue in another round. The number of rounds is that of
-the group's longest queue, so that an even load takes one and nothing is lost
-under any. A round is recomputed for its gradient, the first excepted.
+The first two send about 2 k (p - 1) / p rows a token and back, the last
+2 (p - 1), in rings that use every link of a torus, where all_to_all does not.
 
-Two transports have the same result. `padded` is `all_to_all` of whole buffers;
-`ragged` is `ragged_all_to_all`, which leaves the unused rows at home, on
-platforms that have it. With a capacity (`by_capacity`) an expert has the same
-number of rows for each of the devices, the rest is dropped, and there is
-nothing to sort on arrival.
-
-A third, `gathered`, sends every token to every device instead and adds up what
-they say: 2 (p - 1) rows a token, against 2 k (p - 1) / p.
+With a capacity an expert has the same number of rows for each device's tokens
+(`gather`: for those of the group), the others are dropped.
 """
 
-from collections.abc import Callable
 import functools
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mhc import axes
+from mhc import config as config_lib
 from mhc import experts as experts_lib
-from mhc import recompute
 from mhc.kernels import target
 
 AXIS = experts_lib.AXIS
-# Names the conditional around a further round in the compiled program.
+# The scope of further rounds, by which they are found in the compiled program.
 OVERFLOW = 'overflow'
 
+Transport = Literal['padded', 'ragged', 'gather']
 
-def transport(
-  name: Literal['auto', 'ragged', 'padded', 'gather'],
-) -> Literal['ragged', 'padded', 'gather']:
-  """What `auto` stands for on the platform at hand."""
-  if name != 'auto':
-    return name
+
+def transport(config: config_lib.MoEConfig, num_devices: int) -> Transport:
+  """What `auto` stands for: what sends least on the platform at hand."""
+  if config.transport != 'auto':
+    return config.transport
+  if num_devices <= config.experts_per_token:
+    return 'gather'
   return 'padded' if target.platform() == 'cpu' else 'ragged'
 
 
-def dropless(
+def apply(
+  config: config_lib.MoEConfig,
   x: Float[Array, 's d'],
   experts: Int[Array, 's k'],
+  gates: Float[Array, 's k'],
   weights: experts_lib.Weights,
-  *,
-  factor: float,
-  ragged: bool,
-) -> Float[Array, 's k d']:
-  """`experts.dropless` with experts on other devices.
+) -> tuple[Float[Array, 's d'], Float[Array, '']]:
+  """The gated sum over the experts of every token.
 
   Args:
-    x: this device's tokens.
-    experts: their experts, numbered over the group.
+    config: of the layer.
+    x, experts, gates: of this device's tokens, experts numbered over the group.
     weights: of this device's experts.
-    factor: rows of a buffer over the mean, see above.
-    ragged: sends the used rows only.
+
+  Returns:
+    the sum, and the share of assignments that were dropped.
   """
-  num_devices, num_local = jax.lax.axis_size(AXIS), weights.gate.shape[0]
-  num_rows, k = experts.size, experts.shape[1]
+  way = transport(config, jax.lax.axis_size(AXIS))
+  dropless = config.dispatch == 'dropless'
+  if way == 'gather':
+    size = math.ceil(config.buffer_factor * experts.size) if dropless else 0
+    return _gathered(config, size, x, experts, gates, weights)
+  if dropless:
+    return _sent(config, way == 'ragged', x, experts, gates, weights)
+  slots = _slots(config, experts)
+  out, dropped = by_capacity(x, experts, weights, slots)
+  return gated(out, gates), dropped
+
+
+def gated(
+  out: Float[Array, 's k d'], gates: Float[Array, 's k']
+) -> Float[Array, 's d']:
+  """The sum over a token's experts."""
+  return jnp.sum(out * gates[..., None].astype(out.dtype), axis=1)
+
+
+class _Queues(NamedTuple):
+  """Of one device's assignments, sorted by expert, hence by device."""
+
+  order: Int[Array, 'sk']  # the assignment at each place in the queues
+  device: Int[Array, 'sk']  # of each assignment's expert
+  rank: Int[Array, 'sk']  # of each assignment in its queue
+  local: Int[Array, 'sk']  # the expert's number there, by place
+  starts: Int[Array, 'p']
+  lengths: Int[Array, 'p']
+
+
+def _sent(config, ragged, x, experts, gates, weights):
+  """`dropless` by all_to_all."""
+  p, e = jax.lax.axis_size(AXIS), weights.gate.shape[0]
+  (s, k), rows = experts.shape, experts.size
   flat = experts.reshape(-1)
   order = jnp.argsort(flat)
-  device, local = flat[order] // num_local, flat[order] % num_local
-  queues = jnp.bincount(device, length=num_devices)
-  starts = jnp.cumsum(queues) - queues
-  rank = jnp.arange(num_rows) - starts[device]
+  lengths = jnp.bincount(flat // e, length=p)
+  starts = jnp.cumsum(lengths) - lengths
+  place = jnp.argsort(order)
+  rank = place - starts[flat // e]
+  queues = _Queues(order, flat // e, rank, flat[order] % e, starts, lengths)
   # A token has at most min(k, e) of its experts on one device.
-  longest = num_rows // k * min(k, num_local)
-  size = min(longest, max(1, math.ceil(factor * num_rows / num_devices)))
+  longest = s * min(k, e)
+  size = min(longest, max(1, math.ceil(config.buffer_factor * rows / p)))
+  one_round = functools.partial(_send_round, size, ragged)
+  return _rounds(
+    one_round, size, longest, jnp.max(lengths), queues, (x, gates), weights
+  )
 
-  def one_round(number, x, weights):
-    """The outputs of the assignments whose turn it is, the others 0."""
-    first = number * size
-    slots = first + jnp.arange(size)[None]
-    source = jnp.minimum(starts[:, None] + slots, num_rows - 1)
-    used = slots < queues[:, None]
-    rows = jnp.where(used[..., None], x[order[source] // k], 0)
-    names = jnp.where(used, local[source], num_local)
-    sent = jnp.clip(queues - first, 0, size)
+
+def _send_round(size, ragged, number, queues, inputs, weights):
+  """What the assignments say whose turn it is, [s, d]."""
+  x, gates = inputs
+  (s, k), e = gates.shape, weights.gate.shape[0]
+  first = number * size
+  slots = first + jnp.arange(size)[None]
+  used = slots < queues.lengths[:, None]
+  source = jnp.minimum(queues.starts[:, None] + slots, s * k - 1)
+  rows = jnp.where(used[..., None], x[queues.order[source] // k], 0)
+  names = _all_to_all(jnp.where(used, queues.local[source], e))
+  sent = jnp.clip(queues.lengths - first, 0, size)
+  if ragged:
     received = _all_to_all(sent)
-    carry = (
-      _ragged if ragged else lambda rows, sent, received: _all_to_all(rows)
+    carry, back = (
+      functools.partial(_ragged, sent=a, received=b)
+      for a, b in ((sent, received), (received, sent))
     )
-    names = _all_to_all(names)
-    out = experts_lib.dropless(
-      carry(rows, sent, received).reshape(-1, x.shape[1]),
-      names.reshape(-1, 1),
+  else:
+    carry = back = _all_to_all
+  out = experts_lib.dropless(
+    carry(rows).reshape(-1, x.shape[1]),
+    names.reshape(-1, 1),
+    weights,
+    partial=True,
+  )
+  out = back(out.reshape(rows.shape))
+  turn = queues.rank - first
+  here = (turn >= 0) & (turn < size)
+  out = out[queues.device, jnp.where(here, turn, 0)]
+  out = jnp.where(here[:, None], out, 0)
+  return gated(out.reshape(s, k, -1), gates)
+
+
+def _gathered(config, size, x, experts, gates, weights):
+  """By all_gather; `dropless` in rounds of `size` rows, 0 for a capacity."""
+  gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
+  e = weights.gate.shape[0]
+  local = gather(experts) - e * jax.lax.axis_index(AXIS)
+  local = jnp.where((local < 0) | (local >= e), e, local)
+  everyone = (gather(x), gather(gates))
+  dropped = jnp.zeros(())
+  if size:
+    flat = local.reshape(-1)
+    length = jnp.sum(flat < e)
+    longest = len(local) * min(local.shape[1], e)
+    out, dropped = _rounds(
+      functools.partial(_local_round, min(size, longest)),
+      min(size, longest),
+      longest,
+      length,
+      (jnp.argsort(flat), flat, length),
+      everyone,
       weights,
-      partial=True,
     )
-    back = carry(out.reshape(rows.shape), received, sent)
-    mine = (rank >= first) & (rank < first + size)
-    back = back[device, jnp.where(mine, rank - first, 0)]
-    return jnp.where(mine[:, None], back, 0)
+  else:
+    slots = _slots(config, local)
+    out, dropped = experts_lib.capacity(everyone[0], local, weights, slots)
+    out = gated(out, everyone[1])
+    dropped = jax.lax.psum(dropped, AXIS)
+  out = jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
+  return out, dropped
 
-  total = one_round(0, x, weights)
-  rounds = -(-longest // size)
-  if rounds > 1:
-    most = jax.lax.pmax(jnp.max(queues), AXIS)
 
-    def further(total, number):
-      @recompute.lean
-      def add(total, x, weights):
-        return total + one_round(number, x, weights)
+def _local_round(size, number, queue, inputs, weights):
+  """What this device's experts say to all tokens whose turn it is."""
+  (order, experts, length), (x, gates) = queue, inputs
+  e, k = weights.gate.shape[0], gates.shape[1]
+  slots = number * size + jnp.arange(size)
+  used = slots < length
+  source = order[jnp.minimum(slots, len(order) - 1)]
+  names = jnp.where(used, experts[source], e)
+  out = experts_lib.dropless(
+    x[source // k], names[:, None], weights, partial=True
+  )[:, 0]
+  out = out.astype(jnp.float32) * gates.reshape(-1)[source][:, None]
+  total = jnp.zeros(x.shape, jnp.float32)
+  total = axes.vary(total, axes.over(out)).at[source // k].add(out)
+  return total.astype(x.dtype)
 
-      with jax.named_scope(OVERFLOW):
-        total = jax.lax.cond(
-          number * size < most,
-          add,
-          lambda total, *_: total,
-          total,
-          x,
-          weights,
-        )
-      return total, None
 
-    total, _ = jax.lax.scan(further, total, jnp.arange(1, rounds))
-  return total[jnp.argsort(order)].reshape(-1, k, x.shape[1])
+def _rounds(one_round, size, longest, length, queues, inputs, weights):
+  """The sum over rounds of one_round(number, queues, inputs, weights)."""
+  total = one_round(jnp.zeros((), jnp.int32), queues, inputs, weights)
+  if longest > size:
+    most = jax.lax.pmax(length, AXIS)
+    number = axes.vary(-(-most // size), axes.over(total))
+    further = _further(one_round, number, queues, inputs, weights)
+    total = total + further
+  return total, jnp.zeros(())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _further(one_round, number, queues, inputs, weights):
+  """The rounds 1 to number - 1; a loop of no trips under an even load."""
+
+  def add(index, total):
+    return total + one_round(index, queues, inputs, weights)
+
+  with jax.named_scope(OVERFLOW):
+    return jax.lax.fori_loop(1, number, add, jnp.zeros_like(inputs[0]))
+
+
+def _further_fwd(one_round, *arguments):
+  return _further(one_round, *arguments), arguments
+
+
+def _further_bwd(one_round, kept, g):
+  number, queues, inputs, weights = kept
+
+  def add(index, total):
+    _, pull = jax.vjp(
+      lambda *floats: one_round(index, queues, *floats), inputs, weights
+    )
+    return jax.tree.map(jnp.add, total, pull(g))
+
+  zeros = jax.tree.map(jnp.zeros_like, (inputs, weights))
+  with jax.named_scope(OVERFLOW):
+    return None, None, *jax.lax.fori_loop(1, number, add, zeros)
+
+
+_further.defvjp(_further_fwd, _further_bwd)
 
 
 def by_capacity(
@@ -148,30 +261,10 @@ def by_capacity(
   return experts_lib.in_slots(x, experts, num_experts, slots, apply)
 
 
-def gathered(
-  apply: Callable,
-  x: Float[Array, 's d'],
-  experts: Int[Array, 's k'],
-  gates: Float[Array, 's k'],
-  num_local: int,
-) -> tuple[Float[Array, 's d'], Float[Array, '']]:
-  """Applies the experts of every device to the tokens of the whole group.
-
-  Args:
-    apply: (tokens, experts, gates) of the whole group -> what the `num_local`
-      experts of this device add to the tokens, and the share of assignments
-      that they dropped.
-    x, experts, gates: of this device's tokens, experts numbered over the group.
-    num_local: experts here.
-  """
-  gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
-  experts = gather(experts) - num_local * jax.lax.axis_index(AXIS)
-  elsewhere = (experts < 0) | (experts >= num_local)
-  out, dropped = apply(
-    gather(x), jnp.where(elsewhere, num_local, experts), gather(gates)
-  )
-  out = jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
-  return out, jax.lax.psum(dropped, AXIS)
+def _slots(config, experts):
+  """An expert's rows for these tokens."""
+  mean = experts.size / config.num_experts
+  return math.ceil(config.capacity_factor * mean)
 
 
 def _all_to_all(x):

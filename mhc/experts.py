@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from mhc import layers
 from mhc import recompute
+from mhc.kernels import target
 
 BLOCK = 64
 AXIS = 'expert'  # of the mesh, over which the experts of a layer are split
@@ -56,9 +57,10 @@ def dropless(
     # Their rows are sorted last.
     here = (jnp.arange(len(rows)) < jnp.sum(sizes))[:, None]
     rows = jnp.where(here, rows, 0)
-  out = jax.lax.platform_dependent(
-    rows, sizes, weights, cpu=blocked, default=ragged
-  )
+  # Not by lax.platform_dependent, which in the branches of a pipeline stays a
+  # choice at run time, with buffers for both.
+  multiply = blocked if target.platform() == 'cpu' else ragged
+  out = multiply(rows, sizes, weights)
   if partial:
     out = jnp.where(here, out, 0)
   return _unsort(out, order, experts.shape)

@@ -10,10 +10,11 @@ and likewise for bytes. Only TPU compilers write `estimated_cycles`; kernels
 carry a cost estimate of their own instead (FLOPs and bytes).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import functools
 import math
 import re
+import types
 from typing import NamedTuple
 
 from jaxtyping import Int
@@ -68,7 +69,7 @@ class Cost(NamedTuple):
   kernel_bytes: float = 0
   kernel_seconds: float = 0  # each at its roofline
 
-  def plus(self, other: 'Cost', times: int = 1) -> 'Cost':
+  def plus(self, other: 'Cost', times: float = 1) -> 'Cost':
     return Cost(*(a + times * b for a, b in zip(self, other, strict=True)))
 
 
@@ -77,10 +78,17 @@ class Module(NamedTuple):
 
   computations: dict[str, list[Instruction]]
   entry: str
+  shares: Mapping[str, float] = types.MappingProxyType({})
 
 
-def parse(text: str) -> Module:
-  """Reads `compiled.as_text()`."""
+def parse(
+  text: str, shares: Mapping[str, float] = types.MappingProxyType({})
+) -> Module:
+  """Reads `compiled.as_text()`.
+
+  `shares` says how often a conditional takes its most expensive branch, and a
+  loop its trips: by the `jax.named_scope` around it, 1 for others.
+  """
   computations, entry, body = {}, '', []
   for line in text.splitlines():
     if line.endswith('{') and not line.startswith((' ', 'HloModule')):
@@ -90,7 +98,7 @@ def parse(text: str) -> Module:
         entry = name
     elif line.startswith('  ') and ' = ' in line:
       body.append(_instruction(line))
-  return Module(computations, entry)
+  return Module(computations, entry, shares)
 
 
 def cost(
@@ -105,26 +113,28 @@ def costs(
 ) -> dict[str, list[Cost]]:
   """Of each instruction, in the computations that control flow runs.
 
-  A loop costs its trips, a conditional its most expensive branch.
+  A loop costs its trips, a conditional its most expensive branch; see `share`.
   """
   found = {}
 
   def of(name) -> Cost:
     if name not in found:
-      types = shapes(module, name)
-      found[name] = [one(i, types) for i in module.computations[name]]
+      arrays = shapes(module, name)
+      found[name] = [one(i, arrays) for i in module.computations[name]]
     return total(found[name])
 
-  def one(instruction, types) -> Cost:
+  def one(instruction, arrays) -> Cost:
     match instruction.opcode:
       case 'while':
         body = of(called(instruction, 'body'))
-        return Cost().plus(body, trips(module, instruction))
+        times = trips(module, instruction) * share(module, instruction)
+        return Cost().plus(body, times)
       case 'conditional':
-        return max(map(of, branches(instruction)))
+        most = max(map(of, branches(instruction)))
+        return Cost().plus(most, share(module, instruction))
       case 'call' | 'async-start':
         return of(called(instruction, 'to_apply|calls'))
-    return _single(module, instruction, types, peak)
+    return _single(module, instruction, arrays, peak)
 
   of(module.entry)
   return found
@@ -132,6 +142,16 @@ def costs(
 
 def total(costs: Iterable[Cost]) -> Cost:
   return functools.reduce(Cost.plus, costs, Cost())
+
+
+def share(module: Module, control: Instruction) -> float:
+  """How often a loop, or a conditional's costly branch, runs; see `parse`."""
+  found = re.search(r'op_name="([^"]*)"', control.attributes)
+  scopes = found.group(1).split('/') if found else []
+  return next(
+    (module.shares[name] for name in reversed(scopes) if name in module.shares),
+    1.0,
+  )
 
 
 def branches(conditional: Instruction) -> list[str]:

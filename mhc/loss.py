@@ -71,12 +71,12 @@ def build(
   # Every argument varies over the mesh: the local gradient comes first, then
   # one sum over devices, where autodiff would sum at every use of a parameter.
   made = (
-    _whole(model, data, specs)
+    _whole(model, data, config.parts, specs)
     if config.pipe == 1
     else _piped(model, data, config, specs, layout, pollute)
   )
   scale = 1 / (data.batch_size * data.seq_len)
-  num_parts = sharding.num_microbatches(config, data, mesh.size // config.pipe)
+  number = sharding.num_microbatches(config, data, mesh.size // config.pipe)
 
   def loss_and_grads(*parts):
     nats, grads, stats = made.loss_and_grads(*sharding.varying(parts))
@@ -87,7 +87,7 @@ def build(
       stats = sharding.varying(stats)
       load = (
         jax.lax.psum(stats.load, over),
-        jax.lax.pmean(stats.dropped, over) / num_parts,
+        jax.lax.pmean(stats.dropped, over) / number,
       )
       if config.pipe == 1:
         load = jax.tree.map(lambda leaf: _same(leaf, (sharding.PIPE,)), load)
@@ -125,7 +125,7 @@ def _same(x, over):
   return jax.lax.pmean(x, over)
 
 
-def _whole(model, data, specs) -> Local:
+def _whole(model, data, parts, specs) -> Local:
   """Without a pipeline."""
   merge = network(model)
 
@@ -150,7 +150,9 @@ def _whole(model, data, specs) -> Local:
 
   def nats_and_stats(params, router_bias, tokens):
     net, how = ready(params)
-    logits, stats = net.logits_and_stats(tokens[:, :-1], router_bias, **how)
+    logits, stats = net.logits_and_stats(
+      tokens[:, :-1], router_bias, parts=parts, **how
+    )
     return _nats(logits, tokens[:, 1:]), stats
 
   def gradient(params, router_bias, tokens):
@@ -167,13 +169,13 @@ def _whole(model, data, specs) -> Local:
     return nats, grads, stats
 
   def loss_and_grads(params, router_bias, tokens):
-    parts = sharding.microbatches(tokens, data)
-    if len(parts) == 1:
+    microbatches = sharding.microbatches(tokens, data)
+    if len(microbatches) == 1:
       nats, grads, stats = gradient(params, router_bias, tokens)
     else:
       zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(gradient, params, router_bias, parts[0]),
+        jax.eval_shape(gradient, params, router_bias, microbatches[0]),
       )
 
       def add(total, part):
@@ -181,17 +183,17 @@ def _whole(model, data, specs) -> Local:
         return jax.tree.map(jnp.add, total, one), None
 
       zeros = sharding.varying(zeros)
-      (nats, grads, stats), _ = jax.lax.scan(add, zeros, parts)
+      (nats, grads, stats), _ = jax.lax.scan(add, zeros, microbatches)
     return nats, jax.tree.map(fsdp.over_others, grads, specs), stats
 
   def row_nats(params, router_bias, tokens):
     def score(part):
       return nats_and_stats(params, router_bias, part)[0]
 
-    parts = sharding.microbatches(tokens, data)
-    if len(parts) == 1:
+    microbatches = sharding.microbatches(tokens, data)
+    if len(microbatches) == 1:
       return score(tokens)
-    return jax.lax.map(score, parts).reshape(-1)
+    return jax.lax.map(score, microbatches).reshape(-1)
 
   def matrices(params, router_bias, tokens):
     net, how = ready(params)
@@ -213,6 +215,7 @@ def _piped(model, data, config, specs, layout, pollute) -> Local:
     shared = {k: v for k, v in params.items() if k != stack}
     blocks = params[stack]
     batch = (tokens.shape[1], tokens.shape[2] - 1)
+    parts = 1 if collect else config.parts
 
     def net(shared=shared, blocks=blocks):
       return merge(shared | {stack: blocks})
@@ -235,7 +238,7 @@ def _piped(model, data, config, specs, layout, pollute) -> Local:
       return _nats(net(shared).logits(h, targets.shape), targets)
 
     stages = pipeline.Stages(
-      open=lambda shared, tokens: net(shared).open(tokens)[0],
+      open=lambda shared, tokens: net(shared).open(tokens, parts=parts)[0],
       run=run,
       close=lambda shared, state: net(shared).close(state),
       score=score,

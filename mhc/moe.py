@@ -14,7 +14,6 @@ rectangle. That selection lets a token depend on the others of its batch, later
 ones too.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -81,13 +80,10 @@ class MoE(nnx.Module):
     weights = experts_lib.Weights(
       *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
     )
-    apply = functools.partial(self._apply, weights)
-    num_local = weights.gate.shape[0]
-    transport = exchange.transport(config.transport)
-    if num_local < config.num_experts and transport == 'gather':
-      out, dropped = exchange.gathered(apply, tokens, chosen, gates, num_local)
+    if weights.gate.shape[0] < config.num_experts:
+      out, dropped = exchange.apply(config, tokens, chosen, gates, weights)
     else:
-      out, dropped = apply(tokens, chosen, gates)
+      out, dropped = self._apply(weights, tokens, chosen, gates)
     out = out.reshape(x.shape)
     if self.shared is not None:
       out = out + self.shared(x)
@@ -102,28 +98,15 @@ class MoE(nnx.Module):
   def _apply(self, weights, tokens, chosen, gates):
     """The gated sum over chosen experts, and the share of dropped ones."""
     config = self.config
-    split = weights.gate.shape[0] < config.num_experts
-    transport = exchange.transport(config.transport)
-    sends = split and transport != 'gather'
     dropped = jnp.zeros(())
-    slots = math.ceil(config.capacity_factor * chosen.size / config.num_experts)
     match config.dispatch:
-      case 'dropless' if sends:
-        out = exchange.dropless(
-          tokens,
-          chosen,
-          weights,
-          factor=config.buffer_factor,
-          ragged=transport == 'ragged',
-        )
       case 'dropless':
-        out = experts_lib.dropless(tokens, chosen, weights, partial=split)
-      case 'capacity' if sends:
-        out, dropped = exchange.by_capacity(tokens, chosen, weights, slots)
+        out = experts_lib.dropless(tokens, chosen, weights)
       case 'capacity':
+        mean = chosen.size / config.num_experts
+        slots = math.ceil(config.capacity_factor * mean)
         out, dropped = experts_lib.capacity(tokens, chosen, weights, slots)
-    gates = gates[..., None].astype(tokens.dtype)
-    return jnp.sum(out * gates, axis=1), dropped
+    return exchange.gated(out, gates), dropped
 
   def _select(self, scores, bias) -> Int[Array, 's k']:
     """The chosen experts; no gradient passes through the choice."""
@@ -136,6 +119,16 @@ class MoE(nnx.Module):
       case 'none':
         ranking = scores
     return jax.lax.top_k(ranking, self.config.experts_per_token)[1]
+
+
+def joined(parts: list[Stats | None]) -> Stats | None:
+  """Of equal parts of a batch, what the layer did with all of it."""
+  if parts[0] is None:
+    return None
+  total = jax.tree.map(lambda *stats: sum(stats[1:], stats[0]), *parts)
+  return Stats(
+    total.load, total.dropped / len(parts), total.balance_loss / len(parts)
+  )
 
 
 def balanced(scores: Float[Array, 's e']) -> Float[Array, 's e']:

@@ -31,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mhc import schedule as schedule_lib
 from mhc import sharding
+from mhc import slots
 
 PIPE = sharding.PIPE
 Tree = Any
@@ -92,7 +93,7 @@ def gradients(
   empty = jnp.nan if pollute else 0
 
   def fresh(shapes, *extra):
-    return _full(shapes, empty, *extra)
+    return slots.full(shapes, empty, *extra)
 
   def forward(my, x):
     """F: the stage's output and, for a split head, what the head takes."""
@@ -101,15 +102,18 @@ def gradients(
       y = do.run(my, 'f', x)[0]
       if schedule.head == 'last':
         return y, None
-      return y, jax.lax.cond(
-        my['f_last'] == 1, lambda: do.close(y), lambda: fresh(do.hidden)
+      return y, _cond(
+        'f_last',
+        my['f_last'] == 1,
+        lambda: do.close(y),
+        lambda: fresh(do.hidden),
       )
 
     def idle():
       h = None if schedule.head == 'last' else fresh(do.hidden)
       return fresh(do.state), h
 
-    return jax.lax.cond(my['f_chunk'] >= 0, run, idle)
+    return _cond('f', my['f_chunk'] >= 0, run, idle)
 
   def head(h, index, total):
     """The loss of microbatch `index` at h, and its gradient at h."""
@@ -121,10 +125,10 @@ def gradients(
     return nats, dh, total._replace(shared=_add(total.shared, d_shared))
 
   def split_head(h, hs, row, total):
-    h = _from_last(h, schedule)
+    h = slots.from_last(h, schedule)
     nats, dh, total = head(h, row['h_mb'], total)
-    nats = jnp.where(_is_last(schedule), nats, 0)
-    return _put(hs, row['h_slot'], dh), _plus(total, nats)
+    nats = jnp.where(slots.is_last(schedule), nats, 0)
+    return slots.put(hs, row['h_slot'], dh), _plus(total, nats)
 
   def backward(my, x, incoming, dh, total):
     """B: the gradient of the stage's input; the totals with its share."""
@@ -150,8 +154,12 @@ def gradients(
           d_shared, dy = pull(dh_)
         return dy, total._replace(shared=_add(total.shared, d_shared))
 
-      dy, sums = jax.lax.cond(
-        my['b_last'] == 1, at_the_end, lambda total: (incoming, total), total
+      dy, sums = _cond(
+        'b_last',
+        my['b_last'] == 1,
+        at_the_end,
+        lambda total: (incoming, total),
+        total,
       )
       d_weights, dx = pull((dy, jnp.ones_like(extra)))
 
@@ -159,8 +167,12 @@ def gradients(
         _, pull = jax.vjp(lambda shared: do.open(shared, index), do.shared)
         return _add(d_shared, pull(dx)[0])
 
-      d_shared = jax.lax.cond(
-        my['b_first'] == 1, at_the_start, lambda same: same, sums.shared
+      d_shared = _cond(
+        'b_first',
+        my['b_first'] == 1,
+        at_the_start,
+        lambda same: same,
+        sums.shared,
       )
       return dx, Gradients(
         sums.nats,
@@ -169,43 +181,43 @@ def gradients(
         _add_at(sums.stats, chunk, stats),
       )
 
-    return jax.lax.cond(
-      my['b_chunk'] >= 0, run, lambda: (fresh(do.state), total)
-    )
+    return _cond('b', my['b_chunk'] >= 0, run, lambda: (fresh(do.state), total))
 
   def tick(carry, row):
-    my = _mine(row)
+    my = slots.mine(row)
     xs, gs, hs, dx, total = carry
-    gs = _store(gs, 'rg', my, dx, _send(dx, 'grad', schedule))
+    arrived = slots.send(dx, 'grad', schedule)
+    gs = slots.store(gs, 'rg', my, dx, arrived, schedule)
     # Read before the buffer is handed on, or XLA would copy all of it.
-    x_f, x_b = _slot(xs, my['f_slot']), _slot(xs, my['b_slot'])
+    x_f, x_b = slots.slot(xs, my['f_slot']), slots.slot(xs, my['b_slot'])
     xs, x_f, x_b = jax.lax.optimization_barrier((xs, x_f, x_b))
     y, h = forward(my, x_f)
-    sent = _send(y, 'act', schedule)
+    sent = slots.send(y, 'act', schedule)
     dh = None
     if schedule.head == 'vocab':
-      hs, total = jax.lax.cond(
+      hs, total = _cond(
+        'h',
         row['h_mb'] >= 0,
         lambda: split_head(h, hs, row, total),
         lambda: (hs, total),
       )
-      dh = _slot(hs, my['b_hslot'])
-    dx, total = backward(my, x_b, _slot(gs, my['b_gslot']), dh, total)
-    xs = _store(xs, 'ra', my, y, sent)
+      dh = slots.slot(hs, my['b_hslot'])
+    dx, total = backward(my, x_b, slots.slot(gs, my['b_gslot']), dh, total)
+    xs = slots.store(xs, 'ra', my, y, sent, schedule)
     return (xs, gs, hs, dx, total), None
 
   total = Gradients(
-    _full(jax.ShapeDtypeStruct((), jnp.float32), 0),
-    *(_full(_wide(tree), 0) for tree in (do.stack[0], do.shared)),
-    _full(do.stats, 0, schedule.num_chunks),
+    slots.full(jax.ShapeDtypeStruct((), jnp.float32), 0),
+    *(slots.full(_wide(tree), 0) for tree in (do.stack[0], do.shared)),
+    slots.full(do.stats, 0, schedule.num_chunks),
   )
-  slots = (
+  buffers = (
     fresh(do.state, max(1, schedule.num_slots)),
     fresh(do.state, max(1, schedule.num_grad_slots)),
     fresh(do.hidden, max(1, schedule.num_head_slots)),
   )
-  carry = (*slots, fresh(do.state), total)
-  total = jax.lax.scan(tick, carry, _rows(schedule))[0][-1]
+  carry = (*buffers, fresh(do.state), total)
+  total = jax.lax.scan(tick, carry, slots.rows(schedule))[0][-1]
   return total._replace(
     blocks=_by_row(total.blocks), stats=_by_row(total.stats)
   )
@@ -228,30 +240,31 @@ def forward(
   num = schedule.num_microbatches
 
   def tick(carry, row):
-    my = _mine(row)
+    my = slots.mine(row)
     xs, hs, kept = carry
-    x = _slot(xs, my['f_slot'])
+    x = slots.slot(xs, my['f_slot'])
 
     def run():
       chunk, index = my['f_chunk'], my['f_mb']
       y, _, stats = do.run(my, 'f', x)
       closed = jax.lax.cond(
-        my['f_last'] == 1, lambda: _put(hs, index, do.close(y)), lambda: hs
+        my['f_last'] == 1, lambda: slots.put(hs, index, do.close(y)), lambda: hs
       )
       add = lambda kept, one: kept.at[chunk, :, index].set(one)
       return y, closed, jax.tree.map(add, kept, stats)
 
     y, hs, kept = jax.lax.cond(
-      my['f_chunk'] >= 0, run, lambda: (_full(do.state, 0), hs, kept)
+      my['f_chunk'] >= 0, run, lambda: (slots.full(do.state, 0), hs, kept)
     )
-    xs = _store(xs, 'ra', my, y, _send(y, 'act', schedule))
+    sent = slots.send(y, 'act', schedule)
+    xs = slots.store(xs, 'ra', my, y, sent, schedule)
     return (xs, hs, kept), None
 
   carry = (
-    _full(do.state, 0, max(1, schedule.num_slots)),
-    _full(do.hidden, 0, num),
+    slots.full(do.state, 0, max(1, schedule.num_slots)),
+    slots.full(do.hidden, 0, num),
     jax.tree.map(
-      lambda leaf: _full(
+      lambda leaf: slots.full(
         jax.ShapeDtypeStruct(
           (schedule.num_chunks, leaf.shape[0], num, *leaf.shape[1:]), leaf.dtype
         ),
@@ -260,10 +273,11 @@ def forward(
       do.stats,
     ),
   )
-  (_, hs, kept), _ = jax.lax.scan(tick, carry, _rows(schedule))
-  hs = _from_last(hs, schedule)
+  (_, hs, kept), _ = jax.lax.scan(tick, carry, slots.rows(schedule))
+  hs = slots.from_last(hs, schedule)
   nats = jax.lax.map(
-    lambda index: do.score(do.shared, _take(hs, index), index), jnp.arange(num)
+    lambda index: do.score(do.shared, slots.take(hs, index), index),
+    jnp.arange(num),
   )
   return nats, _by_row(kept)
 
@@ -287,14 +301,15 @@ class _Local:
     self.stats = jax.eval_shape(run, self.state)
 
   def chunk(self, index):
-    return jax.tree.map(lambda leaf: _take(leaf, index), self.stack)
+    return jax.tree.map(lambda leaf: slots.take(leaf, index), self.stack)
 
   def open(self, shared, index):
-    return self.stages.open(shared, _take(self.inputs, index))
+    return self.stages.open(shared, slots.take(self.inputs, index))
 
   def start(self, my, op, x):
     """The input of the F or B at hand: x, or anew from tokens."""
-    return jax.lax.cond(
+    return _cond(
+      f'{op}_first',
       my[f'{op}_first'] == 1,
       lambda: self.open(self.shared, my[f'{op}_mb']),
       lambda: x,
@@ -309,83 +324,34 @@ class _Local:
     return self.stages.close(self.shared, y)
 
   def score(self, shared, h, index):
-    return self.stages.score(shared, h, _take(self.targets, index))
+    return self.stages.score(shared, h, slots.take(self.targets, index))
 
 
-def _rows(schedule):
-  return {name: jnp.asarray(column) for name, column in schedule.table.items()}
+def shares(schedule: schedule_lib.Schedule) -> dict[str, float]:
+  """How often the branches are taken, by the scope around them.
+
+  Of the ticks, by whichever device: a tick is as long as its longest, because
+  the devices wait for each other. Inside of F and B, of their ticks.
+  """
+  table = schedule.table
+
+  def ticks(column, least):
+    taken = table[column] >= least
+    return taken.any(axis=1).sum() if taken.ndim > 1 else taken.sum()
+
+  times = {'h': ticks('h_mb', 0) / schedule.num_ticks}
+  for op in 'fb':
+    number = ticks(f'{op}_chunk', 0)
+    times[op] = number / schedule.num_ticks
+    for end in ('first', 'last'):
+      times[f'{op}_{end}'] = ticks(f'{op}_{end}', 1) / max(1, number)
+  return {f'pipeline_{name}': float(value) for name, value in times.items()}
 
 
-def _mine(row):
-  """Of a row of the table, this device's part; what is for all stays."""
-  device = jax.lax.axis_index(PIPE)
-  return {
-    name: _take(column, device) if column.ndim else column
-    for name, column in row.items()
-  }
-
-
-def _from_last(tree, schedule):
-  """What the last stage's device has, on every device."""
-  here = _is_last(schedule)
-  return sharding.varying(
-    jax.tree.map(
-      lambda leaf: jax.lax.psum(jnp.where(here, leaf, 0), PIPE), tree
-    )
-  )
-
-
-def _is_last(schedule):
-  """Whether this device has the last stage."""
-  last = 0 if schedule.placement == 'vshape' else schedule.num_devices - 1
-  return jax.lax.axis_index(PIPE) == last
-
-
-def _send(tree, kind, schedule):
-  """The transfers of one kind: shift -> what arrives by it."""
-  size = schedule.num_devices
-  return {
-    shift: jax.tree.map(
-      lambda leaf, shift=shift: jax.lax.ppermute(
-        leaf, PIPE, [(d, (d + shift) % size) for d in range(size)]
-      ),
-      tree,
-    )
-    for channel, shift in schedule.channels
-    if channel == kind
-  }
-
-
-def _store(buffer, kind, my, own, arrived):
-  """Puts what arrived, or stays on this device, where the table says."""
-  for name, value in (
-    ('right', arrived.get(1)),
-    ('left', arrived.get(-1)),
-    ('self', own),
-  ):
-    if value is not None:
-      buffer = _put(buffer, my[f'{kind}_{name}'], value)
-  return buffer
-
-
-def _put(buffer, slot, value):
-  """buffer[slot] = value, nothing for slot -1."""
-
-  def leaf(buffer, value):
-    place = jnp.maximum(slot, 0)
-    old = _take(buffer, place)
-    new = jnp.where(slot >= 0, value, old)
-    return jax.lax.dynamic_update_index_in_dim(buffer, new, place, 0)
-
-  return jax.tree.map(leaf, buffer, value)
-
-
-def _slot(buffer, slot):
-  return jax.tree.map(lambda leaf: _take(leaf, jnp.maximum(slot, 0)), buffer)
-
-
-def _take(leaf, index):
-  return jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
+def _cond(name, *arguments):
+  """`jax.lax.cond`, to be found in the compiled program by its scope."""
+  with jax.named_scope(f'pipeline_{name}'):
+    return jax.lax.cond(*arguments)
 
 
 def _plus(total, nats):
@@ -410,13 +376,4 @@ def _wide(tree):
   """Shapes for sums."""
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), tree
-  )
-
-
-def _full(shapes, value, *extra):
-  """Arrays of one value, with the dimensions `extra` in front."""
-  return sharding.varying(
-    jax.tree.map(
-      lambda leaf: jnp.full((*extra, *leaf.shape), value, leaf.dtype), shapes
-    )
   )

@@ -91,9 +91,10 @@ def make_mesh(
 
   Raises:
     ValueError: fewer devices exist, the batch does not divide over them, a
-      device's share not into microbatches, or these are too few for the
-      pipeline.
+      device's share not into microbatches, these are too few for the
+      pipeline, or some process would have no device to compute on.
   """
+  processes = jax.process_count() if devices is None else 1
   devices = list(devices or jax.devices())
   model = config.pipe * config.expert
   number = config.num_devices
@@ -125,6 +126,12 @@ def make_mesh(
     )
   else:
     array = np.array(devices[:number]).reshape(shape)
+  if len({device.process_index for device in array.flat}) < processes:
+    raise ValueError(
+      f'mesh.num_devices={number} of the {len(devices)} devices are not in all '
+      f'{processes} processes, which must each have one: set mesh.num_devices '
+      f'and data.batch_size={data.batch_size} so that more are used'
+    )
   return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -143,6 +150,11 @@ def num_microbatches(
       f'data.microbatch_size={size} does not divide a '
       f"device's share of the batch: {data.batch_size} rows over "
       f'{ways} device(s) are {share}'
+    )
+  if size % config.parts:
+    raise ValueError(
+      f'mesh.parts={config.parts} does not divide the {size} row(s) of a '
+      'microbatch (data.microbatch_size)'
     )
   number = share // size
   if config.pipe > 1:

@@ -115,11 +115,16 @@ class Programs:
 
   @functools.cached_property
   def row_nats(self) -> Callable:
-    return jax.jit(self.functions.row_nats)
+    return jax.jit(self.functions.row_nats, out_shardings=self._everywhere)
 
   @functools.cached_property
   def probe(self) -> Callable:
-    return jax.jit(self.functions.probe)
+    return jax.jit(self.functions.probe, out_shardings=self._everywhere)
+
+  @property
+  def _everywhere(self):
+    """So that every process can read it."""
+    return NamedSharding(self.mesh, sharding.WHOLE)
 
   @property
   def memory(self):
@@ -162,8 +167,13 @@ def check_kernels(model: config_lib.ModelConfig, mesh: Mesh):
     dispatch.check(model.connection.implementation, streams, mesh)
 
 
-def functions(config: config_lib.Config, mesh: Mesh) -> Functions:
-  """The functions of a run on `mesh`, whose devices need not exist."""
+def functions(
+  config: config_lib.Config, mesh: Mesh, *, pollute: bool = False
+) -> Functions:
+  """The functions of a run on `mesh`, whose devices need not exist.
+
+  `pollute` is for tests, see `pipeline.gradients`.
+  """
   model = config.model
   check_kernels(model, mesh)
   check_transport(model, mesh)
@@ -209,7 +219,15 @@ def functions(config: config_lib.Config, mesh: Mesh) -> Functions:
   shapes = jax.eval_shape(canonical_init, 0)
   placed = jax.eval_shape(place, shapes)
   param_specs, bias_spec = specs(placed.params), specs(placed).router_bias
-  local = loss.build(model, config.data, config.mesh, mesh, param_specs, layout)
+  local = loss.build(
+    model,
+    config.data,
+    config.mesh,
+    mesh,
+    param_specs,
+    layout,
+    pollute=pollute,
+  )
   over_devices = functools.partial(
     jax.shard_map,
     mesh=mesh,

@@ -62,7 +62,7 @@ class Collective(NamedTuple):
     axes: of the mesh, along which its groups extend.
     bytes: that leave or enter a device, once.
     times: how often a step runs it: the trips of the loops around it. Of a
-      conditional only the most expensive branch is there, and counts always.
+      conditional only the most expensive branch is there, with its share.
     seconds: on the links, once.
     covered: seconds of compute while it is in flight, once, that no other
       transfer needs; 0 if it is synchronous.
@@ -195,10 +195,12 @@ def _inner(module, costs, instruction):
   """The computation that control flow runs, and how often; '' for others."""
   match instruction.opcode:
     case 'while':
-      return hlo.called(instruction, 'body'), hlo.trips(module, instruction)
+      times = hlo.trips(module, instruction) * hlo.share(module, instruction)
+      return hlo.called(instruction, 'body'), times
     case 'conditional':
       branches = hlo.branches(instruction)
-      return max(branches, key=lambda name: hlo.total(costs[name])), 1
+      most = max(branches, key=lambda name: hlo.total(costs[name]))
+      return most, hlo.share(module, instruction)
     case 'call':
       return hlo.called(instruction, 'to_apply'), 1
   return '', 0

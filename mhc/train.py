@@ -7,6 +7,9 @@ The folder's files, beside those of `checkpoint`:
     probes.jsonl     gains and mean matrices of H_res on one held-out row
     summary.json     written last: what the run was and how it ended
     tokenizer.json   the vocabulary, if it is not bytes
+
+Of many processes (`processes`) each runs this loop, and the first one writes
+these files; the folder must be one that all of them see.
 """
 
 import contextlib
@@ -21,6 +24,8 @@ from mhc import config as config_lib
 from mhc import data
 from mhc import evaluate
 from mhc import memory
+from mhc import plain
+from mhc import processes
 from mhc import recompute
 from mhc import sharding
 from mhc import step as step_lib
@@ -33,29 +38,45 @@ def train(
   """Runs `config` to its end and returns its summary.
 
   A finished run is returned as it is. An interrupted one goes on from its
-  newest checkpoint, with the losses that it would have had.
+  newest checkpoint, with the losses that it would have had, on whatever mesh
+  and in however many processes.
 
   Raises:
     ValueError, OSError: unusable settings, data or folder, before any work.
+    processes.Stopped: one of the processes was told to end; the run is saved.
   """
-  corpus = data.load(config.data.path)
-  data.check_vocabulary(corpus, config.model.vocab_size)
-  batches = data.train_batches(corpus, config.data, config.seed)
-  heldout = data.heldout_rows(
-    corpus, config.data.seq_len, config.eval_sequences
+  first = processes.is_first()
+  with processes.together():
+    corpus = data.load(config.data.path)
+    data.check_vocabulary(corpus, config.model.vocab_size)
+    batches = data.train_batches(corpus, config.data, config.seed)
+    heldout = data.heldout_rows(
+      corpus, config.data.seq_len, config.eval_sequences
+    )
+    mesh = sharding.make_mesh(config.mesh, config.data)
+    step_lib.check_kernels(config.model, mesh)
+  processes.check_same(
+    {'the text': corpus.sha256, 'jax': jax.__version__, **plain.leaves(config)}
   )
-  mesh = sharding.make_mesh(config.mesh, config.data)
-  step_lib.check_kernels(config.model, mesh)
-  checkpoint.claim(workdir, config)
-  if corpus.tokenizer is not None and corpus.tokenizer.name != 'bytes':
-    # So that the run can be sampled where its data are not.
-    writer.replace(workdir / 'tokenizer.json', corpus.tokenizer.description)
-  summary = read_summary(workdir)
+  with processes.together():
+    if first:
+      _claim(workdir, config, corpus)
+  with processes.together():
+    if not (workdir / 'config.json').exists():
+      raise ValueError(
+        f'{workdir} is not the folder that process 0 writes to: all processes '
+        'must see the same --workdir'
+      )
+    summary = read_summary(workdir) if first else None
+  summary = processes.from_first(summary)
   if summary is not None:
     return summary
 
   programs = step_lib.build(config)
-  writer.note(_memory_line(config, programs))
+  # Compiles the update, which all do at the same time.
+  line = _memory_line(config, programs)
+  if first:
+    writer.note(line)
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(workdir, config.keep_checkpoints)
@@ -66,14 +87,16 @@ def train(
     else:
       state = programs.place(state)
     start = int(state.step)
-    writers = [writer.JsonLines(workdir / 'metrics.jsonl', start)]
-    if config.tensorboard:
-      writers.append(writer.TensorBoard(workdir))
-    probes = writer.JsonLines(workdir / 'probes.jsonl', start)
-    for resource in (*writers, probes):
+    writers, probes = [], []
+    if first:
+      writers.append(writer.JsonLines(workdir / 'metrics.jsonl', start))
+      probes.append(writer.JsonLines(workdir / 'probes.jsonl', start))
+      if config.tensorboard:
+        writers.append(writer.TensorBoard(workdir))
+    for resource in (*writers, *probes):
       stack.callback(resource.close)
     bar = stack.enter_context(
-      writer.progress_bar(config.num_steps, start, label)
+      writer.progress_bar(config.num_steps, start, label, shown=first)
     )
 
     def record(step, metrics):
@@ -112,7 +135,8 @@ def train(
 
       evaluating = due(config.eval_every, step)
       probing = due(config.probe_every, step)
-      saving = due(config.checkpoint_every, step)
+      stopping = processes.stopping(step) and step < config.num_steps
+      saving = stopping or due(config.checkpoint_every, step)
       if not (evaluating or probing or saving):
         continue
       values = fetch(pending, clock)
@@ -123,12 +147,15 @@ def train(
       if probing:
         row = sharding.place(heldout[:1, :-1], programs.mesh, sharding.WHOLE)
         profile = jax.device_get(programs.probe(state, row))
-        probes.write(step, profile)
+        for sink in probes:
+          sink.write(step, profile)
         values['mhc/gain_fwd_max'] = float(profile['composite_fwd'].max())
         values['mhc/gain_bwd_max'] = float(profile['composite_bwd'].max())
       record(step, values)
       if saving:
         checkpoints.save(programs.canonical(state), batches)
+      if stopping:
+        raise processes.Stopped(f'saved after step {step}')
       pending, clock = None, time.perf_counter()
 
   summary = {
@@ -149,12 +176,23 @@ def train(
     / corpus.num_train_tokens,
     'corpus': corpus.summary(),
     'num_devices': programs.mesh.size,
+    'num_processes': processes.count(),
     'device': jax.devices()[0].device_kind,
     'jax': jax.__version__,
   }
-  text = json.dumps(writer.jsonable(summary), indent=2) + '\n'
-  writer.replace(workdir / 'summary.json', text)
+  with processes.together():
+    if first:
+      text = json.dumps(writer.jsonable(summary), indent=2) + '\n'
+      writer.replace(workdir / 'summary.json', text)
   return summary
+
+
+def _claim(workdir, config, corpus):
+  """Makes the folder this run's."""
+  checkpoint.claim(workdir, config)
+  if corpus.tokenizer is not None and corpus.tokenizer.name != 'bytes':
+    # So that the run can be sampled where its data are not.
+    writer.replace(workdir / 'tokenizer.json', corpus.tokenizer.description)
 
 
 def _memory_line(config, programs):

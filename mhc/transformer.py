@@ -29,6 +29,7 @@ from mhc import streams
 # Makes the block at hand of a stack, by its name, from the part of it that the
 # device keeps.
 Whole = Callable[[str, nnx.Module], nnx.Module]
+States = list[connections.State]  # of the parts of a batch
 
 
 def _as_it_is(name, block):
@@ -150,12 +151,17 @@ class Transformer(nnx.Module):
     tokens: Int[Array, 'b t'],
     router_bias: Float[Array, 'l e'] | None = None,
     *,
+    parts: int = 1,
     whole: Whole = _as_it_is,
   ) -> tuple[Float[Array, 'b t v'], moe.Stats | None]:
-    """The logits and each expert layer's `Stats`, stacked; None without."""
-    state, auxes = self._run(tokens, router_bias, whole=whole)
+    """The logits and each expert layer's `Stats`, stacked; None without.
+
+    The rows go through each block in `parts`, side by side, so that the tokens
+    of one can travel to their experts while another is computed.
+    """
+    states, auxes = self._run(tokens, router_bias, parts=parts, whole=whole)
     stats = auxes[-1].stats
-    return self.logits(self.close(state), tokens.shape), stats
+    return self.logits(self.close(states), tokens.shape), stats
 
   def decode(
     self,
@@ -170,11 +176,11 @@ class Transformer(nnx.Module):
     With experts the result is that of a whole row if what happens to a token
     does not depend on others: `router='bias'`, `dispatch='dropless'`.
     """
-    state, auxes = self._run(tokens, router_bias, cache=cache, start=start)
+    states, auxes = self._run(tokens, router_bias, cache=cache, start=start)
     cache = jax.tree.map(
       lambda *stacks: jnp.concatenate(stacks), *(aux.cache for aux in auxes)
     )
-    return self.logits(self.close(state), tokens.shape), cache
+    return self.logits(self.close(states), tokens.shape), cache
 
   def empty_cache(self, batch_size: int, size: int) -> attention.Cache:
     """For rows of up to `size` tokens, all blocks stacked."""
@@ -202,47 +208,51 @@ class Transformer(nnx.Module):
     self,
     tokens: Int[Array, 'b t'],
     *,
+    parts: int = 1,
     collect: bool = False,
-  ) -> tuple[connections.State, Aux | None]:
+  ) -> tuple[States, Aux | None]:
     """What stands before `config.stack`: embedding and other blocks, if any."""
-    state, aux = self._embed(tokens), None
+    states, aux = self._embed(tokens, parts), None
     if self.config.stack == 'moe_blocks' and self.dense_blocks is not None:
-      state, aux = self._through(
-        'dense_blocks', None, state, tokens.shape, collect=collect
+      states, aux = self._through(
+        'dense_blocks', None, states, tokens.shape, collect=collect
       )
-    return connections.land(self.config.connection, state), aux
+    return [connections.land(self.config.connection, s) for s in states], aux
 
   def stage(
     self,
-    state: connections.State,
+    states: States,
     batch: tuple[int, int],
     router_bias: Float[Array, 'l e'] | None,
     active: Bool[Array, 'l'] | None = None,
     *,
     collect: bool = False,
-  ) -> tuple[connections.State, Aux]:
+  ) -> tuple[States, Aux]:
     """The blocks of `config.stack`, one stage of a pipeline.
 
     Args:
-      state: what `open` or the stage before has returned, of tokens `batch`.
+      states: what `open` or the stage before has returned, of tokens `batch`.
       router_bias: with experts, of these l blocks.
       active: False leaves the state as it is; None for all True.
       collect: as for `mixing_matrices`, which are `aux.contexts` then.
     """
     connection = self.config.connection
-    state, aux = self._through(
+    states, aux = self._through(
       self.config.stack,
       router_bias,
-      connections.take_off(connection, state),
+      [connections.take_off(connection, s) for s in states],
       batch,
       active=active,
       collect=collect,
     )
-    return connections.land(connection, state), aux
+    return [connections.land(connection, s) for s in states], aux
 
-  def close(self, state: connections.State) -> Float[Array, 's d']:
+  def close(self, states: States) -> Float[Array, 's d']:
     """The streams as one, normed: what the head reads."""
-    h = connections.close_streams(self.config.connection, state, self.collapse)
+    connection = self.config.connection
+    h = jnp.concatenate(
+      [connections.close_streams(connection, s, self.collapse) for s in states]
+    )
     return self.norm(h)
 
   def logits(
@@ -251,13 +261,14 @@ class Transformer(nnx.Module):
     logits = self.head(h.reshape(*batch, -1)).astype(jnp.float32)
     return precision.mark('logits', logits)
 
-  def _embed(self, tokens):
+  def _embed(self, tokens, parts=1):
     x = self.embed(tokens, jnp.dtype(self.config.dtype))
     # Tokens in one dimension: connections reshape to that, and what keeps its
     # shape is kept once for the backward pass.
-    return connections.open_streams(
-      self.config.connection, x.reshape(-1, self.config.dim)
-    )
+    return [
+      connections.open_streams(self.config.connection, part)
+      for part in jnp.split(x.reshape(-1, self.config.dim), parts)
+    ]
 
   def _run(
     self,
@@ -267,13 +278,14 @@ class Transformer(nnx.Module):
     collect=False,
     cache=None,
     start=None,
+    parts=1,
     whole=_as_it_is,
   ):
-    """The last state, and the `Aux` of each stack of blocks."""
+    """The last states, and the `Aux` of each stack of blocks."""
     config = self.config
     if (router_bias is None) != (self.moe_blocks is None):
       raise ValueError('router_bias is for models with experts, and only those')
-    state = self._embed(tokens)
+    states = self._embed(tokens, parts)
     auxes, num_dense = [], config.num_blocks - config.num_moe_blocks
     for name, bias, part in (
       ('dense_blocks', None, slice(num_dense)),
@@ -281,10 +293,10 @@ class Transformer(nnx.Module):
     ):
       if getattr(self, name) is None:
         continue
-      state, aux = self._through(
+      states, aux = self._through(
         name,
         bias,
-        state,
+        states,
         tokens.shape,
         cache=jax.tree.map(lambda leaf, part=part: leaf[part], cache),
         start=start,
@@ -292,13 +304,13 @@ class Transformer(nnx.Module):
         whole=whole,
       )
       auxes.append(aux)
-    return state, auxes
+    return states, auxes
 
   def _through(
     self,
     name,
     bias,
-    state,
+    states,
     batch,
     *,
     cache=None,
@@ -310,27 +322,44 @@ class Transformer(nnx.Module):
     """A stack of blocks; the contexts are the H_res if they are collected."""
     config, blocks = self.config, getattr(self, name)
 
-    def run(state, inputs):
+    part = (batch[0] // len(states), batch[1])
+
+    def run(states, inputs):
       block, bias, cache, _ = inputs
       block = whole(name, block)
-      state, aux = block(state, batch, bias, cache, start)
+      states, auxes = zip(
+        *(block(state, part, bias, cache, start) for state in states),
+        strict=True,
+      )
       matrices = None
       if collect:
-        matrices = jnp.stack([*map(connections.mixing_matrices, aux.contexts)])
-      return state, aux._replace(contexts=matrices)
+        matrices = jnp.concatenate(
+          [
+            jnp.stack([*map(connections.mixing_matrices, aux.contexts)])
+            for aux in auxes
+          ],
+          axis=1,
+        )
+      stats = moe.joined([aux.stats for aux in auxes])
+      return [*states], Aux(matrices, stats, auxes[0].cache)
 
-    def run_if_active(state, inputs):
-      def skip(state, inputs):
-        aux = jax.eval_shape(run, state, inputs)[1]
+    def run_if_active(states, inputs):
+      over = axes.over((states, inputs))
+
+      def keep(states, inputs):
+        return axes.vary(run(states, inputs), over)
+
+      def skip(states, inputs):
+        aux = jax.eval_shape(run, states, inputs)[1]
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), aux)
-        return state, axes.vary(zeros, axes.over((state, inputs)))
+        return axes.vary((states, zeros), over)
 
-      return jax.lax.cond(inputs[-1], run, skip, state, inputs)
+      return jax.lax.cond(inputs[-1], keep, skip, states, inputs)
 
     length = len(jax.tree.leaves(blocks)[0])
     return recompute.scan(
       run if active is None else run_if_active,
-      state,
+      states,
       (blocks, bias, cache, active),
       policy=config.recompute,
       blocks=recompute.interval(config, length) // 2,

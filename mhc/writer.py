@@ -65,9 +65,12 @@ class TensorBoard:
     self._writer.close()
 
 
-def progress_bar(total: int, done: int, label: str) -> tqdm.tqdm:
+def progress_bar(
+  total: int, done: int, label: str, shown: bool = True
+) -> tqdm.tqdm:
   """Steps with time left; one line every 15 s where there is no terminal."""
   return _bar(
+    disable=not shown,
     total=total,
     initial=done,
     desc=label,

@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # A module imports only from groups to its left.
 ORDER = (
-  ('axes', 'checks', 'chips', 'handovers', 'orders'),
+  ('axes', 'checks', 'chips', 'handovers', 'orders', 'processes'),
   ('plain', 'schedule'),
   ('config', 'timeline'),
   ('layout',),
@@ -23,7 +23,8 @@ ORDER = (
   ('moe',),
   ('transformer', 'sizes'),
   ('hlo', 'sharding', 'torus'),
-  ('fsdp', 'memory', 'pipeline', 'traffic', 'vocabulary'),
+  ('fsdp', 'memory', 'slots', 'traffic', 'vocabulary'),
+  ('pipeline',),
   ('counts',),
   ('optimizer', 'tokenizer'),
   ('loss',),

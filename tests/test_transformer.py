@@ -54,7 +54,7 @@ def logits_of(model, x):
 
 @jax.jit
 def final_streams(model, x):
-  return model._run(x, None, collect=False)[0]
+  return model._run(x, None)[0][0]
 
 
 loss_and_grads = jax.jit(jax.value_and_grad(loss))

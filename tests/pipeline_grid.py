@@ -1,0 +1,198 @@
+"""Gradients of every schedule, mesh and kind against one device.
+
+    python tests/pipeline_grid.py              float32, within 3e-5
+    python tests/pipeline_grid.py --x64        float64, within 1e-11
+
+About 180 cases of a few seconds each, an hour on two cores; a line a case, exit
+status 1 if one fails. `--only=TEXT` takes the cases whose line contains it.
+Buffers and idle devices are filled with NaN throughout. tests/test_pipeline.py
+runs some of the cases.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import os
+import sys
+from typing import NamedTuple
+
+if __name__ == '__main__':
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ['XLA_FLAGS'] = (
+    '--xla_force_host_platform_device_count=8 '
+    '--xla_cpu_collective_call_terminate_timeout_seconds=300'
+  )
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if __name__ == '__main__' and '--x64' in sys.argv:
+  jax.config.update('jax_enable_x64', True)
+  # What is float32 whatever the activations are.
+  jnp.float32 = jnp.float64
+
+from mhc import config as config_lib
+from mhc import sharding
+from mhc import step
+
+ROWS, TIME = 16, 6
+KINDS = ('residual', 'hc', 'mhc', 'mhc_single_pass')
+SCHEDULES = ('gpipe', '1f1b', 'interleaved', 'wave_v', 'dualpipev')
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (4, 2, 1))
+
+
+class Case(NamedTuple):
+  """One gradient; the mesh is (data, pipe, expert)."""
+
+  kind: str = 'mhc'
+  experts: bool = False
+  mesh: tuple[int, int, int] = (1, 1, 1)
+  schedule: str = 'interleaved'
+  head: str = 'last'
+  transport: str = 'auto'
+  parts: int = 1
+
+
+def cases():
+  """All of the grid; transports, heads and parts take turns."""
+  turn = itertools.count()
+  for experts, kind, mesh in itertools.product((False, True), KINDS, MESHES):
+    if mesh[2] > 1 and not experts:
+      continue
+    for schedule in SCHEDULES if mesh[1] > 1 else ('interleaved',):
+      number = next(turn)
+      yield Case(
+        kind,
+        experts,
+        mesh,
+        schedule,
+        head='vocab' if mesh[1] > 1 and number % 2 else 'last',
+        transport=('padded', 'gather')[number // 2 % 2],
+      )
+
+
+def config(case: Case, dtype: str = 'float32') -> config_lib.Config:
+  """With as many blocks as the longest pipeline has stages, and one more."""
+  data, pipe, expert = case.mesh
+  stages = pipe * (1 if case.schedule in ('gpipe', '1f1b') else 2)
+  moe = config_lib.MoEConfig()
+  if case.experts:
+    moe = config_lib.MoEConfig(
+      num_experts=8,
+      expert_dim=8,
+      num_dense_blocks=1,
+      balance_loss=0.1,
+      transport=case.transport,
+      # So small that there are further rounds.
+      buffer_factor=0.75,
+    )
+  model = config_lib.ModelConfig(
+    num_blocks=max(5, stages + 1),
+    dim=16,
+    ffn_dim=16,
+    recompute='mhc',
+    attention=config_lib.AttentionConfig(
+      num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
+    ),
+    connection=config_lib.ConnectionConfig(kind=case.kind),
+    moe=moe,
+  )
+  object.__setattr__(model, 'dtype', dtype)
+  return config_lib.Config(
+    model=model,
+    data=config_lib.DataConfig(
+      seq_len=TIME, batch_size=ROWS, microbatch_size=case.parts
+    ),
+    mesh=config_lib.MeshConfig(
+      num_devices=data * pipe * expert,
+      pipe=pipe,
+      expert=expert,
+      schedule=case.schedule,
+      head=case.head,
+      parts=case.parts,
+    ),
+  )
+
+
+def gradient(settings: config_lib.Config) -> dict:
+  """Loss, gradient and loads of generic parameters, in order of depth."""
+  mesh = sharding.make_mesh(settings.mesh, settings.data)
+  functions = step.functions(settings, mesh, pollute=True)
+  rng = np.random.default_rng(0)
+
+  def generic(leaf):
+    noise = 0.2 * rng.normal(size=leaf.shape)
+    return (noise + (leaf.ndim < 3)).astype(leaf.dtype)
+
+  shapes = functions.canonical_state
+  params = jax.tree.map(generic, shapes.params)
+  bias = shapes.router_bias
+  if bias is not None:
+    bias = np.zeros(bias.shape, bias.dtype)
+  tokens = rng.integers(0, 256, (ROWS, TIME + 1), np.int32)
+
+  @jax.jit
+  def run(params, bias, tokens):
+    state = step.TrainState(0, params, (), bias)
+    state = functions.place(state)
+    loss, grads, load = functions.loss_and_grads(
+      state.params, state.router_bias, tokens
+    )
+    grads = functions.canonical(state._replace(params=grads)).params
+    load = jax.tree.map(functions.layout.canonical, load)
+    return {'loss': loss, 'grads': grads, 'load': load}
+
+  with jax.set_mesh(mesh):
+    return jax.device_get(run(params, bias, tokens))
+
+
+def worst(got: dict, want: dict) -> tuple[float, str]:
+  """The largest error, relative to the largest value of its array; where."""
+  errors = {}
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+  ):
+    assert np.isfinite(a).all(), jax.tree_util.keystr(path)
+    scale = max(np.abs(b).max(), 1e-6)
+    errors[jax.tree_util.keystr(path)] = float(np.abs(a - b).max() / scale)
+  return max((error, path) for path, error in errors.items())
+
+
+def reference(case: Case, dtype: str = 'float32') -> dict:
+  """Of one device, with all rows at once."""
+  settings = config(case, dtype)
+  return gradient(
+    dataclasses.replace(
+      settings,
+      mesh=config_lib.MeshConfig(num_devices=1),
+      data=dataclasses.replace(settings.data, microbatch_size=1),
+    )
+  )
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--x64', action='store_true')
+  parser.add_argument('--only', default='')
+  arguments = parser.parse_args()
+  dtype, bound = ('float64', 1e-11) if arguments.x64 else ('float32', 3e-5)
+  known, failed, number, largest = {}, 0, 0, 0.0
+  for case in cases():
+    if arguments.only not in str(case):
+      continue
+    settings = config(case, dtype)
+    key = (case.kind, case.experts, settings.model.num_blocks)
+    if key not in known:
+      known[key] = reference(case, dtype)
+    error, where = worst(gradient(settings), known[key])
+    number, largest = number + 1, max(largest, error)
+    failed += error > bound
+    mark = 'FAILED' if error > bound else 'ok'
+    print(f'{mark} {error:.1e} {where} {case}', flush=True)
+  print(f'{number - failed} of {number} within {bound}, largest {largest:.1e}')
+  sys.exit(bool(failed))
+
+
+if __name__ == '__main__':
+  main()
