@@ -206,9 +206,9 @@ def _fail(message: str):
 
 def _complain(message: str):
   line = re.sub(r'\s*\n\s*', ' ', message)
-  where = ''
-  if processes.count() > 1:
-    where = f' in process {processes.index()}'
-  elif 'process_id' in flags.FLAGS and flags.FLAGS['process_id'].present:
-    where = f' in process {flags.FLAGS["process_id"].value}'
+  number = processes.index() if processes.count() > 1 else None
+  if number is None:  # it may have come no further than to its flags
+    given = re.search('\0--?process_id[=\0]([0-9]+)', '\0'.join(sys.argv))
+    number = given and given[1]
+  where = '' if number is None else f' in process {number}'
   print(f'error{where}: {line}', file=sys.stderr)

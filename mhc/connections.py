@@ -30,7 +30,7 @@ streams twice for the backward pass.
 
 from flax import nnx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from mhc import config as config_lib
 from mhc import precision
@@ -151,6 +151,37 @@ def leave(
   if _carries_output(config):
     return Sublayer(y, context)
   return connection.post(y, context)
+
+
+def masked(
+  context: Context, active: Bool[Array, ''] | None, before: State | Context
+) -> Context:
+  """The context of a sub-layer that, if not active, changes nothing.
+
+  H_res = I and H_post = 0; what a later sub-layer reads by is as it was
+  `before`, in the state or the context that the sub-layer came from.
+  """
+  mappings = context.mappings
+  if active is None or mappings is None:
+    return context
+  res, pre = mappings.res, mappings.pre
+  if res is not None:
+    res = jnp.where(active, res, jnp.eye(len(res))[..., None])
+  if isinstance(before, Ahead):
+    pre = jnp.where(active, pre, before.weights)
+  elif isinstance(before, Context):
+    pre = jnp.where(active, pre, before.mappings.pre)
+  post = jnp.where(active, mappings.post, 0)
+  return context._replace(mappings=Mappings(pre, post, res))
+
+
+def silenced(
+  y: Float[Array, '*batch d'], context: Context, active: Bool[Array, ''] | None
+) -> Float[Array, '*batch d']:
+  """A sub-layer's output, 0 if it is not active and has no H_post for that."""
+  if active is None or context.mappings is not None:
+    return y
+  return jnp.where(active, y, 0)
 
 
 def close_streams(

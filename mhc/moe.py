@@ -20,7 +20,7 @@ from typing import NamedTuple
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mhc import config as config_lib
 from mhc import exchange
@@ -61,8 +61,16 @@ class MoE(nnx.Module):
     self.config = config
 
   def __call__(
-    self, x: Float[Array, 'b t d'], bias: Float[Array, 'e']
+    self,
+    x: Float[Array, 'b t d'],
+    bias: Float[Array, 'e'],
+    active: Bool[Array, ''] | None = None,
   ) -> tuple[Float[Array, 'b t d'], Stats]:
+    """The sum over each token's experts.
+
+    A layer that is not `active` spreads its tokens evenly, so as not to be
+    slower than the others, and counts none of them.
+    """
     config = self.config
     tokens = x.reshape(-1, x.shape[-1])
     scores = jax.nn.sigmoid(
@@ -74,6 +82,11 @@ class MoE(nnx.Module):
     )
     scores = precision.mark('router_scores', scores)
     chosen = self._select(scores, bias)
+    if active is not None:
+      evenly = (
+        jnp.arange(chosen.size).reshape(chosen.shape) % config.num_experts
+      )
+      chosen = jnp.where(active, chosen, evenly)
     gates = jnp.take_along_axis(scores, chosen, axis=1)
     gates = gates / jnp.sum(gates, axis=1, keepdims=True)
 
@@ -87,13 +100,16 @@ class MoE(nnx.Module):
     out = out.reshape(x.shape)
     if self.shared is not None:
       out = out + self.shared(x)
-    return out, Stats(
+    stats = Stats(
       load=jnp.bincount(chosen.reshape(-1), length=config.num_experts).astype(
         jnp.float32
       ),
       dropped=dropped,
       balance_loss=_balance_loss(scores, chosen, x.shape[0]),
     )
+    if active is not None:
+      stats = jax.tree.map(lambda leaf: jnp.where(active, leaf, 0), stats)
+    return out, stats
 
   def _apply(self, weights, tokens, chosen, gates):
     """The gated sum over chosen experts, and the share of dropped ones."""

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mhc import attention
-from mhc import axes
 from mhc import config as config_lib
 from mhc import connections
 from mhc import layers
@@ -81,26 +80,34 @@ class Block(nnx.Module):
     router_bias: Float[Array, 'e'] | None,
     cache: attention.Cache | None = None,
     start: Int[Array, ''] | None = None,
+    active: Bool[Array, ''] | None = None,
   ) -> tuple[connections.State, Aux]:
     """One block on the streams [s, n, d] of s = b t tokens, batch = (b, t).
 
-    With a cache, the tokens follow the `start` ones that it holds.
+    With a cache, the tokens follow the `start` ones that it holds. A block that
+    is not active is computed, and leaves the streams as they are.
     """
     h, first = connections.enter(self.attention_connection, state)
+    first = connections.masked(first, active, state)
     normed = self.attention_norm(h).reshape(*batch, -1)
     if cache is None:
       y = self.attention(normed)
     else:
       y, cache = self.attention.decode(normed, cache, start)
-    y = recompute.output(y.reshape(h.shape))
+    y = recompute.output(
+      connections.silenced(y.reshape(h.shape), first, active)
+    )
     h, second = self.ffn_connection.advance(y, first)
+    second = connections.masked(second, active, first)
     stats = None
     normed = self.ffn_norm(h).reshape(*batch, -1)
     if router_bias is None:
       y = self.ffn(normed)
     else:
-      y, stats = self.ffn(normed, router_bias)
-    y = recompute.output(y.reshape(h.shape))
+      y, stats = self.ffn(normed, router_bias, active)
+    y = recompute.output(
+      connections.silenced(y.reshape(h.shape), second, active)
+    )
     state = connections.leave(self.config, self.ffn_connection, y, second)
     return state, Aux((first, second), stats, cache)
 
@@ -233,7 +240,7 @@ class Transformer(nnx.Module):
     Args:
       states: what `open` or the stage before has returned, of tokens `batch`.
       router_bias: with experts, of these l blocks.
-      active: False leaves the state as it is; None for all True.
+      active: False for rows of padding (zeros); None for all True.
       collect: as for `mixing_matrices`, which are `aux.contexts` then.
     """
     connection = self.config.connection
@@ -325,10 +332,10 @@ class Transformer(nnx.Module):
     part = (batch[0] // len(states), batch[1])
 
     def run(states, inputs):
-      block, bias, cache, _ = inputs
+      block, bias, cache, active = inputs
       block = whole(name, block)
       states, auxes = zip(
-        *(block(state, part, bias, cache, start) for state in states),
+        *(block(state, part, bias, cache, start, active) for state in states),
         strict=True,
       )
       matrices = None
@@ -343,22 +350,9 @@ class Transformer(nnx.Module):
       stats = moe.joined([aux.stats for aux in auxes])
       return [*states], Aux(matrices, stats, auxes[0].cache)
 
-    def run_if_active(states, inputs):
-      over = axes.over((states, inputs))
-
-      def keep(states, inputs):
-        return axes.vary(run(states, inputs), over)
-
-      def skip(states, inputs):
-        aux = jax.eval_shape(run, states, inputs)[1]
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), aux)
-        return axes.vary((states, zeros), over)
-
-      return jax.lax.cond(inputs[-1], keep, skip, states, inputs)
-
     length = len(jax.tree.leaves(blocks)[0])
     return recompute.scan(
-      run if active is None else run_if_active,
+      run,
       states,
       (blocks, bias, cache, active),
       policy=config.recompute,
