@@ -2,43 +2,116 @@
 
     python launch/aot.py --config=configs/paper_27b.py --count
     python launch/aot.py --config=configs/paper_3b.py --topology=v5p:2x2x1
+    python launch/aot.py --config=configs/paper_27b.py --topology=v5p:8x8x8 \
+        --suggest
+    python launch/aot.py --config.mesh.schedule=dualpipev --config.mesh.pipe=4 \
+        --draw_schedule=schedule.png --microbatches=16
 
-The first prints parameters, FLOPs and activation bytes of a token as JSON. The
-second compiles the training step for a TPU slice (or 'cpu') and prints its
-memory, traffic and estimated time; minutes for the paper's models. Neither
-allocates anything.
+--count prints parameters, FLOPs and activation bytes of a token as JSON.
+--topology compiles the training step for a TPU slice (or 'cpu') and prints
+whether it fits, what it sends and how long a step would take, next to the same
+mesh with the plain residual; minutes a program for the paper's models.
+--suggest instead looks for meshes by formulas, in seconds. --draw_schedule
+draws the order of a pipeline's work. Nothing is allocated.
 """
 
 import json
+import math
 
 from absl import flags
 import jax
 
 import command_line
+from mhc import chips
 from mhc import config as config_lib
 from mhc import counts
 from mhc import plan as plan_lib
+from mhc import plan_table
+from mhc import schedule
+from mhc import suggest
+from mhc import timeline
 
 COUNT = flags.DEFINE_bool('count', False, 'Print the counts of --config.')
 TOPOLOGY = flags.DEFINE_string(
   'topology', None, "Compile for a TPU slice such as v5p:2x2x1, or for 'cpu'."
 )
-JSON = flags.DEFINE_bool('json', False, 'Print the plan as JSON.')
+AGAINST = flags.DEFINE_list(
+  'against',
+  ['residual'],
+  "Programs to compare a step with: 'residual' and 'xla' (without kernels), "
+  "one more compilation each; '' for none.",
+)
+SUGGEST = flags.DEFINE_bool(
+  'suggest', False, 'Print the best meshes for --topology, by formulas.'
+)
+DRAW = flags.DEFINE_string(
+  'draw_schedule', None, 'Draw the schedule of --config.mesh into this PNG.'
+)
+MICROBATCHES = flags.DEFINE_integer(
+  'microbatches', None, 'For --draw_schedule; twice the stages by default.'
+)
+JSON = flags.DEFINE_bool('json', False, 'Print plans as JSON.')
 command_line.define_config('tiny.py')
 
 
 def main():
-  if not COUNT.value and not TOPOLOGY.value:
-    raise ValueError(
-      'nothing to print: give --count or a --topology such as v5p:2x2x1'
-    )
   config = command_line.config(config_lib.Config)
+  if not (COUNT.value or TOPOLOGY.value or DRAW.value):
+    raise ValueError(
+      'nothing to print: give --count, --draw_schedule or a --topology such as '
+      'v5p:2x2x1'
+    )
+  if SUGGEST.value and not TOPOLOGY.value:
+    raise ValueError('--suggest is for a --topology such as v5p:8x8x8')
+  unknown = set(AGAINST.value) - {'residual', 'xla', ''}
+  if unknown:
+    raise ValueError(f"--against={unknown.pop()!r} must be 'residual' or 'xla'")
   if COUNT.value:
     print(json.dumps(counts.count(config.model, config.data.seq_len)))
+  if DRAW.value:
+    _draw(config.mesh)
   if TOPOLOGY.value:
     jax.config.update('jax_platforms', 'cpu')
-    plan = plan_lib.make(config, TOPOLOGY.value)
-    print(json.dumps(plan) if JSON.value else plan_lib.table(plan))
+    _suggest(config) if SUGGEST.value else _plan(config)
+
+
+def _draw(mesh):
+  pipe = mesh.pipe
+  number = MICROBATCHES.value or 2 * mesh.chunks * pipe
+  drawn = schedule.build(
+    mesh.schedule, pipe, number, num_chunks=mesh.chunks, head=mesh.head
+  )
+  timeline.save(drawn, DRAW.value)
+  print(
+    f'{mesh.schedule}, {pipe} devices, {number} microbatches: '
+    f'{drawn.num_ticks} ticks, bubble {schedule.bubble(drawn):.1%}, '
+    f'{schedule.peak_states(drawn)} states kept; drawn in {DRAW.value}'
+  )
+
+
+def _plan(config):
+  plan = plan_lib.make(config, TOPOLOGY.value)
+  against = [name for name in AGAINST.value if name]
+  if config.model.connection.kind == 'residual':
+    against = []
+  if plan['step_seconds'] is not None:
+    plan |= plan_lib.overheads(config, TOPOLOGY.value, plan, tuple(against))
+  if JSON.value:
+    plan = {
+      key: None if isinstance(value, float) and math.isnan(value) else value
+      for key, value in plan.items()
+    }
+  print(json.dumps(plan) if JSON.value else plan_table.table(plan))
+
+
+def _suggest(config):
+  number = len(plan_lib.devices(TOPOLOGY.value))
+  found = suggest.suggest(config, TOPOLOGY.value, number)
+  if JSON.value:
+    print(json.dumps([one._asdict() for one in found]))
+    return
+  hbm = chips.CHIPS[TOPOLOGY.value.partition(':')[0]].hbm
+  print(suggest.table(found, hbm))
 
 
 if __name__ == '__main__':

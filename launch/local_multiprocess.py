@@ -10,15 +10,14 @@ second one kills them. If one fails, the others, which could only wait for it,
 are killed; its exit status is that of this program.
 """
 
-import math
 import os
+import queue
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 
 from absl import flags
 
@@ -87,18 +86,23 @@ def _start(command, index, port):
 
 def _wait(children) -> int:
   """The exit status of the first that fails; 0 if none does."""
-  status, deadline, running = 0, math.inf, children
-  while running:
-    time.sleep(0.05)
-    running = [child for child in children if child.poll() is None]
-    failed = [child.returncode for child in children if child.returncode]
-    if failed and not status:
+  ended, status = queue.SimpleQueue(), 0
+
+  def kill():
+    for child in children:
+      child.kill()
+
+  killer = threading.Timer(GRACE, kill)
+  for child in children:
+    report = lambda child=child: ended.put(child.wait())
+    threading.Thread(target=report, daemon=True).start()
+  for _ in children:
+    code = ended.get()
+    if code and not status:
       # Of one that a signal ended, as a shell says it.
-      status = failed[0] if failed[0] > 0 else 128 - failed[0]
-      deadline = time.monotonic() + GRACE
-    if time.monotonic() > deadline:
-      for child in running:
-        child.kill()
+      status = code if code > 0 else 128 - code
+      killer.start()
+  killer.cancel()
   return status
 
 

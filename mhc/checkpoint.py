@@ -1,6 +1,7 @@
 """What a run leaves in its folder so that it can go on: settings and states.
 
-    config.json      the settings; a folder belongs to one run
+    config.json      the settings, of `FREE` the latest; a folder belongs to
+                     one run
     checkpoints/     the newest states, each with the position in the data
 
 A state is written under a temporary name and renamed, so a killed process
@@ -19,16 +20,10 @@ from mhc import plain
 from mhc import step
 from mhc import writer
 
-# Settings that may change when a run goes on: none enters the computation, but
-# the last for what depends on the tokens that are taken together.
+# Settings that may change when a run goes on, beside those of the mesh: none
+# enters the computation, but the last for what depends on the tokens that are
+# taken together.
 FREE = (
-  'mesh.chunks',
-  'mesh.expert',
-  'mesh.head',
-  'mesh.num_devices',
-  'mesh.parts',
-  'mesh.pipe',
-  'mesh.schedule',
   'eval_every',
   'probe_every',
   'checkpoint_every',
@@ -47,7 +42,8 @@ def check(workdir: pathlib.Path, config: config_lib.Config):
   if (workdir / 'config.json').exists():
     old = plain.leaves(read_config(workdir))
     for name, new in plain.leaves(config).items():
-      if name not in FREE and old[name] != new:
+      free = name in FREE or name.startswith('mesh.')
+      if not free and old[name] != new:
         raise ValueError(
           f'{workdir} holds a run with {name}={old[name]!r}, this one has '
           f'{new!r}: choose another --workdir'

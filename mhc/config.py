@@ -285,6 +285,8 @@ class MeshConfig:
   # Who computes the logits: the device of the last stage, or all, each of its
   # part of the vocabulary.
   head: schedule_lib.Head = 'last'
+  # Tells the TPU's compiler to send while it computes, see compiler.py.
+  overlap: bool = True
 
   def __post_init__(self):
     checks.check_types(self)

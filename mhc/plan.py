@@ -3,22 +3,37 @@
 The step is compiled ahead of time from abstract shapes, by the real compiler of
 the target; nothing is allocated and nothing runs. A topology is 'cpu', the
 devices of this process, or a TPU slice such as 'v5p:2x2x1' or 'v6e:4x4'.
+
+Of the compiled step `hlo` adds up what is computed and `traffic` what is sent.
+In a pipeline the devices wait for each other, so that a tick lasts as long as
+its longest stage; `pipeline.shares` says how often there is one.
 """
 
+import math
 import os
+import re
 import time
 from typing import Any
 
 import jax
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from mhc import chips
 from mhc import config as config_lib
 from mhc import counts
+from mhc import exchange
+from mhc import fsdp
 from mhc import hlo
 from mhc import memory
+from mhc import pipeline
+from mhc import plain
+from mhc import schedule as schedule_lib
 from mhc import sharding
 from mhc import step
+from mhc import traffic
+
+Plan = dict[str, Any]
 
 
 def devices(topology: str) -> list[jax.Device]:
@@ -44,102 +59,182 @@ def devices(topology: str) -> list[jax.Device]:
     ) from None
 
 
-def make(config: config_lib.Config, topology: str) -> dict[str, Any]:
+def make(config: config_lib.Config, topology: str) -> Plan:
   """Compiles the update for a topology.
 
   Returns:
-    topology, devices, tokens_per_step.
+    topology, devices, mesh (sizes of the axes), kind, tokens_per_step.
     total_params, flops_per_token: as `counts` has them.
     predicted_bytes: of activations a device, by kind, as `memory` has them.
-    argument_bytes, temp_bytes, peak_bytes: a device, by XLA.
-    bytes_accessed, optimal_seconds: XLA's cost analysis of one step on one
-      device, which counts the body of every loop once; None where it has none.
-    bytes_moved, scheduled_seconds: of the compiler's schedule, loops in full;
-      None but for the TPUs of `chips`. The seconds are the compiler's cycles,
-      and for kernels (ragged matrix products) their roofline.
+    fits: whether the compiler placed the step in a device's memory.
+    hbm_bytes: of a device; None on CPUs.
+    bytes_per_device: arguments and temporaries, an upper bound of what is in
+      use at once; where it does not fit, what the compiler says it needs.
+    peak_bytes: the most in use at once, by the compiler.
+    by_category: bytes_per_device, apart; see `categories`.
+    microbatches; bubble: idle share of the schedule's ticks, with B three times
+      F (it computes the stage again); 0 without a pipeline.
     compile_seconds: on this machine.
+    bytes_moved, compute_seconds: of the compiler's schedule, loops in full: its
+      cycles, and for kernels their roofline; here and below None on CPUs.
+    collectives: by axes of the mesh and kind: count, bytes, seconds (on the
+      links) and uncovered seconds, of a step.
+    uncovered_comm_share: of step_seconds.
+    step_seconds: compute_seconds and what waits for links.
+    tokens_per_second, mfu: from it.
 
   Raises:
-    ValueError: an unknown topology, a batch that it cannot share, or a step
-      that does not fit its memory.
+    ValueError: an unknown topology, or a batch that it cannot share.
   """
   mesh = sharding.make_mesh(config.mesh, config.data, devices(topology))
   functions = step.functions(config, mesh)
   start = time.perf_counter()
   lowered = functions.lower()
+  compiled, needed = None, math.nan
   try:
-    compiled = lowered.compile()
+    compiled = lowered.compile(step.compiler_options(config, mesh))
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    raise ValueError(
-      f'the step does not fit a device of {topology}: take fewer rows at a '
-      'time (data.microbatch_size), more devices or another model.recompute '
-      f'({str(error).splitlines()[0]})'
-    ) from None
-  seconds = time.perf_counter() - start
-  analysis, xla = compiled.memory_analysis(), compiled.cost_analysis() or {}
-  moved = scheduled = None
-  generation = topology.partition(':')[0]
-  if generation in chips.CHIPS:
-    moved, scheduled = _schedule(compiled, chips.CHIPS[generation])
+    needed = _needed(str(error))
   count = counts.count(config.model, config.data.seq_len)
-  return {
+  chip = chips.CHIPS.get(topology.partition(':')[0])
+  schedule = step.schedule_of(config, mesh)
+  plan = {
     'topology': topology,
     'devices': mesh.size,
+    'mesh': dict(mesh.shape),
+    'kind': config.model.connection.kind,
+    'tokens_per_step': config.tokens_per_step,
     'total_params': count['total_params'],
     'flops_per_token': count['flops_per_token'],
-    'tokens_per_step': config.tokens_per_step,
     'predicted_bytes': memory.predicted(config, mesh.size),
-    'argument_bytes': analysis.argument_size_in_bytes,
-    'temp_bytes': analysis.temp_size_in_bytes,
-    'peak_bytes': analysis.peak_memory_in_bytes,
-    'bytes_accessed': xla.get('bytes accessed'),
-    'optimal_seconds': xla.get('optimal_seconds'),
-    'bytes_moved': moved,
-    'scheduled_seconds': scheduled,
-    'compile_seconds': seconds,
+    'fits': compiled is not None,
+    'hbm_bytes': chip and chip.hbm,
+    'bytes_per_device': needed,
+    'peak_bytes': None,
+    'by_category': None,
+    'microbatches': sharding.num_microbatches(
+      config.mesh, config.data, mesh.size // config.mesh.pipe
+    ),
+    'bubble': schedule_lib.bubble(schedule) if schedule else 0.0,
+    'compile_seconds': time.perf_counter() - start,
+    'bytes_moved': None,
+    'compute_seconds': None,
+    'collectives': None,
+    'uncovered_comm_share': None,
+    'step_seconds': None,
+    'tokens_per_second': None,
+    'mfu': None,
+  }
+  if compiled is not None:
+    analysis = compiled.memory_analysis()
+    plan |= {
+      'bytes_per_device': memory.peak_bytes(analysis),
+      'peak_bytes': analysis.peak_memory_in_bytes,
+      'by_category': categories(config, functions, mesh, analysis),
+    }
+    if chip:
+      plan |= _scheduled(config, compiled, schedule, mesh, chip, plan)
+  return plan
+
+
+def overheads(
+  config: config_lib.Config, topology: str, plan: Plan, names: tuple[str, ...]
+) -> dict[str, float]:
+  """How much longer a step of `plan` takes than one of other programs.
+
+  Args:
+    config, topology, plan: of `make`.
+    names: 'residual', the plain residual on the same mesh; 'xla', the same
+      without kernels.
+  """
+  other = {
+    'residual': dict(kind='residual', collapse='mean'),
+    'xla': dict(implementation='xla'),
+  }
+  return {
+    f'overhead_vs_{name}': plan['step_seconds']
+    / make(plain.replace(config, model=dict(connection=other[name])), topology)[
+      'step_seconds'
+    ]
+    - 1
+    for name in names
   }
 
 
-def _schedule(compiled, chip):
-  module = hlo.parse(compiled.as_text())
+def categories(
+  config: config_lib.Config, functions: step.Functions, mesh: Mesh, analysis
+) -> dict[str, int]:
+  """Bytes of a device by what they are; all but the last are computed.
+
+  parameters, optimiser: what the device keeps of them.
+  whole_matrices, gradients: put together and summed up for a step, of a
+    pipeline's device; without a pipeline they are among the temporaries.
+  stages: the slots of the schedule.
+  temporaries: what the compiler needs beside these.
+  """
+
+  def kept(tree):
+    return sum(
+      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      for leaf in jax.tree.leaves(tree)
+    )
+
+  state = functions.abstract_state
+  found = {
+    'parameters': kept(state.params),
+    'optimiser': kept((state.opt_state, state.router_bias, state.step)),
+  }
+  if config.mesh.pipe > 1:
+    whole = gradients = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+      size = math.prod(leaf.sharding.shard_shape(leaf.shape))
+      if sharding.DATA in leaf.sharding.spec:
+        size *= mesh.shape[sharding.DATA]
+      whole += size * fsdp.used_dtype(path, config.model.dtype).itemsize
+      gradients += 4 * size
+    stages = memory.predicted(config, mesh.size)['stages']
+    found |= {
+      'whole_matrices': whole,
+      'gradients': gradients,
+      'stages': stages,
+    }
+  rest = memory.peak_bytes(analysis) - sum(found.values())
+  return found | {'temporaries': max(0, rest)}
+
+
+def _scheduled(config, compiled, schedule, mesh, chip, plan):
+  """What the compiler's schedule says."""
+  shares = {exchange.OVERFLOW: 0.0}
+  if schedule:
+    shares |= pipeline.shares(schedule)
+  module = hlo.parse(compiled.as_text(), shares)
   cost = hlo.cost(module, (chip.flops, chip.bandwidth))
-  return cost.bytes, cost.cycles / chip.clock + cost.kernel_seconds
+  compute = cost.cycles / chip.clock + cost.kernel_seconds
+  found = traffic.collectives(module, mesh, chip)
+  uncovered = traffic.uncovered_seconds(found)
+  seconds = compute + uncovered
+  rate = config.tokens_per_step / seconds
+  return {
+    'bytes_moved': cost.bytes,
+    'compute_seconds': compute,
+    'collectives': {
+      ' x '.join(axes) or 'none': {
+        kind: total._asdict() for kind, total in kinds.items()
+      }
+      for axes, kinds in traffic.by_axis(found).items()
+    },
+    'uncovered_comm_share': uncovered / seconds,
+    'step_seconds': seconds,
+    'tokens_per_second': rate,
+    'mfu': rate * plan['flops_per_token'] / (chip.flops * mesh.size),
+  }
 
 
-def table(plan: dict[str, Any]) -> str:
-  """Markdown; says of each figure where it comes from."""
-  rows = []
-
-  def row(name, value, source):
-    rows.append(f'| {name} | {value} | {source} |')
-
-  row('devices', f'{plan["devices"]}', plan['topology'])
-  row('parameters', f'{plan["total_params"]:,}', 'counted')
-  row('training FLOPs a token', f'{plan["flops_per_token"]:.3g}', 'counted')
-  row('tokens a step', f'{plan["tokens_per_step"]:,}', 'config')
-  for kind, size in plan['predicted_bytes'].items():
-    row(f'activations: {kind}', _size(size), 'formula')
-  for kind in ('argument', 'temp', 'peak'):
-    row(f'{kind} bytes a device', _size(plan[f'{kind}_bytes']), 'compiled')
-
-  def either(value, form):
-    return '-' if value is None else form.format(value)
-
-  once, full = "compiler's cost, loop bodies once", 'schedule, loops in full'
-  row('bytes accessed', either(plan['bytes_accessed'], '{:.3g}'), once)
-  row('seconds a step', either(plan['optimal_seconds'], '{:.3g}'), once)
-  row('bytes moved', either(plan['bytes_moved'], '{:.3g}'), full)
-  row('seconds a step', either(plan['scheduled_seconds'], '{:.3g}'), full)
-  if plan['scheduled_seconds']:
-    rate = plan['tokens_per_step'] / plan['scheduled_seconds']
-    row('tokens a second', f'{rate:,.0f}', 'from the line above')
-  row('seconds to compile', f'{plan["compile_seconds"]:.0f}', 'measured here')
-  return '\n'.join(['| | | from |', '|---|---:|---|', *rows])
-
-
-def _size(value):
-  return (
-    f'{value / 2**30:.2f} GiB' if value >= 2**30 else f'{value / 2**20:.2f} MiB'
-  )
+def _needed(message):
+  """The bytes that the compiler says it would need, nan if it does not."""
+  found = re.search(r'Used ([\d.]+)([KMG]) of', message)
+  if not found:
+    return math.nan
+  return float(found.group(1)) * 2.0 ** (10 * ('KMG'.index(found.group(2)) + 1))

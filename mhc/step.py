@@ -17,12 +17,15 @@ from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import optax
 
+from mhc import chips
+from mhc import compiler
 from mhc import config as config_lib
 from mhc import gains
 from mhc import layout as layout_lib
 from mhc import loss
 from mhc import moe
 from mhc import optimizer as optimizer_lib
+from mhc import schedule
 from mhc import sharding
 from mhc import transformer
 from mhc.kernels import dispatch
@@ -74,12 +77,36 @@ class Functions(NamedTuple):
     return update.lower(self.abstract_state, self.abstract_tokens)
 
 
+def compiler_options(config: config_lib.Config, mesh: Mesh) -> dict:
+  """What the compiler of the mesh's devices is told, see `compiler`."""
+  kind = mesh.devices.flat[0].device_kind
+  for generation, chip in chips.CHIPS.items():
+    if chip.kind == kind and config.mesh.overlap and mesh.size > 1:
+      return compiler.options(generation)
+  return {}
+
+
+def schedule_of(
+  config: config_lib.Config, mesh: Mesh
+) -> schedule.Schedule | None:
+  """Of the pipeline, None without one."""
+  c = config.mesh
+  if c.pipe == 1:
+    return None
+  ways = mesh.size // c.pipe
+  number = sharding.num_microbatches(c, config.data, ways)
+  return schedule.build(
+    c.schedule, c.pipe, number, num_chunks=c.chunks, head=c.head
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Programs:
   """`Functions`, each compiled when it is first asked for."""
 
   mesh: Mesh
   functions: Functions
+  compiler_options: dict
 
   @property
   def abstract_state(self) -> TrainState:
@@ -111,7 +138,7 @@ class Programs:
   @functools.cached_property
   def train_step(self) -> jax.stages.Compiled:
     """Donates the state."""
-    return self.functions.lower().compile()
+    return self.functions.lower().compile(self.compiler_options)
 
   @functools.cached_property
   def row_nats(self) -> Callable:
@@ -141,7 +168,8 @@ def build(config: config_lib.Config) -> Programs:
 @functools.lru_cache(maxsize=8)
 def _build(config):
   mesh = sharding.make_mesh(config.mesh, config.data)
-  return Programs(mesh, functions(config, mesh))
+  options = compiler_options(config, mesh)
+  return Programs(mesh, functions(config, mesh), options)
 
 
 def shardings(state: TrainState) -> TrainState:

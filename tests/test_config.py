@@ -21,6 +21,7 @@ mesh.chunks
 mesh.expert
 mesh.head
 mesh.num_devices
+mesh.overlap
 mesh.parts
 mesh.pipe
 mesh.schedule

@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # A module imports only from groups to its left.
 ORDER = (
-  ('axes', 'checks', 'chips', 'handovers', 'orders', 'processes'),
+  ('axes', 'checks', 'chips', 'compiler', 'handovers', 'orders', 'processes'),
   ('plain', 'schedule'),
   ('config', 'timeline'),
   ('layout',),
@@ -29,7 +29,8 @@ ORDER = (
   ('optimizer', 'tokenizer'),
   ('loss',),
   ('step',),
-  ('plan',),
+  ('plan', 'plan_table'),
+  ('suggest',),
   ('documents', 'writer'),
   ('tokens',),
   ('data', 'prepare'),

@@ -1,0 +1,221 @@
+r"""Meshes, schedules and microbatches for a run on a slice, without compiling.
+
+All that divide are tried, and put in order of an estimated step,
+
+    (compute + experts) / (1 - bubble) + matrices,
+
+with N devices of peak F, links that together carry W bytes a second one way,
+and T tokens a step:
+
+    compute   flops_per_token T / (EFFICIENCY F N), a third more in a pipeline,
+              where a stage's forward pass is computed twice
+    experts   each layer three passes (two forward in a pipeline, one backward):
+              tokens go to their experts and back, `exchange`; a half of it
+              hidden, all of it with two parts
+    matrices  put together in the activations' dtype and gradients summed in
+              float32, once a step in a pipeline, else with every microbatch
+
+A device's memory is what it keeps of parameters and optimiser, `whole` matrices
+and sums of gradients, and activations by `memory.predicted`. It is enough if
+nine tenths of the HBM hold it. These are rough: compile what they suggest.
+"""
+
+from collections.abc import Iterator
+import itertools
+from typing import Any, NamedTuple, get_args
+
+from mhc import chips
+from mhc import config as config_lib
+from mhc import counts
+from mhc import exchange
+from mhc import memory
+from mhc import plain
+from mhc import recompute
+from mhc import schedule as schedule_lib
+from mhc import sharding
+
+# Of the peak: what compiled steps of the paper's models reach in a tick.
+EFFICIENCY = 0.5
+FULL = 0.9
+
+
+class Suggestion(NamedTuple):
+  """A way to run, and what it would take."""
+
+  settings: dict[str, Any]  # names of settings, that differ from the config's
+  seconds: float  # a step
+  bytes: float  # a device
+  bubble: float
+
+  def flags(self) -> str:
+    return ' '.join(f'--config.{k}={v}' for k, v in self.settings.items())
+
+
+def suggest(
+  config: config_lib.Config, topology: str, num_devices: int, number: int = 5
+) -> list[Suggestion]:
+  """The best few by estimated seconds, of those that fit.
+
+  Raises:
+    ValueError: the topology is of no TPU generation, or nothing fits.
+  """
+  generation = topology.partition(':')[0]
+  if generation not in chips.CHIPS:
+    raise ValueError(
+      f'topology={topology!r} is of none of the generations that have figures '
+      f'here: {", ".join(chips.CHIPS)}'
+    )
+  chip = chips.CHIPS[generation]
+  count = counts.count(config.model, config.data.seq_len)
+  routed = _routed(config.model)
+  found = [
+    _estimate(candidate, settings, num_devices, chip, count, routed)
+    for candidate, settings in _candidates(config, num_devices)
+  ]
+  if not found:
+    raise ValueError(
+      f'data.batch_size={config.data.batch_size} and '
+      f'model.num_blocks={config.model.num_blocks} divide over no mesh of '
+      f'{num_devices} devices'
+    )
+  fitting = [one for one in found if one.bytes <= FULL * chip.hbm]
+  if not fitting:
+    least = min(found, key=lambda one: one.bytes)
+    raise ValueError(
+      f'nothing fits {num_devices} devices of {generation}: the least, '
+      f'{least.flags()}, takes {least.bytes / 2**30:.0f} GiB of '
+      f'{chip.hbm / 2**30:.0f}'
+    )
+  fitting.sort(key=lambda one: (one.seconds, one.bytes))
+  best = {}  # of every mesh
+  for one in fitting:
+    best.setdefault(
+      (one.settings['mesh.pipe'], one.settings['mesh.expert']), one
+    )
+  return [*best.values()][:number]
+
+
+def _candidates(config, num_devices) -> Iterator:
+  """Every run that is possible, with the settings that make it."""
+  powers = [2**i for i in range(num_devices.bit_length())]
+  microbatches = (1, 2, 4, 8)
+  streams = config.model.connection.streams
+  for pipe, expert, rows, chunks, schedule, every in itertools.product(
+    powers,
+    powers,
+    microbatches,
+    (2, 3, 4),
+    get_args(schedule_lib.Name),
+    sorted({2, 4, recompute.best_every(2 * config.model.num_blocks, streams)}),
+  ):
+    # What a setting does not act on is tried once.
+    if chunks > 2 and (pipe == 1 or schedule != 'interleaved'):
+      continue
+    if pipe == 1 and schedule != 'interleaved':
+      continue
+    settings = {
+      'mesh.pipe': pipe,
+      'mesh.expert': expert,
+      'mesh.parts': 2 if expert > 1 and rows % 2 == 0 else 1,
+      'data.microbatch_size': rows,
+      'model.recompute_every': every,
+    }
+    if pipe > 1:
+      vocab = config.model.vocab_size % pipe == 0
+      settings |= {
+        'mesh.schedule': schedule,
+        'mesh.chunks': chunks,
+        'mesh.head': 'vocab' if vocab else 'last',
+      }
+    try:
+      candidate = plain.replace(config, **_nested(settings))
+      sharding.num_microbatches(
+        candidate.mesh, candidate.data, num_devices // pipe
+      )
+      if candidate.data.batch_size % (num_devices // pipe):
+        continue
+      memory.predicted(candidate, num_devices)
+    except ValueError:
+      continue
+    yield candidate, settings
+
+
+def _estimate(config, settings, num_devices, chip, count, routed):
+  """The formulas at the top of the file."""
+  model, mesh, data = config.model, config.mesh, config.data
+  pipe, expert = mesh.pipe, mesh.expert
+  split = num_devices // (pipe * expert)  # over `data`
+  wire = 2 if model.dtype == 'bfloat16' else 4
+  links = chip.link * chip.links
+  number = sharding.num_microbatches(mesh, data, num_devices // pipe)
+
+  whole = routed / (pipe * expert) + (count['total_params'] - routed) / pipe
+  kept = 12 * whole / split
+  together = (
+    (wire + 4) * whole if pipe > 1 else wire * whole + 4 * whole / split
+  )
+  activations = sum(memory.predicted(config, num_devices).values())
+
+  passes = 4 / 3 if pipe > 1 else 1.0
+  tokens = config.tokens_per_step
+  compute = count['flops_per_token'] * tokens * passes
+  compute /= EFFICIENCY * chip.flops * num_devices
+  bubble = 0.0
+  if pipe > 1:
+    schedule = schedule_lib.build(
+      mesh.schedule, pipe, number, num_chunks=mesh.chunks, head=mesh.head
+    )
+    bubble = schedule_lib.bubble(schedule)
+
+  experts = 0.0
+  if expert > 1 and mesh.parts == 1:
+    way = exchange.transport(model.moe, expert)
+    k = model.moe.experts_per_token
+    sent = expert - 1 if way == 'gather' else k * (expert - 1) / expert
+    layers = model.num_moe_blocks / pipe
+    rows = tokens * pipe / num_devices
+    each = 2 * sent * rows * model.dim * wire * layers
+    experts = 0.5 * each * (3 if pipe > 1 else 2) / links
+  matrices = 0.0
+  if split > 1:
+    often = 1 if pipe > 1 else number
+    matrices = often * (wire + 4) * whole / links
+  return Suggestion(
+    settings,
+    (compute + experts) / (1 - bubble) + matrices,
+    kept + together + activations,
+    bubble,
+  )
+
+
+def _routed(model):
+  """Parameters of routed experts."""
+  moe = model.moe
+  return 3 * model.num_moe_blocks * moe.num_experts * moe.expert_dim * model.dim
+
+
+def _nested(settings):
+  tree: dict[str, Any] = {}
+  for name, value in settings.items():
+    *groups, leaf = name.split('.')
+    node = tree
+    for group in groups:
+      node = node.setdefault(group, {})
+    node[leaf] = value
+  return tree
+
+
+def table(suggestions: list[Suggestion], hbm: float) -> str:
+  """Markdown."""
+  rows = [
+    f'| {one.seconds:.3g} s | {one.bytes / 2**30:.0f} of {hbm / 2**30:.0f} GiB '
+    f'| {one.bubble:.0%} | `{one.flags()}` |'
+    for one in suggestions
+  ]
+  return '\n'.join(
+    [
+      '| step (formula) | bytes a device (formula) | bubble | settings |',
+      '|---:|---:|---:|---|',
+      *rows,
+    ]
+  )

@@ -1,0 +1,206 @@
+"""Pipelines against one device, and what their programs hold and send."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pipeline_grid as grid
+import pytest
+
+from mhc import config
+from mhc import hlo
+from mhc import pipeline
+from mhc import plan
+from mhc import schedule
+from mhc import sharding
+from mhc import slots
+from mhc import step
+
+pytestmark = pytest.mark.usefixtures('optax_promotion')
+
+# The rest of the grid is `python tests/pipeline_grid.py`.
+CASES = (
+  grid.Case('residual', False, (1, 8, 1), 'interleaved'),
+  grid.Case('hc', False, (1, 2, 1), 'gpipe', 'vocab'),
+  grid.Case('mhc', False, (4, 2, 1), '1f1b'),
+  grid.Case('mhc_single_pass', False, (1, 4, 1), 'wave_v', 'vocab'),
+  grid.Case('mhc', True, (2, 2, 2), 'interleaved', 'vocab', 'gather', parts=2),
+  grid.Case('mhc', True, (1, 2, 4), 'dualpipev', 'last', 'padded'),
+  grid.Case('mhc', True, (2, 1, 4), transport='padded', parts=2),
+)
+
+
+@pytest.fixture(scope='module')
+def references():
+  return {}
+
+
+@pytest.mark.parametrize('case', CASES, ids=str)
+def test_gradients_are_those_of_one_device(case, references):
+  settings = grid.config(case)
+  key = (case.kind, case.experts, settings.model.num_blocks)
+  if key not in references:
+    references[key] = grid.reference(case)
+  error, where = grid.worst(grid.gradient(settings), references[key])
+  assert error < 3e-5, where
+
+
+def test_losses_and_mappings_are_those_of_one_device():
+  """With blocks before the stack, rows of padding and microbatches."""
+  results = []
+  case = grid.Case('mhc', True, (2, 2, 2), 'interleaved', 'vocab')
+  for mesh in (config.MeshConfig(num_devices=1), grid.config(case).mesh):
+    programs = step.build(dataclasses.replace(grid.config(case), mesh=mesh))
+    state = programs.init(0)
+    again = programs.place(programs.canonical(state))
+    for a, b in zip(*map(jax.tree.leaves, (state, again)), strict=True):
+      np.testing.assert_array_equal(a, b)
+    rng = np.random.default_rng(1)
+    rows = rng.integers(0, 256, (2 * grid.ROWS, grid.TIME + 1), np.int32)
+    tokens = sharding.place(rows, programs.mesh, sharding.BATCH)
+    one = sharding.place(rows[:1, :-1], programs.mesh, sharding.WHOLE)
+    profile = programs.probe(state, one)
+    results.append(
+      jax.device_get(
+        (
+          programs.row_nats(state, tokens),
+          profile['composite_fwd'],
+          profile['mean'],
+        )
+      )
+    )
+  for a, b in zip(*results, strict=True):
+    np.testing.assert_allclose(a, b, rtol=2e-5)
+
+
+def compiled(name, number, pipe=2):
+  """The gradient of a small pipeline with that many microbatches."""
+  settings = grid.config(grid.Case('mhc', False, (1, pipe, 1), name))
+  settings = dataclasses.replace(
+    settings, data=dataclasses.replace(settings.data, batch_size=number)
+  )
+  mesh = sharding.make_mesh(settings.mesh, settings.data)
+  functions = step.functions(settings, mesh)
+  state = functions.abstract_state
+  lowered = jax.jit(functions.loss_and_grads).lower(
+    state.params, state.router_bias, functions.abstract_tokens
+  )
+  return lowered.compile()
+
+
+@pytest.mark.parametrize('name', ['gpipe', 'interleaved', 'dualpipev'])
+def test_memory_does_not_grow_with_microbatches(name):
+  """But for the tokens themselves; gpipe keeps a stage's input for each."""
+  few, many = (compiled(name, number) for number in (8, 64))
+  state = 4 * grid.TIME * 4 * 16  # of one microbatch, bytes
+  sizes = [c.memory_analysis().temp_size_in_bytes for c in (few, many)]
+  if name == 'gpipe':
+    assert sizes[1] - sizes[0] >= 56 * state
+  else:
+    tokens = 4 * (grid.TIME + 1)  # and inputs and targets cut from them
+    assert sizes[1] - sizes[0] <= 56 * 3 * tokens
+
+
+def test_one_permute_a_channel_and_none_in_a_branch():
+  module = hlo.parse(compiled('dualpipev', 8, pipe=4).as_text())
+  branches = set()
+
+  def collect(name):
+    branches.add(name)
+    for instruction in module.computations[name]:
+      for called in re.findall(r'%([\w.-]+)', instruction.attributes):
+        if called in module.computations and called not in branches:
+          collect(called)
+
+  permutes = []
+  for name, body in module.computations.items():
+    for instruction in body:
+      if instruction.opcode.startswith('collective-permute'):
+        permutes.append(name)
+      if instruction.opcode == 'conditional':
+        for branch in hlo.branches(instruction):
+          collect(branch)
+  assert len(permutes) == len(schedule.build('dualpipev', 4, 8).channels) == 4
+  assert branches
+  assert not branches & set(permutes)
+
+
+def test_transfers_between_stages_are_hidden_on_a_tpu():
+  """A whole branch, F or B, is between the start and the end of each."""
+  case = grid.Case('mhc', False, (1, 4, 1), 'interleaved')
+  settings = grid.config(case)
+  mesh = sharding.make_mesh(
+    settings.mesh, settings.data, plan.devices('v5p:2x2x1')
+  )
+  functions = step.functions(settings, mesh)
+  text = functions.lower().compile(step.compiler_options(settings, mesh))
+  module = hlo.parse(text.as_text())
+  seen = 0
+  for body in module.computations.values():
+    for index, start in enumerate(body):
+      if start.opcode != 'collective-permute-start':
+        continue
+      done = next(
+        later
+        for later, i in enumerate(body)
+        if i.opcode == 'collective-permute-done' and start.name in i.operands
+      )
+      between = [i.opcode for i in body[index:done]]
+      assert 'conditional' in between
+      seen += 1
+  assert seen == 2
+
+
+def test_how_often_branches_are_taken():
+  shares = pipeline.shares(schedule.build('1f1b', 4, 16))
+  # 22 ticks; F from the first to the 18th, B from the 4th on.
+  assert shares['pipeline_f'] == 18 / 22
+  assert shares['pipeline_b'] == 19 / 22
+  assert shares['pipeline_b_last'] == 16 / 19
+  assert shares['pipeline_h'] == 0
+
+
+def test_an_empty_slot_takes_nothing():
+  buffer = np.arange(6.0).reshape(3, 2)
+  new = np.full(2, 9.0)
+  kept = slots.put(buffer, np.int32(-1), new)
+  np.testing.assert_array_equal(kept, buffer)
+  np.testing.assert_array_equal(slots.slot(slots.put(buffer, 2, new), 2), new)
+
+
+@pytest.mark.parametrize(
+  ('mesh', 'data', 'message'),
+  [
+    (dict(pipe=4), {}, r'8 stages, more than the 5 blocks'),
+    (
+      dict(pipe=2, num_devices=2, schedule='dualpipev'),
+      dict(microbatch_size=8),
+      r"'dualpipev' needs at least 4 microbatches.*mesh.pipe=2.*got 2",
+    ),
+    (dict(pipe=2, num_devices=6), {}, r'batch_size=16.* 3 device'),
+    (dict(pipe=3, num_devices=4), {}, r'num_devices=4.*mesh.pipe=3'),
+    (dict(pipe=16), {}, r'num_devices=16.*8 cpu'),
+    (dict(pipe=2, parts=2), {}, r'mesh.parts=2.*1 row'),
+    (dict(pipe=3, head='vocab'), {}, r'vocab_size=320.*mesh.pipe=3'),
+  ],
+)
+def test_meshes_that_do_not_fit(mesh, data, message):
+  base = grid.config(grid.Case())
+
+  def make():
+    settings = dataclasses.replace(
+      base,
+      mesh=config.MeshConfig(**mesh),
+      data=dataclasses.replace(base.data, **data),
+    )
+    step.functions(settings, sharding.make_mesh(settings.mesh, settings.data))
+
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+def test_ragged_all_to_all_is_not_for_cpus():
+  case = grid.Case('mhc', True, (1, 1, 2), transport='ragged')
+  with pytest.raises(ValueError, match=r"'ragged'.*not for cpu.*'padded'"):
+    step.build(grid.config(case))

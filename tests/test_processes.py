@@ -1,0 +1,150 @@
+"""Processes that train one run together, and what becomes of them all.
+
+Two train as one would, one of them is killed, they go on, and from what they
+saved together one goes on alone with another mesh. tests/processes_full.py does
+so at length.
+"""
+
+import signal
+import time
+
+import processes_full as full
+import psutil
+import pytest
+
+from mhc import checkpoint
+from mhc import evaluate
+from mhc import processes
+from mhc import writer
+
+pytestmark = pytest.mark.usefixtures('optax_promotion')
+
+STEPS, SAVED = 6, 3
+CHANGES = dict(
+  num_steps=STEPS,
+  mesh=dict(num_devices=4, pipe=2, schedule='1f1b'),
+  eval_every=0,
+  probe_every=0,
+  checkpoint_every=SAVED,
+)
+
+
+@pytest.fixture(scope='module')
+def changes(tmp_path_factory):
+  text = full.write_text(tmp_path_factory.mktemp('text'))
+  return full.merge(full.TINY, CHANGES, text)
+
+
+def child(launcher, index):
+  """The process that was started with that number."""
+  return next(
+    process
+    for process in psutil.Process(launcher.pid).children()
+    if f'--process_id={index}' in process.cmdline()
+  )
+
+
+@pytest.fixture(scope='module')
+def resumed(changes, tmp_path_factory):
+  """The folder of two processes, of which one was killed, that then went on."""
+  workdir = tmp_path_factory.mktemp('runs') / 'two'
+  launcher = full.start(workdir, changes, 2, 2)
+  deadline = time.monotonic() + 120
+  while not (workdir / 'checkpoints' / str(SAVED)).exists():
+    assert time.monotonic() < deadline
+    assert launcher.poll() is None
+    time.sleep(0.02)
+  child(launcher, 1).kill()
+  clock = time.monotonic()
+  status, _, _ = full.finish(launcher, timeout=30)
+  assert status == 128 + signal.SIGKILL
+  assert time.monotonic() - clock < 30
+  assert not (workdir / 'summary.json').exists()
+
+  launcher = full.start(workdir, changes, 2, 2)
+  status, out, error = full.finish(launcher, timeout=120)
+  assert status == 0, error
+  # Only the first one speaks.
+  assert out.count('\n') == 1
+  assert '[1]' not in error
+  assert f'{SAVED}/{STEPS}' in error
+  return workdir
+
+
+def test_the_same_losses_as_one_process(resumed, changes, tmp_path):
+  full.alone(tmp_path / 'one', changes)
+  far = full.difference(resumed, tmp_path / 'one')
+  assert far.keys() >= {'loss/train', 'loss/heldout', 'grad/global_norm'}
+  assert max(far.values()) < full.BOUND
+  names = sorted(path.name for path in (tmp_path / 'one').iterdir())
+  assert sorted(path.name for path in resumed.iterdir()) == names
+  probes = writer.read_lines(resumed / 'probes.jsonl')
+  assert [probe['step'] for probe in probes] == [STEPS]
+
+
+def test_what_they_saved_goes_on_in_one_with_another_mesh(resumed, changes):
+  copy = full.half_way(resumed, SAVED)
+  other = dict(mesh=dict(num_devices=2, pipe=1), data=dict(microbatch_size=0))
+  full.alone(copy, full.merge(changes, other))
+  assert max(full.difference(copy, resumed).values()) < full.BOUND
+  # The folder says with what the run ended, and can be evaluated so.
+  assert checkpoint.read_config(copy).mesh.pipe == 1
+  assert checkpoint.read_config(resumed).mesh.pipe == 2
+  scores = evaluate.evaluate_checkpoint(copy, None, 8)
+  last = writer.read_lines(resumed / 'metrics.jsonl')[-1]
+  assert scores['loss/heldout'] == pytest.approx(last['loss/heldout'], rel=1e-5)
+
+
+def test_what_one_refuses_ends_all(resumed, changes):
+  """The first process finds that the folder is another run's."""
+  before = sorted(resumed.rglob('*'))
+  launcher = full.start(resumed, full.merge(changes, dict(seed=7)), 2, 2)
+  status, out, error = full.finish(launcher, timeout=60)
+  assert (status, out) == (2, '')
+  first, second = sorted(error.strip().splitlines(), reverse=True)
+  assert first.startswith('error in process 0: ')
+  assert second.startswith('[1] error in process 1: process 0 cannot go on: ')
+  assert all('seed=0, this one has 7' in line for line in (first, second))
+  assert sorted(resumed.rglob('*')) == before
+
+
+LONELY = """
+import sys, time
+index = int(sys.argv[-1].removeprefix('--process_id='))
+print('here', index, flush=True)
+time.sleep(0 if index == 1 else 600)
+sys.exit(3)
+"""
+
+
+def test_the_launcher_leaves_no_one_behind(tmp_path):
+  script = tmp_path / 'lonely.py'
+  script.write_text(LONELY)
+  launcher = full.launch(3, 1, script)
+  status, out, _ = full.finish(launcher, timeout=30)
+  assert status == 3
+  assert sorted(out.splitlines()) == ['[1] here 1', '[2] here 2', 'here 0']
+
+
+def test_one_process_agrees_with_itself():
+  assert (processes.index(), processes.count()) == (0, 1)
+  assert processes.gather('ä') == ['ä']
+  assert processes.from_first({'a': [1, None]}) == {'a': [1, None]}
+  processes.check_same({'a': 1})
+  with pytest.raises(OSError, match='full'), processes.together():
+    raise OSError('full')
+  assert not processes.stopping(1)
+
+
+def test_processes_that_differ_are_named(monkeypatch):
+  """With what two others would have said."""
+  said = ['{"seed": "0", "jax": "1"}', '{"seed": "0", "jax": "2"}']
+  monkeypatch.setattr(processes, 'gather', lambda _: said)
+  with pytest.raises(processes.Refused, match=r'jax is 1 .* 2 in process 1'):
+    processes.check_same({})
+  monkeypatch.setattr(processes, 'gather', lambda _: ['', ' no such file'])
+  with (
+    pytest.raises(processes.Refused, match=r'process 1 .*no such file'),
+    processes.together(),
+  ):
+    pass
