@@ -25,7 +25,7 @@ import command_line
 
 PROCESSES = flags.DEFINE_integer('processes', 2, 'How many.', lower_bound=1)
 DEVICES = flags.DEFINE_integer('devices', 1, 'Of each.', lower_bound=1)
-GRACE = 5  # seconds from a failure in which the others can say what they know
+GRACE = 3  # seconds from a failure in which the others can say what they know
 
 
 def main(*command):
