@@ -13,10 +13,14 @@
 # or other flags ends it and starts its own.
 #
 #   --name, --zone   of the slice          --type             v5p-1024, ...
-#   --workdir        gs:// folder          --runtime-version  default: by --type
+#   --workdir        gs:// folder, see below
+#                                          --runtime-version  default: by --type
 #   --project        default: gcloud's     --spot             may be preempted
 #   --retries=20     restarts at most      --dry-run          print the commands
 #   --               then flags of launch/train.py
+#
+# The bucket is mounted on every worker (gcsfuse), the run is files in it. Make
+# it with a hierarchical namespace: then a checkpoint is renamed at once.
 #
 # gcloud must be logged in; for more than one worker, `ssh-add
 # ~/.ssh/google_compute_engine`. Capacity with other terms (a reservation, a
@@ -61,6 +65,23 @@ setup() { # COMMIT
   python3 -m uv venv --quiet --clear --seed --python 3.12 .venv
   .venv/bin/python -m pip install --quiet -c constraints.txt '.[tpu]'
   touch .venv/installed
+}
+
+# After a reboot too, so before every start.
+attach() { # BUCKET FOLDER
+  if mountpoint --quiet "$2"; then return; fi
+  if ! command -v gcsfuse > /dev/null; then
+    key=/usr/share/keyrings/cloud.google.asc
+    url=https://packages.cloud.google.com/apt
+    curl -fsS $url/doc/apt-key.gpg | sudo tee $key > /dev/null
+    echo "deb [signed-by=$key] $url gcsfuse-$(lsb_release -cs) main" |
+      sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
+    sudo apt-get update --quiet --quiet
+    sudo apt-get install --yes --quiet --quiet gcsfuse
+  fi
+  mkdir -p "$2"
+  # A bucket without folders of its own renames them file by file, or not.
+  gcsfuse --implicit-dirs --rename-dir-limit=100000 "$1" "$2"
 }
 
 # One run a slice, which holds ~/mhc/lock: unlike the number of a process, a lock
@@ -150,6 +171,7 @@ attempt() {
   if ! on 0 alive "$id" || [[ $dry ]]; then
     tpu tpu-vm scp "$archive" "$name:mhc-$commit.tar.gz" --worker=all || return
     on all setup "$commit" || return
+    on all attach "$bucket" "$mounted" || return
     on all start "$id" "$commit" "${flags[@]}" || return
   fi
   # Worker 0 stands for all: when one dies, JAX ends the others. But the end of
@@ -216,7 +238,9 @@ commit=$(git -C "$repo" rev-parse --short=12 HEAD 2> /dev/null) ||
 
 where=(--zone="$zone")
 if [[ $project ]]; then where+=(--project="$project"); fi
-flags=(--workdir="$workdir" "$@")
+bucket=${workdir#gs://}
+bucket=${bucket%%/*} mounted=/tmp/mhc-$bucket
+flags=(--workdir="$mounted${workdir#gs://"$bucket"}" "$@")
 id=$commit-$(quoted "${flags[@]}" | cksum | tr ' ' -)
 
 if [[ $(git -C "$repo" --no-optional-locks status --porcelain) ]]; then

@@ -110,6 +110,7 @@ exit "$status"
 """
 FAKES = {
   'gcloud': GCLOUD,
+  'mountpoint': 'echo "$@" >> "$FAKE/mountpoint"',  # yes, it is one
   'python3': PYTHON3,
   'python3.12': PYTHON3,
   'scancel': 'echo "$@" > "$FAKE/scancel"; kill -USR1 "$(cat $FAKE/process)"',
@@ -254,6 +255,7 @@ def test_pod_dry_run_prints_all_and_runs_nothing(cluster):
     'tpu-vm ssh',
     'tpu-vm ssh',
     'tpu-vm ssh',
+    'tpu-vm ssh',
   ]
   for words in printed[1:]:
     assert words[:3] == ['gcloud', 'compute', 'tpus']
@@ -265,11 +267,12 @@ def test_pod_dry_run_prints_all_and_runs_nothing(cluster):
   } < set(printed[3])
   ssh = [words for words in printed if words[4:5] == ['ssh']]
   sent = [word for words in ssh for word in words if '--command=' in word]
-  alive, setup, start, follow = (word.rsplit('}; ', 1) for word in sent)
+  alive, setup, attach, start, follow = (w.rsplit('}; ', 1) for w in sent)
   assert alive[1].startswith('alive ')
   assert "pip install --quiet -c constraints.txt '.[tpu]'" in setup[0]
   assert 'python launch/train.py --distributed "$@"' in start[0]
-  assert shlex.split(start[1])[3:] == ['--workdir=gs://b/run', *FLAGS]
+  assert attach[1] == 'attach b /tmp/mhc-b'
+  assert shlex.split(start[1])[3:] == ['--workdir=/tmp/mhc-b/run', *FLAGS]
   assert follow[1] == 'follow'
   assert 'up to 3 retries, after 30, 60' in result.stdout
   assert 'last checkpoint in gs://b/run' in result.stdout
@@ -285,9 +288,10 @@ def test_pod_trains_on_all_workers_and_retries(cluster):
       'tpu,cpu',
       'launch/train.py',
       '--distributed',
-      '--workdir=gs://b/run',
+      '--workdir=/tmp/mhc-b/run',
       *FLAGS,
     ]
+  assert cluster.lines('mountpoint') == ['--quiet /tmp/mhc-b'] * 4
   assert 'worker 0, life 1\nworker 0, life 2' in result.stdout
   assert 'worker 1' not in result.stdout
   assert cluster.lines('sleeps') == [QUEUE, '30']
@@ -536,7 +540,7 @@ def test_jobset_starts_the_main_on_every_host():
     '--distributed',
   ]
   assert any(
-    word.startswith('--workdir=gs://') for word in container['command']
+    word.startswith('--workdir=/bucket/') for word in container['command']
   )
 
 
