@@ -2,6 +2,7 @@
 
     python launch/aot.py --config=configs/paper_27b.py --count
     python launch/aot.py --config=configs/paper_3b.py --topology=v5p:2x2x1
+    python launch/aot.py --config=configs/paper_3b.py --topology=h100:8
     python launch/aot.py --config=configs/paper_27b.py --topology=v5p:8x8x8 \
         --suggest
     python launch/aot.py --config.mesh.schedule=dualpipev --config.mesh.pipe=4 \
@@ -10,7 +11,9 @@
 --count prints parameters, FLOPs and activation bytes of a token as JSON.
 --topology compiles the training step for a TPU slice (or 'cpu') and prints
 whether it fits, what it sends and how long a step would take, next to the same
-mesh with the plain residual; minutes a program for the paper's models.
+mesh with the plain residual; minutes a program for the paper's models. For the
+GPUs of a machine (h100, h200, b200, with mhc[gpu] installed) it prints whether
+it fits.
 --suggest instead looks for meshes by formulas, in seconds. --draw_schedule
 draws the order of a pipeline's work. Nothing is allocated.
 """
@@ -33,7 +36,9 @@ from mhc import timeline
 
 COUNT = flags.DEFINE_bool('count', False, 'Print the counts of --config.')
 TOPOLOGY = flags.DEFINE_string(
-  'topology', None, "Compile for a TPU slice such as v5p:2x2x1, or for 'cpu'."
+  'topology',
+  None,
+  "Compile for a TPU slice such as v5p:2x2x1, GPUs such as h100:8, or 'cpu'.",
 )
 AGAINST = flags.DEFINE_list(
   'against',

@@ -2,7 +2,9 @@
 
 The step is compiled ahead of time from abstract shapes, by the real compiler of
 the target; nothing is allocated and nothing runs. A topology is 'cpu', the
-devices of this process, or a TPU slice such as 'v5p:2x2x1' or 'v6e:4x4'.
+devices of this process, a TPU slice such as 'v5p:2x2x1' or 'v6e:4x4', or the
+GPUs of one machine such as 'h100:8'. Only TPU compilers say how long things
+take, so that for others a plan is about memory.
 
 Of the compiled step `hlo` adds up what is computed and `traffic` what is sent.
 In a pipeline the devices wait for each other, so that a tick lasts as long as
@@ -24,6 +26,7 @@ from mhc import config as config_lib
 from mhc import counts
 from mhc import exchange
 from mhc import fsdp
+from mhc import gpus
 from mhc import hlo
 from mhc import memory
 from mhc import pipeline
@@ -40,10 +43,13 @@ def devices(topology: str) -> list[jax.Device]:
   """The devices of a topology.
 
   Raises:
-    ValueError: libtpu is not installed or does not know the topology.
+    ValueError: its compiler is not installed or does not know the topology.
   """
   if topology == 'cpu':
     return jax.devices('cpu')
+  name, _, size = topology.partition(':')
+  if name in gpus.GPUS or (size.isdigit() and name not in chips.CHIPS):
+    return gpus.devices(topology)
   # What libtpu asks a TPU host for at start, and one of its kind at a time.
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
@@ -53,9 +59,10 @@ def devices(topology: str) -> list[jax.Device]:
     return topologies.get_topology_desc(topology, 'tpu').devices
   except Exception as error:  # of several kinds, jaxlib's own among them
     raise ValueError(
-      f"topology={topology!r} cannot be compiled for: give 'cpu' or a TPU "
-      "slice such as 'v5p:2x2x1' or 'v6e:4x4', and install its compiler with "
-      f"pip install 'jax[tpu]' ({str(error).splitlines()[0]})"
+      f"topology={topology!r} cannot be compiled for: give 'cpu', a TPU "
+      "slice such as 'v5p:2x2x1' or 'v6e:4x4', with the compiler that pip "
+      "install 'jax[tpu]' brings, or GPUs such as 'h100:8' "
+      f'({str(error).splitlines()[0]})'
     ) from None
 
 
@@ -66,7 +73,8 @@ def make(config: config_lib.Config, topology: str) -> Plan:
     topology, devices, mesh (sizes of the axes), kind, tokens_per_step.
     total_params, flops_per_token: as `counts` has them.
     predicted_bytes: of activations a device, by kind, as `memory` has them.
-    fits: whether the compiler placed the step in a device's memory.
+    fits: whether the compiler placed the step in a device's memory; for GPUs
+      whether bytes_per_device are there.
     hbm_bytes: of a device; None on CPUs.
     bytes_per_device: arguments and temporaries, an upper bound of what is in
       use at once; where it does not fit, what the compiler says it needs.
@@ -76,7 +84,7 @@ def make(config: config_lib.Config, topology: str) -> Plan:
       F (it computes the stage again); 0 without a pipeline.
     compile_seconds: on this machine.
     bytes_moved, compute_seconds: of the compiler's schedule, loops in full: its
-      cycles, and for kernels their roofline; here and below None on CPUs.
+      cycles, and for kernels their roofline; here and below of TPUs only.
     collectives: by axes of the mesh and kind: count, bytes, seconds (on the
       links) and uncovered seconds, of a step.
     uncovered_comm_share: of step_seconds.
@@ -98,7 +106,9 @@ def make(config: config_lib.Config, topology: str) -> Plan:
       raise
     needed = _needed(str(error))
   count = counts.count(config.model, config.data.seq_len)
-  chip = chips.CHIPS.get(topology.partition(':')[0])
+  name = topology.partition(':')[0]
+  chip, gpu = chips.CHIPS.get(name), gpus.GPUS.get(name)
+  hbm = (chip or gpu).hbm if chip or gpu else None
   schedule = step.schedule_of(config, mesh)
   plan = {
     'topology': topology,
@@ -110,7 +120,7 @@ def make(config: config_lib.Config, topology: str) -> Plan:
     'flops_per_token': count['flops_per_token'],
     'predicted_bytes': memory.predicted(config, mesh.size),
     'fits': compiled is not None,
-    'hbm_bytes': chip and chip.hbm,
+    'hbm_bytes': hbm,
     'bytes_per_device': needed,
     'peak_bytes': None,
     'by_category': None,
@@ -134,6 +144,8 @@ def make(config: config_lib.Config, topology: str) -> Plan:
       'peak_bytes': analysis.peak_memory_in_bytes,
       'by_category': categories(config, functions, mesh, analysis),
     }
+    if gpu:  # whose compiler places whatever it is given
+      plan['fits'] = plan['bytes_per_device'] <= hbm
     if chip:
       plan |= _scheduled(config, compiled, schedule, mesh, chip, plan)
   return plan

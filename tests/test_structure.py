@@ -9,7 +9,16 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # A module imports only from groups to its left.
 ORDER = (
-  ('axes', 'checks', 'chips', 'compiler', 'handovers', 'orders', 'processes'),
+  (
+    'axes',
+    'checks',
+    'chips',
+    'compiler',
+    'gpus',
+    'handovers',
+    'orders',
+    'processes',
+  ),
   ('plain', 'schedule'),
   ('config', 'timeline'),
   ('layout',),
