@@ -7,7 +7,7 @@ them has run on a TPU here, which is why `mesh.overlap` can turn them off.
 
 On v5p and v6e collectives go to the SparseCores; tpu7x does that by itself for
 all but all_to_all. The gathers of matrices split over `data`, in a loop over
-blocks, are moved one block ahead (forward and backward, the last three).
+blocks, are moved one block ahead, forward and backward, by those of `AHEAD`.
 """
 
 SPARSE_CORE = 'xla_tpu_enable_sparse_core_collective_offload_'
@@ -31,13 +31,18 @@ OPTIONS = {
       'dense_all_to_all',
       'ragged_all_to_all',
     )
-  }
-  | AHEAD,
-  'tpu7x': {f'{SPARSE_CORE}dense_all_to_all': True} | AHEAD,
+  },
+  'tpu7x': {f'{SPARSE_CORE}dense_all_to_all': True},
 }
 OPTIONS['v6e'] = OPTIONS['v5p'] | {f'{SPARSE_CORE}nd_reduce_scatter': True}
 
 
-def options(generation: str | None) -> dict[str, bool | str]:
-  """For a generation of `chips.CHIPS`; none for other machines."""
-  return dict(OPTIONS.get(generation, {}))
+def options(generation: str, ahead: bool) -> dict[str, bool | str]:
+  """For a generation of `chips.CHIPS`.
+
+  `ahead` is for programs that gather in a loop; others would only take longer
+  to compile.
+  """
+  if generation == 'v5e' or not ahead:
+    return dict(OPTIONS.get(generation, {}))
+  return OPTIONS.get(generation, {}) | AHEAD

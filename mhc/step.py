@@ -82,7 +82,7 @@ def compiler_options(config: config_lib.Config, mesh: Mesh) -> dict:
   kind = mesh.devices.flat[0].device_kind
   for generation, chip in chips.CHIPS.items():
     if chip.kind == kind and config.mesh.overlap and mesh.size > 1:
-      return compiler.options(generation)
+      return compiler.options(generation, ahead=config.mesh.pipe == 1)
   return {}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def refused(result, *needles):
   assert result.returncode == 2, result.stderr
   lines = result.stderr.strip().splitlines()
   assert len(lines) == 1, result.stderr
-  assert lines[0].startswith('error: ')
+  assert re.match('error( in process [0-9]+)?: ', lines[0])
   for needle in needles:
     assert needle in lines[0]
 
@@ -132,6 +133,14 @@ MISTAKES = {
   'too many devices': (
     ['--config.mesh.num_devices=3', '--config.data.batch_size=3'],
     ['num_devices=3', '1 cpu'],
+  ),
+  'half of where the others are': (
+    ['--coordinator=localhost:1', '--process_id=1'],
+    ['go together', '--num_processes missing'],
+  ),
+  'the others in two ways': (
+    ['--distributed', '--num_processes=2'],
+    ['--distributed', 'give either'],
   ),
 }
 

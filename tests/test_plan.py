@@ -8,6 +8,9 @@ import pytest
 from mhc import config
 from mhc import hlo
 from mhc import plan
+from mhc import plan_table
+from mhc import sizes
+from mhc import suggest
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -36,17 +39,30 @@ def sliced():
 
 def test_a_tpu_slice(sliced):
   assert sliced['devices'] == 4
+  assert sliced['mesh'] == {'data': 4, 'pipe': 1, 'expert': 1}
   assert sliced['total_params'] > 0
-  # Parameters, both moments and a token batch, whole on every device.
-  state = 12 * sliced['total_params']
-  assert state < sliced['argument_bytes'] < 1.2 * state
-  assert sliced['peak_bytes'] > sliced['argument_bytes']
-  assert 0 < sliced['optimal_seconds'] < 1
-  assert 1e-5 < sliced['scheduled_seconds'] < 1
-  assert sliced['bytes_moved'] > sliced['argument_bytes']
-  text = plan.table(sliced)
+  # Parameters and both moments; matrices are split over the devices.
+  kept = sliced['by_category']
+  assert 1 <= kept['parameters'] / sliced['total_params'] < 1.1
+  assert kept['optimiser'] == pytest.approx(2 * kept['parameters'], rel=1e-3)
+  assert sum(kept.values()) == sliced['bytes_per_device']
+  assert sliced['fits']
+  assert sliced['peak_bytes'] < sliced['hbm_bytes'] == 16 << 30
+  assert sliced['bubble'] == 0
+  assert 1e-5 < sliced['compute_seconds'] < sliced['step_seconds'] < 1
+  assert sliced['bytes_moved'] > 12 * sliced['total_params'] / 4
+  assert 0 < sliced['uncovered_comm_share'] < 1
+  # Matrices are put together block by block, forward and backward.
+  gathers = sliced['collectives']['data']['all-gather']
+  assert gathers['count'] >= 8
+  assert gathers['uncovered'] <= gathers['seconds']
+  assert sliced['mfu'] == pytest.approx(
+    sliced['tokens_per_second'] * sliced['flops_per_token'] / (4 * 197e12)
+  )
+  text = plan_table.table(sliced)
   assert 'v5e:2x2' in text
   assert f'{sliced["total_params"]:,}' in text
+  assert 'all-gather over data' in text
 
 
 def test_loops_count_in_full(sliced):
@@ -58,14 +74,41 @@ def test_loops_count_in_full(sliced):
     'v5e:2x2',
   )
   assert deeper['bytes_moved'] > 1.3 * sliced['bytes_moved']
-  assert deeper['scheduled_seconds'] > 1.2 * sliced['scheduled_seconds']
+  assert deeper['compute_seconds'] > 1.2 * sliced['compute_seconds']
 
 
 def test_the_cpu_is_a_topology():
   result = plan.make(TINY, 'cpu')
-  assert result['scheduled_seconds'] is None
-  assert result['bytes_accessed'] > 0
-  assert '| - |' in plan.table(result)
+  assert result['step_seconds'] is None
+  assert result['bytes_per_device'] > 0
+  assert 'seconds a step' not in plan_table.table(result)
+
+
+def test_what_does_not_fit_says_by_how_much():
+  """A vocabulary whose logits alone take more than a device has."""
+  wide = dataclasses.replace(
+    TINY,
+    model=dataclasses.replace(TINY.model, vocab_size=2**20),
+    data=dataclasses.replace(TINY.data, batch_size=64, seq_len=512),
+  )
+  result = plan.make(wide, 'v5e:2x2')
+  assert not result['fits']
+  assert result['bytes_per_device'] > result['hbm_bytes']
+  assert 'too much' in plan_table.table(result)
+
+
+def test_suggestions_fit_and_are_sorted():
+  found = suggest.suggest(sizes.paper('27b'), 'v5p:8x8x8', 512)
+  assert [one.seconds for one in found] == sorted(one.seconds for one in found)
+  assert all(one.bytes < 95 << 30 for one in found)
+  assert 'mesh.pipe=' in suggest.table(found, 95 << 30)
+  # What is suggested can be asked for.
+  settings = dict(found[0].settings)
+  assert 512 % (settings['mesh.pipe'] * settings['mesh.expert']) == 0
+  with pytest.raises(ValueError, match=r'nothing fits 4 devices.*of 16'):
+    suggest.suggest(sizes.paper('27b'), 'v5e:2x2', 4)
+  with pytest.raises(ValueError, match=r"'cpu'.*v5p"):
+    suggest.suggest(TINY, 'cpu', 8)
 
 
 def test_impossible_topologies():

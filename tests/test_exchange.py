@@ -1,0 +1,124 @@
+"""Experts on four devices against the same experts on one."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from mhc import axes
+from mhc import config
+from mhc import exchange
+from mhc import experts
+
+DEVICES, TOKENS, NUM, K, DIM = 4, 32, 8, 3, 6
+
+
+def inputs(load):
+  keys = jax.random.split(jax.random.key(1), 6)
+  weights = experts.Weights(
+    jax.random.normal(keys[0], (NUM, DIM, 5)),
+    jax.random.normal(keys[1], (NUM, DIM, 5)),
+    jax.random.normal(keys[2], (NUM, 5, DIM)),
+  )
+  x = jax.random.normal(keys[3], (TOKENS, DIM))
+  gates = jax.random.uniform(keys[4], (TOKENS, K))
+  rng = np.random.default_rng(0)
+  match load:
+    case 'even':
+      chosen = np.arange(TOKENS * K).reshape(TOKENS, K) % NUM
+    case 'random':
+      chosen = np.stack([rng.permutation(NUM)[:K] for _ in range(TOKENS)])
+    case 'all to one device':  # its two experts, and a third
+      chosen = np.tile([6, 7, 0], (TOKENS, 1))
+  cotangent = jax.random.normal(keys[5], (TOKENS, DIM))
+  return x, gates, weights, jnp.asarray(chosen, jnp.int32), cotangent
+
+
+def over_devices(settings):
+  mesh = jax.make_mesh(
+    (DEVICES,),
+    (exchange.AXIS,),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=jax.devices()[:DEVICES],
+  )
+  split = P(exchange.AXIS)
+
+  def local(x, gates, weights, chosen):
+    out, dropped = exchange.apply(settings, x, chosen, gates, weights)
+    dropped = axes.vary(dropped, (exchange.AXIS,))
+    return out, jax.lax.pmean(dropped, exchange.AXIS)
+
+  return jax.shard_map(
+    local, mesh=mesh, in_specs=(split,) * 4, out_specs=(split, P())
+  )
+
+
+def one_device(x, gates, weights, chosen):
+  return exchange.gated(experts.dropless(x, chosen, weights), gates)
+
+
+def settings(**options):
+  return config.MoEConfig(
+    num_experts=NUM, experts_per_token=K, expert_dim=5, **options
+  )
+
+
+@pytest.mark.parametrize('transport', ['padded', 'gather'])
+@pytest.mark.parametrize('load', ['even', 'random', 'all to one device'])
+def test_nothing_is_lost(transport, load):
+  """Outputs and gradients, with buffers so small that there are rounds."""
+  *floats, chosen, cotangent = inputs(load)
+  apply = over_devices(settings(transport=transport, buffer_factor=0.5))
+
+  @jax.jit
+  def pulled(*floats):
+    out, pull, dropped = jax.vjp(
+      lambda *floats: apply(*floats, chosen), *floats, has_aux=True
+    )
+    return out, pull(cotangent), dropped
+
+  *got, dropped = pulled(*floats)
+  out, pull = jax.vjp(lambda *floats: one_device(*floats, chosen), *floats)
+  want = (out, pull(cotangent))
+  assert dropped == 0
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize('transport', ['padded', 'gather'])
+def test_a_capacity_drops_and_says_so(transport):
+  def dropped(load, factor):
+    *floats, chosen, _ = inputs(load)
+    options = settings(
+      transport=transport, dispatch='capacity', capacity_factor=factor
+    )
+    out, share = jax.jit(over_devices(options))(*floats, chosen)
+    want = one_device(*floats, chosen)
+    return np.abs(out - want).max(), float(share)
+
+  assert dropped('even', 1.0) == (pytest.approx(0, abs=1e-4), 0)
+  error, share = dropped('all to one device', 1.0)
+  # 12 slots of each of three experts for 32 tokens.
+  assert share == pytest.approx(20 / 32)
+  assert error > 0.1
+
+
+def test_what_auto_is():
+  assert exchange.transport(settings(), 2) == 'gather'
+  assert exchange.transport(settings(), 4) == 'padded'
+  assert exchange.transport(settings(transport='ragged'), 2) == 'ragged'
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+def test_the_ragged_operation_lowers(platform):
+  """For accelerators, with its gradient; no CPU can run it."""
+  *floats, chosen, _ = inputs('random')
+  apply = over_devices(settings(transport='ragged'))
+
+  def total(*floats):
+    return jnp.sum(apply(*floats, chosen)[0])
+
+  traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(*floats)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert text.count('ragged_all_to_all') >= 4

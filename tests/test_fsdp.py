@@ -1,0 +1,134 @@
+"""Matrices and a vocabulary that are split over devices."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+
+from mhc import axes
+from mhc import fsdp
+from mhc import sharding
+from mhc import vocabulary
+
+
+def mesh_of(**sizes):
+  shape = [sizes.get(axis, 1) for axis in sharding.AXES]
+  number = int(np.prod(shape))
+  return jax.make_mesh(
+    tuple(shape),
+    sharding.AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    devices=jax.devices()[:number],
+  )
+
+
+def test_gradients_of_gathered_matrices_are_summed_in_float32():
+  """Of a product in bfloat16, on four devices with two rows each."""
+  specs = {'a': {'weight': P(None, 'data')}, 'router': {'weight': P('data')}}
+  keys = jax.random.split(jax.random.key(0), 3)
+  params = {
+    'a': {'weight': jax.random.normal(keys[0], (6, 8))},
+    'router': {'weight': jax.random.normal(keys[1], (8, 3))},
+  }
+  x = jax.random.normal(keys[2], (8, 6), jnp.bfloat16)
+
+  def loss(params, x):
+    h = x @ params['a']['weight'].astype(jnp.bfloat16)
+    return jnp.sum(h.astype(jnp.float32) @ params['router']['weight'])
+
+  def local(params, x):
+    def gathered(params):
+      whole = fsdp.gather(params, specs, 'bfloat16')
+      assert whole['a']['weight'].dtype == jnp.bfloat16
+      assert whole['router']['weight'].dtype == jnp.float32
+      assert whole['a']['weight'].shape == (6, 8)
+      return loss(whole, x)
+
+    grads = jax.grad(gathered)(sharding.varying(params))
+    return jax.tree.map(fsdp.over_others, grads, specs)
+
+  got = jax.jit(
+    jax.shard_map(
+      local, mesh=mesh_of(data=4), in_specs=(specs, P('data')), out_specs=specs
+    )
+  )(params, x)
+  want = jax.tree.map(
+    lambda *parts: sum(parts[1:], parts[0]),
+    *(jax.jit(jax.grad(loss))(params, part) for part in jnp.split(x, 4)),
+  )
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    assert a.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)
+
+
+def test_scatter_gives_each_device_its_part_of_the_sum():
+  specs = {'weight': P('data'), 'gain': P()}
+  values = {'weight': jnp.arange(8.0), 'gain': jnp.arange(3.0)}
+
+  def local(values):
+    values = sharding.varying(values)
+    number = jax.lax.axis_index('data').astype(jnp.float32)
+    return fsdp.scatter(jax.tree.map(lambda v: v * number, values), specs)
+
+  got = jax.jit(
+    jax.shard_map(local, mesh=mesh_of(data=4), in_specs=P(), out_specs=specs)
+  )(values)
+  for name, value in values.items():
+    np.testing.assert_allclose(got[name], value * 6)
+
+
+def test_axes_are_joined():
+  def local(x, y):
+    assert axes.over((x, y)) == {'data', 'pipe'}
+    a, b = axes.together(x, y)
+    assert axes.over(a) == axes.over(b) == {'data', 'pipe'}
+    assert axes.vary(a, ('data',)) is a
+    return a + b
+
+  jax.eval_shape(
+    jax.shard_map(
+      local,
+      mesh=mesh_of(data=2, pipe=2),
+      in_specs=(P('data'), P('pipe')),
+      out_specs=P(('data', 'pipe')),
+    ),
+    jnp.ones(4),
+    jnp.ones(4),
+  )
+
+
+def test_the_cross_entropy_of_a_split_vocabulary():
+  """Values and both gradients, logits far from zero among them."""
+  keys = jax.random.split(jax.random.key(0), 4)
+  h = 20 * jax.random.normal(keys[0], (10, 6))
+  weight = jax.random.normal(keys[1], (6, 16))
+  targets = jax.random.randint(keys[2], 10, 0, 16)
+  cotangent = jax.random.normal(keys[3], 10)
+
+  def split(h, weight):
+    def local(h, weight, targets, g):
+      args = sharding.varying((h, weight))
+      nats, pull = jax.vjp(
+        lambda *a: vocabulary.cross_entropy(*a, targets), *args
+      )
+      dh, dw = pull(sharding.varying(g))
+      same = lambda x: jax.lax.pmean(x, sharding.AXES)
+      return same(nats), same(dh), fsdp.over_others(dw, P(None, 'pipe'))
+
+    return jax.shard_map(
+      local,
+      mesh=mesh_of(pipe=4),
+      in_specs=(P(), P(None, 'pipe'), P(), P()),
+      out_specs=(P(), P(), P(None, 'pipe')),
+    )(h, weight, targets, cotangent)
+
+  def whole(h, weight):
+    logits = h @ weight
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+
+  nats, pull = jax.vjp(whole, h, weight)
+  for a, b in zip(
+    jax.jit(split)(h, weight), (nats, *pull(cotangent)), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
