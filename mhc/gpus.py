@@ -6,6 +6,10 @@ https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs
 without the rates of single units, which it then takes from cores and clock.
 """
 
+import functools
+import importlib.util
+import os
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -129,6 +133,7 @@ def devices(topology: str) -> list[jax.Device]:
       f'topology={topology!r} must name 1 to {HOST} GPUs, of one machine, such '
       f"as '{name}:{HOST}'"
     )
+  _own_assembler_first()
   try:
     return topologies.get_topology_desc(
       name,
@@ -141,3 +146,13 @@ def devices(topology: str) -> list[jax.Device]:
       f'topology={topology!r} needs the compiler for GPUs (and no GPU): '
       "pip install 'mhc[gpu]'"
     ) from None
+
+
+@functools.cache
+def _own_assembler_first():
+  """Puts the plugin's ptxas before others: an old one refuses the kernels."""
+  packages = importlib.util.find_spec('nvidia')
+  for root in packages.submodule_search_locations if packages else ():
+    for found in pathlib.Path(root).glob('*/bin/ptxas'):
+      others = os.environ.get('PATH', os.defpath)
+      os.environ['PATH'] = f'{found.parent}{os.pathsep}{others}'
