@@ -1,7 +1,8 @@
 """Many processes on this machine's CPUs, as if each were a host of a cluster.
 
     python launch/local_multiprocess.py --processes=2 --devices=4 -- \
-      launch/train.py --workdir=runs/many --config.mesh.pipe=2
+      launch/train.py --workdir=runs/many --config.mesh.pipe=2 \
+      --config.data.microbatch_size=1
 
 What follows `--` is started that many times, each with that many devices and
 told of the others by --coordinator, --num_processes and --process_id. Lines of
@@ -108,7 +109,8 @@ def _wait(children) -> int:
 
 def _print(index, source, sink):
   for line in source:
-    if 'peer ranks' not in line:  # Gloo says that it has connected
+    # Not what Gloo says whenever it connects, in several threads at once.
+    if line.strip() and 'peer ranks' not in line:
       sink.write(f'[{index}] {line}' if index else line)
       sink.flush()
 

@@ -25,8 +25,8 @@ def main():
   config = command_line.config(config_lib.Config)
   if '://' in WORKDIR.value:
     raise ValueError(
-      f'--workdir={WORKDIR.value} must be a folder: mount the bucket (gcsfuse), '
-      'as launch/tpu_pod.sh and launch/gke_jobset.yaml do'
+      f'--workdir={WORKDIR.value} must be a folder: mount the bucket '
+      '(gcsfuse), as launch/tpu_pod.sh and launch/gke_jobset.yaml do'
     )
   command_line.join()
   summary = train.train(config, pathlib.Path(WORKDIR.value))
