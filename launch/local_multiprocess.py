@@ -1,4 +1,4 @@
-"""Many processes on this machine's CPUs, as if each were a host of a cluster.
+r"""Many processes on this machine's CPUs, as if each were a host of a cluster.
 
     python launch/local_multiprocess.py --processes=2 --devices=4 -- \
       launch/train.py --workdir=runs/many --config.mesh.pipe=2 \
