@@ -4,8 +4,8 @@ The rows of all assignments, token by token k of them, are sorted by expert;
 what then remains is one matrix product a group of rows, with that group's own
 weights. Three ways to compute it:
 
-* `ragged`: `jax.lax.ragged_dot`, on accelerators;
-* `blocked`: on CPUs, where ragged_dot lowers to num_experts dense products.
+* `ragged`: `jax.lax.ragged_dot`, on TPUs;
+* `blocked`: elsewhere, where ragged_dot lowers to num_experts dense products.
   Groups are padded to whole blocks of rows, each block multiplied with the
   weights of its expert: num_rows + num_experts * BLOCK rows of work at most;
 * `capacity`: every expert has the same number of slots, rows beyond are lost.
@@ -59,7 +59,7 @@ def dropless(
     rows = jnp.where(here, rows, 0)
   # Not by lax.platform_dependent, which in the branches of a pipeline stays a
   # choice at run time, with buffers for both.
-  multiply = blocked if target.platform() == 'cpu' else ragged
+  multiply = ragged if target.platform() == 'tpu' else blocked
   out = multiply(rows, sizes, weights)
   if partial:
     out = jnp.where(here, out, 0)

@@ -246,7 +246,7 @@ def _scheduled(config, compiled, schedule, mesh, chip, plan):
 
 def _needed(message):
   """The bytes that the compiler says it would need, nan if it does not."""
-  found = re.search(r'Used ([\d.]+)([KMG]) of', message)
+  found = re.search(r'(?:Used |temporaries \()([\d.]+)([KMG])\b', message)
   if not found:
     return math.nan
   return float(found.group(1)) * 2.0 ** (10 * ('KMG'.index(found.group(2)) + 1))

@@ -111,6 +111,8 @@ def _candidates(config, num_devices) -> Iterator:
     # What a setting does not act on is tried once.
     if chunks > 2 and (pipe == 1 or schedule != 'interleaved'):
       continue
+    if num_devices % (pipe * expert):
+      continue
     if pipe == 1 and schedule != 'interleaved':
       continue
     settings = {
@@ -205,7 +207,7 @@ def _nested(settings):
   return tree
 
 
-def table(suggestions: list[Suggestion], hbm: float) -> str:
+def table(suggestions: list[Suggestion], hbm: int) -> str:
   """Markdown."""
   rows = [
     f'| {one.seconds:.3g} s | {one.bytes / 2**30:.0f} of {hbm / 2**30:.0f} GiB '

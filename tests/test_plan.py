@@ -5,11 +5,14 @@ import dataclasses
 import jax
 import pytest
 
+from mhc import compiler
 from mhc import config
 from mhc import hlo
 from mhc import plan
 from mhc import plan_table
+from mhc import sharding
 from mhc import sizes
+from mhc import step
 from mhc import suggest
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
@@ -109,6 +112,21 @@ def test_suggestions_fit_and_are_sorted():
     suggest.suggest(sizes.paper('27b'), 'v5e:2x2', 4)
   with pytest.raises(ValueError, match=r"'cpu'.*v5p"):
     suggest.suggest(TINY, 'cpu', 8)
+
+
+def test_the_compiler_is_told_what_hides_transfers():
+  """But not where somebody does not want it, or there is nothing to send."""
+  mesh = sharding.make_mesh(TINY.mesh, TINY.data, plan.devices('v5p:2x2x1'))
+  told = step.compiler_options(TINY, mesh)
+  assert told == compiler.options('v5p', ahead=True)
+  assert set(compiler.AHEAD) < set(told)
+  assert not set(compiler.AHEAD) & set(compiler.options('v5p', ahead=False))
+  without = dataclasses.replace(TINY, mesh=config.MeshConfig(overlap=False))
+  assert step.compiler_options(without, mesh) == {}
+  one = sharding.make_mesh(
+    config.MeshConfig(num_devices=1), TINY.data, plan.devices('v5p:2x2x1')
+  )
+  assert step.compiler_options(TINY, one) == {}
 
 
 def test_impossible_topologies():

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from mhc import config
+from mhc import loss
 from mhc import memory
 from mhc import sharding
 from mhc import step
@@ -174,6 +175,20 @@ def test_the_gradient_norm_is_that_of_the_mean_loss():
   np.testing.assert_allclose(metrics['loss/train'], loss, rtol=1e-5)
   np.testing.assert_allclose(
     metrics['grad/global_norm'], optax.tree.norm(grads), rtol=1e-4
+  )
+
+
+def test_rows_are_scored_as_by_the_network_alone():
+  programs = step.build(TINY)
+  state = programs.init(0)
+  tokens = batch(programs)
+  net = loss.network(TINY.model)(jax.device_get(state.params))
+  rows = jax.device_get(tokens)
+  nats = optax.softmax_cross_entropy_with_integer_labels(
+    net(rows[:, :-1]), rows[:, 1:]
+  )
+  np.testing.assert_allclose(
+    programs.row_nats(state, tokens), nats.sum(axis=1), rtol=1e-5
   )
 
 
