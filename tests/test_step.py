@@ -182,8 +182,9 @@ def test_rows_are_scored_as_by_the_network_alone():
   programs = step.build(TINY)
   state = programs.init(0)
   tokens = batch(programs)
-  net = loss.network(TINY.model)(jax.device_get(state.params))
-  rows = jax.device_get(tokens)
+  whole = jax.tree.map(jnp.asarray, jax.device_get(state.params))
+  net = loss.network(TINY.model)(whole)
+  rows = jnp.asarray(jax.device_get(tokens))
   nats = optax.softmax_cross_entropy_with_integer_labels(
     net(rows[:, :-1]), rows[:, 1:]
   )
