@@ -119,10 +119,10 @@ class MoEConfig:
   dispatch: Literal['dropless', 'capacity'] = 'dropless'
   # Slots over the mean load, for dispatch='capacity'.
   capacity_factor: float = 1.25
-  # How tokens reach experts on other devices: 'ragged' and 'padded' send each
-  # to the devices of its experts, by ragged_all_to_all (not on CPUs) or in
-  # buffers of one size; 'gather' sends every token to all. 'auto' is 'ragged'
-  # where there is such an operation, else 'padded'.
+  # How tokens reach experts on other devices: 'gather' sends every token to all
+  # of them; 'ragged' and 'padded' to those of its experts, by ragged_all_to_all
+  # (not on CPUs) or in buffers of one size. 'auto' is 'gather' for as many
+  # devices as a token has experts, for more 'ragged' or, on CPUs, 'padded'.
   transport: Literal['auto', 'ragged', 'padded', 'gather'] = 'auto'
   # Rows of those buffers over the mean; what does not fit goes in another
   # round, nothing is lost.

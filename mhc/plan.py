@@ -76,9 +76,8 @@ def make(config: config_lib.Config, topology: str) -> Plan:
     fits: whether the compiler placed the step in a device's memory; for GPUs
       whether bytes_per_device are there.
     hbm_bytes: of a device; None on CPUs.
-    bytes_per_device: arguments and temporaries, an upper bound of what is in
-      use at once; where it does not fit, what the compiler says it needs.
-    peak_bytes: the most in use at once, by the compiler.
+    bytes_per_device: the most in use at once; where the step does not fit, what
+      the compiler says that it needs.
     by_category: bytes_per_device, apart; see `categories`.
     microbatches; bubble: idle share of the schedule's ticks, with B three times
       F (it computes the stage again); 0 without a pipeline.
@@ -122,7 +121,6 @@ def make(config: config_lib.Config, topology: str) -> Plan:
     'fits': compiled is not None,
     'hbm_bytes': hbm,
     'bytes_per_device': needed,
-    'peak_bytes': None,
     'by_category': None,
     'microbatches': sharding.num_microbatches(
       config.mesh, config.data, mesh.size // config.mesh.pipe
@@ -140,9 +138,10 @@ def make(config: config_lib.Config, topology: str) -> Plan:
   if compiled is not None:
     analysis = compiled.memory_analysis()
     plan |= {
-      'bytes_per_device': memory.peak_bytes(analysis),
-      'peak_bytes': analysis.peak_memory_in_bytes,
-      'by_category': categories(config, functions, mesh, analysis),
+      'bytes_per_device': analysis.peak_memory_in_bytes,
+      'by_category': categories(
+        config, functions, mesh, analysis.peak_memory_in_bytes
+      ),
     }
     if gpu:  # whose compiler places whatever it is given
       plan['fits'] = plan['bytes_per_device'] <= hbm
@@ -176,9 +175,9 @@ def overheads(
 
 
 def categories(
-  config: config_lib.Config, functions: step.Functions, mesh: Mesh, analysis
+  config: config_lib.Config, functions: step.Functions, mesh: Mesh, total: int
 ) -> dict[str, int]:
-  """Bytes of a device by what they are; all but the last are computed.
+  """Bytes of a device, `total`, by what they are; all but the last are counted.
 
   parameters, optimiser: what the device keeps of them.
   whole_matrices, gradients: put together and summed up for a step, of a
@@ -212,8 +211,7 @@ def categories(
       'gradients': gradients,
       'stages': stages,
     }
-  rest = memory.peak_bytes(analysis) - sum(found.values())
-  return found | {'temporaries': max(0, rest)}
+  return found | {'temporaries': max(0, total - sum(found.values()))}
 
 
 def _scheduled(config, compiled, schedule, mesh, chip, plan):

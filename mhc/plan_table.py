@@ -31,8 +31,6 @@ def table(plan: dict[str, Any]) -> str:
     source = 'compiled' if kind == 'temporaries' else 'counted'
     row(f'bytes a device: {kind.replace("_", " ")}', _size(size), source)
   row('bytes a device', _size(plan['bytes_per_device']), 'compiled')
-  if plan['peak_bytes'] is not None:
-    row('in use at once', _size(plan['peak_bytes']), 'compiled')
   if plan['step_seconds'] is not None:
     row('bytes moved in a device', f'{plan["bytes_moved"]:.3g}', 'estimated')
     for axes, kinds in plan['collectives'].items():

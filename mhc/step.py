@@ -177,22 +177,23 @@ def shardings(state: TrainState) -> TrainState:
   return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def check_transport(model: config_lib.ModelConfig, mesh: Mesh):
-  """Raises ValueError if the devices have no such way to send tokens."""
-  platform = mesh.devices.flat[0].platform
+def check(config: config_lib.Config, mesh: Mesh):
+  """Raises ValueError if the run asks for what its devices cannot do.
+
+  Kernels that cannot serve the model, a way to send tokens that the platform
+  does not have, more stages than blocks.
+  """
+  model, platform = config.model, mesh.devices.flat[0].platform
+  if model.connection.streams > 1:
+    shape = (1, model.connection.streams, model.dim)
+    streams = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
+    dispatch.check(model.connection.implementation, streams, mesh)
   if model.moe.transport == 'ragged' and platform == 'cpu':
     raise ValueError(
       "moe.transport='ragged' needs ragged_all_to_all, which XLA has for TPUs "
       "and GPUs but not for cpu: take 'padded' (the same result) or 'auto'"
     )
-
-
-def check_kernels(model: config_lib.ModelConfig, mesh: Mesh):
-  """Raises ValueError if the model asks for kernels that cannot serve it."""
-  if model.connection.streams > 1:
-    shape = (1, model.connection.streams, model.dim)
-    streams = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
-    dispatch.check(model.connection.implementation, streams, mesh)
+  layout_lib.of(model, config.mesh)
 
 
 def functions(
@@ -203,8 +204,7 @@ def functions(
   `pollute` is for tests, see `pipeline.gradients`.
   """
   model = config.model
-  check_kernels(model, mesh)
-  check_transport(model, mesh)
+  check(config, mesh)
   optimizer = optimizer_lib.make(config.optimizer, config.num_steps)
   learning_rate = optimizer_lib.learning_rate(
     config.optimizer, config.num_steps

@@ -54,7 +54,7 @@ def train(
       corpus, config.data.seq_len, config.eval_sequences
     )
     mesh = sharding.make_mesh(config.mesh, config.data)
-    step_lib.check_kernels(config.model, mesh)
+    step_lib.check(config, mesh)
   processes.check_same(
     {'the text': corpus.sha256, 'jax': jax.__version__, **plain.leaves(config)}
   )

@@ -263,10 +263,10 @@ def test_a_training_step_for_a_tpu_calls_the_kernels(optax_promotion):
     ),
     data=config.DataConfig(seq_len=128, batch_size=4),
   )
-  mesh = sharding.make_mesh(0, settings.data, 1, plan.devices('v5e:2x2'))
-  lowered = step.functions(
-    settings.model, settings.optimizer, settings.num_steps, settings.data, mesh
-  ).lower()
+  mesh = sharding.make_mesh(
+    settings.mesh, settings.data, plan.devices('v5e:2x2')
+  )
+  lowered = step.functions(settings, mesh).lower()
   text = lowered.as_text()
   # A block has two sites: forward, recomputed, backward. The projection of a
   # block's last sub-layer is handed on, and not computed again.
@@ -283,6 +283,6 @@ def test_a_training_step_for_a_tpu_calls_the_kernels(optax_promotion):
     settings.model, connection=config.ConnectionConfig(kind='residual')
   )
   plain = step.functions(
-    residual, settings.optimizer, settings.num_steps, settings.data, mesh
+    dataclasses.replace(settings, model=residual), mesh
   ).lower()
   assert 'kernel_name' not in plain.as_text()

@@ -50,7 +50,7 @@ def test_a_tpu_slice(sliced):
   assert kept['optimiser'] == pytest.approx(2 * kept['parameters'], rel=1e-3)
   assert sum(kept.values()) == sliced['bytes_per_device']
   assert sliced['fits']
-  assert sliced['peak_bytes'] < sliced['hbm_bytes'] == 16 << 30
+  assert sliced['bytes_per_device'] < sliced['hbm_bytes'] == 16 << 30
   assert sliced['bubble'] == 0
   assert 1e-5 < sliced['compute_seconds'] < sliced['step_seconds'] < 1
   assert sliced['bytes_moved'] > 12 * sliced['total_params'] / 4

@@ -35,10 +35,8 @@ SETTINGS = config.Config(
 
 @pytest.fixture(scope='module')
 def traced():
-  mesh = sharding.make_mesh(1, SETTINGS.data)
-  functions = step.functions(
-    SETTINGS.model, SETTINGS.optimizer, SETTINGS.num_steps, SETTINGS.data, mesh
-  )
+  mesh = sharding.make_mesh(SETTINGS.mesh, SETTINGS.data)
+  functions = step.functions(SETTINGS, mesh)
   with jax.numpy_dtype_promotion('standard'):
     jaxpr = jax.make_jaxpr(functions.train_step)(
       functions.abstract_state, functions.abstract_tokens
