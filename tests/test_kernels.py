@@ -196,8 +196,9 @@ def test_what_the_kernels_cannot_serve(shape, dtype, reason, monkeypatch):
   assert re.search(reason, message)
 
 
-@pytest.mark.parametrize('generation', ['v5p', 'v6e'])
-@pytest.mark.parametrize('dim', shapes.PAPER[:2])
+@pytest.mark.parametrize(
+  ('generation', 'dim'), zip(('v5p', 'v6e'), shapes.PAPER[:2], strict=True)
+)
 def test_the_kernels_compile_for_tpus(generation, dim):
   """All, both ways, and within the memory that `passes.memory` gives them."""
   for operation in measure.OPERATIONS:
