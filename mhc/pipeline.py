@@ -293,8 +293,7 @@ class _Local:
       (parts.blocks, parts.bias, parts.active),
     )
     self.shared = parts.shared
-    self.inputs = parts.tokens[..., :-1]
-    self.targets = parts.tokens[..., 1:]
+    self.tokens = parts.tokens
     self.state = jax.eval_shape(self.open, self.shared, 0)
     self.hidden = jax.eval_shape(self.close, self.state)
     run = lambda x: stages.run(*self.chunk(0), x)[2]
@@ -304,7 +303,7 @@ class _Local:
     return jax.tree.map(lambda leaf: slots.take(leaf, index), self.stack)
 
   def open(self, shared, index):
-    return self.stages.open(shared, slots.take(self.inputs, index))
+    return self.stages.open(shared, slots.take(self.tokens, index)[:, :-1])
 
   def start(self, my, op, x):
     """The input of the F or B at hand: x, or anew from tokens."""
@@ -324,7 +323,7 @@ class _Local:
     return self.stages.close(self.shared, y)
 
   def score(self, shared, h, index):
-    return self.stages.score(shared, h, slots.take(self.targets, index))
+    return self.stages.score(shared, h, slots.take(self.tokens, index)[:, 1:])
 
 
 def shares(schedule: schedule_lib.Schedule) -> dict[str, float]:
