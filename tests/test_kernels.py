@@ -197,7 +197,7 @@ def test_what_the_kernels_cannot_serve(shape, dtype, reason, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('generation', 'dim'), zip(('v5p', 'v6e'), shapes.PAPER[:2], strict=True)
+  ('generation', 'dim'), [('v5p', shapes.PAPER[0]), ('v6e', shapes.PAPER[1])]
 )
 def test_the_kernels_compile_for_tpus(generation, dim):
   """All, both ways, and within the memory that `passes.memory` gives them."""

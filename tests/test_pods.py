@@ -51,7 +51,7 @@ if [[ $status == preempted ]]; then
   if [[ ${HOME##*/} == 0 ]]; then cp "$FAKE"/after/* "$FAKE"; fi
 fi
 trap 'echo yes > "$HOME/ended"; exit 143' TERM
-for _ in {1..250}; do
+for _ in {1..1500}; do
   [[ $status == wait && ! -e $FAKE/go ]] || break
   "$FAKE/real_sleep" 0.02
 done
@@ -104,7 +104,7 @@ status=$(sed -n "${life}p" "$FAKE/lives")
 if [[ $status == wait ]]; then
   trap 'exit 143' USR1
   echo $$ > "$FAKE/process"
-  for _ in {1..250}; do "$FAKE/real_sleep" 0.02; done
+  for _ in {1..1500}; do "$FAKE/real_sleep" 0.02; done
 fi
 exit "$status"
 """
