@@ -31,6 +31,7 @@ from mhc import counts
 from mhc import plan as plan_lib
 from mhc import plan_table
 from mhc import schedule
+from mhc import sharding
 from mhc import suggest
 from mhc import timeline
 
@@ -83,9 +84,7 @@ def main():
 def _draw(mesh):
   pipe = mesh.pipe
   number = MICROBATCHES.value or 2 * mesh.chunks * pipe
-  drawn = schedule.build(
-    mesh.schedule, pipe, number, num_chunks=mesh.chunks, head=mesh.head
-  )
+  drawn = sharding.schedule_of(mesh, number)
   timeline.save(drawn, DRAW.value)
   print(
     f'{mesh.schedule}, {pipe} devices, {number} microbatches: '

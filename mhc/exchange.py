@@ -69,14 +69,12 @@ def apply(
     the sum, and the share of assignments that were dropped.
   """
   way = transport(config, jax.lax.axis_size(AXIS))
-  dropless = config.dispatch == 'dropless'
   if way == 'gather':
-    size = math.ceil(config.buffer_factor * experts.size) if dropless else 0
-    return _gathered(config, size, x, experts, gates, weights)
-  if dropless:
-    return _sent(config, way == 'ragged', x, experts, gates, weights)
-  slots = _slots(config, experts)
-  out, dropped = by_capacity(x, experts, weights, slots)
+    return _gathered(config, x, experts, gates, weights)
+  if config.dispatch == 'dropless':
+    out = _sent(config, way == 'ragged', x, experts, gates, weights)
+    return out, jnp.zeros(())
+  out, dropped = by_capacity(x, experts, weights, slots(config, experts))
   return gated(out, gates), dropped
 
 
@@ -123,9 +121,9 @@ def _send_round(size, ragged, number, queues, inputs, weights):
   x, gates = inputs
   (s, k), e = gates.shape, weights.gate.shape[0]
   first = number * size
-  slots = first + jnp.arange(size)[None]
-  used = slots < queues.lengths[:, None]
-  source = jnp.minimum(queues.starts[:, None] + slots, s * k - 1)
+  turns = first + jnp.arange(size)[None]
+  used = turns < queues.lengths[:, None]
+  source = jnp.minimum(queues.starts[:, None] + turns, s * k - 1)
   rows = jnp.where(used[..., None], x[queues.order[source] // k], 0)
   names = _all_to_all(jnp.where(used, queues.local[source], e))
   sent = jnp.clip(queues.lengths - first, 0, size)
@@ -151,30 +149,26 @@ def _send_round(size, ragged, number, queues, inputs, weights):
   return gated(out.reshape(s, k, -1), gates)
 
 
-def _gathered(config, size, x, experts, gates, weights):
-  """By all_gather; `dropless` in rounds of `size` rows, 0 for a capacity."""
+def _gathered(config, x, experts, gates, weights):
+  """By all_gather."""
   gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
   e = weights.gate.shape[0]
   local = gather(experts) - e * jax.lax.axis_index(AXIS)
   local = jnp.where((local < 0) | (local >= e), e, local)
   everyone = (gather(x), gather(gates))
-  dropped = jnp.zeros(())
-  if size:
+  if config.dispatch == 'dropless':
     flat = local.reshape(-1)
     length = jnp.sum(flat < e)
     longest = len(local) * min(local.shape[1], e)
-    out, dropped = _rounds(
-      functools.partial(_local_round, min(size, longest)),
-      min(size, longest),
-      longest,
-      length,
-      (jnp.argsort(flat), flat, length),
-      everyone,
-      weights,
-    )
+    size = min(longest, math.ceil(config.buffer_factor * experts.size))
+    one_round = functools.partial(_local_round, size)
+    queue = (jnp.argsort(flat), flat, length)
+    out = _rounds(one_round, size, longest, length, queue, everyone, weights)
+    dropped = jnp.zeros(())
   else:
-    slots = _slots(config, local)
-    out, dropped = experts_lib.capacity(everyone[0], local, weights, slots)
+    out, dropped = experts_lib.capacity(
+      everyone[0], local, weights, slots(config, local)
+    )
     out = gated(out, everyone[1])
     dropped = jax.lax.psum(dropped, AXIS)
   out = jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
@@ -185,9 +179,9 @@ def _local_round(size, number, queue, inputs, weights):
   """What this device's experts say to all tokens whose turn it is."""
   (order, experts, length), (x, gates) = queue, inputs
   e, k = weights.gate.shape[0], gates.shape[1]
-  slots = number * size + jnp.arange(size)
-  used = slots < length
-  source = order[jnp.minimum(slots, len(order) - 1)]
+  turns = number * size + jnp.arange(size)
+  used = turns < length
+  source = order[jnp.minimum(turns, len(order) - 1)]
   names = jnp.where(used, experts[source], e)
   out = experts_lib.dropless(
     x[source // k], names[:, None], weights, partial=True
@@ -204,9 +198,8 @@ def _rounds(one_round, size, longest, length, queues, inputs, weights):
   if longest > size:
     most = jax.lax.pmax(length, AXIS)
     number = axes.vary(-(-most // size), axes.over(total))
-    further = _further(one_round, number, queues, inputs, weights)
-    total = total + further
-  return total, jnp.zeros(())
+    total = total + _further(one_round, number, queues, inputs, weights)
+  return total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -261,8 +254,8 @@ def by_capacity(
   return experts_lib.in_slots(x, experts, num_experts, slots, apply)
 
 
-def _slots(config, experts):
-  """An expert's rows for these tokens."""
+def slots(config: config_lib.MoEConfig, experts: Int[Array, 's k']) -> int:
+  """An expert's rows for these tokens, of dispatch='capacity'."""
   mean = experts.size / config.num_experts
   return math.ceil(config.capacity_factor * mean)
 

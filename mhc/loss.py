@@ -257,13 +257,7 @@ def _piped(model, data, config, specs, layout, pollute) -> Local:
   def loss_and_grads(params, router_bias, tokens):
     tokens = sharding.microbatches(tokens, data)
     stages, parts = ready(params, router_bias, tokens)
-    schedule = schedule_lib.build(
-      config.schedule,
-      config.pipe,
-      len(tokens),
-      num_chunks=config.chunks,
-      head=config.head,
-    )
+    schedule = sharding.schedule_of(config, len(tokens))
     sums = pipeline.gradients(schedule, stages, parts, pollute=pollute)
     grads = fsdp.scatter(sums.shared | {stack: sums.blocks}, specs)
     return sums.nats, grads, sums.stats

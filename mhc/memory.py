@@ -77,13 +77,8 @@ def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
   else:
     stages = layout.of(model, mesh)
     kinds = activations(model, stages.rows)
-    table = schedule.build(
-      mesh.schedule,
-      mesh.pipe,
-      sharding.num_microbatches(mesh, data, ways),
-      num_chunks=mesh.chunks,
-      head=mesh.head,
-    )
+    number = sharding.num_microbatches(mesh, data, ways)
+    table = sharding.schedule_of(mesh, number)
     size = 2 if model.dtype == 'bfloat16' else 4
     state = size * model.connection.streams * model.dim
     kinds['stages'] = schedule.peak_states(table) * state

@@ -119,8 +119,7 @@ class MoE(nnx.Module):
       case 'dropless':
         out = experts_lib.dropless(tokens, chosen, weights)
       case 'capacity':
-        mean = chosen.size / config.num_experts
-        slots = math.ceil(config.capacity_factor * mean)
+        slots = exchange.slots(config, chosen)
         out, dropped = experts_lib.capacity(tokens, chosen, weights, slots)
     return exchange.gated(out, gates), dropped
 

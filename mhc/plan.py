@@ -108,7 +108,12 @@ def make(config: config_lib.Config, topology: str) -> Plan:
   name = topology.partition(':')[0]
   chip, gpu = chips.CHIPS.get(name), gpus.GPUS.get(name)
   hbm = (chip or gpu).hbm if chip or gpu else None
-  schedule = step.schedule_of(config, mesh)
+  number = sharding.num_microbatches(
+    config.mesh, config.data, mesh.size // config.mesh.pipe
+  )
+  schedule = None
+  if config.mesh.pipe > 1:
+    schedule = sharding.schedule_of(config.mesh, number)
   plan = {
     'topology': topology,
     'devices': mesh.size,
@@ -122,9 +127,7 @@ def make(config: config_lib.Config, topology: str) -> Plan:
     'hbm_bytes': hbm,
     'bytes_per_device': needed,
     'by_category': None,
-    'microbatches': sharding.num_microbatches(
-      config.mesh, config.data, mesh.size // config.mesh.pipe
-    ),
+    'microbatches': number,
     'bubble': schedule_lib.bubble(schedule) if schedule else 0.0,
     'compile_seconds': time.perf_counter() - start,
     'bytes_moved': None,

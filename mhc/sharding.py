@@ -169,6 +169,19 @@ def num_microbatches(
   return number
 
 
+def schedule_of(
+  config: config_lib.MeshConfig, number: int
+) -> schedule.Schedule:
+  """Of the mesh's pipeline, for a device's `number` of microbatches."""
+  return schedule.build(
+    config.schedule,
+    config.pipe,
+    number,
+    num_chunks=config.chunks,
+    head=config.head,
+  )
+
+
 def microbatches(
   tokens: Int[Array, 'b t'], data: config_lib.DataConfig
 ) -> Int[Array, 'm c t']:

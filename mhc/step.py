@@ -25,7 +25,6 @@ from mhc import layout as layout_lib
 from mhc import loss
 from mhc import moe
 from mhc import optimizer as optimizer_lib
-from mhc import schedule
 from mhc import sharding
 from mhc import transformer
 from mhc.kernels import dispatch
@@ -86,20 +85,6 @@ def compiler_options(config: config_lib.Config, mesh: Mesh) -> dict:
   return {}
 
 
-def schedule_of(
-  config: config_lib.Config, mesh: Mesh
-) -> schedule.Schedule | None:
-  """Of the pipeline, None without one."""
-  c = config.mesh
-  if c.pipe == 1:
-    return None
-  ways = mesh.size // c.pipe
-  number = sharding.num_microbatches(c, config.data, ways)
-  return schedule.build(
-    c.schedule, c.pipe, number, num_chunks=c.chunks, head=c.head
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class Programs:
   """`Functions`, each compiled when it is first asked for."""
@@ -120,20 +105,22 @@ class Programs:
       out_shardings=shardings(self.abstract_state),
     )
 
-  def place(self, state: TrainState) -> TrainState:
+  @functools.cached_property
+  def place(self) -> Callable:
     """A state as it is saved -> as it trains."""
-    return self._reordered(self.functions.place, state, self.abstract_state)
+    return self._reordered(self.functions.place, self.abstract_state)
 
-  def canonical(self, state: TrainState) -> TrainState:
+  @functools.cached_property
+  def canonical(self) -> Callable:
     """A state as it trains -> as it is saved."""
     return self._reordered(
-      self.functions.canonical, state, self.functions.canonical_state
+      self.functions.canonical, self.functions.canonical_state
     )
 
-  def _reordered(self, reorder, state, abstract):
+  def _reordered(self, reorder, abstract):
     if self.functions.layout.is_canonical:
-      return state
-    return jax.jit(reorder, out_shardings=shardings(abstract))(state)
+      return lambda state: state
+    return jax.jit(reorder, out_shardings=shardings(abstract))
 
   @functools.cached_property
   def train_step(self) -> jax.stages.Compiled:

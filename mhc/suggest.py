@@ -164,10 +164,7 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   compute /= EFFICIENCY * chip.flops * num_devices
   bubble = 0.0
   if pipe > 1:
-    schedule = schedule_lib.build(
-      mesh.schedule, pipe, number, num_chunks=mesh.chunks, head=mesh.head
-    )
-    bubble = schedule_lib.bubble(schedule)
+    bubble = schedule_lib.bubble(sharding.schedule_of(mesh, number))
 
   experts = 0.0
   if expert > 1 and mesh.parts == 1:
