@@ -146,12 +146,10 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 def share(module: Module, control: Instruction) -> float:
   """How often a loop, or a conditional's costly branch, runs; see `parse`."""
-  found = re.search(r'op_name="([^"]*)"', control.attributes)
-  scopes = found.group(1).split('/') if found else []
-  return next(
-    (module.shares[name] for name in reversed(scopes) if name in module.shares),
-    1.0,
-  )
+  # The scope directly around it: .../scope/cond. What is inside of it, such as
+  # the loop .../scope/cond/branch_1_fun/while, runs whenever it does.
+  found = re.search(r'op_name="[^"]*?([^"/]+)/[^"/]+"', control.attributes)
+  return module.shares.get(found.group(1), 1.0) if found else 1.0
 
 
 def branches(conditional: Instruction) -> list[str]:

@@ -201,6 +201,38 @@ def test_the_cost_of_a_schedule_by_hand():
   assert (cost.kernel_flops, cost.kernel_bytes) == (300, 40)
 
 
+BRANCH = """\
+%branch_{name} (p.2: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {{
+  %p.2 = (s32[]{{:T(128)}}, f32[8,128]{{1,0:T(8,128)}}) parameter(0)
+  ROOT %inner_{name} = (s32[]{{:T(128)}}, f32[8,128]{{1,0:T(8,128)}}) \
+while(%p.2), condition=%condition, body=%body, \
+metadata={{op_name="jit(f)/tick/cond/branch_1_fun/{name}/while"}}
+}}
+
+"""
+
+
+def test_a_share_is_of_the_scope_directly_around():
+  choice = (
+    '%chosen = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) conditional(%c,'
+    ' %init, %init), branch_computations={%branch_skip, %branch_work},'
+    ' metadata={op_name="jit(f)/tick/cond"}\n'
+  )
+  text = MODULE.replace(
+    'ENTRY', BRANCH.format(name='skip') + BRANCH.format(name='work') + 'ENTRY'
+  ).replace('%kernel =', choice + '  %kernel =')
+  alone = hlo.cost(hlo.parse(MODULE)).cycles
+  loop = 7 * (100 + 5)
+
+  def cycles(**shares):
+    return hlo.cost(hlo.parse(text, shares)).cycles - alone
+
+  assert cycles() == loop
+  assert cycles(tick=0.5) == 0.5 * loop
+  assert cycles(tick=0.5, work=0.25, skip=0.0) == 0.5 * 0.25 * loop
+  assert cycles(other=0.0) == loop
+
+
 def test_sizes_of_shapes():
   assert hlo.sizes('(s32[]{:T(128)}, bf16[4,3]{1,0})') == [4, 24]
   assert hlo.sizes('f32[2,128]{1,0:T(2,128)S(1)}') == [0]
