@@ -6,7 +6,9 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
   '--xla_force_host_platform_device_count=8 '
   # Two test processes share the machine: one thread each.
-  '--xla_cpu_multi_thread_eigen=false'
+  '--xla_cpu_multi_thread_eigen=false '
+  # Most of the time is LLVM's, on programs that run once.
+  '--xla_backend_optimization_level=0'
 )
 
 # The GPU kernels run in Triton's interpreter; before anything imports triton.
@@ -50,12 +52,12 @@ def launch():
   """Runs a main as a user would, on one CPU device."""
 
   def run(main: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    quick = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
     return subprocess.run(
       [sys.executable, ROOT / 'launch' / main, *arguments],
       capture_output=True,
       text=True,
-      env=environment,
+      env=os.environ | quick,
       check=False,
       **options,
     )
