@@ -31,6 +31,7 @@ setuptools.setup(
     'numpy>=2.0',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12',
+    'safetensors>=0.5',
     'tensorboardX>=2.6',
     'tqdm>=4.66',
   ],

@@ -1,0 +1,37 @@
+"""A run's model for other code, as safetensors.
+
+python launch/export.py --workdir=runs/tiny --out=tiny
+
+The newest checkpoint's parameters, with the run's config.json and, if it has
+one, tokenizer.json; docs/interop.md says what each tensor is.
+"""
+
+import pathlib
+
+from absl import flags
+
+import command_line
+from mhc import interop
+
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run.', required=True
+)
+OUT = flags.DEFINE_string(
+  'out', None, 'Folder to write, new or empty.', required=True
+)
+MAX_GIGABYTES = flags.DEFINE_float(
+  'max_gigabytes', 5.0, 'Of a file; a larger model is several.', lower_bound=0.0
+)
+
+
+def main():
+  step = interop.export(
+    pathlib.Path(WORKDIR.value),
+    pathlib.Path(OUT.value),
+    int(MAX_GIGABYTES.value * 1e9),
+  )
+  print(f'{OUT.value}: the model after {step} updates')
+
+
+if __name__ == '__main__':
+  command_line.run(main)
