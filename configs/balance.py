@@ -11,7 +11,7 @@ starts at 1.6 and ends at 1.4; without balancing it stays about 4.
 
 import ml_collections
 
-from mhc import config
+from mhc import comparison as comparison_lib
 from mhc import plain
 from mhc import sizes
 
@@ -25,7 +25,7 @@ TITLES = {
 def get_config(size: str = '3m') -> ml_collections.ConfigDict:
   base = sizes.ladder(size)
   panels = {
-    router: config.Panel(
+    router: comparison_lib.Panel(
       title=title,
       kinds=('mhc',),
       num_blocks=(base.model.num_blocks,),
@@ -38,5 +38,5 @@ def get_config(size: str = '3m') -> ml_collections.ConfigDict:
     for router, title in TITLES.items()
   }
   return ml_collections.ConfigDict(
-    plain.to_dict(config.Comparison(base, panels))
+    plain.to_dict(comparison_lib.Comparison(base, panels))
   )

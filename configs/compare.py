@@ -9,6 +9,7 @@ without clipping. Expected on two CPU cores: about ten minutes.
 
 import ml_collections
 
+from mhc import comparison as comparison_lib
 from mhc import config
 from mhc import plain
 
@@ -16,7 +17,7 @@ from mhc import plain
 def get_config() -> ml_collections.ConfigDict:
   base = config.Config(eval_every=100, probe_every=25, checkpoint_every=200)
   panels = {
-    'main': config.Panel(
+    'main': comparison_lib.Panel(
       title='Main panel: quality and gains',
       kinds=('residual', 'hc', 'mhc', 'identity'),
       seeds=(0, 1),
@@ -26,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
       batch_size=8,
       clip_norm=1.0,
     ),
-    'stress': config.Panel(
+    'stress': comparison_lib.Panel(
       title='Stress panel: depth and a high learning rate, no clipping',
       kinds=('residual', 'hc', 'mhc'),
       seeds=(0, 1),
@@ -38,5 +39,5 @@ def get_config() -> ml_collections.ConfigDict:
     ),
   }
   return ml_collections.ConfigDict(
-    plain.to_dict(config.Comparison(base, panels))
+    plain.to_dict(comparison_lib.Comparison(base, panels))
   )

@@ -9,12 +9,13 @@ other and below the plain residual, only HC with a gain far from 1.
 
 import ml_collections
 
+from mhc import comparison as comparison_lib
 from mhc import config
 from mhc import plain
 
 
 def get_config() -> ml_collections.ConfigDict:
-  panel = config.Panel(
+  panel = comparison_lib.Panel(
     title='The family: every connection at one setting',
     kinds=config.KINDS,
     seeds=(0, 1),
@@ -23,5 +24,5 @@ def get_config() -> ml_collections.ConfigDict:
     num_steps=400,
     batch_size=8,
   )
-  comparison = config.Comparison(config.Config(), {'family': panel})
+  comparison = comparison_lib.Comparison(config.Config(), {'family': panel})
   return ml_collections.ConfigDict(plain.to_dict(comparison))

@@ -11,14 +11,14 @@ the experts' load.
 
 import ml_collections
 
-from mhc import config
+from mhc import comparison as comparison_lib
 from mhc import plain
 from mhc import sizes
 
 
 def get_config(size: str = '3m') -> ml_collections.ConfigDict:
   base = sizes.ladder(size)
-  panel = config.Panel(
+  panel = comparison_lib.Panel(
     title=f'Mixture of experts, about {size.upper()} active parameters',
     kinds=('residual', 'hc', 'mhc'),
     seeds=(0,),
@@ -28,5 +28,5 @@ def get_config(size: str = '3m') -> ml_collections.ConfigDict:
     batch_size=base.data.batch_size,
     clip_norm=base.optimizer.clip_norm,
   )
-  comparison = config.Comparison(base, {'ladder': panel})
+  comparison = comparison_lib.Comparison(base, {'ladder': panel})
   return ml_collections.ConfigDict(plain.to_dict(comparison))

@@ -14,6 +14,7 @@ import pathlib
 import re
 import runpy
 import sys
+import time
 import traceback
 
 from absl import app
@@ -23,6 +24,7 @@ import jax
 from ml_collections import config_flags
 
 from mhc import checks
+from mhc import interrupts
 from mhc import plain
 from mhc import processes
 
@@ -61,6 +63,33 @@ def define_processes():
   flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0.')
   flags.DEFINE_integer('num_processes', None, 'How many there are.')
   flags.DEFINE_integer('process_id', None, 'Which this is, from 0.')
+
+
+def define_end():
+  """The flags about the end of a run that has not come to its own."""
+  flags.DEFINE_string(
+    'max_time',
+    None,
+    'Save and end after this time, such as 90s, 30m or 1h30m; the same command '
+    'goes on.',
+  )
+  flags.DEFINE_integer(
+    'stop_status',
+    0,
+    'Exit status of a run that was told to end, and has been saved.',
+    0,
+    255,
+  )
+
+
+def deadline() -> float | None:
+  """When --max_time is up, by `time.monotonic`.
+
+  Raises:
+    ValueError: it is no time.
+  """
+  text = flags.FLAGS.max_time
+  return None if text is None else time.monotonic() + interrupts.seconds(text)
 
 
 def join():
@@ -146,8 +175,10 @@ def _explain(error) -> int:
   match error:
     case processes.Stopped():
       if processes.is_first():
-        print(f'Told to end: {error}. {AGAIN}', file=sys.stderr)
-      return 143
+        print(f'{error}. {AGAIN}', file=sys.stderr)
+      if error.status is None:
+        return flags.FLAGS.stop_status
+      return error.status
     case KeyboardInterrupt():
       if processes.is_first():
         print(f'\nInterrupted. {AGAIN}', file=sys.stderr)

@@ -11,7 +11,7 @@ from absl import flags
 
 import command_line
 from mhc import compare
-from mhc import config as config_lib
+from mhc import comparison as comparison_lib
 from mhc import report
 
 WORKDIR = flags.DEFINE_string(
@@ -21,12 +21,14 @@ REPORT_ONLY = flags.DEFINE_bool(
   'report_only', False, 'Render the report of the runs that have finished.'
 )
 command_line.define_config('compare.py')
+command_line.define_end()
 
 
 def main():
   workdir = pathlib.Path(WORKDIR.value)
   if not REPORT_ONLY.value:
-    compare.train_all(command_line.config(config_lib.Comparison), workdir)
+    comparison = command_line.config(comparison_lib.Comparison)
+    compare.train_all(comparison, workdir, command_line.deadline())
   rows = report.render(workdir)
   print(report.summary(rows))
   print(f'\nreport: {workdir / "report.html"} (also report.md, results.json)')

@@ -1,4 +1,4 @@
-"""Tokenises text once, for training from memory-mapped files.
+"""Tokenises text once, for training on text of any size.
 
     python launch/prepare_data.py --path='texts/*.jsonl' --out=data/mine \
       --tokenizer=train:32768
@@ -22,16 +22,26 @@ OUT = flags.DEFINE_string('out', None, 'Folder to write.', required=True)
 TOKENIZER = flags.DEFINE_string(
   'tokenizer', 'bytes', "'bytes', a tokenizer.json, or train:N to learn N."
 )
+ON_DAMAGE = flags.DEFINE_enum(
+  'on_damage',
+  'stop',
+  ['stop', 'skip'],
+  'What to do with a damaged record: end, or leave it out and count it.',
+)
 
 
 def main():
-  index = prepare.prepare(PATH.value, pathlib.Path(OUT.value), TOKENIZER.value)
+  index = prepare.prepare(
+    PATH.value, pathlib.Path(OUT.value), TOKENIZER.value, ON_DAMAGE.value
+  )
   train, heldout = sum(index['train']), sum(index['heldout'])
   print(
     f'{index["num_documents"]:,} documents, {index["num_bytes"]:,} bytes: '
     f'{train:,} tokens for training, {heldout:,} held out, '
     f'{index["num_bytes"] / (train + heldout):.2f} bytes a token, vocabulary '
     f'of {index["num_tokens"]:,}; in {OUT.value}'
+    + f'; {index["num_skipped"]:,} DAMAGED left out'
+    * bool(index['num_skipped'])
   )
 
 

@@ -12,7 +12,7 @@ from absl import flags
 import numpy as np
 
 import command_line
-from mhc import checkpoint
+from mhc import folder
 from mhc import sample
 
 WORKDIR = flags.DEFINE_string(
@@ -58,7 +58,7 @@ def main():
   else:
     _print_all(tokenizer, drawn)
   length = len(prompt) + NUM_TOKENS.value
-  trained = checkpoint.read_config(workdir).data.seq_len
+  trained = folder.read_config(workdir).data.seq_len
   if length > trained:
     print(
       f'note: rows of {trained} tokens were trained on; past them, up to '

@@ -19,6 +19,7 @@ WORKDIR = flags.DEFINE_string(
 )
 command_line.define_config('tiny.py')
 command_line.define_processes()
+command_line.define_end()
 
 
 def main():
@@ -29,7 +30,11 @@ def main():
       '(gcsfuse), as launch/tpu_pod.sh and launch/gke_jobset.yaml do'
     )
   command_line.join()
-  summary = train.train(config, pathlib.Path(WORKDIR.value))
+  summary = train.train(
+    config,
+    pathlib.Path(WORKDIR.value),
+    deadline=command_line.deadline(),
+  )
   if processes.is_first():
     print(
       f'held-out loss {summary["heldout_nats"]:.4f} nats a token, '

@@ -1,144 +1,354 @@
-"""What a run leaves in its folder so that it can go on: settings and states.
+"""The states of a run, saved so that it can go on, and never believed unread.
 
-    config.json      the settings, of `FREE` the latest; a folder belongs to
-                     one run
-    checkpoints/     the newest states, each with the position in the data
+    checkpoints/STEP/state   parameters, optimiser, biases, in order of depth
+    checkpoints/STEP/record  what `state` is: format, settings, and of every
+                             array type, shape and fingerprint; beside it what
+                             else goes on from there (the position in the data)
+    damaged/STEP             what turned out to be unreadable or not what was
+                             written
 
-A state is written under a temporary name and renamed, so a killed process
-leaves the one before. Processes that train together write it together, each its
-part of the arrays; other processes, on another mesh, can go on from it.
+A state is copied off the devices at once and written in the background, under a
+temporary name that is dropped when all of it is there: a killed process leaves
+the one before. Processes that train together write it together, each its part
+of the arrays; other processes, on another mesh, can go on from it.
+
+A state that is read is compared with its record, bit for bit. One that is
+damaged is set aside and the one before it is taken; one that is whole but of
+another run is refused, and so is a disk that does not let itself be read.
 """
 
+from collections.abc import Callable, Mapping
+import contextlib
+import gc
+import hashlib
 import json
+import math
 import pathlib
+import shutil
+import sys
+from typing import Any, NamedTuple
 
-import grain
+import jax
 import orbax.checkpoint as ocp
 
 from mhc import config as config_lib
+from mhc import fingerprint
+from mhc import folder
 from mhc import plain
-from mhc import step
+from mhc import processes
+from mhc import step as step_lib
 from mhc import writer
 
-# Settings that may change when a run goes on, beside those of the mesh: none
-# enters the computation, but the last for what depends on the tokens that are
-# taken together.
-FREE = (
-  'eval_every',
-  'probe_every',
-  'checkpoint_every',
-  'keep_checkpoints',
-  'tensorboard',
-  'data.microbatch_size',
-)
+FORMAT = 'mhc checkpoint 1'
 
 
-def check(workdir: pathlib.Path, config: config_lib.Config):
-  """Checks that `workdir` is free or holds this very run; changes nothing.
-
-  Raises:
-    ValueError: the folder holds something else, or a run with other settings.
-  """
-  if (workdir / 'config.json').exists():
-    old = plain.leaves(read_config(workdir))
-    for name, new in plain.leaves(config).items():
-      free = name in FREE or name.startswith('mesh.')
-      if not free and old[name] != new:
-        raise ValueError(
-          f'{workdir} holds a run with {name}={old[name]!r}, this one has '
-          f'{new!r}: choose another --workdir'
-        )
-  elif workdir.exists() and not workdir.is_dir():
-    raise ValueError(f'{workdir} is a file: choose a folder as --workdir')
-  elif workdir.exists() and any(workdir.iterdir()):
-    raise ValueError(
-      f'{workdir} is not empty and holds no run: choose another --workdir'
-    )
+class Damaged(Exception):
+  """A checkpoint that is not what was written."""
 
 
-def claim(workdir: pathlib.Path, config: config_lib.Config):
-  """Makes `workdir` the folder of this run, once `check` has passed."""
-  check(workdir, config)
-  workdir.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(plain.to_dict(config), indent=2) + '\n'
-  writer.replace(workdir / 'config.json', text)
+class Saved(NamedTuple):
+  """A state, canonical, and what else was saved with it."""
 
-
-def read_config(workdir: pathlib.Path) -> config_lib.Config:
-  """The settings of the run in `workdir`.
-
-  Raises:
-    ValueError: there is none, or it is from another version.
-  """
-  file = workdir / 'config.json'
-  try:
-    return plain.from_dict(config_lib.Config, json.loads(file.read_text()))
-  except FileNotFoundError:
-    raise ValueError(f'{workdir} holds no run: no {file}') from None
-  except (ValueError, TypeError) as error:
-    raise ValueError(f'{file} is not a readable config: {error}') from None
+  state: step_lib.TrainState
+  extra: dict[str, Any]
 
 
 def restore(
-  workdir: pathlib.Path, abstract: step.TrainState
-) -> step.TrainState:
-  """The newest state of the run in `workdir`.
+  workdir: pathlib.Path, abstract: step_lib.TrainState
+) -> step_lib.TrainState:
+  """The newest whole state of the run in `workdir`, which is not changed.
 
   Raises:
-    ValueError: it has none yet.
+    ValueError: it has none yet, or none that is whole.
   """
-  state = None
+  saved = None
   if (workdir / 'checkpoints').is_dir():
-    with Checkpoints(workdir, None) as checkpoints:
-      state = checkpoints.restore(abstract, None)
-  if state is None:
+    config = folder.read_config(workdir)
+    with Checkpoints(workdir, config, reading=True) as checkpoints:
+      saved = checkpoints.restore(abstract)
+  if saved is None:
     raise ValueError(f'{workdir} has no checkpoint yet: train it first')
-  return state
+  return saved.state
 
 
 class Checkpoints:
-  """The states saved under `workdir`, newest kept."""
+  """The states saved under `workdir`; with `reading`, nothing is changed."""
 
-  def __init__(self, workdir: pathlib.Path, keep: int | None):
-    self._folder = workdir.absolute() / 'checkpoints'
-    self._manager = ocp.CheckpointManager(
-      self._folder,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, enable_async_checkpointing=False
-      ),
-    )
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    config: config_lib.Config,
+    *,
+    reading: bool = False,
+    failed: Callable[[int, str], None] = lambda step, reason: None,
+  ):
+    """`failed` hears of each state that could not be written, and why."""
+    self._workdir, self._config = workdir.absolute(), config
+    self._reading, self._failed = reading, failed
+    self._writing: int | None = None
+    self._open()
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, *_):
+    self.wait()
     self._manager.close()
 
-  def latest_step(self) -> int | None:
-    return self._manager.latest_step()
+  def steps(self) -> list[int]:
+    """Of the states there are, the newest first."""
+    return sorted(self._manager.all_steps(), reverse=True)
 
-  def save(self, state: step.TrainState, batches: grain.DatasetIterator):
-    """Saves under the number of updates done."""
-    self._manager.save(
-      int(state.step),
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        # Once: it is the same in every process.
-        data=ocp.args.JsonSave(batches.get_state()),
-      ),
+  def save(self, state: step_lib.TrainState, extra: Mapping[str, Any]):
+    """Begins to save a canonical state under the number of updates done.
+
+    What could not be written is said, to the user and to `failed`; the run goes
+    on, and tries again when it saves the next time.
+    """
+    self.wait()
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    record = _signed(
+      {
+        'format': FORMAT,
+        'config': plain.leaves(self._config),
+        'arrays': _arrays(state),
+        'extra': dict(extra),
+      }
+    )
+    self._writing = step
+    self._attempt(
+      lambda: self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+        ),
+      )
     )
 
-  def restore(
-    self, abstract: step.TrainState, batches: grain.DatasetIterator | None
-  ) -> step.TrainState | None:
-    """The newest state, or None; moves `batches`, if given, to its position."""
-    newest = self.latest_step()
-    if newest is None:
-      return None
-    items = {'state': ocp.args.StandardRestore(abstract)}
-    if batches is not None:
-      items['data'] = ocp.args.JsonRestore()
-    restored = self._manager.restore(newest, args=ocp.args.Composite(**items))
-    if batches is not None:
-      batches.set_state(restored['data'])
-    return step.TrainState(*restored['state'])
+  def wait(self) -> bool:
+    """Until the last state is written; whether it was."""
+    if self._writing is None:
+      return True
+    return self._attempt(self._written)
+
+  def restore(self, abstract: step_lib.TrainState) -> Saved | None:
+    """The newest whole state; None if none was ever saved.
+
+    Args:
+      abstract: of a canonical state, with the shardings to restore to.
+
+    Raises:
+      ValueError: one that is not damaged but of another run or version, one
+        that may not be read, or if all there are are damaged.
+    """
+    self.wait()
+    found = self.steps()
+    for step in found:
+      try:
+        return self._read_twice(step, abstract)
+      except Damaged as damage:
+        self._set_aside(step, str(damage))
+    if found:
+      raise ValueError(
+        f'{self._workdir} has no checkpoint that is whole, see the messages '
+        'above: put one back, or start again with another --workdir'
+      )
+    return None
+
+  def _open(self):
+    config = self._config
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=None if self._reading else config.keep_checkpoints,
+      keep_period=config.keep_every or None,
+      enable_async_checkpointing=not self._reading,
+      cleanup_tmp_directories=not self._reading,
+      create=not self._reading,
+    )
+    self._manager = ocp.CheckpointManager(
+      self._workdir / 'checkpoints', options=options
+    )
+
+  def _written(self):
+    self._manager.wait_until_finished()
+    self._manager.check_for_errors()
+    self._writing = None
+
+  def _attempt(self, action) -> bool:
+    step = self._writing
+    try:
+      action()
+    except Exception as error:  # what storage and Orbax raise has many classes
+      self._writing = None
+      reason = _one_line(error)
+      writer.note(
+        f'NOT SAVED: the state after step {step}: {reason}. Training goes on; '
+        f'the last one on disk is {max(self._finished(), default="none")}.'
+      )
+      self._failed(step, reason)
+      self._start_over()
+      return False
+    return True
+
+  def _start_over(self):
+    """Makes room and forgets the failed attempt."""
+    if processes.is_first():
+      for leftover in (self._workdir / 'checkpoints').glob('*tmp*'):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with contextlib.suppress(Exception):  # the failure again, already said
+      self._manager.close()
+    self._open()
+
+  def _finished(self):
+    names = (p.name for p in (self._workdir / 'checkpoints').iterdir())
+    return [int(name) for name in names if name.isdigit()]
+
+  def _read_twice(self, step, abstract):
+    try:
+      return self._read(step, abstract)
+    except Damaged:
+      # A shared disk may have had a bad moment.
+      return self._read(step, abstract)
+
+  def _read(self, step, abstract):
+    where = self._workdir / 'checkpoints' / str(step)
+    old = where / 'data'
+    if old.is_dir() and not (where / 'record').exists():
+      raise ValueError(
+        f'{where} is of an earlier version of mhc, without a record: go on '
+        'with that version, or choose another --workdir'
+      )
+    args = {'record': ocp.args.JsonRestore()}
+    record = _checked(self._load(step, args)['record'], where)
+    difference = folder.other_setting(record['config'], self._config)
+    if difference:
+      raise ValueError(
+        f'{where} is the state of a run with {difference}: it does not belong '
+        'here'
+      )
+    ours = _shapes(abstract)
+    theirs = {name: known[:2] for name, known in record['arrays'].items()}
+    for name in theirs | ours:
+      if ours.get(name) != theirs.get(name):
+        raise ValueError(
+          f'{where} holds {name}={theirs.get(name)}, this model and optimiser '
+          f'have {ours.get(name)}: it does not belong here'
+        )
+    args = {'state': ocp.args.StandardRestore(abstract)}
+    state = step_lib.TrainState(*self._load(step, args)['state'])
+    for name, digits in fingerprint.of(state).items():
+      if digits != record['arrays'][name][2]:
+        raise Damaged(f'{name} is not what was written')
+    if int(state.step) != step:
+      raise Damaged(f'it is the state after step {int(state.step)}')
+    return Saved(state, record['extra'])
+
+  def _load(self, step, args):
+    with _without_echo():
+      try:
+        return self._manager.restore(step, args=ocp.args.Composite(**args))
+      except Exception as error:  # of any class, see `_attempt`
+        reason = _one_line(error)
+        forbidden = isinstance(error, PermissionError)
+    if forbidden or 'PERMISSION_DENIED' in reason:
+      raise ValueError(
+        f'{self._workdir / "checkpoints" / str(step)} may not be read: {reason}'
+      )
+    raise Damaged(reason)
+
+  def _set_aside(self, step, reason):
+    source = self._workdir / 'checkpoints' / str(step)
+    if self._reading:
+      writer.note(f'{source} is damaged ({reason}) and passed over.')
+      return
+    if processes.is_first():
+      aside = self._workdir / 'damaged'
+      aside.mkdir(exist_ok=True)
+      names = (str(step), *(f'{step}-{number}' for number in range(2, 10**6)))
+      target = next(aside / n for n in names if not (aside / n).exists())
+      source.rename(target)
+      writer.note(
+        f'{source} is damaged ({reason}): moved to {target}; the one before it '
+        'is taken.'
+      )
+    self._failed(step, f'damaged: {reason}')
+    processes.gather('')  # until it is done
+    self._manager.reload()
+
+
+def state_bytes(abstract: step_lib.TrainState) -> int:
+  return sum(
+    math.prod(leaf.shape) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(abstract)
+  )
+
+
+def check_room(workdir: pathlib.Path, abstract: step_lib.TrainState):
+  """Raises OSError if the disk of `workdir` has no room for a state."""
+  free, need = shutil.disk_usage(workdir).free, state_bytes(abstract)
+  if free < need:
+    raise OSError(
+      f'{workdir} has {free / 2**20:,.0f} MiB free and a checkpoint takes '
+      f'{need / 2**20:,.0f}: make room or choose another --workdir'
+    )
+
+
+def _shapes(tree):
+  """Path -> [dtype, shape], in the order of `fingerprint.of`."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): [
+      leaf.dtype.name,
+      [*leaf.shape],
+    ]
+    for path, leaf in leaves
+  }
+
+
+def _arrays(state):
+  digits = fingerprint.of(state)
+  return {
+    name: [*known, digits[name]] for name, known in _shapes(state).items()
+  }
+
+
+def _digest(record):
+  text = json.dumps(record, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _signed(record):
+  record = json.loads(json.dumps(writer.jsonable(record)))
+  return {'record': record, 'sha256': _digest(record)}
+
+
+def _checked(signed, where):
+  try:
+    record, digest = signed['record'], signed['sha256']
+  except (TypeError, KeyError):
+    raise Damaged('its record is not one') from None
+  if _digest(record) != digest:
+    raise Damaged('its record is not what was written')
+  if record['format'] != FORMAT:
+    raise ValueError(
+      f'{where} is in the format {record["format"]!r}, this version of mhc '
+      f'reads {FORMAT!r}: go on with the version that wrote it'
+    )
+  return record
+
+
+@contextlib.contextmanager
+def _without_echo():
+  """Other reads that Orbax gives up with the first would print tracebacks."""
+  hook, sys.unraisablehook = sys.unraisablehook, lambda *_: None
+  try:
+    yield
+  finally:
+    gc.collect()
+    sys.unraisablehook = hook
+
+
+def _one_line(error):
+  text = ' '.join(str(error).split()) or type(error).__name__
+  return text if len(text) < 300 else f'{text[:300]}...'

@@ -3,16 +3,22 @@
 import json
 import pathlib
 
-from mhc import checkpoint
-from mhc import config as config_lib
+from mhc import comparison as comparison_lib
 from mhc import data
+from mhc import folder
 from mhc import plain
 from mhc import train
 from mhc import writer
 
 
-def train_all(comparison: config_lib.Comparison, workdir: pathlib.Path):
+def train_all(
+  comparison: comparison_lib.Comparison,
+  workdir: pathlib.Path,
+  deadline: float | None = None,
+):
   """Runs go to `workdir`/PANEL/RUN, the comparison to comparison.json.
+
+  `deadline` is that of `train.train`.
 
   Raises:
     ValueError, OSError: unusable settings or data, or a folder that holds runs
@@ -24,10 +30,13 @@ def train_all(comparison: config_lib.Comparison, workdir: pathlib.Path):
     for name, config in comparison.runs(panel).items()
   }
   for name, config in runs.items():
-    checkpoint.check(workdir / name, config)
-    corpus = data.load(config.data.path)
-    data.check_vocabulary(corpus, config.model.vocab_size)
-    data.heldout_rows(corpus, config.data.seq_len, config.eval_sequences)
+    folder.check(workdir / name, config)
+    corpus = data.load(config.data.path, config.data.on_damage)
+    vocab_size = config.model.vocab_size
+    data.check_vocabulary(corpus, vocab_size)
+    data.heldout_rows(
+      corpus, config.data.seq_len, config.eval_sequences, vocab_size
+    )
   workdir.mkdir(parents=True, exist_ok=True)
   text = json.dumps(plain.to_dict(comparison), indent=2) + '\n'
   writer.replace(workdir / 'comparison.json', text)
@@ -37,4 +46,4 @@ def train_all(comparison: config_lib.Comparison, workdir: pathlib.Path):
   width = max(map(len, runs))
   for number, name in enumerate(todo, start=1):
     label = f'[{number:{len(str(len(todo)))}}/{len(todo)}] {name:{width}}'
-    train.train(runs[name], workdir / name, label)
+    train.train(runs[name], workdir / name, label, deadline)

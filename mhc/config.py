@@ -1,18 +1,14 @@
 """Every setting with its type and default, checked where it is made.
 
-A `Config` is what one training run is; a `Comparison` is a base `Config` and
-the panels that vary it. Files in configs/ are short diffs against these
-defaults; `plain` converts them to and from nested dicts.
+A `Config` is what one training run is. Files in configs/ are short diffs
+against these defaults; `plain` converts them to and from nested dicts.
 """
 
-from collections.abc import Mapping
 import dataclasses
-import types
 import typing
 from typing import Literal
 
 from mhc import checks
-from mhc import plain
 from mhc import schedule as schedule_lib
 
 Kind = Literal[
@@ -249,6 +245,9 @@ class DataConfig:
   # launch/prepare_data.py wrote; '' is the source code of the running Python's
   # standard library, about 10 MB.
   path: str = ''
+  # A damaged record, file or block of tokens ends the run, or is left out and
+  # counted.
+  on_damage: Literal['stop', 'skip'] = 'stop'
   seq_len: int = 64
   batch_size: int = 8
   # Rows that a device takes at a time, 0 for its whole share of the batch.
@@ -299,6 +298,61 @@ class MeshConfig:
       )
 
 
+Policy = Literal['log', 'skip_step', 'rollback', 'stop']
+# For what is seen between steps only, when there is no step to skip.
+Between = Literal['log', 'rollback', 'stop']
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardsConfig:
+  """What is watched (`guards`), and what to do about it.
+
+  'log' writes an event, 'skip_step' does not make that update, 'rollback' goes
+  on from the last checkpoint with the data after the trouble, 'stop' ends.
+  """
+
+  nonfinite: Policy = 'skip_step'
+  loss_spike: Policy = 'log'
+  gain: Between = 'log'
+  streams: Between = 'log'
+  sinkhorn: Between = 'log'
+  # Robust standard deviations above the median of as many steps.
+  spike_score: float = 8.0
+  spike_window: int = 32
+  gain_bound: float = 10.0
+  cosine_bound: float = 0.999
+  growth_bound: float = 1e3
+  # mHC's columns reach 1 under stress with the paper's 20 iterations.
+  sinkhorn_bound: float = 1.5
+  # More updates skipped in a row, or more rollbacks, end the run.
+  max_skips: int = 10
+  max_rollbacks: int = 8
+  # What a rollback multiplies the learning rate by.
+  rollback_rate: float = 1.0
+
+  def __post_init__(self):
+    checks.check_types(self)
+    checks.positive(
+      self,
+      'spike_score',
+      'gain_bound',
+      'cosine_bound',
+      'growth_bound',
+      'sinkhorn_bound',
+      'rollback_rate',
+    )
+    checks.at_least(self, spike_window=16, max_skips=0, max_rollbacks=0)
+    if self.rollback_rate > 1:
+      raise ValueError(
+        f'guards.rollback_rate={self.rollback_rate} must be at most 1'
+      )
+
+  @property
+  def policies(self) -> tuple[str, ...]:
+    names = ('nonfinite', 'loss_spike', 'gain', 'streams', 'sinkhorn')
+    return tuple(getattr(self, name) for name in names)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
   """One training run."""
@@ -310,12 +364,15 @@ class Config:
   optimizer: OptimizerConfig = OptimizerConfig()
   data: DataConfig = DataConfig()
   mesh: MeshConfig = MeshConfig()
+  guards: GuardsConfig = GuardsConfig()
   # Each `*_every` is in steps, 0 for only at the end.
   eval_every: int = 100
   eval_sequences: int = 256
   probe_every: int = 25
   checkpoint_every: int = 200
+  # The newest ones stay, and those at multiples of keep_every (0: none).
   keep_checkpoints: int = 2
+  keep_every: int = 0
   tensorboard: bool = False
 
   def __post_init__(self):
@@ -332,7 +389,13 @@ class Config:
       'eval_every',
       'probe_every',
       'checkpoint_every',
+      'keep_every',
     )
+    if self.keep_every % (self.checkpoint_every or self.num_steps):
+      raise ValueError(
+        f'keep_every={self.keep_every} must be a multiple of '
+        f'checkpoint_every={self.checkpoint_every}'
+      )
     experts = self.model.moe.num_experts
     if self.mesh.expert > 1 and (not experts or experts % self.mesh.expert):
       raise ValueError(
@@ -353,68 +416,3 @@ class Config:
   @property
   def tokens_per_step(self) -> int:
     return self.data.batch_size * self.data.seq_len
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-  """A group of runs that are drawn together: every kind at every setting."""
-
-  title: str = ''
-  kinds: tuple[str, ...] = ('residual', 'hc', 'mhc')
-  seeds: tuple[int, ...] = (0,)
-  num_blocks: tuple[int, ...] = (4,)
-  learning_rates: tuple[float, ...] = (3e-3,)
-  num_steps: int = 400
-  batch_size: int = 8
-  clip_norm: float = 1.0
-  # Of the mixture of experts; '' is the base's.
-  router: Literal['', 'bias', 'sinkhorn', 'none'] = ''
-
-  def __post_init__(self):
-    checks.check_types(self)
-    for name in ('kinds', 'seeds', 'num_blocks', 'learning_rates'):
-      values = getattr(self, name)
-      if not values or len(set(values)) != len(values):
-        raise ValueError(
-          f'panel.{name}={values} must list at least one value, none twice'
-        )
-    for kind in self.kinds:
-      checks.one_of('panel.kinds', kind, KINDS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-  """A base run and the panels that vary it."""
-
-  base: Config = Config()
-  panels: Mapping[str, Panel] = dataclasses.field(
-    default_factory=lambda: types.MappingProxyType({'main': Panel()})
-  )
-
-  def __post_init__(self):
-    if not self.panels:
-      raise ValueError('a comparison needs at least one panel')
-    for panel in self.panels:
-      self.runs(panel)
-
-  def runs(self, panel: str) -> dict[str, Config]:
-    """Run name -> Config, kinds innermost so that equal settings are near."""
-    p = self.panels[panel]
-    return {
-      f'{panel}/{kind}-b{blocks}-lr{rate:g}-s{seed}': plain.replace(
-        self.base,
-        seed=seed,
-        num_steps=p.num_steps,
-        model=dict(
-          num_blocks=blocks,
-          connection=dict(kind=kind),
-          moe=dict(router=p.router or self.base.model.moe.router),
-        ),
-        optimizer=dict(learning_rate=rate, clip_norm=p.clip_norm),
-        data=dict(batch_size=p.batch_size),
-      )
-      for blocks in p.num_blocks
-      for rate in p.learning_rates
-      for seed in p.seeds
-      for kind in p.kinds
-    }

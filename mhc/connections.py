@@ -28,7 +28,10 @@ to be written back. Plain JAX gains nothing by that pass and would keep the
 streams twice for the backward pass.
 """
 
+from typing import NamedTuple
+
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -57,6 +60,14 @@ class Residual(nnx.Module):
   ) -> tuple[Float[Array, '*batch d'], Context]:
     """Leaves the sub-layer of `context` and enters this one."""
     return self.pre(self.post(y, context))
+
+
+class Site(NamedTuple):
+  """What a probe reads of t tokens at a sub-layer; float32."""
+
+  res: Float[Array, '*sites t n n']  # H_res, I where the kind has none
+  cosine: Float[Array, '*sites t']  # mean over pairs of streams; 1 for n = 1
+  rms: Float[Array, '*sites t']  # of the n d numbers of the streams
 
 
 Connection = Residual | HC | MHC | SinglePass
@@ -200,13 +211,20 @@ def close_streams(
   return total / config.streams if collapse.kind == 'mean' else total
 
 
-def mixing_matrices(context: Context) -> Float[Array, 't n n']:
-  """H_res of every token, I where the kind has no mixing."""
+def site(context: Context) -> Site:
+  """What there is to see as tokens enter a sub-layer."""
   n = context.x.shape[-2]
-  num_tokens = context.x.size // (n * context.x.shape[-1])
+  x = context.x.reshape(-1, *context.x.shape[-2:]).astype(jnp.float32)
   if context.mappings is None or context.mappings.res is None:
-    return jnp.broadcast_to(jnp.eye(n), (num_tokens, n, n))
-  return jnp.moveaxis(context.mappings.res, -1, 0)
+    res = jnp.broadcast_to(jnp.eye(n), (len(x), n, n))
+  else:
+    res = jnp.moveaxis(context.mappings.res, -1, 0)
+  power = jnp.sum(x * x, axis=-1)
+  unit = x * jax.lax.rsqrt(power + jnp.finfo(jnp.float32).tiny)[..., None]
+  total = jnp.sum(unit, axis=1)
+  pairs = max(1, n * (n - 1))
+  cosine = (jnp.sum(total * total, axis=-1) - n) / pairs + float(n == 1)
+  return Site(res, cosine, jnp.sqrt(jnp.mean(power, axis=-1) / x.shape[-1]))
 
 
 def _unwritten(config, state):

@@ -5,7 +5,8 @@ documents, tokenised to bytes as it is read, or from a folder of tokens that
 launch/prepare_data.py wrote. Either stream is cut into rows of `seq_len + 1`
 tokens that overlap by one: inputs are all but the last, targets all but the
 first. Training rows come in an order that is a function of the seed and the
-step alone.
+step alone; a row that is damaged and skipped is replaced by another, whose
+number is a function of its own.
 """
 
 from collections.abc import Sequence
@@ -18,9 +19,15 @@ import grain
 import numpy as np
 
 from mhc import config as config_lib
+from mhc import damage
 from mhc import documents as documents_lib
+from mhc import shards as shards_lib
 from mhc import tokenizer as tokenizer_lib
 from mhc import tokens as tokens_lib
+from mhc import writer
+
+# Other rows to try for one that is damaged.
+ATTEMPTS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +35,23 @@ class Corpus:
   """Token streams of both sides, in shards, and what they were made from."""
 
   name: str
-  train: tuple[np.ndarray, ...]
-  heldout: tuple[np.ndarray, ...]
+  train: tuple[shards_lib.Tokens, ...]
+  heldout: tuple[shards_lib.Tokens, ...]
   tokenizer: tokenizer_lib.Tokenizer | None  # None where nobody knows
   num_documents: int
   num_heldout_documents: int
   num_bytes: int
   sha256: str  # of all documents, in order of name
+  num_skipped_before: int = 0  # when the tokens were prepared
+  log: damage.Log = dataclasses.field(default_factory=damage.Log)
+
+  @property
+  def num_skipped(self) -> int:
+    """Damaged places that were left out: a record, a block or a file each.
+
+    Blocks of tokens count once something in them has been asked for.
+    """
+    return self.num_skipped_before + self.log.count
 
   @property
   def num_train_tokens(self) -> int:
@@ -45,6 +62,7 @@ class Corpus:
       'name': self.name,
       'num_documents': self.num_documents,
       'num_heldout_documents': self.num_heldout_documents,
+      'num_skipped': self.num_skipped,
       'num_bytes': self.num_bytes,
       'sha256': self.sha256,
       'tokenizer': self.tokenizer.name if self.tokenizer else 'unknown',
@@ -54,22 +72,24 @@ class Corpus:
 
 
 @functools.lru_cache(maxsize=1)
-def load(path: str) -> Corpus:
-  """Reads the text or the tokens at `path` (see `DataConfig.path`).
+def load(path: str, on_damage: str = 'stop') -> Corpus:
+  """Reads the text or the tokens at `path` (see `DataConfig`).
 
   Raises:
     FileNotFoundError: nothing is there.
-    ValueError: no text in it, a file that is not UTF-8, damaged tokens.
+    ValueError: no text in it; what is damaged or not UTF-8, if that is to stop
+      the run, or if nothing else remains.
   """
+  log = damage.Log(on_damage)
   if path and tokens_lib.holds(pathlib.Path(path)):
-    return _from_tokens(pathlib.Path(path))
+    return _from_tokens(pathlib.Path(path), log)
   if path:
     name, documents = (
       path,
       [
         document
         for name, file in documents_lib.files(path).items()
-        for document, _ in documents_lib.read(name, file)
+        for document, _ in documents_lib.read(name, file, log)
       ],
     )
   else:
@@ -77,8 +97,11 @@ def load(path: str) -> Corpus:
     documents = documents_lib.standard_library()
   documents = sorted(documents_lib.distinct(documents))
   if not documents:
-    raise ValueError(f'data.path={path!r} holds no text: every file is empty')
-  train, heldout = documents_lib.split(documents)
+    why = log.summary() or 'every file is empty'
+    raise ValueError(f'data.path={path!r} holds no text: {why}')
+  if log.count:
+    writer.note(log.summary())
+  train, heldout = documents_lib.split(documents, log.names)
   digest = hashlib.sha256()
   for document in documents:
     digest.update(document.text)
@@ -92,11 +115,12 @@ def load(path: str) -> Corpus:
     num_heldout_documents=len(heldout),
     num_bytes=sum(len(d.text) for d in documents),
     sha256=digest.hexdigest(),
+    log=log,
   )
 
 
-def _from_tokens(path):
-  folder = tokens_lib.read(path)
+def _from_tokens(path, log):
+  folder = tokens_lib.read(path, log)
   return Corpus(
     name=folder.index['name'],
     train=folder.train,
@@ -111,17 +135,21 @@ def _from_tokens(path):
         'sha256',
       )
     },
+    num_skipped_before=folder.index['num_skipped'],
+    log=log,
   )
 
 
 def check_vocabulary(corpus: Corpus, vocab_size: int):
-  """Raises ValueError if a model of that vocabulary cannot read the corpus."""
+  """Raises ValueError if a model of that vocabulary cannot read the corpus.
+
+  Where the vocabulary is not known, only the start of each file is looked at;
+  `Rows` looks at the rest as it comes.
+  """
   if corpus.tokenizer is not None:
     largest = corpus.tokenizer.num_tokens - 1
   else:
-    # Reading all of a large corpus for this would take longer than it is worth.
-    shards = (*corpus.train, *corpus.heldout)
-    largest = max(int(shard[:10_000_000].max(initial=0)) for shard in shards)
+    largest = max(map(_largest, (*corpus.train, *corpus.heldout)))
   if largest >= vocab_size:
     raise ValueError(
       f'model.vocab_size={vocab_size} is less than the {largest + 1} tokens '
@@ -129,22 +157,38 @@ def check_vocabulary(corpus: Corpus, vocab_size: int):
     )
 
 
+def _largest(shard):
+  try:
+    return int(shard[:10_000_000].max(initial=0))
+  except damage.Skipped:
+    return 0
+
+
 class Rows:
   """Random access to the rows of a token stream, int32 [seq_len + 1] each.
 
-  No row crosses from one shard to the next.
+  No row crosses from one shard to the next. In place of a row that is damaged
+  stands another, by a hash of its number: the next one would come again and
+  again where much is damaged.
   """
 
-  def __init__(self, shards: Sequence[np.ndarray], seq_len: int, side: str):
+  def __init__(
+    self,
+    shards: Sequence[shards_lib.Tokens],
+    seq_len: int,
+    name: str,
+    num_tokens: int,
+  ):
+    """`num_tokens` are known to the model; `name` is for messages."""
     self._shards = tuple(shards)
-    self._seq_len = seq_len
+    self._seq_len, self._name, self._num_tokens = seq_len, name, num_tokens
     # Rows up to the end of each shard.
     counts = [max(0, len(shard) - 1) // seq_len for shard in self._shards]
     self._ends = np.cumsum(counts)
     if not counts or not self._ends[-1]:
       raise ValueError(
         f'data.seq_len={seq_len} needs more than '
-        f'{max(map(len, self._shards), default=0)} tokens of {side} text: '
+        f'{max(map(len, self._shards), default=0)} tokens of {name}: '
         'shorten the rows or bring more text'
       )
 
@@ -152,21 +196,47 @@ class Rows:
     return int(self._ends[-1])
 
   def __getitem__(self, index: int) -> np.ndarray:
+    """Raises ValueError for damage that ends the run."""
+    row = index
+    for attempt in range(ATTEMPTS):
+      try:
+        return self._row(row)
+      except damage.Skipped:
+        digest = hashlib.sha1(f'{index} {attempt}'.encode()).digest()
+        row = int.from_bytes(digest) % len(self)
+    shard, _ = self._place(index)
+    raise ValueError(
+      f'{self._name}: all of {ATTEMPTS} rows are damaged, such as one of '
+      f'{shard}: prepare the data again'
+    )
+
+  def _place(self, index):
     number = int(np.searchsorted(self._ends, index, side='right'))
     first = int(self._ends[number - 1]) if number else 0
-    start = (index - first) * self._seq_len
-    row = self._shards[number][start : start + self._seq_len + 1]
+    return self._shards[number], (index - first) * self._seq_len
+
+  def _row(self, index):
+    shard, start = self._place(index)
+    row = shard[start : start + self._seq_len + 1]
+    if (largest := row.max()) >= self._num_tokens:
+      # The model's table would take it for its last token.
+      where = self._name if isinstance(shard, np.ndarray) else shard
+      raise ValueError(
+        f'{where}: token {largest}, from position {start} on, is not one of '
+        f'{self._num_tokens}: set model.vocab_size to what the tokens need, or '
+        'prepare the data again'
+      )
     return row.astype(np.int32)
 
 
 def train_batches(
-  corpus: Corpus, config: config_lib.DataConfig, seed: int
+  corpus: Corpus, config: config_lib.DataConfig, seed: int, vocab_size: int
 ) -> grain.DatasetIterator:
   """Endless int32 [batch_size, seq_len + 1]; its state is the batch's number.
 
   Every epoch is shuffled anew.
   """
-  rows = Rows(corpus.train, config.seq_len, 'training')
+  rows = _rows(corpus, 'train', config.seq_len, vocab_size)
   dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
   # Slicing an array is cheaper than handing it to a thread.
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -174,13 +244,21 @@ def train_batches(
 
 
 def heldout_rows(
-  corpus: Corpus, seq_len: int, num_rows: int | None
+  corpus: Corpus, seq_len: int, num_rows: int | None, vocab_size: int
 ) -> np.ndarray:
   """Rows spread evenly over the held-out text, int32 [rows, seq_len + 1].
 
   `num_rows` of them, or all for None and where the text is shorter.
   """
-  rows = Rows(corpus.heldout, seq_len, 'held-out')
+  rows = _rows(corpus, 'heldout', seq_len, vocab_size)
   count = len(rows) if num_rows is None else min(num_rows, len(rows))
   indices = np.arange(count) * len(rows) // count
   return np.stack([rows[index] for index in indices.tolist()])
+
+
+def _rows(corpus, side, seq_len, vocab_size):
+  if corpus.tokenizer is not None:
+    vocab_size = min(vocab_size, corpus.tokenizer.num_tokens)
+  what = {'train': 'training', 'heldout': 'held-out'}[side]
+  name = f'{what} text of {corpus.name}'
+  return Rows(getattr(corpus, side), seq_len, name, vocab_size)

@@ -6,16 +6,21 @@
     anything else    one UTF-8 document
 
 About one document in twenty is held out, chosen by a hash of its name, so that
-the split depends neither on order nor on what else is in the folder.
+the split depends neither on order nor on what else is in the folder. A record
+that is damaged keeps its number, so the names of the others do not change.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import glob
 import hashlib
 import json
+import os
 import pathlib
 import sysconfig
 from typing import NamedTuple
+
+from mhc import damage
+from mhc import retry
 
 TEXT = 'text'
 HELD_OUT = 20  # one document in so many
@@ -29,8 +34,11 @@ class Document(NamedTuple):
 def files(path: str) -> dict[str, pathlib.Path]:
   """Name -> file, of a file, a folder (without hidden ones) or a pattern.
 
+  A link to nowhere counts as a file, which cannot be read.
+
   Raises:
     FileNotFoundError: nothing is there.
+    OSError: a folder that cannot be read.
   """
   root = pathlib.Path(path)
   if root.is_file():
@@ -38,14 +46,19 @@ def files(path: str) -> dict[str, pathlib.Path]:
   elif root.is_dir():
     found = {
       str(file.relative_to(root)): file
-      for file in root.rglob('*')
+      for file in retry.call(lambda: list(_walk(root)), root)
       if not any(p.startswith('.') for p in file.relative_to(root).parts)
     }
   else:
     found = {
       name: pathlib.Path(name) for name in glob.glob(path, recursive=True)
     }
-  found = {name: file for name, file in found.items() if file.is_file()}
+  found = {
+    name: file
+    for name, file in found.items()
+    if retry.call(file.is_file, file)
+    or (file.is_symlink() and not file.exists())
+  }
   if not found:
     raise FileNotFoundError(
       f'data.path={path!r} names no file: give a text file, a folder of them '
@@ -54,22 +67,25 @@ def files(path: str) -> dict[str, pathlib.Path]:
   return dict(sorted(found.items()))
 
 
-def read(name: str, file: pathlib.Path) -> Iterator[tuple[Document, float]]:
+def read(
+  name: str, file: pathlib.Path, log: damage.Log | None = None
+) -> Iterator[tuple[Document, int]]:
   """A file's documents, each with the bytes of the file that it took.
 
+  What `log` skips is missing.
+
   Raises:
-    ValueError: a line, row or file that is not UTF-8 text.
+    ValueError: a line, row or file that is not UTF-8 text, if `log` is to stop
+      at it (the default).
+    OSError: a file system that is gone.
   """
-  match file.suffix:
-    case '.jsonl':
-      yield from _json_lines(name, file)
-    case '.parquet':
-      yield from _parquet(name, file)
-    case '.array_record':
-      yield from _array_record(name, file)
-    case _:
-      text = file.read_bytes()
-      yield Document(name, _utf8(text, str(file))), len(text)
+  formats = {
+    '.jsonl': _json_lines,
+    '.parquet': _parquet,
+    '.array_record': _array_record,
+  }
+  log = log or damage.Log()
+  yield from formats.get(file.suffix, _text)(name, file, log)
 
 
 def standard_library() -> list[Document]:
@@ -98,95 +114,180 @@ def is_held_out(name: str) -> bool:
 
 
 def split(
-  documents: list[Document],
+  documents: list[Document], skipped: Sequence[str] = ()
 ) -> tuple[list[Document], list[Document]]:
-  """(train, held out); of a single document the last twentieth is held out."""
-  if len(documents) == 1:
+  """(train, held out); of a single document the last twentieth is held out.
+
+  Documents that were `skipped`, known by their names, do not change the side of
+  the others.
+
+  Raises:
+    ValueError: one side was skipped altogether.
+  """
+  names = {d.name for d in documents}.union(skipped)
+  if len(names) == 1:
     name, text = documents[0]
     cut = len(text) - max(1, len(text) // HELD_OUT)
     while cut and text[cut] & 0xC0 == 0x80:  # not inside a character
       cut -= 1
     return [Document(name, text[:cut])], [Document(name, text[cut:])]
-  heldout = {d.name for d in documents if is_held_out(d.name)}
-  if not heldout or len(heldout) == len(documents):
-    heldout = {min((d.name for d in documents), key=_hash)}
-  return (
+  heldout = set(filter(is_held_out, names))
+  if not heldout or heldout == names:
+    heldout = {min(names, key=_hash)}
+  sides = (
     [d for d in documents if d.name not in heldout],
     [d for d in documents if d.name in heldout],
   )
+  if not all(sides):
+    side = 'training' if sides[1] else 'evaluation'
+    raise ValueError(
+      f'all text that is for {side} is damaged, such as {min(skipped)}: repair '
+      "it, or name what is good by a pattern such as data.path='texts/**/*.txt'"
+    )
+  return sides
 
 
-def _json_lines(name, file):
-  with file.open('rb') as lines:
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      where = f'{file}, line {number}'
-      try:
-        text = json.loads(line)[TEXT]
-      except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-          f'{where}: not a JSON object with {TEXT!r}: {error!r}'
-        ) from None
-      yield Document(f'{name}:{number}', _encoded(text, where)), len(line)
+def _walk(root):
+  def refuse(error):
+    raise error
+
+  for folder, _, names in os.walk(root, onerror=refuse):
+    yield from (pathlib.Path(folder, name) for name in names)
 
 
-def _parquet(name, file):
+def _text(name, file, log):
   try:
-    from pyarrow import parquet  # optional
+    text = retry.call(file.read_bytes, file)
+  except OSError as error:
+    log.meet(f'{file} cannot be read: {damage.reason(error)}', [name])
+    return
+  yield from _document(name, text, str(file), log, len(text))
+
+
+def _json_lines(name, file, log):
+  number = 0
+  try:
+    with retry.stream(file) as lines:
+      for line in lines:
+        number += 1
+        if not line.strip():
+          continue
+        name_, where = f'{name}:{number}', f'{file}, line {number}'
+        try:
+          text = json.loads(line)[TEXT]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+          problem = f'not a JSON object with {TEXT!r}: {damage.reason(error)}'
+          log.meet(f'{where}: {problem}', [name_])
+          continue
+        yield from _document(name_, text, where, log, len(line))
+  except OSError as error:
+    log.meet(
+      f'{file}, after line {number}, cannot be read: {damage.reason(error)}',
+      [f'{name}:{number + 1}'],
+    )
+
+
+def _parquet(name, file, log):
+  try:
+    import pyarrow  # optional
+    from pyarrow import parquet
   except ImportError:
     raise ValueError(f'{file}: Parquet needs pip install pyarrow') from None
   try:
-    table = parquet.ParquetFile(file)
-  except Exception as error:  # pyarrow has a class for each kind of damage
-    raise ValueError(f'{file} is not a Parquet file: {error}') from None
-  if TEXT not in table.schema_arrow.names:
-    raise ValueError(
-      f'{file} has no column {TEXT!r}, only {table.schema_arrow.names}'
+    size = retry.call(file.stat, file).st_size
+    table = parquet.ParquetFile(
+      retry.stream(file), page_checksum_verification=True
     )
-  each = file.stat().st_size / max(1, table.metadata.num_rows)
-  number = 0
-  for batch in table.iter_batches(batch_size=256, columns=[TEXT]):
-    for text in batch.column(0).to_pylist():
-      number += 1
-      where = f'{file}, row {number}'
-      yield Document(f'{name}:{number}', _encoded(text, where)), each
+    columns = table.schema_arrow.names
+    counts = [
+      table.metadata.row_group(group).num_rows
+      for group in range(table.num_row_groups)
+    ]
+  except Exception as error:  # pyarrow has a class for each kind of damage
+    problem = damage.reason(error)
+    log.meet(f'{file} is not a Parquet file to be read: {problem}', [name])
+    return
+  if TEXT not in columns:
+    log.meet(f'{file} has no column {TEXT!r}, only {columns}', [name])
+    return
+  each = size // max(1, sum(counts))
+  end = 0
+  for group, count in enumerate(counts):
+    number, end = end, end + count
+    batches = table.iter_batches(256, [group], [TEXT], use_threads=False)
+    while number < end:
+      try:
+        column = next(batches).column(0)
+        if pyarrow.types.is_dictionary(column.type):
+          column = column.dictionary_decode()
+        if pyarrow.types.is_unicode(column.type):
+          column = column.cast('binary')  # decoded one by one below
+        elif pyarrow.types.is_large_unicode(column.type):
+          column = column.cast('large_binary')
+        texts = column.to_pylist()
+      except Exception as error:
+        problem = damage.reason(error)
+        if isinstance(error, StopIteration):
+          problem = 'they are not there'
+        log.meet(
+          f'{file}, rows {number + 1} to {end}, cannot be read: {problem}',
+          (f'{name}:{row + 1}' for row in range(number, end)),
+        )
+        break
+      for text in texts:
+        number += 1
+        where = f'{file}, row {number}'
+        yield from _document(f'{name}:{number}', text, where, log, each)
 
 
-def _array_record(name, file):
+def _array_record(name, file, log):
   try:
     from array_record.python import array_record_module  # optional
   except ImportError:
     raise ValueError(
       f'{file}: ArrayRecord needs pip install array_record'
     ) from None
-  try:
+
+  def reader_from(number):
     reader = array_record_module.ArrayRecordReader(str(file))
+    reader.seek(number)
+    return reader
+
+  try:
+    size = retry.call(file.stat, file).st_size
+    reader = reader_from(0)
     count = reader.num_records()
     assert count, 'no records'
   except Exception as error:  # likewise; a damaged file may also seem empty
-    raise ValueError(f'{file} is not an ArrayRecord file: {error}') from None
+    problem = damage.reason(error)
+    log.meet(f'{file} is not an ArrayRecord file to be read: {problem}', [name])
+    return
   for number in range(1, count + 1):
-    text = _utf8(reader.read(), f'{file}, record {number}')
-    yield Document(f'{name}:{number}', text), file.stat().st_size / count
+    name_, where = f'{name}:{number}', f'{file}, record {number}'
+    try:
+      text = reader.read()
+    except Exception as error:
+      log.meet(f'{where} cannot be read: {damage.reason(error)}', [name_])
+      reader = reader_from(number)  # after an error it reads no more
+      continue
+    yield from _document(name_, text, where, log, size // count)
   reader.close()
 
 
-def _encoded(text, where):
-  if not isinstance(text, str):
-    raise ValueError(f'{where}: {TEXT!r} is {text!r}, not a string')
-  return text.encode('utf-8', 'replace')
-
-
-def _utf8(text, where):
+def _document(name, text, where, log, size):
+  """One of them, or none."""
+  if isinstance(text, str):
+    text = text.encode('utf-8', 'replace')
   try:
     text.decode()
+  except AttributeError:
+    problem = f': {TEXT!r} is of type {type(text).__name__}, not a string'
   except UnicodeDecodeError as error:
-    raise ValueError(
-      f'{where} is not UTF-8 text (byte {error.start}): convert it with iconv, '
-      "or leave it out with a pattern such as data.path='texts/**/*.txt'"
-    ) from None
-  return text
+    problem = f' is not UTF-8 text (byte {error.start}): convert it with iconv'
+  else:
+    yield Document(name, text), size
+    return
+  log.meet(f'{where}{problem}', [name])
 
 
 def _clean(text: bytes) -> bool:
@@ -200,4 +301,6 @@ def _clean(text: bytes) -> bool:
 
 
 def _hash(name: str) -> int:
-  return int(hashlib.sha1(name.encode()).hexdigest(), 16)
+  return int(
+    hashlib.sha1(name.encode(errors='surrogateescape')).hexdigest(), 16
+  )

@@ -9,6 +9,7 @@ import numpy as np
 
 from mhc import checkpoint
 from mhc import data
+from mhc import folder
 from mhc import sharding
 from mhc import step as step_lib
 from mhc import tokenizer as tokenizer_lib
@@ -62,14 +63,17 @@ def evaluate_checkpoint(
   Raises:
     ValueError, OSError: no run or no checkpoint there, unusable text.
   """
-  config = checkpoint.read_config(workdir)
+  config = folder.read_config(workdir)
   if path is not None:
     config = dataclasses.replace(
       config, data=dataclasses.replace(config.data, path=path)
     )
-  corpus = data.load(config.data.path)
-  data.check_vocabulary(corpus, config.model.vocab_size)
-  rows = data.heldout_rows(corpus, config.data.seq_len, num_rows or None)
+  corpus = data.load(config.data.path, config.data.on_damage)
+  vocab_size = config.model.vocab_size
+  data.check_vocabulary(corpus, vocab_size)
+  rows = data.heldout_rows(
+    corpus, config.data.seq_len, num_rows or None, vocab_size
+  )
   programs = step_lib.build(config)
   state = programs.place(
     checkpoint.restore(workdir, programs.functions.canonical_state)

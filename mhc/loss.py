@@ -1,4 +1,4 @@
-"""The loss, its gradient and the mappings on one device, inside a `shard_map`.
+"""The loss, its gradient and what a probe sees, inside a `shard_map`.
 
 Of a mesh without a pipeline a device takes its rows of the batch through the
 whole network, microbatch by microbatch, and puts each block's matrices together
@@ -37,14 +37,14 @@ class Local(NamedTuple):
     its gradient, and of every expert layer, placed, load [l, e] and the share
     of dropped assignments [l]; None without experts.
   row_nats: tokens int32 [b, t + 1] -> the summed loss of every row, [b].
-  matrices: tokens int32 [1, t], the same on all devices -> H_res of the
-    sub-layers, [l, 2, t, n, n]: of the blocks that a pipeline is cut from,
+  sites: tokens int32 [1, t], the same on all devices -> `connections.Site` of
+    the sub-layers, [l, 2, t, ...]: of the blocks that a pipeline is cut from,
     placed, and of those before, None if there are none.
   """
 
   loss_and_grads: Callable
   row_nats: Callable
-  matrices: Callable
+  sites: Callable
 
 
 def network(model: config_lib.ModelConfig) -> Callable:
@@ -97,14 +97,14 @@ def build(
     nats = made.row_nats(*sharding.varying(parts))
     return _same(nats, (sharding.PIPE,))
 
-  def matrices(*parts):
-    stack, before = made.matrices(*sharding.varying(parts))
+  def sites(*parts):
+    stack, before = made.sites(*sharding.varying(parts))
     if before is not None:
       before = _same(before, AXES)
     over = AXES if config.pipe == 1 else (sharding.DATA, sharding.EXPERT)
     return _same(stack, over), before
 
-  return Local(loss_and_grads, row_nats, matrices)
+  return Local(loss_and_grads, row_nats, sites)
 
 
 def _balance(model, stats, num_rows, seq_len):
@@ -120,9 +120,9 @@ def _nats(logits, targets):
   return precision.mark('loss', jnp.sum(nats, axis=1))
 
 
-def _same(x, over):
-  """x, which all devices along those axes agree on, as one value."""
-  return jax.lax.pmean(x, over)
+def _same(tree, over):
+  """What all devices along those axes agree on, as one value."""
+  return jax.tree.map(lambda x: jax.lax.pmean(x, over), tree)
 
 
 def _whole(model, data, parts, specs) -> Local:
@@ -195,12 +195,12 @@ def _whole(model, data, parts, specs) -> Local:
       return score(tokens)
     return jax.lax.map(score, microbatches).reshape(-1)
 
-  def matrices(params, router_bias, tokens):
+  def sites(params, router_bias, tokens):
     net, how = ready(params)
-    made = net.mixing_matrices(tokens, router_bias, **how)
-    return made.reshape(-1, 2, *made.shape[1:]), None
+    made = net.sites(tokens, router_bias, **how)
+    return jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), made), None
 
-  return Local(loss_and_grads, row_nats, matrices)
+  return Local(loss_and_grads, row_nats, sites)
 
 
 def _piped(model, data, config, specs, layout, pollute) -> Local:
@@ -266,13 +266,13 @@ def _piped(model, data, config, specs, layout, pollute) -> Local:
     tokens = sharding.microbatches(tokens, data)
     return forward(params, router_bias, tokens)[0].reshape(-1)
 
-  def matrices(params, router_bias, tokens):
+  def sites(params, router_bias, tokens):
     whole = merge(fsdp.gather(params, specs, model.dtype))
     aux = whole.open(tokens, collect=True)[1]
     before = None if aux is None else aux.contexts
     # Nothing is predicted from the last token.
     tokens = jnp.pad(tokens, ((0, 0), (0, 1)))[None]
     stack = forward(params, router_bias, tokens, collect=True)[1]
-    return stack[:, 0], before
+    return jax.tree.map(lambda x: x[:, 0], stack), before
 
-  return Local(loss_and_grads, row_nats, matrices)
+  return Local(loss_and_grads, row_nats, sites)

@@ -6,7 +6,9 @@ import itertools
 import pathlib
 from typing import Any
 
+from mhc import damage
 from mhc import documents as documents_lib
+from mhc import shards as shards_lib
 from mhc import tokenizer as tokenizer_lib
 from mhc import tokens as tokens_lib
 from mhc import writer
@@ -16,7 +18,9 @@ BATCH = 512
 VOCABULARY_BYTES = 100_000_000
 
 
-def prepare(path: str, out: pathlib.Path, tokenizer: str) -> dict[str, Any]:
+def prepare(
+  path: str, out: pathlib.Path, tokenizer: str, on_damage: str = 'stop'
+) -> dict[str, Any]:
   """Tokenises the text at `path` into the folder `out`; returns its index.
 
   Args:
@@ -25,6 +29,7 @@ def prepare(path: str, out: pathlib.Path, tokenizer: str) -> dict[str, Any]:
     out: an empty or new folder, or one that an earlier call did not finish.
     tokenizer: 'bytes', a tokenizer.json, or 'train:N' to learn a byte-level
       BPE vocabulary of N tokens from the first 100 MB.
+    on_damage: as `DataConfig.on_damage`; the index counts what was skipped.
 
   Exact copies are dropped; the split is that of `documents`.
 
@@ -32,17 +37,21 @@ def prepare(path: str, out: pathlib.Path, tokenizer: str) -> dict[str, Any]:
     OSError, ValueError: unusable files, tokenizer or folder.
   """
   files = documents_lib.files(path) if path else {}
-  total = sum(file.stat().st_size for file in files.values())
-  vocabulary = _vocabulary(files, total, tokenizer)
+  total = sum(shards_lib.size_of(file) for file in files.values())
+  vocabulary = _vocabulary(files, total, tokenizer, on_damage)
+  log = damage.Log(on_damage)
   tokens = tokens_lib.Writer(out, vocabulary)
   with writer.byte_bar(total, 'tokenise') as bar:
-    documents = _distinct(_read(files, bar.update))
+    documents = _distinct(_read(files, bar.update, log))
     first = list(itertools.islice(documents, BATCH))
+    if not first:
+      why = log.summary() or 'every file is empty'
+      raise ValueError(f'{path!r} holds no text: {why}')
     if len(first) < BATCH:
       # Few enough to make sure that both sides get some.
       for side, part in zip(
         tokens_lib.SIDES,
-        documents_lib.split(first) if first else ([], []),
+        documents_lib.split(first, log.names),
         strict=True,
       ):
         if part:
@@ -58,10 +67,12 @@ def prepare(path: str, out: pathlib.Path, tokenizer: str) -> dict[str, Any]:
           ]
           if part:
             tokens.add(side, part)
-  return tokens.close(path or "Python's standard library")
+  if log.count:
+    writer.note(log.summary())
+  return tokens.close(path or "Python's standard library", log.count)
 
 
-def _vocabulary(files, total, tokenizer):
+def _vocabulary(files, total, tokenizer, on_damage):
   kind, _, number = tokenizer.partition(':')
   if kind != 'train':
     return tokenizer_lib.load(tokenizer)
@@ -73,7 +84,7 @@ def _vocabulary(files, total, tokenizer):
   tokenizer_lib.library()  # before a bar is drawn
   with writer.byte_bar(min(total, VOCABULARY_BYTES), 'learn words') as bar:
     return tokenizer_lib.BPE.train(
-      _sample(_read(files, bar.update)), int(number)
+      _sample(_read(files, bar.update, damage.Log(on_damage))), int(number)
     )
 
 
@@ -86,14 +97,14 @@ def _sample(documents):
       return
 
 
-def _read(files, progress) -> Iterator[documents_lib.Document]:
+def _read(files, progress, log) -> Iterator[documents_lib.Document]:
   """Documents of the files, or of the standard library if there are none."""
   if not files:
     for document in documents_lib.standard_library():
       yield document
       progress(len(document.text))
   for name, file in files.items():
-    for document, size in documents_lib.read(name, file):
+    for document, size in documents_lib.read(name, file, log):
       yield document
       progress(size)
 

@@ -21,7 +21,12 @@ class Refused(ValueError):
 
 
 class Stopped(Exception):
-  """The run was asked to end and is saved, in every process."""
+  """The run was asked to end and is saved after a step, in every process."""
+
+  def __init__(self, why: str, step: int, status: int | None = None):
+    """`status` is what a main exits with, None for what it was told to."""
+    super().__init__(f'{why}: saved after step {step}')
+    self.why, self.step, self.status = why, step, status
 
 
 def count() -> int:
@@ -91,9 +96,8 @@ def check_same(values: Mapping[str, Any]):
 
 
 def stopping(step: int) -> bool:
-  """Whether to save and stop after this step, the same answer everywhere.
+  """Whether a SIGTERM to any of many processes asks to stop after this step.
 
-  A SIGTERM to one of the processes, announcing its end, is enough. To be asked
-  after every step. A process that is alone ends by the signal itself.
+  The same answer everywhere. To be asked after every step.
   """
   return multihost_utils.reached_preemption_sync_point(step)

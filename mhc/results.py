@@ -16,6 +16,7 @@ import pathlib
 
 import numpy as np
 
+from mhc import comparison as comparison_lib
 from mhc import config as config_lib
 from mhc import plain
 from mhc import train
@@ -99,7 +100,7 @@ def read(folder: pathlib.Path, config: config_lib.Config) -> Run | None:
 
 def read_comparison(
   workdir: pathlib.Path,
-) -> tuple[config_lib.Comparison, dict[str, list[Run]], int]:
+) -> tuple[comparison_lib.Comparison, dict[str, list[Run]], int]:
   """(comparison, panel -> finished runs, number of unfinished runs).
 
   Raises:
@@ -112,7 +113,7 @@ def read_comparison(
       '--report_only first, or give the --workdir of one'
     )
   comparison = plain.from_dict(
-    config_lib.Comparison, json.loads(file.read_text())
+    comparison_lib.Comparison, json.loads(file.read_text())
   )
   panels, unfinished = {}, 0
   for panel in comparison.panels:

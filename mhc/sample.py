@@ -17,6 +17,7 @@ import numpy as np
 
 from mhc import checkpoint
 from mhc import config as config_lib
+from mhc import folder
 from mhc import sharding
 from mhc import step
 from mhc import tokenizer as tokenizer_lib
@@ -118,7 +119,7 @@ def restore(
   Raises:
     ValueError: no run or no checkpoint in the folder.
   """
-  config = checkpoint.read_config(workdir)
+  config = folder.read_config(workdir)
   config = dataclasses.replace(
     config,
     mesh=config_lib.MeshConfig(num_devices=1),

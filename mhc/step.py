@@ -8,6 +8,7 @@ written out. The update is plain jit on arrays as they lie.
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
+import numpy as np
 import optax
 
 from mhc import chips
@@ -39,6 +41,13 @@ class TrainState(NamedTuple):
   router_bias: jax.Array | None  # float32 [l, e] of the l blocks with experts
 
 
+class Controls(NamedTuple):
+  """What the host knows of the steps before, float32 [] each; see `guards`."""
+
+  loss_limit: jax.Array  # a loss above is a spike
+  rate: jax.Array  # multiplies the learning rate
+
+
 class Functions(NamedTuple):
   """What a run executes, not yet compiled; t is `seq_len`.
 
@@ -48,16 +57,20 @@ class Functions(NamedTuple):
   init: seed -> state.
   loss_and_grads: parameters, router's bias, tokens int32 [b, t + 1] -> mean
     loss, its gradient, loads of the experts.
-  train_step: state, tokens int32 [b, t + 1] -> state, metrics.
+  train_step: state, tokens int32 [b, t + 1], controls -> state, metrics. With
+    guards that skip, a step that they refuse counts but changes nothing else.
   row_nats: state, tokens int32 [b, t + 1] -> float32 [b], the summed negative
     log-likelihood of each row's t targets.
-  probe: state, tokens int32 [1, t] -> `gains.profile` of H_res on them.
+  probe: state, tokens int32 [1, t] -> `gains.profile` of H_res on them, and of
+    the streams that enter each of l sub-layers stream_cosine, stream_rms [l]:
+    mean cosine of their pairs and root mean square, averaged over tokens.
   """
 
   abstract_state: TrainState  # of jax.ShapeDtypeStruct, with shardings
   canonical_state: TrainState  # likewise
   layout: layout_lib.Layout
   abstract_tokens: jax.ShapeDtypeStruct
+  abstract_controls: Controls
   place: Callable
   canonical: Callable
   init: Callable
@@ -73,7 +86,9 @@ class Functions(NamedTuple):
       donate_argnums=0,
       out_shardings=(shardings(self.abstract_state), None),
     )
-    return update.lower(self.abstract_state, self.abstract_tokens)
+    return update.lower(
+      self.abstract_state, self.abstract_tokens, self.abstract_controls
+    )
 
 
 def compiler_options(config: config_lib.Config, mesh: Mesh) -> dict:
@@ -126,6 +141,11 @@ class Programs:
   def train_step(self) -> jax.stages.Compiled:
     """Donates the state."""
     return self.functions.lower().compile(self.compiler_options)
+
+  def controls(self, loss_limit=math.inf, rate=1.0) -> Controls:
+    """On the devices; by default of a step that nothing holds back."""
+    both = Controls(np.float32(loss_limit), np.float32(rate))
+    return sharding.place(both, self.mesh, sharding.WHOLE)
 
   @functools.cached_property
   def row_nats(self) -> Callable:
@@ -258,20 +278,30 @@ def functions(
     in_specs=(param_specs, bias_spec, sharding.BATCH),
     out_specs=sharding.BATCH,
   )
-  matrices = over_devices(
-    local.matrices,
+  sites = over_devices(
+    local.sites,
     in_specs=(param_specs, bias_spec, sharding.WHOLE),
     out_specs=(sharding.ROWS, sharding.WHOLE),
   )
 
-  def train_step(state, tokens):
+  def refused(nats, norm, controls):
+    """Why the update must not be made: booleans, none if nothing skips."""
+    reasons = []
+    if config.guards.nonfinite == 'skip_step':
+      reasons.append(~(jnp.isfinite(nats) & jnp.isfinite(norm)))
+    if config.guards.loss_spike == 'skip_step':
+      reasons.append(nats > controls.loss_limit)
+    return reasons
+
+  def train_step(state, tokens, controls):
     mean_nats, grads, load = loss_and_grads(
       state.params, state.router_bias, tokens
     )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    norm = optax.tree.norm(grads)
     metrics = {
       'loss/train': mean_nats,
-      'grad/global_norm': optax.tree.norm(grads),
+      'grad/global_norm': norm,
       'optimizer/learning_rate': learning_rate(state.step),
     }
     router_bias = state.router_bias
@@ -281,15 +311,28 @@ def functions(
         router_bias = moe.updated_bias(
           router_bias, load[0], model.moe.bias_speed
         )
+    if config.guards.rollback_rate != 1:
+      updates = jax.tree.map(lambda leaf: controls.rate * leaf, updates)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state, router_bias), metrics
+    new = TrainState(state.step + 1, params, opt_state, router_bias)
+    reasons = refused(mean_nats, norm, controls)
+    if reasons:
+      skip = functools.reduce(jnp.logical_or, reasons)
+      new = jax.tree.map(functools.partial(jnp.where, skip), state, new)
+      new = new._replace(step=state.step + 1)
+      metrics['optimizer/skipped'] = skip.astype(jnp.float32)
+    return new, metrics
 
   def probe(state, tokens):
-    stack, before = matrices(state.params, state.router_bias, tokens)
-    stack = layout.canonical(stack)
+    stack, before = sites(state.params, state.router_bias, tokens)
+    stack = jax.tree.map(layout.canonical, stack)
     if before is not None:
-      stack = jnp.concatenate([before, stack])
-    return gains.profile(stack.reshape(-1, *stack.shape[2:]))
+      stack = jax.tree.map(lambda *x: jnp.concatenate(x), before, stack)
+    seen = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stack)
+    return gains.profile(seen.res) | {
+      'stream_cosine': jnp.mean(seen.cosine, axis=1),
+      'stream_rms': jnp.mean(seen.rms, axis=1),
+    }
 
   return Functions(
     abstract_state=abstract(placed),
@@ -299,6 +342,14 @@ def functions(
       (config.data.batch_size, config.data.seq_len + 1),
       jnp.int32,
       sharding=NamedSharding(mesh, sharding.BATCH),
+    ),
+    abstract_controls=Controls(
+      *2
+      * [
+        jax.ShapeDtypeStruct(
+          (), jnp.float32, sharding=NamedSharding(mesh, sharding.WHOLE)
+        )
+      ]
     ),
     place=place,
     canonical=canonical,

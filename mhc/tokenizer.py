@@ -13,7 +13,12 @@ from typing import Literal
 from jaxtyping import Integer, UInt
 import numpy as np
 
+from mhc import damage
+from mhc import retry
+
 TRAINED_MARKS = ('<|start|>', '<|stop|>')
+WAY_OUT = "bring another one, or learn one with --tokenizer='train:32768'"
+MOST_TOKENS = 2**24
 # Names that published vocabularies give to the mark after a document.
 STOP_MARKS = (
   TRAINED_MARKS[1],
@@ -72,18 +77,27 @@ class BPE:
 
   def __init__(self, description: str, source: str = 'tokenizer'):
     tokenizers = library()
+    self._source = source
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(description)
     except Exception as error:  # the library raises nothing more specific
-      raise ValueError(f'{source} is not a tokenizer.json: {error}') from None
+      problem = damage.one_line(str(error))
+      raise ValueError(
+        f'{source} is not a tokenizer.json: {problem}; {WAY_OUT}'
+      ) from None
     if 'ByteLevel' not in json.dumps(json.loads(description).get('decoder')):
       raise ValueError(
         f'{source} is not a byte-level vocabulary: its tokens do not say how '
-        'many bytes they stand for'
+        f'many bytes they stand for; {WAY_OUT}'
       )
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
-    self.num_tokens = 1 + max(self._tokenizer.get_vocab().values())
+    self.num_tokens = 1 + max(self._tokenizer.get_vocab().values(), default=0)
+    if self.num_tokens > MOST_TOKENS:
+      raise ValueError(
+        f'{source} numbers its tokens up to {self.num_tokens}, more than '
+        f'{MOST_TOKENS}: it is damaged; {WAY_OUT}'
+      )
     marks = {
       token.content: number
       for number, token in self._tokenizer.get_added_tokens_decoder().items()
@@ -143,9 +157,9 @@ class BPE:
     for text, tokens in zip(documents, self._encode(documents), strict=True):
       if self.num_bytes(tokens) != len(text):
         raise ValueError(
-          f'the vocabulary is lossy: {len(text)} bytes became tokens of '
+          f'{self._source} is lossy: {len(text)} bytes became tokens of '
           f'{self.num_bytes(tokens)}, in the document {text[:60]!r}...; a '
-          'normalizer in tokenizer.json does that'
+          f'normalizer in it does that, or damage; {WAY_OUT}'
         )
       if self.start != self.stop:
         parts.append([self.start])
@@ -193,7 +207,8 @@ def load(source: Literal['bytes'] | str | pathlib.Path) -> Tokenizer:
   """
   if source == 'bytes':
     return Bytes()
-  return BPE(pathlib.Path(source).read_text(), str(source))
+  data = retry.call(pathlib.Path(source).read_bytes, source)
+  return BPE(data.decode(errors='replace'), str(source))
 
 
 def library():

@@ -1,13 +1,17 @@
-"""Folders of tokens, written once and then read by memory map.
+"""Folders of tokens, written once and then read in any order.
 
-    index.json       format, dtype, tokenizer and what the text was; written
-                     last, so a folder without it is not finished
+    index.json       format, dtype, tokenizer, what the text was, digests of the
+                     other files; written last, so a folder without it is not
+                     finished
     tokenizer.json   the vocabulary, if it is not bytes
     train-00000.bin, heldout-00000.bin, ...
+    train-00000.crc, heldout-00000.crc, ...
 
-The token files are flat little-endian uint16 or uint32. Files of that kind from
-elsewhere (nanoGPT's train.bin and val.bin; with the 1,024-byte header of llm.c
-also) are read without an index; their vocabulary is then unknown.
+The token files are flat little-endian uint16 or uint32; .crc is that of
+`shards`, whose SHA-256 the index has. Files of that kind from elsewhere
+(nanoGPT's train.bin and val.bin; with the 1,024-byte header of llm.c also) are
+read without an index; their vocabulary is then unknown, as is, but for their
+size, whether they are damaged.
 """
 
 from collections.abc import Iterable
@@ -18,6 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mhc import damage
+from mhc import retry
+from mhc import shards as shards_lib
 from mhc import tokenizer as tokenizer_lib
 from mhc import writer
 
@@ -28,11 +35,42 @@ HEADER_BYTES = 1024
 HEADER_MAGIC = 20240520
 
 
-class Folder(NamedTuple):
-  """Token shards of both sides, memory-mapped."""
+def _is(kind):
+  return lambda value: type(value) is kind
 
-  train: tuple[np.ndarray, ...]
-  heldout: tuple[np.ndarray, ...]
+
+def _is_list(kind, size=None):
+  return lambda value: (
+    type(value) is list
+    and all(type(item) is kind for item in value)
+    and (size is None or len(value) == size)
+  )
+
+
+def _are_counts(value):
+  return _is_list(int)(value) and all(0 <= count < 2**48 for count in value)
+
+
+# What an index must have.
+FIELDS = {
+  'name': _is(str),
+  'tokenizer': ('bytes', 'tokenizer.json').__contains__,
+  'num_tokens': _is(int),
+  'dtype': ('uint16', 'uint32').__contains__,
+  'num_documents': _is(int),
+  'num_heldout_documents': _is(int),
+  'num_skipped': _is(int),
+  'num_bytes': _is(int),
+  'sha256': _is(str),
+  **dict.fromkeys(SIDES, _are_counts),
+}
+
+
+class Folder(NamedTuple):
+  """Token shards of both sides."""
+
+  train: tuple[shards_lib.Shard, ...]
+  heldout: tuple[shards_lib.Shard, ...]
   tokenizer: tokenizer_lib.Tokenizer | None
   index: dict[str, Any]
 
@@ -52,8 +90,8 @@ class Writer:
     for leftover in path.iterdir():
       leftover.unlink()
     self._path, self._tokenizer = path, tokenizer
-    self._shards = {side: [] for side in SIDES}
     self._counts = {side: [] for side in SIDES}
+    self._crcs = {side: [] for side in SIDES}
     self._digest = hashlib.sha256()
     self._num_bytes = self._num_documents = self._num_heldout = 0
 
@@ -66,25 +104,35 @@ class Writer:
       self._num_bytes += len(text)
     self._num_documents += len(documents)
     self._num_heldout += len(documents) * (side == 'heldout')
-    counts = self._counts[side]
+    counts, crcs = self._counts[side], self._crcs[side]
     if not counts or counts[-1] + len(tokens) > SHARD_TOKENS:
       counts.append(0)
+      crcs.append(shards_lib.Crcs())
     counts[-1] += len(tokens)
-    with self._file(side, len(counts) - 1).open('ab') as file:
-      tokens.tofile(file)
+    data = tokens.astype(tokens.dtype.newbyteorder('<')).tobytes()
+    crcs[-1].update(data)
+    with self._file(side, len(counts) - 1, 'bin').open('ab') as file:
+      file.write(data)
 
-  def close(self, name: str) -> dict[str, Any]:
+  def close(self, name: str, num_skipped: int = 0) -> dict[str, Any]:
     """Writes the index, once both sides have text, and returns it."""
     for side in SIDES:
       if not sum(self._counts[side]):
         raise ValueError(
-          f'no document fell on the side {side!r}: one in twenty is held out '
-          'by its name, bring more or smaller documents'
+          f'{name}: no document fell on the side {side!r}: one in twenty is '
+          'held out by its name, bring more or smaller documents'
         )
+    digests = {side: [] for side in SIDES}
+    for side in SIDES:
+      for number, crcs in enumerate(self._crcs[side]):
+        data = crcs.tobytes()
+        self._file(side, number, 'crc').write_bytes(data)
+        digests[side].append(hashlib.sha256(data).hexdigest())
     vocabulary = 'bytes'
     if self._tokenizer.name != 'bytes':
       vocabulary = 'tokenizer.json'
       writer.replace(self._path / vocabulary, self._tokenizer.description)
+      digests[vocabulary] = _sha256(self._path / vocabulary)
     index = {
       'format': FORMAT,
       'name': name,
@@ -93,16 +141,18 @@ class Writer:
       'dtype': np.dtype(self._tokenizer.dtype).name,
       'num_documents': self._num_documents,
       'num_heldout_documents': self._num_heldout,
+      'num_skipped': num_skipped,
       'num_bytes': self._num_bytes,
       'sha256': self._digest.hexdigest(),
       **{side: self._counts[side] for side in SIDES},
+      'digests': digests,
     }
     text = json.dumps(index, indent=2) + '\n'
     writer.replace(self._path / 'index.json', text)
     return index
 
-  def _file(self, side, number):
-    return self._path / f'{side}-{number:05d}.bin'
+  def _file(self, side, number, kind):
+    return self._path / f'{side}-{number:05d}.{kind}'
 
 
 def holds(path: pathlib.Path) -> bool:
@@ -112,34 +162,74 @@ def holds(path: pathlib.Path) -> bool:
   )
 
 
-def read(path: pathlib.Path) -> Folder:
-  """Maps a folder's tokens.
+def read(path: pathlib.Path, log: damage.Log | None = None) -> Folder:
+  """Opens a folder's tokens.
+
+  What is damaged in a token file stops the run or is skipped as `log` says (by
+  default it stops); the index and the vocabulary must be whole.
 
   Raises:
     ValueError: not finished, damaged, or of another format.
+    OSError: a file that cannot be read.
   """
+  log = log or damage.Log()
   if not (path / 'index.json').exists():
-    return _foreign(path)
-  try:
-    index = json.loads((path / 'index.json').read_text())
-    if index.get('format') != FORMAT:
-      raise ValueError(f'format is {index.get("format")!r}, not {FORMAT!r}')
-  except ValueError as error:
-    raise ValueError(f'{path / "index.json"}: {error}') from None
+    return _foreign(path, log)
+  index = _index(path / 'index.json')
+  digests = index.get('digests') or {}
   shards = {
     side: tuple(
-      _map(path / f'{side}-{number:05d}.bin', index['dtype'], 0, count)
-      for number, count in enumerate(index[side])
+      shards_lib.Shard(
+        path / f'{side}-{number:05d}.bin', index['dtype'], 0, count, log, digest
+      )
+      for number, (count, digest) in enumerate(
+        zip(
+          index[side], digests.get(side, [None] * len(index[side])), strict=True
+        )
+      )
     )
     for side in SIDES
   }
   vocabulary = index['tokenizer']
   if vocabulary != 'bytes':
     vocabulary = path / vocabulary
-  return Folder(**shards, tokenizer=tokenizer_lib.load(vocabulary), index=index)
+    if digests and _sha256(vocabulary) != digests.get(vocabulary.name):
+      raise ValueError(
+        f'{vocabulary} is not as it was written: prepare the data again'
+      )
+  tokenizer = tokenizer_lib.load(vocabulary)
+  if tokenizer.num_tokens != index['num_tokens']:
+    raise ValueError(
+      f'{vocabulary} has {tokenizer.num_tokens} tokens, {path / "index.json"} '
+      f'says {index["num_tokens"]}: prepare the data again'
+    )
+  return Folder(**shards, tokenizer=tokenizer, index=index)
 
 
-def _foreign(path):
+def _index(file):
+  try:
+    index = json.loads(retry.call(file.read_bytes, file))
+    if not isinstance(index, dict) or index.get('format') != FORMAT:
+      raise ValueError(f'not an object whose format is {FORMAT!r}')
+    index.setdefault('num_skipped', 0)
+    bad = [
+      name for name, is_good in FIELDS.items() if not is_good(index.get(name))
+    ]
+    digests = index.get('digests')  # older folders have none
+    for side in SIDES if digests is not None else ():
+      if bad or not _is_list(str, len(index[side]))(digests.get(side)):
+        bad.append(f'digests of {side}')
+    if bad:
+      raise ValueError(f'no usable {bad[0]}')
+  except (ValueError, AttributeError, RecursionError) as error:
+    problem = damage.one_line(str(error))
+    raise ValueError(
+      f'{file} is damaged, {problem}: prepare the data again'
+    ) from None
+  return index
+
+
+def _foreign(path, log):
   """Files by their names: *val* is held out, everything else for training."""
   found = sorted(path.glob('*.bin'))
   heldout = [file for file in found if 'val' in file.name]
@@ -147,14 +237,16 @@ def _foreign(path):
   if not heldout or not train:
     raise ValueError(
       f'{path} has no index.json, and its token files are not a train*.bin and '
-      f'a *val*.bin: {[file.name for file in found]}'
+      f'a *val*.bin, but {[file.name for file in found]}: bring what is '
+      'missing, or prepare the data again'
     )
   digest = hashlib.sha256()
   shards = {}
   for side, files in (('train', train), ('heldout', heldout)):
-    shards[side] = tuple(_map_foreign(file) for file in files)
+    shards[side] = tuple(_foreign_shard(file, log) for file in files)
     for file in files:
-      digest.update(f'{file.name} {file.stat().st_size}'.encode())
+      text = f'{file.name} {shards_lib.size_of(file)}'
+      digest.update(text.encode(errors='replace'))
   return Folder(
     **shards,
     tokenizer=None,
@@ -162,6 +254,7 @@ def _foreign(path):
       'name': str(path),
       'num_documents': 0,
       'num_heldout_documents': 0,
+      'num_skipped': 0,
       'num_bytes': 0,
       'num_tokens': 0,
       'sha256': f'of names and sizes: {digest.hexdigest()}',
@@ -169,28 +262,25 @@ def _foreign(path):
   )
 
 
-def _map_foreign(file):
-  head = np.fromfile(file, np.int32, 3)
-  offset = 0
-  if len(head) == 3 and head[0] == HEADER_MAGIC:
-    offset = HEADER_BYTES
-  count = (file.stat().st_size - offset) // 2
-  if offset and count != head[2]:
-    raise ValueError(f'{file} is damaged: {count} tokens of {head[2]}')
-  return _map(file, 'uint16', offset, count)
-
-
-def _map(file, dtype, offset, count):
-  size = file.stat().st_size if file.exists() else 0
-  want = offset + count * np.dtype(dtype).itemsize
-  if size != want:
+def _foreign_shard(file, log):
+  size = shards_lib.size_of(file)
+  head = retry.File(file).pread(0, 12) if size >= HEADER_BYTES else b''
+  magic, _, count = np.frombuffer(head, '<i4').tolist() or (0, 0, -1)
+  if magic == HEADER_MAGIC and count >= 0:
+    return shards_lib.Shard(file, 'uint16', HEADER_BYTES, count, log)
+  if magic == HEADER_MAGIC or count == (size - HEADER_BYTES) // 2:
     raise ValueError(
-      f'{file} has {size} bytes, its index says {want}: prepare the data again'
+      f'{file} is damaged, its header is not one of llm.c: bring it again'
     )
-  return np.memmap(file, dtype, 'r', offset, count)
+  return shards_lib.Shard(file, 'uint16', 0, size // 2, log)
+
+
+def _sha256(file):
+  return hashlib.sha256(retry.call(file.read_bytes, file)).hexdigest()
 
 
 def _ours(name):
   return name == 'tokenizer.json' or (
-    name.endswith(('.bin', '.partial')) and name.startswith((*SIDES, 'index'))
+    name.endswith(('.bin', '.crc', '.partial'))
+    and name.startswith((*SIDES, 'index'))
   )

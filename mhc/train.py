@@ -1,28 +1,24 @@
-"""The training loop: one run in one folder, from its last checkpoint on.
+"""One run in one folder, from its last checkpoint to its summary.
 
-The folder's files, beside those of `checkpoint`:
-
-    metrics.jsonl    a line a step: loss, gradient norm, rate, time; held-out
-                     loss where it was measured
-    probes.jsonl     gains and mean matrices of H_res on one held-out row
     summary.json     written last: what the run was and how it ended
     tokenizer.json   the vocabulary, if it is not bytes
 
-Of many processes (`processes`) each runs this loop, and the first one writes
-these files; the folder must be one that all of them see.
+Its files beside those of `folder`, `checkpoint` and `loop`. Of many processes
+(`processes`) each does all of this, and the first one writes the files; the
+folder must be one that all of them see.
 """
 
-import contextlib
 import json
 import pathlib
-import time
 
 import jax
 
 from mhc import checkpoint
 from mhc import config as config_lib
 from mhc import data
-from mhc import evaluate
+from mhc import folder
+from mhc import interrupts
+from mhc import loop
 from mhc import memory
 from mhc import plain
 from mhc import processes
@@ -33,7 +29,10 @@ from mhc import writer
 
 
 def train(
-  config: config_lib.Config, workdir: pathlib.Path, label: str = 'train'
+  config: config_lib.Config,
+  workdir: pathlib.Path,
+  label: str = 'train',
+  deadline: float | None = None,
 ) -> dict:
   """Runs `config` to its end and returns its summary.
 
@@ -43,15 +42,18 @@ def train(
 
   Raises:
     ValueError, OSError: unusable settings, data or folder, before any work.
-    processes.Stopped: one of the processes was told to end; the run is saved.
+    processes.Stopped: the run was told to end, or `deadline` (of
+      `time.monotonic`) has passed; it is saved.
+    guards.Stop: a guard ended it.
   """
   first = processes.is_first()
   with processes.together():
-    corpus = data.load(config.data.path)
-    data.check_vocabulary(corpus, config.model.vocab_size)
-    batches = data.train_batches(corpus, config.data, config.seed)
+    corpus = data.load(config.data.path, config.data.on_damage)
+    vocab_size = config.model.vocab_size
+    data.check_vocabulary(corpus, vocab_size)
+    batches = data.train_batches(corpus, config.data, config.seed, vocab_size)
     heldout = data.heldout_rows(
-      corpus, config.data.seq_len, config.eval_sequences
+      corpus, config.data.seq_len, config.eval_sequences, vocab_size
     )
     mesh = sharding.make_mesh(config.mesh, config.data)
     step_lib.check(config, mesh)
@@ -73,90 +75,20 @@ def train(
     return summary
 
   programs = step_lib.build(config)
+  with processes.together():
+    if first:
+      checkpoint.check_room(workdir, programs.functions.canonical_state)
   # Compiles the update, which all do at the same time.
   line = _memory_line(config, programs)
   if first:
     writer.note(line)
-  with contextlib.ExitStack() as stack:
-    checkpoints = stack.enter_context(
-      checkpoint.Checkpoints(workdir, config.keep_checkpoints)
-    )
-    state = checkpoints.restore(programs.functions.canonical_state, batches)
-    if state is None:
-      state = programs.init(config.seed)
-    else:
-      state = programs.place(state)
-    start = int(state.step)
-    writers, probes = [], []
-    if first:
-      writers.append(writer.JsonLines(workdir / 'metrics.jsonl', start))
-      probes.append(writer.JsonLines(workdir / 'probes.jsonl', start))
-      if config.tensorboard:
-        writers.append(writer.TensorBoard(workdir))
-    for resource in (*writers, *probes):
-      stack.callback(resource.close)
-    bar = stack.enter_context(
-      writer.progress_bar(config.num_steps, start, label, shown=first)
-    )
-
-    def record(step, metrics):
-      for sink in writers:
-        sink.write(step, metrics)
-      bar.update()
-      bar.set_postfix_str(
-        f'loss {metrics["loss/train"]:.3f}, '
-        f'{metrics["time/tokens_per_s"]:,.0f} tokens/s',
-        refresh=False,
-      )
-
-    def fetch(metrics, since):
-      values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-      values['time/step_s'] = time.perf_counter() - since
-      values['time/tokens_per_s'] = (
-        config.tokens_per_step / values['time/step_s']
-      )
-      return values
-
-    def due(every, step):
-      return step == config.num_steps or (every and step % every == 0)
-
-    # A step's numbers are fetched after the next step has been dispatched, so
-    # that the device does not wait for the host.
-    pending, clock = None, time.perf_counter()
-    for step in range(start + 1, config.num_steps + 1):
-      tokens = sharding.place(next(batches), programs.mesh, sharding.BATCH)
-      with jax.transfer_guard('disallow'):
-        state, metrics = programs.train_step(state, tokens)
-      if pending is not None:
-        values = fetch(pending, clock)
-        clock = time.perf_counter()
-        record(step - 1, values)
-      pending = metrics
-
-      evaluating = due(config.eval_every, step)
-      probing = due(config.probe_every, step)
-      stopping = processes.stopping(step) and step < config.num_steps
-      saving = stopping or due(config.checkpoint_every, step)
-      if not (evaluating or probing or saving):
-        continue
-      values = fetch(pending, clock)
-      if evaluating:
-        values |= evaluate.evaluate(
-          programs, state, heldout, config.data.batch_size, corpus.tokenizer
-        )
-      if probing:
-        row = sharding.place(heldout[:1, :-1], programs.mesh, sharding.WHOLE)
-        profile = jax.device_get(programs.probe(state, row))
-        for sink in probes:
-          sink.write(step, profile)
-        values['mhc/gain_fwd_max'] = float(profile['composite_fwd'].max())
-        values['mhc/gain_bwd_max'] = float(profile['composite_bwd'].max())
-      record(step, values)
-      if saving:
-        checkpoints.save(programs.canonical(state), batches)
-      if stopping:
-        raise processes.Stopped(f'saved after step {step}')
-      pending, clock = None, time.perf_counter()
+  with (
+    interrupts.Interrupts(deadline) as asked,
+    loop.Loop(
+      config, workdir, programs, batches, heldout, corpus.tokenizer, label
+    ) as running,
+  ):
+    values = running.run(asked)
 
   summary = {
     'num_params': sum(
@@ -189,7 +121,7 @@ def train(
 
 def _claim(workdir, config, corpus):
   """Makes the folder this run's."""
-  checkpoint.claim(workdir, config)
+  folder.claim(workdir, config)
   if corpus.tokenizer is not None and corpus.tokenizer.name != 'bytes':
     # So that the run can be sampled where its data are not.
     writer.replace(workdir / 'tokenizer.json', corpus.tokenizer.description)

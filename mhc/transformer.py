@@ -197,18 +197,20 @@ class Transformer(nnx.Module):
       jnp.zeros((*shape, c.attention.rope_dim), c.dtype),
     )
 
-  def mixing_matrices(
+  def sites(
     self,
     tokens: Int[Array, 'b t'],
     router_bias: Float[Array, 'l e'] | None = None,
     *,
     whole: Whole = _as_it_is,
-  ) -> Float[Array, 'm s n n']:
-    """H_res of every sub-layer m and token s = b t, in order of depth."""
+  ) -> connections.Site:
+    """[m, s, ...] of every sub-layer m, by depth, and token s = b t."""
     _, auxes = self._run(tokens, router_bias, collect=True, whole=whole)
-    matrices = [aux.contexts for aux in auxes]
-    return jnp.concatenate(
-      [stack.reshape(-1, *stack.shape[2:]) for stack in matrices]
+    return jax.tree.map(
+      lambda *stacks: jnp.concatenate(
+        [stack.reshape(-1, *stack.shape[2:]) for stack in stacks]
+      ),
+      *(aux.contexts for aux in auxes),
     )
 
   def open(
@@ -241,7 +243,7 @@ class Transformer(nnx.Module):
       states: what `open` or the stage before has returned, of tokens `batch`.
       router_bias: with experts, of these l blocks.
       active: False for rows of padding (zeros); None for all True.
-      collect: as for `mixing_matrices`, which are `aux.contexts` then.
+      collect: as for `sites`, which are `aux.contexts` then.
     """
     connection = self.config.connection
     states, aux = self._through(
@@ -326,7 +328,7 @@ class Transformer(nnx.Module):
     collect=False,
     whole=_as_it_is,
   ):
-    """A stack of blocks; the contexts are the H_res if they are collected."""
+    """A stack of blocks; the contexts are `Site`s if they are collected."""
     config, blocks = self.config, getattr(self, name)
 
     part = (batch[0] // len(states), batch[1])
@@ -338,17 +340,16 @@ class Transformer(nnx.Module):
         *(block(state, part, bias, cache, start, active) for state in states),
         strict=True,
       )
-      matrices = None
+      sites = None
       if collect:
-        matrices = jnp.concatenate(
-          [
-            jnp.stack([*map(connections.mixing_matrices, aux.contexts)])
-            for aux in auxes
-          ],
-          axis=1,
+        # [2, s, ...]: the two sub-layers, and the tokens of all parts.
+        both = [[*map(connections.site, aux.contexts)] for aux in auxes]
+        stacked = [jax.tree.map(lambda *x: jnp.stack(x), *two) for two in both]
+        sites = jax.tree.map(
+          lambda *parts: jnp.concatenate(parts, axis=1), *stacked
         )
       stats = moe.joined([aux.stats for aux in auxes])
-      return [*states], Aux(matrices, stats, auxes[0].cache)
+      return [*states], Aux(sites, stats, auxes[0].cache)
 
     length = len(jax.tree.leaves(blocks)[0])
     return recompute.scan(

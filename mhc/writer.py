@@ -13,12 +13,20 @@ import tqdm
 class JsonLines:
   """A file of one JSON object a line, each with a `step`.
 
-  On resume, lines past the restored step are dropped, as is a line that a
-  killed process left half-written. Numbers that are not finite are null.
+  On resume, lines past the restored step, or more than `most`, are dropped, as
+  is a line that a killed process left half-written. Numbers that are not finite
+  are null.
   """
 
-  def __init__(self, path: pathlib.Path, last_step: int):
-    kept = [line for line in read_lines(path) if line['step'] <= last_step]
+  def __init__(
+    self,
+    path: pathlib.Path,
+    last_step: int | None = None,
+    most: int | None = None,
+  ):
+    kept = read_lines(path)[:most]
+    if last_step is not None:
+      kept = [line for line in kept if line['step'] <= last_step]
     replace(path, ''.join(map(_line, kept)))
     self._file = path.open('a')
 

@@ -30,6 +30,7 @@ import numpy as np
 
 from mhc import checkpoint
 from mhc import config
+from mhc import folder as folder_lib
 from mhc import plain
 from mhc import train
 from mhc import writer
@@ -247,10 +248,11 @@ def main():
       time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     status, _, error = finish(process, timeout=60)
-    with checkpoint.Checkpoints(workdir, None) as saved:
-      step = saved.latest_step()
-    said = f'saved after step {step}.' in error
-    report('SIGTERM', status == 143 and said, f'status {status}, step {step}')
+    config = folder_lib.read_config(workdir)
+    with checkpoint.Checkpoints(workdir, config, reading=True) as saved:
+      step = saved.steps()[0]
+    said = f'SIGTERM: saved after step {step}.' in error
+    report('SIGTERM', status == 0 and said, f'status {status}, step {step}')
   sys.exit(failed)
 
 

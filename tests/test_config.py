@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from mhc import comparison as comparison_lib
 from mhc import config
 from mhc import plain
 
@@ -12,11 +13,27 @@ LEAVES = """
 checkpoint_every
 data.batch_size
 data.microbatch_size
+data.on_damage
 data.path
 data.seq_len
 eval_every
 eval_sequences
+guards.cosine_bound
+guards.gain
+guards.gain_bound
+guards.growth_bound
+guards.loss_spike
+guards.max_rollbacks
+guards.max_skips
+guards.nonfinite
+guards.rollback_rate
+guards.sinkhorn
+guards.sinkhorn_bound
+guards.spike_score
+guards.spike_window
+guards.streams
 keep_checkpoints
+keep_every
 mesh.chunks
 mesh.expert
 mesh.head
@@ -82,7 +99,7 @@ def test_the_settings_are_these():
   assert sorted(plain.leaves(config.Config())) == LEAVES.split()
 
 
-@pytest.mark.parametrize('cls', [config.Config, config.Comparison])
+@pytest.mark.parametrize('cls', [config.Config, comparison_lib.Comparison])
 def test_json_round_trip(cls):
   value = cls()
   text = json.dumps(plain.to_dict(value))
@@ -161,10 +178,10 @@ def test_the_plain_residual_has_one_stream():
 
 
 def test_a_comparison_is_a_product():
-  panel = config.Panel(
+  panel = comparison_lib.Panel(
     kinds=('residual', 'mhc'), seeds=(0, 1), num_blocks=(2, 3)
   )
-  comparison = config.Comparison(panels={'main': panel})
+  comparison = comparison_lib.Comparison(panels={'main': panel})
   runs = comparison.runs('main')
   assert len(runs) == 8
   run = runs['main/mhc-b3-lr0.003-s1']
@@ -172,6 +189,6 @@ def test_a_comparison_is_a_product():
   assert run.model.num_blocks == 3
   assert run.model.connection.kind == 'mhc'
   with pytest.raises(ValueError, match='none twice'):
-    config.Panel(seeds=(0, 0))
+    comparison_lib.Panel(seeds=(0, 0))
   with pytest.raises(ValueError, match=r"'mch'.*'mhc'"):
-    config.Panel(kinds=('mch',))
+    comparison_lib.Panel(kinds=('mch',))

@@ -206,12 +206,23 @@ def test_mixing_is_doubly_stochastic_and_the_gates_are_positive(eps):
   assert (mappings.post > 0).all()
 
 
-def test_mixing_matrices_of_every_kind():
+def test_what_a_probe_sees_of_every_kind():
   for kind in KINDS:
     connection = make(kind)
     n = 1 if kind == 'residual' else 4
-    _, context = connection.pre(random_streams(n))
-    matrices = connections.mixing_matrices(context)
+    x = random_streams(n)
+    _, context = connection.pre(x)
+    matrices, cosine, rms = connections.site(context)
+    x = np.float64(x).reshape(10, n, -1)
+    np.testing.assert_allclose(
+      rms, np.sqrt((x**2).mean(axis=(1, 2))), rtol=1e-6
+    )
+    want = np.ones(10)
+    if n > 1:
+      unit = x / np.linalg.norm(x, axis=-1, keepdims=True)
+      cosines = unit @ unit.swapaxes(1, 2)
+      want = cosines[:, ~np.eye(n, dtype=bool)].mean(axis=1)
+    np.testing.assert_allclose(cosine, want, atol=1e-6)
     assert matrices.shape == (10, n, n)
     if kind in ('residual', 'hc', 'identity', 'orthogonal'):
       eye = jnp.broadcast_to(jnp.eye(n), (10, n, n))

@@ -91,7 +91,7 @@ def corpus_of(tokens):
 
 
 def test_rows_overlap_by_one_and_cover_the_text():
-  rows = data.Rows([np.arange(101, dtype=np.uint16)], 10, 'training')
+  rows = data.Rows([np.arange(101, dtype=np.uint16)], 10, 'text', 258)
   assert len(rows) == 10
   stacked = np.stack([rows[i] for i in range(10)])
   np.testing.assert_array_equal(stacked[:, :-1].reshape(-1), np.arange(100))
@@ -101,38 +101,38 @@ def test_rows_overlap_by_one_and_cover_the_text():
 
 def test_an_epoch_is_a_permutation_and_epochs_differ():
   settings = config.DataConfig(seq_len=10, batch_size=5)
-  batches = data.train_batches(corpus_of(np.arange(201)), settings, seed=3)
+  batches = data.train_batches(corpus_of(np.arange(201)), settings, 3, 258)
   epochs = [
     np.concatenate([next(batches)[:, 0] for _ in range(4)]) for _ in range(2)
   ]
   for epoch in epochs:
     np.testing.assert_array_equal(np.sort(epoch), np.arange(0, 200, 10))
   assert (epochs[0] != epochs[1]).any()
-  other = data.train_batches(corpus_of(np.arange(201)), settings, seed=4)
+  other = data.train_batches(corpus_of(np.arange(201)), settings, 4, 258)
   assert (next(other)[:, 0] != epochs[0][:5]).any()
 
 
 def test_an_iterator_resumes_where_its_state_says():
   settings = config.DataConfig(seq_len=10, batch_size=3)
   corpus = corpus_of(np.arange(201))
-  first = data.train_batches(corpus, settings, seed=0)
+  first = data.train_batches(corpus, settings, 0, 258)
   for _ in range(9):
     next(first)
   state = first.get_state()
   want = [next(first) for _ in range(5)]
-  second = data.train_batches(corpus, settings, seed=0)
+  second = data.train_batches(corpus, settings, 0, 258)
   second.set_state(state)
   np.testing.assert_array_equal([next(second) for _ in range(5)], want)
 
 
 def test_held_out_rows_are_spread_over_the_text():
   corpus = data.Corpus(
-    '', (np.arange(9),), (np.arange(1001),), BYTES, 2, 1, 0, ''
+    '', (np.arange(9),), (np.arange(1001),), None, 2, 1, 0, ''
   )
-  rows = data.heldout_rows(corpus, 10, 4)
+  rows = data.heldout_rows(corpus, 10, 4, 1001)
   np.testing.assert_array_equal(rows[:, 0], [0, 250, 500, 750])
-  assert len(data.heldout_rows(corpus, 10, 5000)) == 100
-  assert len(data.heldout_rows(corpus, 10, None)) == 100
+  assert len(data.heldout_rows(corpus, 10, 5000, 1001)) == 100
+  assert len(data.heldout_rows(corpus, 10, None, 1001)) == 100
 
 
 def test_unusable_text_is_named(tmp_path):
@@ -147,7 +147,7 @@ def test_unusable_text_is_named(tmp_path):
   with pytest.raises(ValueError, match=r'latin\.txt is not UTF-8.*byte 3'):
     data.load(str(tmp_path / 'latin.txt'))
   with pytest.raises(ValueError, match=r'seq_len=64.*50 tokens.*held-out'):
-    data.heldout_rows(corpus_of(np.arange(80)), 64, 1)
+    data.heldout_rows(corpus_of(np.arange(80)), 64, 1, 258)
 
 
 def test_the_default_corpus_is_not_in_the_repository():

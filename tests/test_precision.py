@@ -39,7 +39,9 @@ def traced():
   functions = step.functions(SETTINGS, mesh)
   with jax.numpy_dtype_promotion('standard'):
     jaxpr = jax.make_jaxpr(functions.train_step)(
-      functions.abstract_state, functions.abstract_tokens
+      functions.abstract_state,
+      functions.abstract_tokens,
+      functions.abstract_controls,
     )
   return functions, jaxpr
 

@@ -50,7 +50,8 @@ def test_every_format_gives_the_same_documents(tmp_path, kind):
   assert 0 < index['num_heldout_documents'] < 20
   corpus = data.load(str(tmp_path / 'out'))
   text = b''.join(
-    corpus.tokenizer.decode(shard) for shard in (*corpus.train, *corpus.heldout)
+    corpus.tokenizer.decode(shard[:])
+    for shard in (*corpus.train, *corpus.heldout)
   )
   assert sorted(text.decode().splitlines(True)) == sorted(TEXTS)
   # The same files without preparation hold out the same documents.
@@ -66,7 +67,7 @@ def test_a_learned_vocabulary_is_trained_on(tmp_path):
   corpus = data.load(str(tmp_path / 'out'))
   assert corpus.tokenizer.num_tokens == index['num_tokens']
   assert corpus.num_train_tokens < index['num_bytes']
-  rows = data.train_batches(corpus, config.DataConfig(seq_len=16), seed=0)
+  rows = data.train_batches(corpus, config.DataConfig(seq_len=16), 0, 280)
   row = next(rows)[0]
   assert row.max() < index['num_tokens']
   assert b'document' in corpus.tokenizer.decode(row)
@@ -89,7 +90,7 @@ def test_many_documents_are_streamed_with_the_same_split(tmp_path, monkeypatch):
   for side in tokens.SIDES:
     assert sum(small[side]) == sum(large[side])
   corpus = data.load(str(tmp_path / 'large'))
-  rows = data.Rows(corpus.train, 20, 'training')
+  rows = data.Rows(corpus.train, 20, 'text', 258)
   assert len(rows) == sum((count - 1) // 20 for count in large['train'])
   stacked = np.concatenate([rows[i][:-1] for i in range(len(rows))])
   kept = np.concatenate(
@@ -115,8 +116,8 @@ def test_token_files_of_others_drop_in(tmp_path):
   header[:3] = tokens.HEADER_MAGIC, 1, 1000
   (tmp_path / 'fine_val_0.bin').write_bytes(header.tobytes() + values.tobytes())
   corpus = data.load(str(tmp_path))
-  np.testing.assert_array_equal(corpus.train[0], values)
-  np.testing.assert_array_equal(corpus.heldout[0], values)
+  np.testing.assert_array_equal(corpus.train[0][:], values)
+  np.testing.assert_array_equal(corpus.heldout[0][:], values)
   assert corpus.tokenizer is None
   with pytest.raises(ValueError, match=r'vocab_size=320.*1000 tokens'):
     data.check_vocabulary(corpus, 320)
@@ -131,10 +132,10 @@ def test_damage_is_named(tmp_path):
     prepare.prepare(path, out, 'bytes')
   shard = out / 'train-00000.bin'
   shard.write_bytes(shard.read_bytes()[:-2])
-  with pytest.raises(ValueError, match='prepare the data again'):
+  with pytest.raises(ValueError, match=r'bytes instead of .*make it again'):
     tokens.read(out)
   (out / 'index.json').write_text('{"format": "other"}')
-  with pytest.raises(ValueError, match='other'):
+  with pytest.raises(ValueError, match='mhc tokens 1'):
     tokens.read(out)
   # An interrupted preparation leaves no index and is started over.
   (out / 'index.json').unlink()
@@ -177,7 +178,7 @@ def test_bytes_a_token_follow_the_vocabulary(tmp_path):
   )
   corpus = data.load(str(tmp_path / 'o'))
   total = sum(
-    corpus.tokenizer.num_bytes(shard)
+    corpus.tokenizer.num_bytes(shard[:])
     for shard in (*corpus.train, *corpus.heldout)
   )
   assert total == index['num_bytes']

@@ -12,8 +12,8 @@ import processes_full as full
 import psutil
 import pytest
 
-from mhc import checkpoint
 from mhc import evaluate
+from mhc import folder
 from mhc import processes
 from mhc import writer
 
@@ -89,8 +89,8 @@ def test_what_they_saved_goes_on_in_one_with_another_mesh(resumed, changes):
   full.alone(copy, full.merge(changes, other))
   assert max(full.difference(copy, resumed).values()) < full.BOUND
   # The folder says with what the run ended, and can be evaluated so.
-  assert checkpoint.read_config(copy).mesh.pipe == 1
-  assert checkpoint.read_config(resumed).mesh.pipe == 2
+  assert folder.read_config(copy).mesh.pipe == 1
+  assert folder.read_config(resumed).mesh.pipe == 2
   scores = evaluate.evaluate_checkpoint(copy, None, 8)
   last = writer.read_lines(resumed / 'metrics.jsonl')[-1]
   assert scores['loss/heldout'] == pytest.approx(last['loss/heldout'], rel=1e-5)

@@ -49,7 +49,9 @@ def trained(num_devices, kind):
   state = programs.init(0)
   metrics = []
   for seed in range(3):
-    state, values = programs.train_step(state, batch(programs, seed))
+    state, values = programs.train_step(
+      state, batch(programs, seed), programs.controls()
+    )
     metrics.append(jax.device_get(values))
   nats = programs.row_nats(state, batch(programs))
   return jax.device_get(state), metrics, np.asarray(nats)
@@ -92,7 +94,9 @@ def test_experts_over_devices():
     assert gate.addressable_shards[0].data.shape[1] == 4 // shards
     metrics = []
     for seed in range(3):
-      state, values = programs.train_step(state, batch(programs, seed))
+      state, values = programs.train_step(
+        state, batch(programs, seed), programs.controls()
+      )
       metrics.append(values)
     nats = programs.row_nats(state, batch(programs))
     states.append(jax.device_get((state, nats)))
@@ -148,7 +152,7 @@ def test_the_gradient_norm_is_that_of_the_mean_loss():
     return jnp.mean(rows) / 12
 
   loss, grads = jax.value_and_grad(mean_loss)(kept.params)
-  _, metrics = programs.train_step(state, tokens)
+  _, metrics = programs.train_step(state, tokens, programs.controls())
   np.testing.assert_allclose(metrics['loss/train'], loss, rtol=1e-5)
   np.testing.assert_allclose(
     metrics['grad/global_norm'], optax.tree.norm(grads), rtol=1e-4

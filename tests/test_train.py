@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from mhc import checkpoint
 from mhc import config
 from mhc import evaluate
+from mhc import folder
 from mhc import plain
 from mhc import train
 from mhc import writer
@@ -189,4 +189,4 @@ def test_lines_past_the_restored_step_are_cut(tmp_path):
 def test_a_config_of_another_version_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{"num_step": 3}')
   with pytest.raises(ValueError, match=r'config\.json.*num_steps'):
-    checkpoint.read_config(pathlib.Path(tmp_path))
+    folder.read_config(pathlib.Path(tmp_path))

@@ -151,7 +151,7 @@ def test_recompute_changes_no_gradient(policy, every):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
-def test_mixing_matrices_come_in_order_of_depth():
+def test_sites_come_in_order_of_depth():
   model = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
   for number, name in enumerate(('attention_connection', 'ffn_connection')):
     bias = getattr(model.dense_blocks, name).bias
@@ -159,7 +159,7 @@ def test_mixing_matrices_come_in_order_of_depth():
     bias[...] = (
       bias[...].at[:, 8:].set(strength[:, None] * jnp.eye(4).reshape(1, 16))
     )
-  matrices = model.mixing_matrices(tokens())
+  matrices = model.sites(tokens()).res
   assert matrices.shape == (6, 32, 4, 4)
   want = jnp.exp(jnp.arange(1.0, 7.0))
   np.testing.assert_allclose(matrices[:, 0, 0, 0], want / (want + 3), rtol=1e-5)

@@ -1,0 +1,92 @@
+"""Being told to end: by a signal, or because the time that was given is up.
+
+The first SIGTERM (what a preemption notice becomes on cloud machines, under
+Slurm and on Kubernetes) or SIGINT (Ctrl-C) asks for a save after the step at
+hand; a second one ends the process at once. Time is counted by a clock that
+nobody sets.
+
+Of many processes each is told by JAX's runtime of a SIGTERM to any of them, and
+all stop after the same step; SIGINT ends them at once.
+"""
+
+import os
+import re
+import signal
+import time
+
+from mhc import processes
+
+UNITS = {'': 1.0, 's': 1.0, 'm': 60.0, 'h': 3600.0}
+
+
+class Interrupts:
+  """While it is entered, signals ask instead of ending the process."""
+
+  def __init__(self, deadline: float | None = None):
+    """`deadline` is by `time.monotonic`."""
+    self._deadline = deadline
+    self._asked: signal.Signals | None = None
+    self._before = {}
+
+  def __enter__(self) -> 'Interrupts':
+    if processes.count() == 1:
+      try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+          self._before[number] = signal.signal(number, self._ask)
+      except ValueError:  # not the main thread, which alone may do this
+        self._before = {}
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def stopping(self, step: int) -> processes.Stopped | None:
+    """Why to save and stop after this step; the same in all processes.
+
+    To be asked after every step.
+    """
+    late = self._deadline is not None and time.monotonic() > self._deadline
+    if processes.count() > 1:
+      if late:
+        self._deadline = None
+        os.kill(os.getpid(), signal.SIGTERM)  # so that the others hear of it
+      if not processes.stopping(step):
+        return None
+      return processes.Stopped('SIGTERM', step)
+    if self._asked is not None:
+      status = 130 if self._asked == signal.SIGINT else None
+      return processes.Stopped(self._asked.name, step, status)
+    if late:
+      return processes.Stopped('the time is up', step)
+    return None
+
+  def _ask(self, number, frame):
+    del frame
+    self._asked = signal.Signals(number)
+    for each in self._before:
+      # Not KeyboardInterrupt, which would wait for a save in progress.
+      signal.signal(each, signal.SIG_DFL)
+    # Not by print, which may be what was interrupted.
+    os.write(
+      2,
+      f'\n{self._asked.name}: will save after this step and end; a second '
+      'signal ends at once\n'.encode(),
+    )
+
+
+def seconds(text: str) -> float:
+  """Of '90', '90s', '30m', '1h30m', '1.5h'.
+
+  Raises:
+    ValueError: it is none of these.
+  """
+  parts = re.findall(r'(\d+(?:\.\d*)?)([smh]?)', text)
+  if not parts or ''.join(map(''.join, parts)) != text:
+    raise ValueError(
+      f'{text!r} is not a time: write 90, 90s, 30m, 1.5h or 1h30m'
+    )
+  total = sum(float(number) * UNITS[unit] for number, unit in parts)
+  if not total:
+    raise ValueError(f'{text!r} is no time to train in')
+  return total

@@ -1,0 +1,286 @@
+"""What goes on while a run trains: steps, records, probes, guards, states.
+
+A step's numbers are fetched after the next step has been dispatched, so that
+the device does not wait for the host; where something is due after a step
+(evaluation, a probe, a state to save), before. What guards decide depends on
+neither, see `guards`.
+
+    metrics.jsonl    a line a step: loss, gradient norm, rate, time; held-out
+                     loss and what guards watch where they were measured
+    probes.jsonl     gains, streams and mean matrices of H_res on one held-out
+                     row
+    events.jsonl     trouble: what a guard saw and did, what could not be saved
+
+A line belongs to the run as it went on: those of steps that were rolled back,
+or repeated after a kill, are dropped, but for events.
+"""
+
+import math
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mhc import checkpoint
+from mhc import config as config_lib
+from mhc import evaluate
+from mhc import guards as guards_lib
+from mhc import interrupts
+from mhc import processes
+from mhc import sharding
+from mhc import step as step_lib
+from mhc import writer
+
+DUE = ('eval_every', 'probe_every', 'checkpoint_every')
+
+
+class Pending(NamedTuple):
+  """A step that was dispatched and not looked at."""
+
+  step: int
+  limit: float  # the loss above which it is a spike
+  position: dict[str, Any]  # in the data, after its batch
+  metrics: dict[str, jax.Array]
+
+
+class Loop:
+  """One run from where its folder stands to its end."""
+
+  def __init__(
+    self,
+    config: config_lib.Config,
+    workdir: pathlib.Path,
+    programs: step_lib.Programs,
+    batches,
+    heldout: np.ndarray,
+    tokenizer,
+    label: str,
+  ):
+    self._config, self._workdir, self._programs = config, workdir, programs
+    self._batches, self._heldout = batches, heldout
+    self._tokenizer = tokenizer
+    self._guards = guards_lib.Guards(config)
+    self._sinks, self._events = {}, None
+    self._num_events = 0
+    self._noticed = []  # before there was a file for it
+    self._known = self._controls = None
+    self._checkpoints = checkpoint.Checkpoints(
+      workdir, config, failed=self._not_saved
+    )
+    self._bar = writer.progress_bar(
+      config.num_steps, 0, label, shown=processes.is_first()
+    )
+    extra, noticed = self._restore(), self._noticed
+    if extra is not None:
+      batches.set_state(extra['data'])
+      self._guards.restore(extra['guards'])
+    self._num_events, self._noticed = extra['events'] if extra else 0, []
+    if processes.is_first():
+      self._events = writer.JsonLines(
+        workdir / 'events.jsonl', most=self._num_events
+      )
+    for step, values in noticed:
+      self._event(step, **values)
+
+  def __enter__(self) -> 'Loop':
+    return self
+
+  def __exit__(self, *_):
+    for sink in (*self._sinks.values(), self._events):
+      if sink is not None:
+        sink.close()
+    self._bar.close()
+    self._checkpoints.__exit__()
+
+  def run(self, asked: interrupts.Interrupts) -> dict[str, float]:
+    """To the end of the run; the numbers of its last step.
+
+    Raises:
+      processes.Stopped: the run was asked to end, and is saved.
+      guards.Stop: a guard ended it.
+      OSError: its end could not be saved.
+    """
+    pending, values = None, {}
+    while self._step < self._config.num_steps:
+      before, pending = pending, self._dispatch()
+      if before is not None:
+        values, events = self._look(before)
+        if self._rolled_back(events, before):
+          pending = None
+          continue
+        self._record(before.step, values)
+      stopped = asked.stopping(self._step)
+      if self._step == self._config.num_steps:
+        stopped = None
+      if not (stopped or any(map(self._due, DUE))):
+        continue
+      values, events = self._look(pending)
+      if self._due('eval_every'):
+        values |= self._evaluated()
+      if self._due('probe_every'):
+        events += self._probed(values)
+      before, pending = pending, None
+      if self._rolled_back(events, before):
+        continue
+      self._record(before.step, values)
+      if stopped or self._due('checkpoint_every'):
+        self._save()
+      if stopped:
+        self._must_be_saved(str(stopped))
+        raise stopped
+    self._must_be_saved('The run has come to its end')
+    # A run that was killed after its last save has nothing left to do.
+    return values or self._evaluated()
+
+  def _due(self, name) -> bool:
+    every = getattr(self._config, name)
+    last = self._step == self._config.num_steps
+    return last or bool(every and self._step % every == 0)
+
+  def _dispatch(self) -> Pending:
+    limit, mesh = self._guards.loss_limit(), self._programs.mesh
+    skips = self._config.guards.loss_spike == 'skip_step'
+    batch = next(self._batches)
+    self._step += 1
+    tokens = sharding.place(batch, mesh, sharding.BATCH)
+    known = (limit if skips else math.inf, self._guards.memory.rate)
+    if known != self._known:
+      self._known = known
+      self._controls = self._programs.controls(*known)
+    with jax.transfer_guard('disallow'):
+      self._state, metrics = self._programs.train_step(
+        self._state, tokens, self._controls
+      )
+    return Pending(self._step, limit, self._batches.get_state(), metrics)
+
+  def _look(self, pending):
+    """The numbers of a step, once it is done, and what guards say of them."""
+    fetched = jax.device_get(pending.metrics)
+    values = {name: float(value) for name, value in fetched.items()}
+    now = time.perf_counter()
+    values['time/step_s'] = now - self._clock
+    values['time/tokens_per_s'] = (
+      self._config.tokens_per_step / values['time/step_s']
+    )
+    self._clock = now
+    return values, self._guards.step(pending.step, pending.limit, values)
+
+  def _evaluated(self):
+    return evaluate.evaluate(
+      self._programs,
+      self._state,
+      self._heldout,
+      self._config.data.batch_size,
+      self._tokenizer,
+    )
+
+  def _probed(self, values) -> list[guards_lib.Event]:
+    """Adds what a probe measures to the values of the step."""
+    row = self._heldout[:1, :-1]
+    row = sharding.place(row, self._programs.mesh, sharding.WHOLE)
+    profile = jax.device_get(self._programs.probe(self._state, row))
+    if 'probes' in self._sinks:
+      self._sinks['probes'].write(self._step, profile)
+    values['mhc/gain_fwd_max'] = float(profile['composite_fwd'].max())
+    values['mhc/gain_bwd_max'] = float(profile['composite_bwd'].max())
+    seen = guards_lib.measures(profile)
+    values['mhc/stream_cosine'] = seen['cosine']
+    values['mhc/stream_growth'] = seen['growth']
+    values['mhc/sinkhorn_residual'] = seen['residual']
+    return self._guards.probe(self._step, profile)
+
+  def _record(self, step, values):
+    for name, sink in self._sinks.items():
+      if name != 'probes':
+        sink.write(step, values)
+    self._bar.update()
+    self._bar.set_postfix_str(
+      f'loss {values["loss/train"]:.3f}, '
+      f'{values["time/tokens_per_s"]:,.0f} tokens/s',
+      refresh=False,
+    )
+    self._clock = time.perf_counter()
+
+  def _event(self, step, **values):
+    self._num_events += 1
+    if self._events is not None:
+      self._events.write(step, values)
+    elif processes.is_first():
+      self._noticed.append((step, values))
+
+  def _rolled_back(self, events, pending) -> bool:
+    """Follows the strongest policy; whether it is to go on from before.
+
+    Raises:
+      guards.Stop: it is to end here.
+    """
+    policy = guards_lib.strongest(events)
+    for event in events:
+      if processes.is_first():
+        writer.note(f'guard: {event}')
+      self._event(**event._asdict())
+    if policy == 'stop':
+      raise guards_lib.Stop(f'stopped by a guard: {events[-1]}')
+    if policy != 'rollback':
+      return False
+    extra = self._restore()
+    self._guards.roll_back(extra and extra['guards'])
+    # On with the data after the trouble.
+    self._batches.set_state(pending.position)
+    self._event(
+      pending.step, guard='rollback', metric='back to step', value=self._step
+    )
+    if processes.is_first():
+      writer.note(
+        f'guard: back to step {self._step}, on with the data after step '
+        f'{pending.step}'
+      )
+    return True
+
+  def _restore(self) -> dict[str, Any] | None:
+    """Takes the newest state, or a fresh one; what else was saved with it."""
+    programs = self._programs
+    saved = self._checkpoints.restore(programs.functions.canonical_state)
+    if saved is None:
+      self._state = programs.init(self._config.seed)
+    else:
+      self._state = programs.place(saved.state)
+    self._step = int(self._state.step)
+    self._bar.n = self._bar.initial = self._step
+    self._bar.refresh()
+    for sink in self._sinks.values():
+      sink.close()
+    if processes.is_first():
+      self._sinks = {
+        name: writer.JsonLines(self._workdir / f'{name}.jsonl', self._step)
+        for name in ('metrics', 'probes')
+      }
+      if self._config.tensorboard:
+        self._sinks['tensorboard'] = writer.TensorBoard(self._workdir)
+    self._clock = time.perf_counter()
+    return saved and saved.extra
+
+  def _save(self):
+    self._checkpoints.save(
+      self._programs.canonical(self._state),
+      {
+        'data': self._batches.get_state(),
+        'guards': self._guards.state(),
+        'events': self._num_events,
+      },
+    )
+    self._clock = time.perf_counter()
+
+  def _not_saved(self, step, reason):
+    self._event(step, guard='save', metric=reason, policy='log')
+
+  def _must_be_saved(self, why):
+    if not self._checkpoints.wait() or self._step not in (
+      self._checkpoints.steps()
+    ):
+      raise OSError(
+        f'{why}, but the state after step {self._step} could not be saved: '
+        'make room; the same command then goes on from the last one'
+      )

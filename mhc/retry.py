@@ -1,0 +1,130 @@
+"""Reading that outlasts the hiccups of a shared file system.
+
+Explicit reads: an error in a memory map would end the process by a signal.
+"""
+
+from collections.abc import Callable
+import errno
+import io
+import os
+import pathlib
+import sys
+import time
+
+import tqdm
+
+# Seconds before each new attempt, about a minute altogether.
+WAITS = (0.5, 1, 2, 4, 8, 16, 32)
+PASSING = {
+  errno.EAGAIN,
+  errno.EBUSY,
+  errno.ECONNABORTED,
+  errno.ECONNREFUSED,
+  errno.ECONNRESET,
+  errno.EHOSTDOWN,
+  errno.EHOSTUNREACH,
+  errno.EIO,
+  errno.ENETDOWN,
+  errno.ENETRESET,
+  errno.ENETUNREACH,
+  errno.ENOBUFS,
+  errno.ENOLINK,
+  errno.ENOTCONN,
+  errno.EPROTO,
+  errno.ESHUTDOWN,
+  errno.ESTALE,
+  errno.ETIMEDOUT,
+}
+
+sleep = time.sleep  # a test puts another one here
+
+
+def call[T](function: Callable[[], T], what: str | pathlib.Path) -> T:
+  """`function()`, called again after errors that may pass.
+
+  Each new attempt is announced.
+
+  Raises:
+    OSError: another error, or one that did not pass, with `what` as its file.
+  """
+  waits = iter(WAITS)
+  while True:
+    try:
+      return function()
+    except OSError as error:
+      wait = next(waits, None) if error.errno in PASSING else None
+      if wait is None:
+        if error.errno is not None and error.filename is None:
+          error.filename = str(what)
+        raise
+      tqdm.tqdm.write(
+        f'{what}: {error.strerror}, trying again in {wait:g} s',
+        file=sys.stderr,
+      )
+    sleep(wait)
+
+
+class File(io.RawIOBase):
+  """A file to be read, at any place or from its start on.
+
+  Opened at the first read, and again after an error.
+  """
+
+  def __init__(self, path: pathlib.Path):
+    self._path, self._descriptor, self._place = path, None, 0
+
+  def pread(self, first: int, size: int) -> bytes:
+    """Bytes from `first` on: `size` of them, less only at the file's end."""
+    return call(lambda: self._pread(first, size), self._path)
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def tell(self) -> int:
+    return self._place
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    match whence:
+      case os.SEEK_CUR:
+        offset += self._place
+      case os.SEEK_END:
+        offset += call(self._path.stat, self._path).st_size
+    if offset < 0:
+      raise ValueError(f'{self._path} has no byte {offset}')
+    self._place = offset
+    return offset
+
+  def readinto(self, buffer) -> int:
+    data = self.pread(self._place, len(buffer))
+    buffer[: len(data)] = data
+    self._place += len(data)
+    return len(data)
+
+  def close(self):
+    if self._descriptor is not None:
+      os.close(self._descriptor)
+      self._descriptor = None
+    super().close()
+
+  def _pread(self, first, size):
+    if self._descriptor is None:
+      self._descriptor = os.open(self._path, os.O_RDONLY)
+    try:
+      data = os.pread(self._descriptor, size, first)
+      while len(data) < size and (
+        more := os.pread(self._descriptor, size - len(data), first + len(data))
+      ):
+        data += more
+      return data
+    except OSError:
+      os.close(self._descriptor)
+      self._descriptor = None
+      raise
+
+
+def stream(path: pathlib.Path) -> io.BufferedReader:
+  """A file to be read from its start on, by lines or seeking."""
+  return io.BufferedReader(File(path), 2**20)

@@ -1,0 +1,166 @@
+"""A file of tokens, read a row at a time and compared with its digests.
+
+To FILE.bin belongs FILE.crc, the CRC-32 of each of its blocks as little-endian
+uint32. A block is compared when something in it is first read, so that a start
+reads no more than it would: 128 KiB are what Linux reads around each page of a
+memory map that is touched. A block is damaged as a whole or not at all, so what
+can be read depends on the files alone, not on what was read before.
+"""
+
+import array
+import functools
+import hashlib
+import pathlib
+import zlib
+
+import numpy as np
+
+from mhc import damage
+from mhc import retry
+from mhc import writer
+
+BLOCK = 2**17  # bytes
+OPEN_FILES = 200
+UNREAD, GOOD, BAD = range(3)
+
+
+class Shard:
+  """The tokens of one file, read as they are asked for: `len` and slices."""
+
+  def __init__(
+    self,
+    file: pathlib.Path,
+    dtype: str,
+    offset: int,
+    count: int,
+    log: damage.Log,
+    digest: str | None = None,
+  ):
+    """`count` tokens from byte `offset`; `digest` is that of the CRCs.
+
+    Raises:
+      ValueError: the file has another size, if `log` is to stop at that.
+    """
+    self._file, self._offset, self._count = file, offset, count
+    self._dtype = np.dtype(dtype).newbyteorder('<')
+    self._log, self._digest = log, digest
+    self._size = count * self._dtype.itemsize
+    self._state = np.zeros(-(-self._size // BLOCK), np.uint8)  # UNREAD
+    found, want = size_of(file), offset + self._size
+    if found != want:
+      self._tell(f' has {found} bytes instead of {want}')
+      self._state[max(0, found - offset) // BLOCK :] = BAD
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __str__(self) -> str:
+    return str(self._file)
+
+  def __getitem__(self, window: slice) -> np.ndarray:
+    """The tokens of a slice without steps.
+
+    Raises:
+      ValueError: they are damaged, if it is to stop.
+      damage.Skipped: they are in a damaged block, if it is to go on.
+    """
+    first, last = (
+      n * self._dtype.itemsize for n in window.indices(self._count)[:2]
+    )
+    if last <= first:
+      return np.zeros(0, self._dtype)
+    blocks = range(first // BLOCK, (last - 1) // BLOCK + 1)
+    if all(self._state[block] == GOOD for block in blocks):
+      data = self._read(first, last)
+    else:
+      data = b''.join(map(self._checked, blocks))
+      data = data[first % BLOCK :][: last - first]
+    return np.frombuffer(data, self._dtype)
+
+  def _checked(self, block):
+    """A whole block, as it was written if that is known."""
+    if self._state[block] == BAD:
+      raise damage.Skipped
+    first, last = block * BLOCK, min((block + 1) * BLOCK, self._size)
+    data = self._read(first, last)
+    if self._digest and zlib.crc32(data) != self._crcs[block]:
+      data = self._read(first, last)  # perhaps only the reading went wrong
+      if zlib.crc32(data) != self._crcs[block]:
+        self._refuse(block, 'is not as it was written')
+    self._state[block] = GOOD
+    return data
+
+  def _read(self, first, last):
+    try:
+      data = _opened(self).pread(self._offset + first, last - first)
+      problem = 'is cut short'
+    except OSError as error:
+      data, problem = b'', f'cannot be read: {damage.reason(error)}'
+    if len(data) < last - first:
+      self._refuse((first + len(data)) // BLOCK, problem)
+    return data
+
+  @functools.cached_property
+  def _crcs(self):
+    """Of all blocks; -1, which is none, where there are too few."""
+    file = self._file.with_suffix('.crc')
+    try:
+      data, problem = retry.call(file.read_bytes, file), 'not as it was written'
+    except OSError as error:
+      data, problem = b'', f'unreadable ({damage.reason(error)})'
+    if hashlib.sha256(data).hexdigest() != self._digest:
+      # What agrees with what remains of it is good nevertheless.
+      self._tell(f' cannot be checked in full, {file.name} is {problem}')
+    crcs = np.full(len(self._state), -1)
+    found = np.frombuffer(data[: len(data) // 4 * 4], '<u4')[: len(crcs)]
+    crcs[: len(found)] = found
+    return crcs
+
+  def _refuse(self, block, problem):
+    """Never reads this block again."""
+    self._state[block] = BAD
+    first = self._offset + block * BLOCK
+    self._tell(f', block {block} (from byte {first} on) {problem}')
+    raise damage.Skipped
+
+  def _tell(self, problem):
+    problem = f'{self._file}{problem}'
+    self._log.meet(problem)
+    if self._log.count.bit_count() == 1:
+      writer.note(f'DAMAGED DATA: {problem}; {self._log.count} left out so far')
+
+
+Tokens = np.ndarray | Shard
+
+
+@functools.lru_cache(OPEN_FILES)
+def _opened(shard):
+  return retry.File(shard._file)
+
+
+class Crcs:
+  """CRC-32 of each block of what is appended."""
+
+  def __init__(self):
+    self._values, self._room = array.array('I'), 0
+
+  def update(self, data: bytes):
+    data = memoryview(data)
+    while len(data):
+      if not self._room:
+        self._values.append(0)
+        self._room = BLOCK
+      part, data = data[: self._room], data[self._room :]
+      self._values[-1] = zlib.crc32(part, self._values[-1])
+      self._room -= len(part)
+
+  def tobytes(self) -> bytes:
+    return np.array(self._values, '<u4').tobytes()
+
+
+def size_of(file: pathlib.Path) -> int:
+  """Bytes of a file, 0 where there is none."""
+  try:
+    return retry.call(file.stat, file).st_size
+  except FileNotFoundError:
+    return 0
