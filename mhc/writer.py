@@ -1,8 +1,11 @@
 """Where the numbers of a run go: JSON lines, TensorBoard, the progress bar."""
 
 from collections.abc import Mapping
+import contextlib
+import errno
 import json
 import math
+import os
 import pathlib
 import sys
 
@@ -27,14 +30,31 @@ class JsonLines:
     kept = read_lines(path)[:most]
     if last_step is not None:
       kept = [line for line in kept if line['step'] <= last_step]
-    replace(path, ''.join(map(_line, kept)))
-    self._file = path.open('a')
+    text = ''.join(map(_line, kept))
+    replace(path, text)
+    self._file = path.open('ab', buffering=0)
+    self._size, self._waiting, self._name = len(text), b'', path.name
 
   def write(self, step: int, values: Mapping):
-    self._file.write(_line({'step': step, **values}))
-    self._file.flush()
+    """Writes a line; on a disk that is full, as soon as there is room again."""
+    first = not self._waiting
+    self._waiting += _line({'step': step, **values}).encode()
+    try:
+      written = self._file.write(self._waiting)
+      if written < len(self._waiting):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+      with contextlib.suppress(OSError):
+        self._file.truncate(self._size)
+      if first:
+        note(f'NOT WRITTEN: {self._name}: {error}. Its lines wait for room.')
+      return
+    self._size += written
+    self._waiting = b''
 
   def close(self):
+    if self._waiting:
+      note(f'NOT WRITTEN: the last lines of {self._name}')
     self._file.close()
 
 
