@@ -5,6 +5,7 @@
     python launch/bench.py kernels      # TPU kernels, by the TPU's compiler
     python launch/bench.py triton       # GPU kernels, by Triton's compiler
     python launch/bench.py bandwidth    # the operations, on the device here
+    python launch/bench.py telemetry    # guards and probes, in steps
     python launch/bench.py --json       # one JSON object a row
 
 `recompute` compiles the gradient of a 16-block model and sets XLA's temporary
@@ -18,6 +19,9 @@ lists registers, spills and shared memory of the GPU kernels, without a GPU.
 `bandwidth` times the operations on the device at hand, with --implementation
 (on a GPU triton, say), and gives the bytes that they cannot do without, a
 second, as a share of what a copy of the streams reaches in the same run.
+
+`telemetry` times a training step with a guard that can refuse the update and
+without, and a probe of gains, streams and residuals.
 
 `connections` times the projection and whole sites: what a connection adds
 around a sub-layer, mappings, `pre` and `post`, with the identity as the
@@ -38,6 +42,7 @@ import time
 from absl import flags
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import command_line
 from mhc import config
@@ -45,6 +50,8 @@ from mhc import connections
 from mhc import manifold
 from mhc import memory
 from mhc import recompute
+from mhc import sharding
+from mhc import step
 from mhc.kernels import measure
 from mhc.kernels import schedule
 from mhc.kernels import shapes
@@ -81,6 +88,8 @@ def main(what):
       _triton()
     case 'bandwidth':
       _bandwidth()
+    case 'telemetry':
+      _telemetry()
 
 
 def _bandwidth():
@@ -261,6 +270,65 @@ def _recompute():
       )
 
 
+def _telemetry():
+  base = config.Config(probe_every=25)
+  rows = []
+  for blocks in (4, 16):
+    wide = dataclasses.replace(base.model, num_blocks=blocks)
+    guarded = dataclasses.replace(base, model=wide)
+    free = dataclasses.replace(
+      guarded, guards=dataclasses.replace(base.guards, nonfinite='log')
+    )
+    with_guard, without, probe = _step_times(guarded, free)
+    rows.append(
+      {
+        'blocks': blocks,
+        'step_ms': 1e3 * without,
+        'skipping': with_guard / without - 1,
+        'probe_steps': probe / without,
+        'probe_every_25': probe / without / 25,
+      }
+    )
+  if JSON.value:
+    print(*map(json.dumps, rows), sep='\n')
+    return
+  print(
+    '| blocks | step, ms | guard in the step | a probe, in steps | each 25 |'
+  )
+  print('|---:|---:|---:|---:|---:|')
+  for row in rows:
+    print(
+      f'| {row["blocks"]} | {row["step_ms"]:.1f} | {row["skipping"]:+.1%} | '
+      f'{row["probe_steps"]:.2f} | {row["probe_every_25"]:.2%} |'
+    )
+
+
+def _step_times(guarded, free):
+  """Median seconds of a step with guards that skip, without, and a probe."""
+  made = [step.build(settings) for settings in (guarded, free)]
+  states = [programs.init(0) for programs in made]
+  rng = np.random.default_rng(0)
+  shape = (free.data.batch_size, free.data.seq_len + 1)
+  batch = rng.integers(0, 256, shape, np.int32)
+  mesh = made[1].mesh
+  tokens = sharding.place(batch, mesh, sharding.BATCH)
+  row = sharding.place(batch[:1, :-1], mesh, sharding.WHOLE)
+  samples = [], [], []
+  for number in range(ROUNDS.value + 2):
+    for which in range(3):
+      start = time.perf_counter()
+      if which == 2:
+        jax.block_until_ready(made[1].probe(states[1], row))
+      else:
+        states[which], metrics = made[which].train_step(
+          states[which], tokens, made[which].controls()
+        )
+        jax.block_until_ready(metrics)
+      if number >= 2:
+        samples[which].append(time.perf_counter() - start)
+  return [statistics.median(times) for times in samples]
+
+
 def _cases(tokens, n, widths, kinds) -> Iterator[tuple]:
   """(op, C, direction, function, arguments)."""
 
@@ -318,5 +386,13 @@ def _time(
 
 if __name__ == '__main__':
   command_line.run(
-    main, choices=('connections', 'recompute', 'kernels', 'triton', 'bandwidth')
+    main,
+    choices=(
+      'connections',
+      'recompute',
+      'kernels',
+      'triton',
+      'bandwidth',
+      'telemetry',
+    ),
   )

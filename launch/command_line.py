@@ -209,8 +209,9 @@ def _parse(arguments, choices, free):
       f'unexpected argument {words[-1]!r}: settings go as --config.NAME=VALUE'
     )
   if flags.FLAGS['verbosity'].using_default_value:
-    # Libraries report every step of theirs at INFO; --verbosity=0 shows it.
-    flags.FLAGS.verbosity = logging.WARNING
+    # Libraries report every step of theirs at INFO, and at ERROR what is said
+    # here in a line; --verbosity=0 shows all of it.
+    flags.FLAGS.verbosity = logging.FATAL
   return [rest[0], *words]
 
 

@@ -4,7 +4,7 @@ To files (`truncate`, `flip`, `fill`), and to a process, which is started as
 
     python -m mhc.faults nan launch/train.py --workdir=...
 
-    nan      the loss and the gradient of a batch that holds a zero byte are NaN
+    nan      the loss and the gradient of a batch that holds a byte 1 are NaN
     clock    the time of day jumps by years, forth and back
 """
 
@@ -55,8 +55,9 @@ def fill(folder: pathlib.Path) -> pathlib.Path:
 
 
 def nan():
-  """See above; for one device."""
+  """See above."""
   from mhc import loss
+  from mhc import sharding
 
   def poisoned(build):
     def built(*args, **kwargs):
@@ -64,7 +65,9 @@ def nan():
 
       def loss_and_grads(params, router_bias, tokens):
         nats, grads, load = local.loss_and_grads(params, router_bias, tokens)
-        factor = jnp.where(jnp.any(tokens == 0), jnp.nan, 1.0)
+        found = jnp.sum(tokens == 1, dtype=jnp.int32)
+        found = jax.lax.psum(found, (sharding.DATA, sharding.EXPERT))
+        factor = jnp.where(found > 0, jnp.nan, 1.0)
         scaled = functools.partial(jnp.multiply, factor)
         return scaled(nats), jax.tree.map(scaled, grads), load
 
@@ -76,13 +79,13 @@ def nan():
 
 
 def clock():
-  """See above; what Python's `time.time` says, each second another year."""
+  """See above: what Python's `time.time` says, another year every 2 s."""
   real, start = time.time, time.monotonic()
 
   def jumping():
     jumps = (0, 10, -20, 3, -1)
-    second = int(2 * (time.monotonic() - start))
-    return real() + YEAR * jumps[second % len(jumps)]
+    turn = int((time.monotonic() - start) / 2)
+    return real() + YEAR * jumps[turn % len(jumps)]
 
   time.time = jumping
 

@@ -24,6 +24,7 @@ FREE = (
   'keep_checkpoints',
   'keep_every',
   'tensorboard',
+  'data.on_damage',
   'data.microbatch_size',
 )
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from mhc import checkpoint
 from mhc import config as config_lib
+from mhc import data
 from mhc import evaluate
 from mhc import guards as guards_lib
 from mhc import interrupts
@@ -55,17 +56,18 @@ class Loop:
     programs: step_lib.Programs,
     batches,
     heldout: np.ndarray,
-    tokenizer,
+    corpus: data.Corpus,
     label: str,
   ):
     self._config, self._workdir, self._programs = config, workdir, programs
     self._batches, self._heldout = batches, heldout
-    self._tokenizer = tokenizer
+    self._corpus = corpus
     self._guards = guards_lib.Guards(config)
     self._sinks, self._events = {}, None
     self._num_events = 0
     self._noticed = []  # before there was a file for it
     self._known = self._controls = None
+    self._position = None  # in the data, after the last step's batch
     self._checkpoints = checkpoint.Checkpoints(
       workdir, config, failed=self._not_saved
     )
@@ -104,7 +106,11 @@ class Loop:
     """
     pending, values = None, {}
     while self._step < self._config.num_steps:
-      before, pending = pending, self._dispatch()
+      try:
+        before, pending = pending, self._dispatch()
+      except (ValueError, OSError):
+        self._end_without_data(pending)
+        raise
       if before is not None:
         values, events = self._look(before)
         if self._rolled_back(events, before):
@@ -140,9 +146,9 @@ class Loop:
     return last or bool(every and self._step % every == 0)
 
   def _dispatch(self) -> Pending:
-    limit, mesh = self._guards.loss_limit(), self._programs.mesh
     skips = self._config.guards.loss_spike == 'skip_step'
     batch = next(self._batches)
+    limit, mesh = self._guards.loss_limit(), self._programs.mesh
     self._step += 1
     tokens = sharding.place(batch, mesh, sharding.BATCH)
     known = (limit if skips else math.inf, self._guards.memory.rate)
@@ -153,7 +159,19 @@ class Loop:
       self._state, metrics = self._programs.train_step(
         self._state, tokens, self._controls
       )
-    return Pending(self._step, limit, self._batches.get_state(), metrics)
+    self._position = self._batches.get_state()
+    return Pending(self._step, limit, self._position, metrics)
+
+  def _end_without_data(self, pending):
+    """Saves what was done before the data could not be read."""
+    # Of many processes the others may have read theirs.
+    if self._position is None or processes.count() > 1:
+      return
+    if pending is not None:
+      values, _ = self._look(pending)
+      self._record(pending.step, values)
+    self._save()
+    self._checkpoints.wait()
 
   def _look(self, pending):
     """The numbers of a step, once it is done, and what guards say of them."""
@@ -173,7 +191,7 @@ class Loop:
       self._state,
       self._heldout,
       self._config.data.batch_size,
-      self._tokenizer,
+      self._corpus.tokenizer,
     )
 
   def _probed(self, values) -> list[guards_lib.Event]:
@@ -263,10 +281,13 @@ class Loop:
     return saved and saved.extra
 
   def _save(self):
+    processes.check_same(
+      {'the number of records left out of the data': self._corpus.log.count}
+    )
     self._checkpoints.save(
       self._programs.canonical(self._state),
       {
-        'data': self._batches.get_state(),
+        'data': self._position,
         'guards': self._guards.state(),
         'events': self._num_events,
       },
@@ -277,9 +298,11 @@ class Loop:
     self._event(step, guard='save', metric=reason, policy='log')
 
   def _must_be_saved(self, why):
-    if not self._checkpoints.wait() or self._step not in (
-      self._checkpoints.steps()
-    ):
+    for _ in range(2):
+      if self._checkpoints.wait() and self._step in self._checkpoints.steps():
+        return
+      self._save()
+    if not self._checkpoints.wait():
       raise OSError(
         f'{why}, but the state after step {self._step} could not be saved: '
         'make room; the same command then goes on from the last one'

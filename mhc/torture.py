@@ -100,8 +100,11 @@ class Run:
       env=environment,
     )
 
-  def wait(self, process: subprocess.Popen) -> int:
-    """Its exit status, once it has ended; keeps what it said."""
+  def wait(self, process: subprocess.Popen, tracebacks: bool = False) -> int:
+    """Its exit status, once it has ended; keeps what it said.
+
+    With `tracebacks`, it may say one: a process whose partner is gone.
+    """
     try:
       said = process.communicate(timeout=PATIENCE)[1]
     except subprocess.TimeoutExpired:
@@ -109,7 +112,7 @@ class Run:
       process.communicate()
       raise Failure(f'no end after {PATIENCE:.0f} s') from None
     self.log += said
-    if 'Traceback' in said:
+    if 'Traceback' in said and not tracebacks:
       raise Failure(f'a traceback: {said[said.index("Traceback") :][:2000]}')
     return process.returncode
 
@@ -248,7 +251,7 @@ def flipped(run: Run, chance: random.Random) -> str:
 
 
 def full_disk(run: Run, chance: random.Random) -> str:
-  """No room for a while: on a tmpfs of 16 MB, or by a limit on file sizes."""
+  """No room for a while on a tmpfs of 16 MB: it trains on, and saves later."""
   run.workdir.mkdir(parents=True)
   mount = ['mount', '-t', 'tmpfs', '-o', 'size=16m', 'tmpfs', str(run.workdir)]
   mounted = (
@@ -305,7 +308,7 @@ def one_of_two(run: Run, chance: random.Random) -> str:
   for child, arguments in children.items():
     if f'--process_id={which}' in arguments:
       os.kill(child, signal.SIGKILL)
-  status = run.wait(process)
+  status = run.wait(process, tracebacks=True)
   if status != 128 + signal.SIGKILL:
     raise Failure(f'the launcher ended with status {status}: {run.log}')
   return f'process {which}, after step {run.steps()}'
@@ -374,7 +377,7 @@ def _references(root, names):
   root.mkdir(parents=True, exist_ok=True)
   words = np.random.default_rng(0).choice(['ab ', 'cde ', 'f\n'], 6000)
   (root / 'text.txt').write_text(''.join(words))
-  words[[1000, 2000, 3000]] = '\0'
+  words[[1000, 2000, 3000]] = '\x01'
   (root / 'poisoned.txt').write_text(''.join(words))
   found = {}
   for kind in dict.fromkeys(map(_kind, names)):

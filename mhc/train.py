@@ -57,6 +57,7 @@ def train(
     )
     mesh = sharding.make_mesh(config.mesh, config.data)
     step_lib.check(config, mesh)
+    memory.check(config, mesh)
   processes.check_same(
     {'the text': corpus.sha256, 'jax': jax.__version__, **plain.leaves(config)}
   )
@@ -85,7 +86,7 @@ def train(
   with (
     interrupts.Interrupts(deadline) as asked,
     loop.Loop(
-      config, workdir, programs, batches, heldout, corpus.tokenizer, label
+      config, workdir, programs, batches, heldout, corpus, label
     ) as running,
   ):
     values = running.run(asked)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mhc import config
+from mhc import data
 from mhc import evaluate
 from mhc import folder
 from mhc import plain
@@ -190,3 +191,24 @@ def test_a_config_of_another_version_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{"num_step": 3}')
   with pytest.raises(ValueError, match=r'config\.json.*num_steps'):
     folder.read_config(pathlib.Path(tmp_path))
+
+
+def test_what_was_done_before_the_data_ended_is_saved(
+  text, finished, tmp_path, monkeypatch
+):
+  workdir, _ = finished
+  rows = data.Rows.__getitem__
+
+  def damaged(self, index):
+    if len(losses(tmp_path / 'run')) == 6:
+      raise ValueError('block 3 is damaged')
+    return rows(self, index)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(data.Rows, '__getitem__', damaged)
+    with pytest.raises(ValueError, match='block 3 is damaged'):
+      train.train(with_text(text), tmp_path / 'run')
+  saved = [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()]
+  assert sorted(saved) == ['4', '6']
+  train.train(with_text(text), tmp_path / 'run')
+  assert losses(tmp_path / 'run') == losses(workdir)

@@ -1,0 +1,39 @@
+"""HC and mHC where HC spikes, with guards that roll back.
+
+    python launch/compare.py --config=configs/guards.py --workdir=runs/guards
+
+The stress panel of configs/compare.py with a probe each five steps: when does
+the gain tell, and when the loss? A spike goes back to the last state of ten
+steps before at most, on with other data and half the learning rate.
+"""
+
+import ml_collections
+
+from mhc import comparison as comparison_lib
+from mhc import config
+from mhc import plain
+
+
+def get_config() -> ml_collections.ConfigDict:
+  base = config.Config(
+    eval_every=0,
+    probe_every=5,
+    checkpoint_every=10,
+    keep_checkpoints=1,
+    guards=config.GuardsConfig(
+      nonfinite='rollback', loss_spike='rollback', rollback_rate=0.5
+    ),
+  )
+  panel = comparison_lib.Panel(
+    title='Guards: depth and a high learning rate, rolled back',
+    kinds=('hc', 'mhc'),
+    seeds=(0, 1, 2),
+    num_blocks=(48,),
+    learning_rates=(2e-2,),
+    num_steps=150,
+    batch_size=4,
+    clip_norm=0.0,
+  )
+  return ml_collections.ConfigDict(
+    plain.to_dict(comparison_lib.Comparison(base, {'guards': panel}))
+  )
