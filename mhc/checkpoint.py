@@ -86,6 +86,7 @@ class Checkpoints:
     self._workdir, self._config = workdir.absolute(), config
     self._reading, self._failed = reading, failed
     self._writing: int | None = None
+    self._echo, sys.unraisablehook = sys.unraisablehook, self._hook
     self._open()
 
   def __enter__(self) -> 'Checkpoints':
@@ -94,6 +95,12 @@ class Checkpoints:
   def __exit__(self, *_):
     self.wait()
     self._manager.close()
+    sys.unraisablehook = self._echo
+
+  def _hook(self, unraisable):
+    """Without what threads say to a loop that ended with a failed save."""
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      self._echo(unraisable)
 
   def steps(self) -> list[int]:
     """Of the states there are, the newest first."""

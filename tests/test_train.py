@@ -187,6 +187,37 @@ def test_lines_past_the_restored_step_are_cut(tmp_path):
   assert got == [(1, 1 / 3), (2, None), (3, 1.0), (4, 7)]
 
 
+class Full:
+  """A file on a disk with room for so many bytes."""
+
+  def __init__(self, file, room):
+    self.file, self.room = file, room
+
+  def write(self, data):
+    self.room -= (taken := min(self.room, len(data)))
+    return self.file.write(data[:taken])
+
+  def __getattr__(self, name):
+    return getattr(self.file, name)
+
+
+def test_lines_wait_for_room_on_the_disk(tmp_path, capsys):
+  path = tmp_path / 'metrics.jsonl'
+  lines = writer.JsonLines(path, 0)
+  lines.write(1, {'loss': 1.0})
+  lines._file = Full(lines._file, 30)
+  for step in (2, 3, 4):
+    lines.write(step, {'loss': 1.0})
+  # Nothing half-written, and said once.
+  assert [line['step'] for line in writer.read_lines(path)] == [1, 2]
+  assert path.read_text().endswith('}\n')
+  assert capsys.readouterr().err.count('NOT WRITTEN') == 1
+  lines._file.room = 10_000
+  lines.write(5, {'loss': 1.0})
+  lines.close()
+  assert [line['step'] for line in writer.read_lines(path)] == [1, 2, 3, 4, 5]
+
+
 def test_a_config_of_another_version_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{"num_step": 3}')
   with pytest.raises(ValueError, match=r'config\.json.*num_steps'):

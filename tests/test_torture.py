@@ -1,0 +1,47 @@
+"""A few trials of launch/torture.py, whose fifty are run by hand."""
+
+import random
+
+import pytest
+
+from mhc import faults
+from mhc import torture
+
+
+def test_runs_survive(tmp_path):
+  names = ('killed_in_save', 'flipped')
+  trials = [*torture.trials(tmp_path / 'torture', 2, 0, names, jobs=1)]
+  assert [trial.fault for trial in trials] == list(names)
+  assert all(trial.survived for trial in trials), trials
+
+
+def test_what_is_not_survived_is_told(tmp_path):
+  """A run that ends elsewhere, and one that does not come to its end."""
+  run = torture.Run(tmp_path / 'run' / 'run', tmp_path / 'no such text')
+  with pytest.raises(torture.Failure, match=r'status 2.*no such text'):
+    run.finish()
+  lines = [{'step': 1, 'loss/train': 2.0}]
+  state = {'w': 1.0}
+  torture._compare((lines, state), (lines, state))
+  for other in (
+    ([{'step': 1, 'loss/train': 2.5}], state),
+    (lines * 2, state),
+    (lines, {'w': 2.0}),
+  ):
+    with pytest.raises(torture.Failure):
+      torture._compare(other, (lines, state))
+
+
+def test_files_are_damaged(tmp_path):
+  chance = random.Random(0)
+  small, large = tmp_path / 'a', tmp_path / 'folder' / 'b'
+  large.parent.mkdir()
+  small.write_bytes(b'a' * 10)
+  large.write_bytes(bytes(1000))
+  assert faults.largest(tmp_path) == large
+  faults.flip(large, chance)
+  data = large.read_bytes()
+  assert len(data) == 1000
+  assert 1 <= sum(byte.bit_count() for byte in data) <= 8
+  faults.truncate(large, chance)
+  assert len(large.read_bytes()) < 1000
