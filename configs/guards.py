@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     kinds=('hc', 'mhc'),
     seeds=(0, 1, 2),
     num_blocks=(48,),
-    learning_rates=(2e-2,),
+    learning_rates=(5e-2,),
     num_steps=150,
     batch_size=4,
     clip_norm=0.0,

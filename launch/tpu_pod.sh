@@ -17,7 +17,8 @@
 #                                          --runtime-version  default: by --type
 #   --project        default: gcloud's     --spot             may be preempted
 #   --retries=20     restarts at most      --dry-run          print the commands
-#   --               then flags of launch/train.py
+#   --               then flags of launch/train.py; --max_time ends one life
+#                    of the run, not the run
 #
 # The bucket is mounted on every worker (gcsfuse), the run is files in it. Make
 # it with a hierarchical namespace: then a checkpoint is renamed at once.
@@ -99,10 +100,11 @@ start() { # ID COMMIT FLAGS...
   cd "$2"
   shift 2
   # The platforms by name: a worker without its TPU must not train on its CPU.
+  # A status: told to end, a run has been saved but has not finished.
   # shellcheck disable=SC2016
   JAX_PLATFORMS=tpu,cpu setsid bash -c \
     '"$@" 9>&- & echo $! > ../pid; wait $!; echo $? > ../status' _ \
-    .venv/bin/python launch/train.py --distributed "$@" \
+    .venv/bin/python launch/train.py --distributed --stop_status=143 "$@" \
     < /dev/null >> ../train.log 2>&1 &
 }
 

@@ -1,15 +1,20 @@
 """Checks of a settings dataclass; messages name the setting and its value."""
 
 import difflib
-import math
 import typing
 from typing import Literal
+
+# Devices count in int32 and compute in float32: what neither can hold, and the
+# smallest positive number that is not flushed to 0.
+MOST = 2**31 - 1
+LARGEST, SMALLEST = (2 - 2**-23) * 2.0**127, 2.0**-126
 
 
 def unknown_name(name: str, known: list[str]) -> str:
   """The message for a setting that does not exist."""
-  near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-  return f'unknown setting {name!r}; did you mean {near[0]!r}?'
+  as_known = {one.lower(): one for one in known}
+  near = difflib.get_close_matches(name.lower(), as_known, n=1, cutoff=0)
+  return f'unknown setting {name!r}; did you mean {as_known[near[0]]!r}?'
 
 
 def _section(config) -> str:
@@ -37,12 +42,16 @@ def check_types(config):
 
 
 def _converted(where, value, hint):
-  if hint is float and type(value) is int:
-    value = float(value)
-  if not isinstance(value, hint) or (hint is not bool and value is True):
+  if not isinstance(value, (int, float) if hint is float else hint) or (
+    isinstance(value, bool) and hint is not bool
+  ):
     raise ValueError(f'{where}={value!r} must be of type {hint.__name__}')
-  if hint is float and not math.isfinite(value):
-    raise ValueError(f'{where}={value} must be finite')
+  if hint is float:
+    if not abs(value) <= LARGEST:  # nor is nan
+      raise ValueError(f'{where}={value} must be finite in float32')
+    return float(value)
+  if hint is int and abs(value) > MOST:
+    raise ValueError(f'{where}={value} must be an integer of 32 bits')
   return value
 
 
@@ -64,10 +73,9 @@ def at_least(config, **bounds):
 
 def positive(config, *names):
   for name in names:
-    if getattr(config, name) <= 0:
-      raise ValueError(
-        f'{_section(config)}{name}={getattr(config, name)} must be positive'
-      )
+    if (value := getattr(config, name)) < SMALLEST:
+      why = 'must be positive' if value <= 0 else 'is 0 in float32'
+      raise ValueError(f'{_section(config)}{name}={value} {why}')
 
 
 def not_negative(config, *names):

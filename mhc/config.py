@@ -91,7 +91,7 @@ class AttentionConfig:
         f'attention.rope_dim={self.rope_dim} must be even: RoPE turns pairs'
       )
     checks.not_negative(self, 'query_rank')
-    checks.positive(self, 'rope_theta')
+    checks.at_least(self, rope_theta=1)  # else angles grow beyond float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,9 +219,10 @@ class OptimizerConfig:
     checks.positive(self, 'learning_rate', 'eps')
     checks.not_negative(self, 'warmup_steps', 'weight_decay', 'clip_norm')
     for name in ('b1', 'b2', 'muon_momentum'):
-      if not 0 <= getattr(self, name) < 1:
+      # What is nearer to 1 is 1 in float32.
+      if not 0 <= getattr(self, name) <= 1 - 2**-24:
         raise ValueError(
-          f'optimizer.{name}={getattr(self, name)} must be in [0, 1)'
+          f'optimizer.{name}={getattr(self, name)} must be in [0, 1 - 2**-24]'
         )
     if len(self.decay_points) != len(self.decay_factors):
       raise ValueError(
@@ -233,6 +234,10 @@ class OptimizerConfig:
     ):
       raise ValueError(
         f'optimizer.decay_points={self.decay_points} must rise within (0, 1)'
+      )
+    if min(self.decay_factors, default=0) < 0:
+      raise ValueError(
+        f'optimizer.decay_factors={self.decay_factors} must not be negative'
       )
 
 
@@ -317,7 +322,7 @@ class GuardsConfig:
   streams: Between = 'log'
   sinkhorn: Between = 'log'
   # Robust standard deviations above the median of as many steps.
-  spike_score: float = 8.0
+  spike_score: float = 6.0
   spike_window: int = 32
   gain_bound: float = 10.0
   cosine_bound: float = 0.999
@@ -377,12 +382,7 @@ class Config:
 
   def __post_init__(self):
     checks.check_types(self)
-    checks.at_least(
-      self,
-      num_steps=1,
-      eval_sequences=1,
-      keep_checkpoints=1,
-    )
+    checks.at_least(self, num_steps=1, eval_sequences=1, keep_checkpoints=1)
     checks.not_negative(
       self,
       'seed',

@@ -240,7 +240,11 @@ def train_batches(
   dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
   # Slicing an array is cheaper than handing it to a thread.
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-  return iter(dataset.batch(config.batch_size).to_iter_dataset(options))
+  return iter(
+    dataset.batch(config.batch_size, drop_remainder=True).to_iter_dataset(
+      options
+    )
+  )
 
 
 def heldout_rows(

@@ -255,9 +255,12 @@ def by_capacity(
 
 
 def slots(config: config_lib.MoEConfig, experts: Int[Array, 's k']) -> int:
-  """An expert's rows for these tokens, of dispatch='capacity'."""
+  """An expert's rows for these tokens, of dispatch='capacity'.
+
+  No more than there are tokens, each of which chooses an expert once.
+  """
   mean = experts.size / config.num_experts
-  return math.ceil(config.capacity_factor * mean)
+  return min(len(experts), math.ceil(config.capacity_factor * mean))
 
 
 def _all_to_all(x):

@@ -6,7 +6,9 @@ hand; a second one ends the process at once. Time is counted by a clock that
 nobody sets.
 
 Of many processes each is told by JAX's runtime of a SIGTERM to any of them, and
-all stop after the same step; SIGINT ends them at once.
+all stop after the same step. Up to there JAX takes all that come, since every
+process may get one of its own; while they save, the first in a process is
+answered, a second one ends it at once. SIGINT ends them at once.
 """
 
 import os
@@ -30,16 +32,13 @@ class Interrupts:
 
   def __enter__(self) -> 'Interrupts':
     if processes.count() == 1:
-      try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-          self._before[number] = signal.signal(number, self._ask)
-      except ValueError:  # not the main thread, which alone may do this
-        self._before = {}
+      self._listen(signal.SIGTERM, signal.SIGINT)
     return self
 
   def __exit__(self, *_):
     for number, handler in self._before.items():
-      signal.signal(number, handler)
+      if handler is not None:  # not one of C++, which Python cannot put back
+        signal.signal(number, handler)
 
   def stopping(self, step: int) -> processes.Stopped | None:
     """Why to save and stop after this step; the same in all processes.
@@ -53,6 +52,9 @@ class Interrupts:
         os.kill(os.getpid(), signal.SIGTERM)  # so that the others hear of it
       if not processes.stopping(step):
         return None
+      if not self._before:
+        # In the place of JAX's handler, which all have heard by now.
+        self._listen(signal.SIGTERM)
       return processes.Stopped('SIGTERM', step)
     if self._asked is not None:
       status = 130 if self._asked == signal.SIGINT else None
@@ -60,6 +62,13 @@ class Interrupts:
     if late:
       return processes.Stopped('the time is up', step)
     return None
+
+  def _listen(self, *numbers):
+    try:
+      for number in numbers:
+        self._before[number] = signal.signal(number, self._ask)
+    except ValueError:  # not the main thread, which alone may do this
+      self._before = {}
 
   def _ask(self, number, frame):
     del frame

@@ -40,12 +40,15 @@ class Layout:
   placement: schedule.Placement = 'linear'
 
   def __post_init__(self):
-    if min(self.stages[1:], default=1) < 1:
+    number = self.num_devices * self.num_chunks
+    total = self.num_before + self.num_blocks
+    if number > total + 1 or min(self.stages[1:], default=1) < 1:
       raise ValueError(
-        f'{self.num_devices} pipeline devices with {self.num_chunks} stage(s) '
-        f'each are {len(self.stages)} stages, more than the '
-        f'{self.num_before + self.num_blocks} blocks can fill: lower mesh.pipe '
-        'or mesh.chunks, or take a schedule with one stage a device'
+        f'mesh.pipe={self.num_devices} pipeline devices with {self.num_chunks} '
+        f'stage(s) each are {number} stages, more than the {total} blocks can '
+        f'fill (model.num_blocks={total}, the last {self.num_blocks} of which '
+        'are spread over the stages): lower mesh.pipe or mesh.chunks, or take '
+        'a schedule with one stage a device'
       )
 
   @functools.cached_property

@@ -1,5 +1,7 @@
 r"""Bytes of a training step: by formula before it is compiled, and by XLA.
 
+What cannot fit is refused by them (`check`).
+
 A token's activations that are kept for the backward pass, with L sub-layers, n
 streams of d numbers and `recompute.kept` for Eq. 20, come as
 
@@ -14,18 +16,29 @@ Mappings (2n + n^2 float32 numbers a sub-layer) and norms' scales are left out.
 """
 
 import functools
+import math
+import os
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import optax
 
 from mhc import config as config_lib
 from mhc import layout
+from mhc import plain
 from mhc import recompute
 from mhc import schedule
 from mhc import sharding
 from mhc import transformer
+
+SIZES = (
+  *('vocab_size', 'num_blocks', 'dim', 'ffn_dim', 'num_heads', 'head_dim'),
+  *('rope_dim', 'kv_rank', 'query_rank', 'num_streams', 'num_experts'),
+  *('experts_per_token', 'num_shared', 'expert_dim'),
+  *('seq_len', 'batch_size', 'microbatch_size'),
+)
 
 
 def activations(
@@ -85,6 +98,74 @@ def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
     if mesh.head == 'vocab':
       kinds['logits'] //= mesh.pipe
   return {name: size * tokens for name, size in kinds.items()}
+
+
+def check(config: config_lib.Config, mesh: Mesh):
+  """Refuses what cannot fit, by the least that a step has at a time.
+
+  Parameters, their gradients and what the optimiser keeps of them, and the
+  activations by `predicted`. The devices of a CPU share its memory.
+
+  Raises:
+    ValueError: that is more than the devices have.
+  """
+  room = _room(mesh)
+  if room is None:
+    return
+  state = _state(config, mesh)
+  # Those of what is much too large would take long to count.
+  kept = 0 if state > room else sum(predicted(config, mesh.size).values())
+  if state + kept <= room:
+    return
+  ours, usual = (_sizes(one) for one in (config, config_lib.Config()))
+  largest = sorted(ours, key=lambda name: -ours[name] / max(1, usual[name]))
+  named = ', '.join(f'{name}={ours[name]}' for name in largest[:4])
+  raise ValueError(
+    f'{named} and the other sizes take {state / 2**30:,.1f} GiB for parameters '
+    f'and optimiser and {kept / 2**30:,.1f} for activations at least, of the '
+    f'{room / 2**30:,.1f} that a {mesh.devices.flat[0].platform} device has: '
+    'make them smaller, or take more devices'
+  )
+
+
+def _room(mesh):
+  """Bytes of a device, None where nobody knows."""
+  device = mesh.devices.flat[0]
+  if device not in jax.local_devices():
+    return None
+  if device.platform == 'cpu':
+    sharing = len(mesh.local_devices)
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // sharing
+  return (device.memory_stats() or {}).get('bytes_limit')
+
+
+def _state(config, mesh):
+  """Bytes of a device: parameters, gradients, moments (Muon's is one)."""
+  model = config.model
+  shapes = nnx.to_pure_dict(
+    nnx.state(
+      nnx.eval_shape(lambda: transformer.Transformer(model, rngs=nnx.Rngs(0)))
+    )
+  )
+  copies = 3 if config.optimizer.name == 'muon' else 4
+
+  def leaf(path, shape):
+    names = sharding.names(path)
+    axes = sharding.spec(names, model.stack, config.mesh.head)
+    ways = math.prod(mesh.shape[axis] for axis in axes if axis)
+    return math.prod(shape.shape) * copies * 4 // ways
+
+  return sum(jax.tree.leaves(jax.tree_util.tree_map_with_path(leaf, shapes)))
+
+
+def _sizes(config):
+  """Settings that arrays grow with."""
+  flat = plain.leaves({'model': config.model, 'data': config.data})
+  return {
+    name: value
+    for name, value in flat.items()
+    if name.rpartition('.')[2] in SIZES
+  }
 
 
 def compile_gradient(

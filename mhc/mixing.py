@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from mhc import axes
 from mhc import manifold
 from mhc.kernels import dispatch
 
@@ -98,7 +99,8 @@ def permutations(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
 def kronecker(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
   """U_1 x U_2 x ... with U_f = softmax(logits_f) . (I, swap)."""
   size, tokens = 1, logits.shape[1]
-  product = jnp.ones((1, 1, tokens))
+  # Varies as the logits do also where there are none, for one stream.
+  product = axes.vary(jnp.ones((1, 1, tokens)), axes.over(logits))
   for pair in logits.reshape(-1, 2, tokens):
     keep, swap = jax.nn.softmax(pair, axis=0)
     factor = jnp.stack([jnp.stack([keep, swap]), jnp.stack([swap, keep])])
@@ -115,7 +117,9 @@ def cayley(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
   symmetric part of I + S is I, so every pivot is at least 1.
   """
   above = np.triu_indices(n, 1)
-  skew = jnp.zeros((n, n, logits.shape[1])).at[above].set(logits)
+  empty = jnp.zeros((n, n, logits.shape[1]))
+  # Varies as the logits do also where there are none, for one stream.
+  skew = axes.vary(empty, axes.over(logits)).at[above].set(logits)
   skew = skew - jnp.swapaxes(skew, 0, 1)
   eye = jnp.eye(n)[..., None]
   system = jnp.concatenate([eye + skew, eye - skew], axis=1)

@@ -167,11 +167,13 @@ def updated_bias(
 def load_metrics(
   load: Float[Array, 'l e'], dropped: Float[Array, 'l']
 ) -> dict[str, Float[Array, '']]:
-  """Averages over layers; entropy 1 is an even load."""
+  """Averages over layers; entropy 1 is an even load, such as of one expert."""
   share = load / jnp.sum(load, axis=1, keepdims=True)
   largest = jnp.max(share, axis=1) * load.shape[1]
   logs = jnp.log(jnp.maximum(share, 1e-30))
-  entropy = -jnp.sum(share * logs, axis=1) / math.log(load.shape[1])
+  entropy = -jnp.sum(share * logs, axis=1) / math.log(max(2, load.shape[1]))
+  if load.shape[1] == 1:
+    entropy = jnp.ones_like(entropy)
   return {
     'moe/load_max_over_mean': jnp.mean(largest),
     'moe/load_entropy': jnp.mean(entropy),

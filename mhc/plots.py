@@ -11,6 +11,7 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 
+from mhc import events as events_lib
 from mhc import results
 
 # Okabe-Ito, readable with colour blindness; one colour a kind everywhere.
@@ -38,6 +39,16 @@ LABELS = {
   'kromhc': 'KromHC',
   'orthogonal': 'orthogonal',
   'mhc_single_pass': 'mHC single-pass',
+}
+
+# Of each guard; dashes lie on solid lines where two speak of the same step.
+MARKS = {
+  'nonfinite': ('black', ':'),
+  'loss_spike': ('black', '--'),
+  'gain': ('#CC79A7', '-'),
+  'streams': ('#009E73', (0, (4, 4))),
+  'sinkhorn': ('#56B4E9', '-.'),
+  'skips': ('black', '-.'),
 }
 
 ByKind = dict[str, list[results.Run]]
@@ -204,6 +215,49 @@ def loads_of_panels(panels: dict[str, list[results.Run]]) -> Figure:
     )
   axes[0].axhline(1, color='black', linewidth=0.6, linestyle=':')
   _label(axes[0], 'expert load', 'step', 'largest / mean, mean over layers')
+  return figure
+
+
+def first_events(panels: dict[str, list[results.Run]]) -> Figure | None:
+  """Of each panel with loss spikes the run with most: its loss, its guards."""
+  spiky = {}
+  for name, runs in panels.items():
+    told = [run for run in runs if run.loss_spikes and run.events]
+    if told:
+      spiky[name] = max(told, key=lambda run: run.loss_spikes)
+  if not spiky:
+    return None
+  figure, axes = _axes(len(spiky), 1, width=9, height=2.8 * len(spiky))
+  for axis, (name, run) in zip(axes, spiky.items(), strict=True):
+    steps, values = run.series('loss/train')
+    axis.plot(steps, values, color=COLORS[run.kind], linewidth=1.2)
+    for guard, event in events_lib.first(run.events).items():
+      color, style = MARKS.get(guard, ('black', ':'))
+      axis.axvline(
+        event['step'],
+        color=color,
+        linestyle=style,
+        zorder=2 if style == '-' else 3,
+        label=f'step {event["step"]}: guard {guard}',
+      )
+    spike = run.loss_spike_steps[0]
+    axis.plot(
+      spike,
+      values[steps == spike][0],
+      linestyle='',
+      marker='o',
+      color=COLORS[run.kind],
+      label=f'step {spike}: loss spike',
+    )
+    title = f'{name}: {LABELS[run.kind]}, seed {run.config.seed}'
+    _label(axis, title, 'step', 'loss (nats / token)')
+    axis.legend(
+      handles=sorted(axis.lines[1:], key=lambda line: line.get_xdata()[0]),
+      frameon=False,
+      fontsize=9,
+      loc='upper left',
+      bbox_to_anchor=(1, 1),
+    )
   return figure
 
 

@@ -4,50 +4,19 @@ Everything is computed from the files that the runs left, so a report can be
 made again at any time.
 """
 
-import base64
-import html
 import json
 import pathlib
-from typing import NamedTuple
 
 import numpy as np
 
 from mhc import claims
+from mhc import events
+from mhc import page
 from mhc import plots
 from mhc import results
 from mhc import writer
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px;
-  margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 1em 0; font-size: 14px; }
-th, td { padding: .25em .6em; border-bottom: 1px solid #ddd;
-  text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; }
-table.text th, table.text td { text-align: left; }
-.scroll { overflow-x: auto; }
-figure { margin: 1.5em 0; } img { max-width: 100%; }
-figcaption { color: #555; font-size: 14px; }
-"""
-
-
-class Heading(NamedTuple):
-  level: int
-  text: str
-
-
-class Table(NamedTuple):
-  header: list[str]
-  lines: list[list[str]]
-  numeric: bool = True
-
-
-class Picture(NamedTuple):
-  path: str  # relative to the report
-  caption: str
-
-
-Part = Heading | Table | Picture | str  # str is a paragraph
+TITLE = 'Residual designs compared'
 
 
 def render(workdir: pathlib.Path) -> list[dict]:
@@ -67,16 +36,17 @@ def render(workdir: pathlib.Path) -> list[dict]:
       title = comparison.panels[name].title or name
       parts += _panel(workdir, name, title, runs, panel_rows)
   parts += _loads(workdir, panels)
+  parts += _events(workdir, panels, rows)
   parts = [*_introduction(comparison, panels, unfinished), *parts, *_notes()]
   (workdir / 'results.json').write_text(
     json.dumps(writer.jsonable(rows), indent=2) + '\n'
   )
-  (workdir / 'report.md').write_text(_markdown(parts))
-  (workdir / 'report.html').write_text(_html(parts, workdir))
+  (workdir / 'report.md').write_text(page.markdown(parts))
+  (workdir / 'report.html').write_text(page.html(TITLE, parts, workdir))
   return rows
 
 
-def _loads(workdir, panels) -> list[Part]:
+def _loads(workdir, panels) -> list[page.Part]:
   """One figure across panels, where more than one has experts."""
   routed = {
     name: runs
@@ -90,13 +60,56 @@ def _loads(workdir, panels) -> list[Part]:
     workdir / 'figures' / 'expert_load.png', dpi=110
   )
   return [
-    Heading(2, 'Expert load of the panels'),
-    Picture(
+    page.Heading(2, 'Expert load of the panels'),
+    page.Picture(
       'figures/expert_load.png',
       'Largest expert load over the mean load of a batch; 1 is even. Thin: '
       'every step; thick: means of 25 steps.',
     ),
   ]
+
+
+def _events(workdir, panels, rows) -> list[page.Part]:
+  parts: list[page.Part] = [
+    page.Heading(2, 'Events'),
+    'What the guards saw in each run and did about it, and which states could '
+    'not be saved (`events.jsonl`): an event is made when trouble begins, not '
+    'again while it lasts. Guards of the loss look at every step, the others '
+    'where a run is probed. Skipped updates are those among the steps that '
+    'were not rolled back.',
+    page.Table(
+      events.WATCHED, events.watched(rows, plots.LABELS), numeric=False
+    ),
+  ]
+  figure = plots.first_events(panels)
+  if figure is not None:
+    file = 'figures/events.png'
+    figure.savefig(workdir / file, dpi=110)
+    parts.append(
+      page.Picture(
+        file,
+        'Training loss and the first event of each guard, in the run of each '
+        'panel with most loss spikes. The dot is the first spike as the tables '
+        f'count them, more than {results.LOSS_SPIKE_NATS:g} nat above the '
+        f'median of {results.WINDOW} steps.',
+      )
+    )
+  for name, runs in panels.items():
+    for run in runs:
+      if run.events:
+        blocks, rate = run.setting
+        number = len(run.events)
+        parts.append(
+          page.Fold(
+            f'{name}: {plots.LABELS[run.kind]}, {blocks} blocks, learning rate '
+            f'{rate:g}, seed {run.config.seed}: {number} '
+            f'event{"s" * (number > 1)}',
+            page.Table(events.HEADER, events.lines(run.events), numeric=False),
+          )
+        )
+  if not any(isinstance(part, page.Fold) for part in parts):
+    parts.append('No events.')
+  return parts
 
 
 def summary(rows: list[dict]) -> str:
@@ -125,12 +138,12 @@ def summary(rows: list[dict]) -> str:
   return '\n'.join(lines)
 
 
-def _introduction(comparison, panels, unfinished) -> list[Part]:
+def _introduction(comparison, panels, unfinished) -> list[page.Part]:
   first = next(run for runs in panels.values() for run in runs)
   corpus, model = first.summary['corpus'], first.config.model
   data = first.config.data
-  parts: list[Part] = [
-    Heading(1, 'Residual designs compared'),
+  parts: list[page.Part] = [
+    page.Heading(1, TITLE),
     'The same transformer, data order and initial weights; only the residual '
     'connection differs: **residual** (one stream), **HC** (Hyper-Connections, '
     'unconstrained mixing of n streams), **mHC** (mixing projected onto the '
@@ -166,8 +179,8 @@ def _ffn(model) -> str:
   )
 
 
-def _panel(workdir, name, title, runs, rows) -> list[Part]:
-  parts: list[Part] = [Heading(2, title)]
+def _panel(workdir, name, title, runs, rows) -> list[page.Part]:
+  parts: list[page.Part] = [page.Heading(2, title)]
   for setting in dict.fromkeys(run.setting for run in runs):
     blocks, rate = setting
     here = [run for run in runs if run.setting == setting]
@@ -186,7 +199,7 @@ def _panel(workdir, name, title, runs, rows) -> list[Part]:
     judged = claims.judge(selected)
     if judged:
       parts.append(
-        Table(
+        page.Table(
           ['The papers', 'Here', 'Verdict'],
           [[c.paper, c.here, c.verdict] for c in judged],
           numeric=False,
@@ -194,11 +207,11 @@ def _panel(workdir, name, title, runs, rows) -> list[Part]:
       )
     folder = pathlib.Path('figures') / f'{name}-b{blocks}-lr{rate:g}'
     for file, caption in plots.draw_all(here, workdir / folder).items():
-      parts.append(Picture(str(folder / file), caption))
+      parts.append(page.Picture(str(folder / file), caption))
   return parts
 
 
-def _table(rows) -> Table:
+def _table(rows) -> page.Table:
   """One line a kind: means over seeds, the loss with its range."""
   lines = []
   for kind in dict.fromkeys(row['variant'] for row in rows):
@@ -251,12 +264,12 @@ def _table(rows) -> Table:
   ]
   if all(row['load_max_over_mean'] is None for row in rows):
     header, lines = header[:-1], [line[:-1] for line in lines]
-  return Table(header, lines)
+  return page.Table(header, lines)
 
 
-def _notes() -> list[Part]:
+def _notes() -> list[page.Part]:
   return [
-    Heading(2, 'How to read this'),
+    page.Heading(2, 'How to read this'),
     'Losses are means over seeds, with the range of the held-out loss in '
     'parentheses; `gap` is to the plain residual of the same seed. Gains are '
     'the Amax gain magnitudes of the mHC paper (Sec. 3.1): the largest '
@@ -279,74 +292,3 @@ def _notes() -> list[Part]:
 
 def _fixed(value, digits, sign=False):
   return '' if value is None else f'{value:{"+" if sign else ""}.{digits}f}'
-
-
-def _markdown(parts: list[Part]) -> str:
-  blocks = []
-  for part in parts:
-    match part:
-      case Heading(level, text):
-        blocks.append('#' * level + ' ' + text)
-      case Table(header, lines, numeric):
-        rule = ['---:' if numeric and i else '---' for i in range(len(header))]
-        blocks.append(
-          '\n'.join(
-            '| ' + ' | '.join(line) + ' |' for line in [header, rule, *lines]
-          )
-        )
-      case Picture(path, caption):
-        blocks.append(f'![{caption}]({path})\n\n*{caption}*')
-      case text:
-        blocks.append(text)
-  return '\n\n'.join(blocks) + '\n'
-
-
-def _html(parts: list[Part], workdir: pathlib.Path) -> str:
-  blocks = []
-  for part in parts:
-    match part:
-      case Heading(level, text):
-        blocks.append(f'<h{level}>{html.escape(text)}</h{level}>')
-      case Table(header, lines, numeric):
-        cells = [_cells('th', header), *(_cells('td', line) for line in lines)]
-        kind = '' if numeric else ' class="text"'
-        blocks.append(
-          f'<div class="scroll"><table{kind}>'
-          + '\n'.join(cells)
-          + '</table></div>'
-        )
-      case Picture(path, caption):
-        data = base64.b64encode((workdir / path).read_bytes()).decode()
-        caption = html.escape(caption)
-        blocks.append(
-          f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-          f'<figcaption>{caption}</figcaption></figure>'
-        )
-      case text:
-        blocks.append(f'<p>{_emphasis(html.escape(text))}</p>')
-  return (
-    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-    '<title>Residual designs compared</title>'
-    f'<style>{STYLE}</style></head><body>\n'
-    + '\n'.join(blocks)
-    + '\n</body></html>\n'
-  )
-
-
-def _cells(tag, values):
-  return (
-    '<tr>'
-    + ''.join(f'<{tag}>{html.escape(v)}</{tag}>' for v in values)
-    + '</tr>'
-  )
-
-
-def _emphasis(text):
-  """Markdown's **strong** and `code` as HTML."""
-  for mark, tag in (('**', 'strong'), ('`', 'code')):
-    pieces = text.split(mark)
-    text = pieces[0] + ''.join(
-      f'<{tag}>{piece}' if i % 2 == 0 else f'</{tag}>{piece}'
-      for i, piece in enumerate(pieces[1:])
-    )
-  return text

@@ -18,6 +18,7 @@ import numpy as np
 
 from mhc import comparison as comparison_lib
 from mhc import config as config_lib
+from mhc import events as events_lib
 from mhc import plain
 from mhc import train
 from mhc import writer
@@ -29,12 +30,13 @@ LOSS_SPIKE_NATS = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One finished run: its settings, summary, metrics and probes."""
+  """One finished run: its settings, summary, metrics, probes and events."""
 
   config: config_lib.Config
   summary: dict
   metrics: list[dict]
   probes: list[dict]
+  events: list[dict] | None = None
 
   @property
   def kind(self) -> str:
@@ -57,13 +59,17 @@ class Run:
 
   @functools.cached_property
   def grad_spikes(self) -> int:
-    norm, median = self._against_median('grad/global_norm')
+    _, norm, median = self._against_median('grad/global_norm')
     return int(np.sum(norm > GRAD_SPIKE_FACTOR * median))
 
   @functools.cached_property
   def loss_spikes(self) -> int:
-    loss, median = self._against_median('loss/train')
-    return int(np.sum(loss > median + LOSS_SPIKE_NATS))
+    return len(self.loss_spike_steps)
+
+  @functools.cached_property
+  def loss_spike_steps(self) -> np.ndarray:
+    steps, loss, median = self._against_median('loss/train')
+    return steps[loss > median + LOSS_SPIKE_NATS]
 
   @functools.cached_property
   def final_load(self) -> float | None:
@@ -77,12 +83,13 @@ class Run:
     return float(np.median(self.series('time/step_s')[1]))
 
   def _against_median(self, name):
-    _, values = self.series(name)
+    steps, values = self.series(name)
     if len(values) <= WINDOW:
-      return np.zeros(0), np.zeros(0)
+      return (np.zeros(0),) * 3
     windows = np.lib.stride_tricks.sliding_window_view(values[:-1], WINDOW)
     first = max(WINDOW, self.config.optimizer.warmup_steps)
-    return values[first:], np.median(windows, axis=1)[first - WINDOW :]
+    medians = np.median(windows, axis=1)
+    return steps[first:], values[first:], medians[first - WINDOW :]
 
 
 def read(folder: pathlib.Path, config: config_lib.Config) -> Run | None:
@@ -95,6 +102,7 @@ def read(folder: pathlib.Path, config: config_lib.Config) -> Run | None:
     summary,
     writer.read_lines(folder / 'metrics.jsonl'),
     writer.read_lines(folder / 'probes.jsonl'),
+    events_lib.read(folder),
   )
 
 
@@ -166,6 +174,7 @@ def _row(panel, run, baseline):
     'grad_norm_max': float(grad_norm.max()),
     'grad_spikes': run.grad_spikes,
     'loss_spikes': run.loss_spikes,
+    **events_lib.numbers(run.events, run.metrics, run.config),
     'load_max_over_mean': run.final_load,
     'step_time_s': run.step_seconds,
     'step_time_ratio': against(lambda r: r.step_seconds),

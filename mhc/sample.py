@@ -7,6 +7,7 @@ the fewest most probable tokens whose probabilities add up to `top_p`
 
 from collections.abc import Iterator
 import dataclasses
+import math
 import pathlib
 
 from flax import nnx
@@ -68,8 +69,10 @@ def generate(
   Raises:
     ValueError: a value out of its range.
   """
-  if temperature < 0:
+  if not 0 <= temperature < math.inf:
     raise ValueError(f'temperature={temperature} must be 0 or more')
+  if not 0 <= seed < 2**31:
+    raise ValueError(f'seed={seed} must be from 0 and have 32 bits')
   if not 0 < top_p <= 1:
     raise ValueError(f'top_p={top_p} must be above 0 and at most 1')
   if len(prompt) == 0:

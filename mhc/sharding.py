@@ -30,6 +30,8 @@ AXES = (DATA, PIPE, EXPERT)
 BATCH = P((DATA, EXPERT))
 WHOLE = P()
 ROWS = P(PIPE)  # of the stack of blocks
+# A pipeline's table is written out.
+MOST_MICROBATCHES = 2**14
 
 
 def spec(
@@ -141,7 +143,8 @@ def num_microbatches(
   """Into how many parts a device takes its rows, of a batch split `ways`.
 
   Raises:
-    ValueError: they do not come out even, or are too few for the schedule.
+    ValueError: they do not come out even, or are too few or too many for the
+      schedule.
   """
   share = data.batch_size // ways
   size = data.microbatch_size or share
@@ -149,7 +152,8 @@ def num_microbatches(
     raise ValueError(
       f'data.microbatch_size={size} does not divide a '
       f"device's share of the batch: {data.batch_size} rows over "
-      f'{ways} device(s) are {share}'
+      f'{ways} device(s) are {share} (mesh.num_devices={ways * config.pipe} '
+      f'over mesh.pipe={config.pipe})'
     )
   if size % config.parts:
     raise ValueError(
@@ -165,6 +169,13 @@ def num_microbatches(
         f'microbatches on mesh.pipe={config.pipe} devices, got {number}: '
         f'data.batch_size={data.batch_size} over {ways} device(s) are {share} '
         f'rows, data.microbatch_size={size} of them at a time'
+      )
+    if number > MOST_MICROBATCHES:
+      raise ValueError(
+        f'data.batch_size={data.batch_size} over {ways} device(s), '
+        f'data.microbatch_size={size} rows at a time, are {number} '
+        f'microbatches: a pipeline (mesh.pipe={config.pipe}) takes at most '
+        f'{MOST_MICROBATCHES}'
       )
   return number
 

@@ -34,7 +34,7 @@ install_import_hook(
     f'{package}.{module.name}'
     for package, folder in (('mhc', 'mhc'), ('mhc.kernels', 'kernels'))
     for module in pkgutil.iter_modules([str(ROOT / folder)])
-    if module.name not in ('checks', 'config', 'plain', 'triton')
+    if module.name not in ('checks', 'comparison', 'config', 'plain', 'triton')
   ],
   'beartype.beartype',
 )

@@ -128,7 +128,7 @@ def gradient(settings: config_lib.Config) -> dict:
     # I, or they would amplify rounding from block to block.
     name, noise = path[-1].key, 0.2 * rng.normal(size=leaf.shape)
     if name in ('theta_res', 'bias_res'):
-      noise *= 0.25
+      noise *= 0.1
     if name == 'bias_res':
       noise += np.eye(leaf.shape[-1])
     elif leaf.ndim < 3 and not name.startswith('theta'):

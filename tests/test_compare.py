@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -66,6 +67,8 @@ def test_the_report_is_whole(finished):
   ]
   for row in rows:
     assert {'heldout_nats', 'bits_per_byte', 'gain_fwd_max'} <= row.keys()
+    assert row['events'] == {}
+    assert (row['skipped_updates'], row['saves_due']) == (0, 1)
     if row['variant'] == 'residual':
       assert row['gap_nats'] == 0
       assert row['gain_fwd_max'] == row['params_ratio'] == 1
@@ -85,6 +88,9 @@ def test_the_report_is_whole(finished):
   assert page.count('data:image/png;base64,') == 5
   assert 'src="figures' not in page
   assert 'A small panel' in page
+  assert '<h2>Events</h2>' in page
+  assert '| small | HC | 2 | none |' in markdown
+  assert '\n\nNo events.\n' in markdown
 
 
 def test_rows_are_computed_from_the_files(finished):
@@ -98,6 +104,28 @@ def test_rows_are_computed_from_the_files(finished):
   np.testing.assert_allclose(row['grad_norm_max'], max(norms))
   composite = max(max(probe['composite_fwd']) for probe in run.probes)
   np.testing.assert_allclose(row['gain_fwd_max'], composite)
+
+
+def test_events_come_into_the_report_and_old_runs_have_none(finished, tmp_path):
+  _, workdir = finished
+  copy = shutil.copytree(workdir, tmp_path / 'copy')
+  told = {'step': 20, 'guard': 'gain', 'metric': 'composite gain'}
+  told |= {'value': 12.5, 'bound': 10.0, 'policy': 'log'}
+  file = copy / 'small' / 'hc-b1-lr0.003-s1' / 'events.jsonl'
+  file.write_text(json.dumps(told) + '\n')
+  (copy / 'small' / 'mhc-b1-lr0.003-s0' / 'events.jsonl').unlink()
+  rows = {(row['variant'], row['seed']): row for row in report.render(copy)}
+  assert rows['hc', 1]['events'] == {'gain': 1}
+  assert rows['hc', 0]['events'] == {}
+  assert rows['mhc', 0]['events'] is rows['mhc', 0]['rollbacks'] is None
+  markdown = (copy / 'report.md').read_text()
+  page = (copy / 'report.html').read_text()
+  title = 'small: HC, 1 blocks, learning rate 0.003, seed 1: 1 event'
+  assert f'<details><summary>{title}</summary>' in page
+  assert f'<details><summary>{title}</summary>' in markdown
+  assert '| 20 | gain | composite gain 12.5 | 10 | logged |' in markdown
+  assert '| small | HC | 2 | gain 1 |' in markdown
+  assert 'No events.' not in markdown
 
 
 def test_a_second_comparison_trains_nothing(finished, capsys):

@@ -104,6 +104,13 @@ def test_a_capacity_drops_and_says_so(transport):
   assert error > 0.1
 
 
+def test_an_expert_has_no_more_slots_than_there_are_tokens():
+  chosen = jnp.zeros((NUM, K), jnp.int32)
+  for factor, number in ((1.0, K), (1e30, NUM)):
+    options = settings(dispatch='capacity', capacity_factor=factor)
+    assert exchange.slots(options, chosen) == number
+
+
 def test_what_auto_is():
   assert exchange.transport(settings(), 2) == 'gather'
   assert exchange.transport(settings(), 4) == 'padded'

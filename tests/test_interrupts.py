@@ -52,14 +52,23 @@ def test_no_times(text):
     interrupts.seconds(text)
 
 
-def test_many_processes_hear_of_it_by_jax(monkeypatch):
-  told = []
+def test_many_processes_hear_of_it_by_jax(monkeypatch, capfd):
+  told, kill = [], os.kill
+  before = signal.getsignal(signal.SIGTERM)
   monkeypatch.setattr(processes, 'count', lambda: 2)
   monkeypatch.setattr(processes, 'stopping', lambda step: step == 5)
   monkeypatch.setattr(os, 'kill', lambda *what: told.append(what))
   with interrupts.Interrupts(time.monotonic() - 1) as asked:
     assert asked.stopping(4) is None
+    assert signal.getsignal(signal.SIGTERM) == before
     assert asked.stopping(5).step == 5
+    # While it saves: one may be the first in this process, a second is not.
+    kill(os.getpid(), signal.SIGTERM)
+    assert 'a second signal ends at once' in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_DFL
+    assert asked.stopping(5).step == 5
+  assert signal.getsignal(signal.SIGTERM) == before
   # Once, and to itself: JAX tells the others.
   assert told == [(os.getpid(), signal.SIGTERM)]
 
@@ -105,7 +114,9 @@ def test_a_run_that_is_told_to_end(launch, tmp_path):
   assert [p.name for p in (workdir / 'checkpoints').iterdir()] == [str(last)]
   # Within a step of the signal; some are made before it arrives.
   assert last - before < 1000
-  done = launch('train.py', *flags, '--max_time=1s', '--stop_status=75')
+  done = launch(
+    'train.py', *flags, '--max_time=1s', '--stop_status=143', '--stop_status=75'
+  )
   assert done.returncode == 75, done.stderr
   assert 'the time is up: saved after step' in done.stderr
   assert steps(workdir) == list(range(1, len(steps(workdir)) + 1))

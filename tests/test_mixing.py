@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
+from mhc import axes
 from mhc import mixing
 
 TOKENS = 500
@@ -33,6 +36,24 @@ def test_cayley_matrices_are_rotations(n):
   eye = np.broadcast_to(np.eye(n), h.shape)
   np.testing.assert_allclose(h @ h.swapaxes(1, 2), eye, atol=2e-5)
   np.testing.assert_allclose(np.linalg.det(h), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['permutations', 'kronecker', 'cayley'])
+def test_the_matrix_of_one_stream_varies_over_devices_as_logits_do(kind):
+  def matrix(logits):
+    out = mixing.matrices(kind, logits, 1)
+    assert axes.over(out) == {'data'}
+    return out
+
+  size = mixing.initial_logits(kind, 1).size
+  over_devices = jax.shard_map(
+    matrix,
+    mesh=jax.make_mesh((2,), ('data',), (AxisType.Auto,)),
+    in_specs=P(None, 'data'),
+    out_specs=P(None, None, 'data'),
+  )
+  logits = jax.ShapeDtypeStruct((size, TOKENS), jnp.float32)
+  assert jax.eval_shape(over_devices, logits).shape == (1, 1, TOKENS)
 
 
 def test_permutations_reach_every_vertex_and_kronecker_does_not():

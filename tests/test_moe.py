@@ -132,6 +132,8 @@ def test_load_metrics():
   np.testing.assert_allclose(got['moe/load_max_over_mean'], (1 + 4) / 2)
   np.testing.assert_allclose(got['moe/load_entropy'], 0.5, atol=1e-6)
   np.testing.assert_allclose(got['moe/dropped_share'], 0.25)
+  alone = moe.load_metrics(jnp.array([[7.0]]), jnp.array([0.0]))
+  assert alone['moe/load_entropy'] == 1
 
 
 def test_bfloat16_activations_keep_a_float32_router():

@@ -30,6 +30,8 @@ FLAGS = (
   "--config.data.path=gs://b/my 'best' $HOME/**/*.txt",
   '--config.seed=',
 )
+# Before the user's own: of a flag that is given twice the last counts.
+STARTED = ('--distributed', '--stop_status=143')
 SLICE = ('--name=pod', '--zone=z-a', '--type=v5p-16', '--workdir=gs://b/run')
 QUEUE = '20'  # seconds between two looks at the queue for slices
 # All that the scripts may call; a real gcloud is not among it.
@@ -270,7 +272,8 @@ def test_pod_dry_run_prints_all_and_runs_nothing(cluster):
   alive, setup, attach, start, follow = (w.rsplit('}; ', 1) for w in sent)
   assert alive[1].startswith('alive ')
   assert "pip install --quiet -c constraints.txt '.[tpu]'" in setup[0]
-  assert 'python launch/train.py --distributed "$@"' in start[0]
+  main = 'python launch/train.py --distributed --stop_status=143 "$@"'
+  assert main in start[0]
   assert attach[1] == 'attach b /tmp/mhc-b'
   assert shlex.split(start[1])[3:] == ['--workdir=/tmp/mhc-b/run', *FLAGS]
   assert follow[1] == 'follow'
@@ -287,7 +290,7 @@ def test_pod_trains_on_all_workers_and_retries(cluster):
     assert cluster.lines(f'{worker}/arguments') == [
       'tpu,cpu',
       'launch/train.py',
-      '--distributed',
+      *STARTED,
       '--workdir=/tmp/mhc-b/run',
       *FLAGS,
     ]
@@ -410,7 +413,7 @@ def test_slurm_dry_run_prints_what_srun_would_run(cluster):
   main = srun.index('launch/train.py')
   assert srun[main:] == [
     'launch/train.py',
-    '--distributed',
+    *STARTED,
     '--workdir=/s/r',
     *FLAGS,
   ]
@@ -434,7 +437,7 @@ def test_slurm_goes_back_to_the_queue_until_it_succeeds(cluster):
   assert not cluster.lines('scontrol')
   words = cluster.lines('srun')
   main = words.index('launch/train.py')
-  assert words[main + 1 :] == ['--distributed', '--workdir=/s/r', *FLAGS]
+  assert words[main + 1 :] == [*STARTED, '--workdir=/s/r', *FLAGS]
   assert {'--kill-on-bad-exit=1', '--cpus-per-task=4'} < set(words)
   python = pathlib.Path(words[main - 1])
   assert python.is_file()
@@ -534,11 +537,7 @@ def test_jobset_starts_the_main_on_every_host():
   (container,) = pod['containers']
   hosts = chips // container['resources']['limits']['google.com/tpu']
   assert job['completions'] == job['parallelism'] == hosts
-  assert container['command'][:3] == [
-    'python',
-    'launch/train.py',
-    '--distributed',
-  ]
+  assert container['command'][:4] == ['python', 'launch/train.py', *STARTED]
   assert any(
     word.startswith('--workdir=/bucket/') for word in container['command']
   )

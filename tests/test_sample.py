@@ -125,6 +125,8 @@ def test_values_out_of_range():
   model = network('residual')
   for options, message in (
     ({'temperature': -1.0}, 'temperature=-1.0'),
+    ({'temperature': float('nan')}, 'temperature=nan'),
+    ({'seed': 2**64}, 'seed=18446744073709551616 must'),
     ({'top_p': 0.0}, 'top_p=0.0'),
     ({'top_p': 1.5}, 'top_p=1.5'),
   ):

@@ -53,7 +53,8 @@ ORDER = (
   ('evaluate', 'interop', 'sample'),
   ('loop',),
   ('train',),
-  ('compare', 'results'),
+  ('events', 'page'),
+  ('compare', 'results', 'torture'),
   ('claims', 'plots'),
   ('report',),
 )

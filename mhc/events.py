@@ -1,0 +1,131 @@
+"""What guards saw and did in finished runs, from their events.jsonl.
+
+Runs that are older than events have none: None, not zero.
+"""
+
+import collections
+from collections.abc import Sequence
+import pathlib
+
+from mhc import config as config_lib
+from mhc import writer
+
+HEADER = ['step', 'guard', 'what was seen', 'bound', 'what was done']
+WATCHED = [
+  'panel',
+  'connection',
+  'runs',
+  'events by guard',
+  'largest gain',
+  'loss spikes',
+  'rollbacks',
+  'skipped updates',
+  'saves failed / due',
+  'damaged states',
+]
+DONE = {
+  'log': 'logged',
+  'skip_step': 'update not made',
+  'rollback': 'rolled back',
+  'stop': 'run ended',
+}
+DAMAGED = 'damaged: '  # how the reason begins for a state that was set aside
+
+
+def read(folder: pathlib.Path) -> list[dict] | None:
+  file = folder / 'events.jsonl'
+  return writer.read_lines(file) if file.exists() else None
+
+
+def first(events: Sequence[dict]) -> dict[str, dict]:
+  """Guard -> its first event, in the order of the steps."""
+  found = {}
+  for event in sorted(events, key=lambda event: event['step']):
+    if event['guard'] not in ('rollback', 'save'):
+      found.setdefault(event['guard'], event)
+  return found
+
+
+def numbers(
+  events: list[dict] | None, metrics: list[dict], config: config_lib.Config
+) -> dict:
+  """What a run's row says of its events."""
+  every, last = config.checkpoint_every, config.num_steps
+  due = len({*range(every, last, every), last}) if every else 1
+  counts = collections.Counter(event['guard'] for event in events or ())
+  damaged = sum(_is_damage(event) for event in events or ())
+  skipped = [
+    m['optimizer/skipped'] for m in metrics if 'optimizer/skipped' in m
+  ]
+  row = {
+    'events': dict(counts),
+    'rollbacks': counts['rollback'],
+    'skipped_updates': int(sum(skipped)),
+    'saves_failed': counts['save'] - damaged,
+    'saves_due': due,
+    'damaged_states': damaged,
+  }
+  return row if events is not None else dict.fromkeys(row)
+
+
+def lines(events: Sequence[dict]) -> list[list[str]]:
+  """One a event, under HEADER."""
+  return [_line(event) for event in events]
+
+
+def watched(rows: Sequence[dict], labels: dict[str, str]) -> list[list[str]]:
+  """One line a panel and kind, sums over its runs, under WATCHED."""
+  groups: dict[tuple, list[dict]] = {}
+  for row in rows:
+    groups.setdefault((row['panel'], row['variant']), []).append(row)
+  return [
+    [panel, labels[kind], str(len(group)), *_sums(group)]
+    for (panel, kind), group in groups.items()
+  ]
+
+
+def _sums(group):
+  known = [row for row in group if row['events'] is not None]
+  gain = max(max(row['gain_fwd_max'], row['gain_bwd_max']) for row in group)
+  spikes = sum(row['loss_spikes'] for row in group)
+  if not known:
+    return ['not recorded', _short(gain), str(spikes), '', '', '', '']
+  counts = collections.Counter()
+  for row in known:
+    counts.update(row['events'])
+  by_guard = ', '.join(f'{guard} {n}' for guard, n in counts.most_common())
+
+  def total(name):
+    return str(sum(row[name] for row in known))
+
+  return [
+    by_guard or 'none',
+    _short(gain),
+    str(spikes),
+    total('rollbacks'),
+    total('skipped_updates'),
+    f'{total("saves_failed")} / {total("saves_due")}',
+    total('damaged_states'),
+  ]
+
+
+def _line(event):
+  step, guard = str(event['step']), event['guard']
+  if guard == 'save':
+    done = 'set aside' if _is_damage(event) else 'not saved, went on'
+    return [step, guard, event['metric'], '', done]
+  seen = f'{event["metric"].removesuffix(" above")} {_short(event["value"])}'
+  if guard == 'rollback':
+    return [step, guard, seen, '', 'on with the data after']
+  policy = event.get('policy', '')
+  bound = _short(event['bound']) if event.get('bound') is not None else ''
+  return [step, guard, seen, bound, DONE.get(policy, policy)]
+
+
+def _is_damage(event):
+  return event['guard'] == 'save' and event['metric'].startswith(DAMAGED)
+
+
+def _short(value) -> str:
+  """Null is a number that was not finite."""
+  return 'not finite' if value is None else f'{value:.4g}'

@@ -1,0 +1,134 @@
+"""A page of paragraphs, tables and pictures, as Markdown or as HTML."""
+
+import base64
+from html import escape
+import pathlib
+from typing import NamedTuple
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px;
+  margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 1em 0; font-size: 14px; }
+th, td { padding: .25em .6em; border-bottom: 1px solid #ddd;
+  text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; }
+summary { cursor: pointer; }
+table.text th, table.text td { text-align: left; }
+.scroll { overflow-x: auto; }
+figure { margin: 1.5em 0; } img { max-width: 100%; }
+figcaption { color: #555; font-size: 14px; }
+"""
+
+
+class Heading(NamedTuple):
+  level: int
+  text: str
+
+
+class Table(NamedTuple):
+  header: list[str]
+  lines: list[list[str]]
+  numeric: bool = True
+
+
+class Fold(NamedTuple):
+  """A table of text to be opened by whoever wants it."""
+
+  title: str
+  table: Table
+
+
+class Picture(NamedTuple):
+  path: str  # relative to the report
+  caption: str
+
+
+Part = Heading | Table | Fold | Picture | str  # str is a paragraph
+
+
+def markdown(parts: list[Part]) -> str:
+  blocks = []
+  for part in parts:
+    match part:
+      case Heading(level, text):
+        blocks.append('#' * level + ' ' + text)
+      case Table():
+        blocks.append(_markdown_table(part))
+      case Fold(title, table):
+        blocks += [
+          f'<details><summary>{escape(title)}</summary>',
+          _markdown_table(table),
+          '</details>',
+        ]
+      case Picture(path, caption):
+        blocks.append(f'![{caption}]({path})\n\n*{caption}*')
+      case text:
+        blocks.append(text)
+  return '\n\n'.join(blocks) + '\n'
+
+
+def _markdown_table(table: Table) -> str:
+  header, lines, numeric = table
+  rule = ['---:' if numeric and i else '---' for i in range(len(header))]
+  lines = [[cell.replace('|', '\\|') for cell in line] for line in lines]
+  return '\n'.join(
+    '| ' + ' | '.join(line) + ' |' for line in [header, rule, *lines]
+  )
+
+
+def html(title: str, parts: list[Part], folder: pathlib.Path) -> str:
+  """Of one file, with the pictures of `folder` in it."""
+  blocks = []
+  for part in parts:
+    match part:
+      case Heading(level, text):
+        blocks.append(f'<h{level}>{escape(text)}</h{level}>')
+      case Table():
+        blocks.append(_html_table(part))
+      case Fold(title, table):
+        blocks.append(
+          f'<details><summary>{escape(title)}</summary>'
+          f'{_html_table(table)}</details>'
+        )
+      case Picture(path, caption):
+        data = base64.b64encode((folder / path).read_bytes()).decode()
+        caption = escape(caption)
+        blocks.append(
+          f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+          f'<figcaption>{caption}</figcaption></figure>'
+        )
+      case text:
+        blocks.append(f'<p>{_emphasis(escape(text))}</p>')
+  return (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    f'<title>{escape(title)}</title>'
+    f'<style>{STYLE}</style></head><body>\n'
+    + '\n'.join(blocks)
+    + '\n</body></html>\n'
+  )
+
+
+def _html_table(table: Table) -> str:
+  cells = [_cells('th', table.header)]
+  cells += [_cells('td', line) for line in table.lines]
+  kind = '' if table.numeric else ' class="text"'
+  return (
+    f'<div class="scroll"><table{kind}>' + '\n'.join(cells) + '</table></div>'
+  )
+
+
+def _cells(tag, values):
+  return (
+    '<tr>' + ''.join(f'<{tag}>{escape(v)}</{tag}>' for v in values) + '</tr>'
+  )
+
+
+def _emphasis(text):
+  """Markdown's **strong** and `code` as HTML."""
+  for mark, tag in (('**', 'strong'), ('`', 'code')):
+    pieces = text.split(mark)
+    text = pieces[0] + ''.join(
+      f'<{tag}>{piece}' if i % 2 == 0 else f'</{tag}>{piece}'
+      for i, piece in enumerate(pieces[1:])
+    )
+  return text

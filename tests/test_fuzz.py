@@ -1,0 +1,128 @@
+"""Random settings (`fuzz_config`), and what they have found."""
+
+import re
+
+import fuzz_config as fuzz
+import jax
+import pytest
+
+from mhc import config
+from mhc import layout
+from mhc import memory
+from mhc import plain
+from mhc import sharding
+
+# ml_collections loads a config file by what Python will do without.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore:.*load_module:DeprecationWarning'
+)
+
+
+def test_settings_are_accepted_or_refused_in_one_line():
+  """The rest is `python tests/fuzz_config.py`, which runs them too."""
+  runner, outcomes = fuzz.Runner('check'), set()
+  for number in range(60):
+    one = fuzz.case(number, seed=1)
+    outcome, message = fuzz.check(one, runner)
+    assert outcome != 'failed', f'#{number} {one.changes}: {message}'
+    outcomes.add(outcome)
+  assert outcomes >= {'built', 'refused'}
+
+
+def test_comparisons_are_made_or_refused_in_one_line():
+  for number in range(60):
+    outcome, message = fuzz.check_comparison(number, seed=1)
+    assert outcome != 'failed', f'#{number}: {message}'
+
+
+@pytest.mark.usefixtures('optax_promotion')
+def test_a_case_runs():
+  changes = {'model.num_blocks': 1, 'model.dim': 1, 'model.norm_eps': 0.0}
+  outcome = fuzz.check(fuzz.Case(fuzz.TINY, changes), fuzz.Runner())
+  assert outcome == ('ran', '')
+
+
+def test_an_unclear_refusal_is_a_failure():
+  changes = {'data.seq_len': 7, 'seed': 3}
+  assert not fuzz.unclear('data.seq_len=7 is too short', changes)
+  assert not fuzz.unclear('seed=3 is not liked', changes)
+  assert fuzz.unclear('data.seq_len=8 is too short', changes)
+  assert fuzz.unclear('Maximum allowed dimension exceeded', changes)
+  assert fuzz.unclear('data.seq_len=7\nis too short', changes)
+
+
+def made(**changes):
+  return plain.from_dict(config.Config, fuzz.nested(fuzz.TINY | changes))
+
+
+@pytest.mark.parametrize(
+  ('name', 'value', 'message'),
+  [
+    ('seed', False, 'seed=False must be of type int'),
+    ('seed', 2**31, 'seed=2147483648 must be an integer of 32 bits'),
+    ('num_steps', 10**20, 'num_steps=1.*0 must be an integer of 32 bits'),
+    ('optimizer.learning_rate', 1e39, r'rate=1e\+39 must be finite in float32'),
+    ('optimizer.learning_rate', 10**400, 'rate=10*0 must be finite in float32'),
+    ('optimizer.eps', 1e-46, 'eps=1e-46 is 0 in float32'),
+    ('optimizer.b1', 1 - 1e-12, r'b1=0.9* must be in \[0, 1 - 2\*\*-24\]'),
+    ('optimizer.decay_factors', (0.5, -0.1), r'-0.1\) must not be negative'),
+    ('model.attention.rope_theta', 0.5, 'rope_theta=0.5 must be at least 1'),
+    ('DATA.seq_len', 8, "'DATA'; did you mean 'data'"),
+  ],
+)
+def test_what_devices_cannot_hold_is_refused(name, value, message):
+  with pytest.raises(ValueError, match=message):
+    made(**{name: value})
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'model.num_blocks': 10**9},
+    {'model.dim': 2**31 - 1},
+    {'model.attention.num_heads': 10**9},
+    {'model.connection.num_streams': 10**6},
+    {'data.batch_size': 10**9},
+    {'model.moe.num_experts': 10**9},
+    {'model.moe.num_experts': 4, 'model.moe.expert_dim': 10**9},
+    {'model.vocab_size': 10**9, 'mesh.num_devices': 8, 'mesh.pipe': 2},
+    {'model.ffn_dim': 10**9, 'optimizer.name': 'muon'},
+  ],
+)
+def test_what_cannot_fit_is_refused_before_any_work(changes):
+  settings = made(**changes)
+  mesh = sharding.make_mesh(settings.mesh, settings.data)
+  with pytest.raises(ValueError, match='GiB for parameters') as refusal:
+    memory.check(settings, mesh)
+  sizes = {k: v for k, v in changes.items() if isinstance(v, int)}
+  name = max(sizes, key=sizes.get)
+  assert str(refusal.value).startswith(f'{name}={sizes[name]}')
+
+
+def test_what_fits_or_nobody_knows_passes(monkeypatch):
+  settings = made()
+  mesh = sharding.make_mesh(settings.mesh, settings.data)
+  memory.check(settings, mesh)
+  large = made(**{'model.num_blocks': 10**9})
+  monkeypatch.setattr(jax, 'local_devices', lambda: [])
+  memory.check(large, mesh)
+
+
+def test_a_pipeline_of_more_microbatches_than_its_table_holds():
+  settings = made(**fuzz.PIPE, **{'data.batch_size': 10**9})
+  message = 'batch_size=1000000000.*microbatch_size=4 .* are 250000000 micro'
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(settings.mesh, settings.data)
+
+
+def test_more_stages_than_there_is_memory_for():
+  message = 'mesh.pipe=2 pipeline devices with 1000000000 stage.*num_blocks=2'
+  with pytest.raises(ValueError, match=message):
+    layout.Layout(2, 0, 2, 10**9, 'loop')
+
+
+def test_flags_and_dicts_agree():
+  changes = fuzz.TINY | {'optimizer.decay_points': (0.1, 0.2), 'seed': 3}
+  assert fuzz.from_flags(changes) == made(**changes)
+  shown = fuzz.shown(fuzz.Case(fuzz.TINY, {'optimizer.b1': 0.5}))
+  assert re.search(r'--config.optimizer.b1=0.5', shown)
