@@ -58,6 +58,9 @@ def main(*command):
 
 def _start(command, index, port):
   devices = f'--xla_force_host_platform_device_count={DEVICES.value}'
+  # Two processes pair what they send in the order in which it comes: without
+  # this XLA sends what is ready first, which is not the same in all of them.
+  order = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
   others = re.sub(
     r'--xla_force_host_platform_device_count=\S+',
     '',
@@ -74,7 +77,7 @@ def _start(command, index, port):
     env={
       **os.environ,
       'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': f'{others} {devices}',
+      'XLA_FLAGS': f'{others} {order} {devices}',
     },
     stdout=subprocess.PIPE,
     # Of process 0 it may be a terminal, with a progress bar.
