@@ -167,9 +167,23 @@ class Programs:
 
 
 def build(config: config_lib.Config) -> Programs:
-  """Of a run; runs that differ in the seed share them."""
-  data = dataclasses.replace(config.data, path='')
-  return _build(dataclasses.replace(config, seed=0, data=data))
+  """Of a run; runs that differ in what is not compiled share them."""
+  data = dataclasses.replace(config.data, path='', on_damage='stop')
+  guards = config_lib.GuardsConfig(
+    nonfinite=_skips(config.guards.nonfinite),
+    loss_spike=_skips(config.guards.loss_spike),
+    rollback_rate=config.guards.rollback_rate,
+  )
+  kept = ('num_steps', 'model', 'optimizer', 'mesh')
+  return _build(
+    config_lib.Config(
+      **{name: getattr(config, name) for name in kept}, data=data, guards=guards
+    )
+  )
+
+
+def _skips(policy):
+  return policy if policy == 'skip_step' else 'log'
 
 
 @functools.lru_cache(maxsize=8)

@@ -300,5 +300,5 @@ def test_a_guard_stops_a_run(text, tmp_path, monkeypatch):
       tmp_path / 'other',
       monkeypatch,
       bad=(5, 8),
-      guards=dict(nonfinite='rollback', max_rollbacks=1),
+      guards=dict(nonfinite='rollback', rollback_rate=0.5, max_rollbacks=1),
     )

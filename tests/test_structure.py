@@ -50,7 +50,7 @@ ORDER = (
   ('tokens',),
   ('data', 'prepare'),
   ('checkpoint',),
-  ('evaluate', 'interop', 'sample'),
+  ('evaluate', 'faults', 'interop', 'sample'),
   ('loop',),
   ('train',),
   ('events', 'page'),
