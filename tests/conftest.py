@@ -47,12 +47,22 @@ def optax_promotion():
     yield
 
 
+@pytest.fixture(scope='session')
+def compiled(tmp_path_factory):
+  """What mains have compiled, for those that compile the same."""
+  return tmp_path_factory.getbasetemp() / 'compiled'
+
+
 @pytest.fixture
-def launch():
+def launch(compiled):
   """Runs a main as a user would, on one CPU device."""
 
   def run(main: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-    quick = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+    quick = {
+      'XLA_FLAGS': '--xla_backend_optimization_level=0',
+      'JAX_COMPILATION_CACHE_DIR': str(compiled),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
     return subprocess.run(
       [sys.executable, ROOT / 'launch' / main, *arguments],
       capture_output=True,
