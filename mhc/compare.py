@@ -31,11 +31,11 @@ def train_all(
   }
   for name, config in runs.items():
     folder.check(workdir / name, config)
-    corpus = data.load(config.data.path, config.data.on_damage)
-    vocab_size = config.model.vocab_size
-    data.check_vocabulary(corpus, vocab_size)
     data.heldout_rows(
-      corpus, config.data.seq_len, config.eval_sequences, vocab_size
+      data.load_for(config),
+      config.data.seq_len,
+      config.eval_sequences,
+      config.model.vocab_size,
     )
   workdir.mkdir(parents=True, exist_ok=True)
   text = json.dumps(plain.to_dict(comparison), indent=2) + '\n'

@@ -352,11 +352,6 @@ class GuardsConfig:
         f'guards.rollback_rate={self.rollback_rate} must be at most 1'
       )
 
-  @property
-  def policies(self) -> tuple[str, ...]:
-    names = ('nonfinite', 'loss_spike', 'gain', 'streams', 'sinkhorn')
-    return tuple(getattr(self, name) for name in names)
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:

@@ -140,6 +140,13 @@ def _from_tokens(path, log):
   )
 
 
+def load_for(config: config_lib.Config) -> Corpus:
+  """The text of a run, which its model can read; see `load`."""
+  corpus = load(config.data.path, config.data.on_damage)
+  check_vocabulary(corpus, config.model.vocab_size)
+  return corpus
+
+
 def check_vocabulary(corpus: Corpus, vocab_size: int):
   """Raises ValueError if a model of that vocabulary cannot read the corpus.
 

@@ -68,11 +68,9 @@ def evaluate_checkpoint(
     config = dataclasses.replace(
       config, data=dataclasses.replace(config.data, path=path)
     )
-  corpus = data.load(config.data.path, config.data.on_damage)
-  vocab_size = config.model.vocab_size
-  data.check_vocabulary(corpus, vocab_size)
+  corpus = data.load_for(config)
   rows = data.heldout_rows(
-    corpus, config.data.seq_len, num_rows or None, vocab_size
+    corpus, config.data.seq_len, num_rows or None, config.model.vocab_size
   )
   programs = step_lib.build(config)
   state = programs.place(

@@ -131,10 +131,9 @@ class Guards:
     spread = 1.4826 * float(np.median(np.abs(losses - median)))
     return median + self._config.spike_score * max(spread, 1e-3 * abs(median))
 
-  def probe(self, step: int, profile: Mapping[str, Any]) -> list[Event]:
-    """What a probe of the run after a step says, see `step.Functions`."""
+  def probe(self, step: int, seen: Mapping[str, float]) -> list[Event]:
+    """What the `measures` of a probe after a step say."""
     config, memory = self._config, self.memory
-    seen = measures(profile)
     gain, cosine, growth = seen['gain'], seen['cosine'], seen['growth']
     found = [
       self._edge(
@@ -211,7 +210,7 @@ class Guards:
 
 
 def measures(profile: Mapping[str, Any]) -> dict[str, float]:
-  """The numbers of a probe that guards look at."""
+  """The numbers of a probe (`step.Functions`) that guards look at."""
   rms = np.asarray(profile['stream_rms'], np.float64)
   return {
     'gain': float(

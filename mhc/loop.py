@@ -207,7 +207,7 @@ class Loop:
     values['mhc/stream_cosine'] = seen['cosine']
     values['mhc/stream_growth'] = seen['growth']
     values['mhc/sinkhorn_residual'] = seen['residual']
-    return self._guards.probe(self._step, profile)
+    return self._guards.probe(self._step, seen)
 
   def _record(self, step, values):
     for name, sink in self._sinks.items():

@@ -263,7 +263,7 @@ def full_disk(run: Run, chance: random.Random) -> str:
       raise Failure('a tmpfs needs the right to mount one: run as root')
     process = run.start()
     run.reaches(chance.randrange(5, STEPS // 2), process)
-    filler = faults.fill(run.workdir.parent / run.workdir.name)
+    filler = faults.fill(run.workdir)
     time.sleep(chance.uniform(0.3, 1.0))
     filler.unlink(missing_ok=True)
     status = run.wait(process)

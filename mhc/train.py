@@ -48,9 +48,7 @@ def train(
   """
   first = processes.is_first()
   with processes.together():
-    corpus = data.load(config.data.path, config.data.on_damage)
-    vocab_size = config.model.vocab_size
-    data.check_vocabulary(corpus, vocab_size)
+    corpus, vocab_size = data.load_for(config), config.model.vocab_size
     batches = data.train_batches(corpus, config.data, config.seed, vocab_size)
     heldout = data.heldout_rows(
       corpus, config.data.seq_len, config.eval_sequences, vocab_size

@@ -21,6 +21,7 @@ import sys
 
 import jax
 from jaxtyping import install_import_hook
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -45,6 +46,15 @@ def optax_promotion():
   """Optax mixes an int32 count with floats, which strictness forbids."""
   with jax.numpy_dtype_promotion('standard'):
     yield
+
+
+@pytest.fixture(scope='session')
+def text(tmp_path_factory):
+  """The path of something to learn."""
+  file = tmp_path_factory.mktemp('text') / 'book.txt'
+  words = np.random.default_rng(0).choice(['ab ', 'cde ', 'f\n'], 4000)
+  file.write_text(''.join(words))
+  return str(file)
 
 
 @pytest.fixture(scope='session')

@@ -43,14 +43,11 @@ PANEL = compared.Panel(
 
 
 @pytest.fixture(scope='module')
-def finished(tmp_path_factory):
+def finished(text, tmp_path_factory):
   """(comparison, workdir) of eight tiny runs and their report."""
   folder = tmp_path_factory.mktemp('compare')
-  text = folder / 'book.txt'
-  words = np.random.default_rng(0).choice(['ab ', 'cde ', 'f\n'], 4000)
-  text.write_text(''.join(words))
   base = dataclasses.replace(
-    BASE, data=dataclasses.replace(BASE.data, path=str(text))
+    BASE, data=dataclasses.replace(BASE.data, path=text)
   )
   comparison = compared.Comparison(base, {'small': PANEL})
   with jax.numpy_dtype_promotion('standard'):

@@ -1,5 +1,6 @@
 """Guards: what they see, when, and what a run does about it."""
 
+import dataclasses
 import json
 import math
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from mhc import config as config_lib
 from mhc import data
@@ -93,7 +95,7 @@ def test_too_many_skips_end_the_run():
 
 
 def profile(gain=1.0, cosine=0.5, growth=2.0, residual=0.0):
-  return {
+  found = {
     'composite_fwd': np.array([1.0, 1.0]),
     'composite_bwd': np.array([gain, 1.0]),
     'stream_cosine': np.array([1.0, cosine]),
@@ -101,6 +103,7 @@ def profile(gain=1.0, cosine=0.5, growth=2.0, residual=0.0):
     'row_residual': np.array([0.0, 0.0]),
     'column_residual': np.array([0.0, residual]),
   }
+  return guards.measures(found)
 
 
 def test_what_a_probe_tells():
@@ -152,31 +155,14 @@ def test_settings_that_cannot_be():
     config_lib.GuardsConfig(spike_window=3)
 
 
-TINY = config_lib.Config(
+TINY = dataclasses.replace(
+  tiny.CONFIG,
   num_steps=30,
-  model=config_lib.ModelConfig(
-    num_blocks=1,
-    dim=16,
-    ffn_dim=16,
-    attention=config_lib.AttentionConfig(
-      num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
-    ),
-  ),
-  optimizer=config_lib.OptimizerConfig(warmup_steps=2),
-  data=config_lib.DataConfig(seq_len=16, batch_size=4),
   eval_every=0,
   eval_sequences=4,
   probe_every=0,
   checkpoint_every=10,
 )
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-  file = tmp_path_factory.mktemp('text') / 'book.txt'
-  words = np.random.default_rng(0).choice(['ab ', 'cde ', 'f\n'], 4000)
-  file.write_text(''.join(words))
-  return str(file)
 
 
 def run(text, workdir, monkeypatch, bad=(), **settings):

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 
 from mhc import interrupts
@@ -91,10 +90,7 @@ def steps(workdir):
   return [line['step'] for line in writer.read_lines(workdir / 'metrics.jsonl')]
 
 
-def test_a_run_that_is_told_to_end(launch, tmp_path):
-  text = tmp_path / 'book.txt'
-  words = np.random.default_rng(0).choice(['ab ', 'cde ', 'f\n'], 4000)
-  text.write_text(''.join(words))
+def test_a_run_that_is_told_to_end(launch, text, tmp_path):
   workdir = tmp_path / 'run'
   flags = (f'--workdir={workdir}', f'--config.data.path={text}', *FLAGS)
   command = [sys.executable, 'launch/train.py', *flags]

@@ -11,8 +11,8 @@ import time
 import jax
 import numpy as np
 import pytest
+import tiny
 
-from mhc import config
 from mhc import data
 from mhc import evaluate
 from mhc import folder
@@ -22,31 +22,7 @@ from mhc import writer
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
-TINY = config.Config(
-  num_steps=12,
-  model=config.ModelConfig(
-    num_blocks=1,
-    dim=16,
-    ffn_dim=16,
-    attention=config.AttentionConfig(
-      num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
-    ),
-  ),
-  optimizer=config.OptimizerConfig(warmup_steps=2),
-  data=config.DataConfig(seq_len=16, batch_size=4),
-  eval_every=6,
-  eval_sequences=20,
-  probe_every=5,
-  checkpoint_every=4,
-)
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-  file = tmp_path_factory.mktemp('text') / 'book.txt'
-  words = np.random.default_rng(0).choice(['ab ', 'cde ', 'f\n'], 4000)
-  file.write_text(''.join(words))
-  return str(file)
+TINY = tiny.CONFIG
 
 
 def with_text(text, **changes):

@@ -1,0 +1,21 @@
+"""A run of seconds, for tests of what goes on around the model."""
+
+from mhc import config
+
+CONFIG = config.Config(
+  num_steps=12,
+  model=config.ModelConfig(
+    num_blocks=1,
+    dim=16,
+    ffn_dim=16,
+    attention=config.AttentionConfig(
+      num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
+    ),
+  ),
+  optimizer=config.OptimizerConfig(warmup_steps=2),
+  data=config.DataConfig(seq_len=16, batch_size=4),
+  eval_every=6,
+  eval_sequences=20,
+  probe_every=5,
+  checkpoint_every=4,
+)
