@@ -4,7 +4,8 @@
 
 The stress panel of configs/compare.py with a probe each five steps: when does
 the gain tell, and when the loss? A spike goes back to the last state of ten
-steps before at most, on with other data and half the learning rate.
+steps before at most, on with other data and half the learning rate; when that
+state leads into a spike again, to the one before it.
 """
 
 import ml_collections
@@ -19,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     eval_every=0,
     probe_every=5,
     checkpoint_every=10,
-    keep_checkpoints=1,
+    keep_checkpoints=3,
     guards=config.GuardsConfig(
       nonfinite='rollback', loss_spike='rollback', rollback_rate=0.5
     ),

@@ -164,6 +164,18 @@ class Checkpoints:
       )
     return None
 
+  def discard(self, step: int):
+    """Deletes a state that is not to be taken again, if others are older.
+
+    What led into trouble twice, with other data the second time, is part of it.
+    One that has newer ones is left to `keep_checkpoints`, and so is the only
+    one.
+    """
+    self.wait()
+    newest, *older = self.steps() or [None]
+    if newest == step and older:
+      self._manager.delete(step)
+
   def _open(self):
     config = self._config
     options = ocp.CheckpointManagerOptions(

@@ -313,7 +313,8 @@ class GuardsConfig:
   """What is watched (`guards`), and what to do about it.
 
   'log' writes an event, 'skip_step' does not make that update, 'rollback' goes
-  on from the last checkpoint with the data after the trouble, 'stop' ends.
+  on from the last checkpoint with the data after the trouble, and from the one
+  before when that leads into trouble again, 'stop' ends.
   """
 
   nonfinite: Policy = 'skip_step'

@@ -68,6 +68,7 @@ class Loop:
     self._noticed = []  # before there was a file for it
     self._known = self._controls = None
     self._position = None  # in the data, after the last step's batch
+    self._back_to = None  # the step of the last rollback's state
     self._checkpoints = checkpoint.Checkpoints(
       workdir, config, failed=self._not_saved
     )
@@ -243,8 +244,11 @@ class Loop:
       raise guards_lib.Stop(f'stopped by a guard: {events[-1]}')
     if policy != 'rollback':
       return False
+    if self._back_to is not None:
+      self._checkpoints.discard(self._back_to)
     extra = self._restore()
     self._guards.roll_back(extra and extra['guards'])
+    self._back_to = self._step
     # On with the data after the trouble.
     self._batches.set_state(pending.position)
     self._event(

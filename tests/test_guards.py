@@ -249,10 +249,10 @@ def test_rollbacks_are_repeated_exactly_after_a_kill(
   text, tmp_path, monkeypatch
 ):
   settings = dict(guards=dict(nonfinite='rollback', rollback_rate=0.5))
-  want = run(text, tmp_path / 'a', monkeypatch, bad=(13, 22), **settings)
+  want = run(text, tmp_path / 'a', monkeypatch, bad=(22, 24), **settings)
 
   def killed(self):
-    if self._step == 15:
+    if self._step == 15 and self._guards.memory.rollbacks == 2:
       raise KeyboardInterrupt
     return look(self)
 
@@ -261,14 +261,30 @@ def test_rollbacks_are_repeated_exactly_after_a_kill(
   with monkeypatch.context() as patch:
     patch.setattr(loop.Loop, '_dispatch', killed)
     with pytest.raises(KeyboardInterrupt):
-      run(text, tmp_path / 'b', patch, bad=(13, 22), **settings)
-  got = run(text, tmp_path / 'b', monkeypatch, bad=(13, 22), **settings)
+      run(text, tmp_path / 'b', patch, bad=(22, 24), **settings)
+  got = run(text, tmp_path / 'b', monkeypatch, bad=(22, 24), **settings)
   assert got[0] == want[0]
   assert len(got[0]) == 4
   times = ('time/step_s', 'time/tokens_per_s')
   assert [
     {k: v for k, v in line.items() if k not in times} for line in got[1]
   ] == [{k: v for k, v in line.items() if k not in times} for line in want[1]]
+
+
+def test_a_state_that_leads_into_trouble_again_is_not_taken_a_third_time(
+  text, tmp_path, monkeypatch
+):
+  events, lines, _ = run(
+    text,
+    tmp_path / 'run',
+    monkeypatch,
+    bad=(22, 24, 26, 37),
+    guards=dict(nonfinite='rollback', rollback_rate=0.5),
+  )
+  back = [e['value'] for e in events if e['guard'] == 'rollback']
+  # The second and third time nothing came between; the last is kept.
+  assert back == [20, 10, 10, 20]
+  assert [line['step'] for line in lines] == list(range(1, 31))
 
 
 def test_a_guard_stops_a_run(text, tmp_path, monkeypatch):
