@@ -46,6 +46,15 @@ def first(events: Sequence[dict]) -> dict[str, dict]:
   return found
 
 
+def undone(events: Sequence[dict]) -> list[tuple[int, float]]:
+  """(step, loss) of the spikes that a run went back from."""
+  return [
+    (event['step'], event['value'])
+    for event in events
+    if event['guard'] == 'loss_spike' and event['policy'] == 'rollback'
+  ]
+
+
 def numbers(
   events: list[dict] | None, metrics: list[dict], config: config_lib.Config
 ) -> dict:

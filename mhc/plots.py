@@ -219,12 +219,15 @@ def loads_of_panels(panels: dict[str, list[results.Run]]) -> Figure:
 
 
 def first_events(panels: dict[str, list[results.Run]]) -> Figure | None:
-  """Of each panel with loss spikes the run with most: its loss, its guards."""
+  """Of each panel with loss spikes the run with most: its loss, its guards.
+
+  Spikes that a run went back from count, and are drawn, as well.
+  """
   spiky = {}
   for name, runs in panels.items():
-    told = [run for run in runs if run.loss_spikes and run.events]
+    told = [run for run in runs if run.events and _num_spikes(run)]
     if told:
-      spiky[name] = max(told, key=lambda run: run.loss_spikes)
+      spiky[name] = max(told, key=_num_spikes)
   if not spiky:
     return None
   figure, axes = _axes(len(spiky), 1, width=9, height=2.8 * len(spiky))
@@ -240,15 +243,16 @@ def first_events(panels: dict[str, list[results.Run]]) -> Figure | None:
         zorder=2 if style == '-' else 3,
         label=f'step {event["step"]}: guard {guard}',
       )
-    spike = run.loss_spike_steps[0]
-    axis.plot(
-      spike,
-      values[steps == spike][0],
-      linestyle='',
-      marker='o',
-      color=COLORS[run.kind],
-      label=f'step {spike}: loss spike',
-    )
+    points = {'linestyle': '', 'color': COLORS[run.kind], 'zorder': 4}
+    undone = events_lib.undone(run.events)
+    if undone:
+      label = f'step {undone[0][0]}: first of {len(undone)} rolled back'
+      axis.plot(*zip(*undone, strict=True), marker='x', label=label, **points)
+    if run.loss_spikes:
+      spike = run.loss_spike_steps[0]
+      label = f'step {spike}: loss spike'
+      value = values[steps == spike][0]
+      axis.plot([spike], [value], marker='o', label=label, **points)
     title = f'{name}: {LABELS[run.kind]}, seed {run.config.seed}'
     _label(axis, title, 'step', 'loss (nats / token)')
     axis.legend(
@@ -259,6 +263,10 @@ def first_events(panels: dict[str, list[results.Run]]) -> Figure | None:
       bbox_to_anchor=(1, 1),
     )
   return figure
+
+
+def _num_spikes(run):
+  return run.loss_spikes + len(events_lib.undone(run.events))
 
 
 def mappings(by_kind: ByKind) -> Figure | None:

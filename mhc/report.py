@@ -91,7 +91,8 @@ def _events(workdir, panels, rows) -> list[page.Part]:
         'Training loss and the first event of each guard, in the run of each '
         'panel with most loss spikes. The dot is the first spike as the tables '
         f'count them, more than {results.LOSS_SPIKE_NATS:g} nat above the '
-        f'median of {results.WINDOW} steps.',
+        f'median of {results.WINDOW} steps; crosses are steps that were rolled '
+        'back.',
       )
     )
   for name, runs in panels.items():

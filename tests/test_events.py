@@ -114,12 +114,12 @@ def run_of(told, spikes):
 
 
 def test_the_figure_shows_the_guards_before_the_loss():
-  """Of the run with most loss spikes, if guards spoke of it."""
+  """Of the run with most loss spikes, gone back from or not."""
   spiky = run_of([GAIN._asdict(), SPIKE._asdict()], {71, 82})
   panels = {
     'calm': [run_of([GAIN._asdict()], set())],
     'old': [run_of(None, {50, 60})],
-    'stress': [run_of([SPIKE._asdict()], {82}), spiky],
+    'stress': [run_of([GAIN._asdict()], {71, 82}), spiky],
   }
   figure = plots.first_events(panels)
   (axis,) = figure.axes
@@ -128,6 +128,7 @@ def test_the_figure_shows_the_guards_before_the_loss():
     'step 25: guard gain',
     'step 71: loss spike',
     'step 82: guard loss_spike',
+    'step 82: first of 1 rolled back',
   ]
   del panels['stress']
   assert plots.first_events(panels) is None
