@@ -12,6 +12,7 @@ where the head is not a part of B(S - 1, m).
 """
 
 from collections.abc import Iterator
+import itertools
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -48,7 +49,8 @@ def shift(placement: Placement, num_devices: int, stage: int) -> int:
   A loop is a ring: from device P - 1 on to device 0 is 1 too.
   """
   if placement == 'vshape':
-    return int(np.sign(num_devices - 1 - stage))
+    turn = num_devices - 1
+    return (stage < turn) - (stage > turn)
   return int(num_devices > 1)
 
 
@@ -94,11 +96,13 @@ def handovers(
   """All of a pipeline whose operations are in ticks f and b, [S, M]."""
   last = len(f) - 1
   where = places(placement, num_devices, len(f) // num_devices)
-  for s, m in np.ndindex(*f.shape):
+  stages = itertools.product(range(f.shape[0]), range(f.shape[1]))
+  f, b = f.tolist(), b.tolist()
+  for s, m in stages:
     device, _ = where[s]
-    tick_f, tick_b = int(f[s, m]), int(b[s, m])
+    tick_f, tick_b = f[s][m], b[s][m]
     if s > 0:
-      side, start = shift(placement, num_devices, s - 1), int(f[s - 1, m])
+      side, start = shift(placement, num_devices, s - 1), f[s - 1][m]
       yield Handover(
         *('act', s, m, device, side, start, max(tick_f, tick_b)),
         stored=(f'ra_{SIDES[side]}', (start, device)),
@@ -109,7 +113,7 @@ def handovers(
         ],
       )
     if s < last and tick_b >= 0:
-      side, start = -shift(placement, num_devices, s), int(b[s + 1, m])
+      side, start = -shift(placement, num_devices, s), b[s + 1][m]
       yield Handover(
         *('grad', s, m, device, side, start, tick_b),
         stored=(f'rg_{SIDES[side]}', (start + 1, device)),

@@ -178,20 +178,22 @@ def _as_soon_as_possible(shape: Shape, wishes: Callable) -> Ticks:
       stage has done: stages by preference, each for its next microbatch.
   """
   last = shape.stages - 1
-  f, b = np.full((2, shape.stages, shape.microbatches), -1)
+  # Lists: they are looked at one by one, many times.
+  f, b = np.full((2, shape.stages, shape.microbatches), -1).tolist()
   done = {kind: [0] * shape.stages for kind in 'FB'}
 
   def ready(kind, s, m):
     if kind == 'F':
-      return s == 0 or 0 <= f[s - 1, m] < tick
+      return s == 0 or 0 <= f[s - 1][m] < tick
     if s < last:
-      return 0 <= b[s + 1, m] < tick
+      return 0 <= b[s + 1][m] < tick
     if shape.last_forward:
-      return 0 <= f[s, m] <= tick
-    return 0 <= f[s - 1, m] < tick
+      return 0 <= f[s][m] <= tick
+    return 0 <= f[s - 1][m] < tick
 
   tick = 0
   while done['B'][0] < shape.microbatches:
+    busy = False
     for device in range(shape.devices):
       for kind, ticks in (('F', f), ('B', b)):
         for s in wishes(kind, device, done):
@@ -199,9 +201,10 @@ def _as_soon_as_possible(shape: Shape, wishes: Callable) -> Ticks:
           if (kind, s) == ('F', last) and not shape.last_forward:
             continue
           if m < shape.microbatches and ready(kind, s, m):
-            ticks[s, m] = tick
+            ticks[s][m] = tick
             done[kind][s] += 1
+            busy = True
             break
-    assert max(f.max(), b.max()) == tick, f'nothing can be done in tick {tick}'
+    assert busy, f'nothing can be done in tick {tick}'
     tick += 1
-  return f, b
+  return np.array(f), np.array(b)

@@ -245,7 +245,7 @@ def validate(schedule: Schedule) -> None:
         f'{handed}: is stored in slot {slot}, but {column} of tick {at[0]} is '
         f'{table[column][at]}'
       )
-    slots.append(slot)
+    slots.append((handed, slot))
     tenants[handed.what, handed.device, slot].append(handed)
     if handed.shift:
       channels.add((handed.what, handed.shift))
@@ -302,7 +302,9 @@ def _tabulate(name, placement, head, shape, f, b) -> Schedule:
     slots[i] = next(free, len(ends))
     ends[slots[i] : slots[i] + 1] = [handed[i].end]
   act, grad, loss = (max(map(len, ends)) for ends in free_from.values())
-  table = _fill(placement, shape.devices, head, f, b, slots)
+  table = _fill(
+    placement, shape.devices, head, f, b, zip(handed, slots, strict=True)
+  )
   for array in table.values():
     array.setflags(write=False)
   channels = {(one.what, one.shift) for one in handed if one.shift}
@@ -323,7 +325,7 @@ def _tabulate(name, placement, head, shape, f, b) -> Schedule:
 
 
 def _fill(placement, num_devices, head, f, b, slots) -> dict[str, np.ndarray]:
-  """The table of operations in ticks f and b, [S, M], and handovers' slots."""
+  """The table of operations in ticks f and b, [S, M], and (handover, slot)s."""
   num_ticks = 1 + int(max(f.max(), b.max()))
   table = {}
   for column in COLUMNS:
@@ -341,9 +343,8 @@ def _fill(placement, num_devices, head, f, b, slots) -> dict[str, np.ndarray]:
       table[f'{kind}_last'][at] = s == last
   if head == 'vocab':
     table['h_mb'][f[last]] = np.arange(f.shape[1])
-  handed = handovers.handovers(placement, num_devices, head, f, b)
-  for one, slot in zip(handed, slots, strict=True):
-    for column, at in (one.stored, *one.read):
+  for handed, slot in slots:
+    for column, at in (handed.stored, *handed.read):
       table[column][at] = slot
   return table
 

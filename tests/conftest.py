@@ -29,13 +29,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Settings check themselves, with messages that tests read; Triton compiles
-# source, which a hook would change.
+# source, which a hook would change; schedules are made of millions of calls.
+UNHOOKED = {'checks', 'comparison', 'config', 'plain', 'triton'}
+UNHOOKED |= {'handovers', 'orders', 'schedule'}
 install_import_hook(
   [
     f'{package}.{module.name}'
     for package, folder in (('mhc', 'mhc'), ('mhc.kernels', 'kernels'))
     for module in pkgutil.iter_modules([str(ROOT / folder)])
-    if module.name not in ('checks', 'comparison', 'config', 'plain', 'triton')
+    if module.name not in UNHOOKED
   ],
   'beartype.beartype',
 )

@@ -18,6 +18,7 @@ from mhc import results
 
 KINDS = ('residual', 'hc', 'mhc', 'identity')
 BASE = config.Config(
+  mesh=config.MeshConfig(num_devices=1),
   model=config.ModelConfig(
     dim=16,
     ffn_dim=16,

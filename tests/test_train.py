@@ -101,7 +101,7 @@ def test_held_out_loss_of_a_checkpoint_is_the_recorded_one(finished):
 
 
 def test_tensorboard_mirrors_the_scalars(text, tmp_path):
-  train.train(with_text(text, tensorboard=True, num_steps=4), tmp_path / 'run')
+  train.train(with_text(text, tensorboard=True), tmp_path / 'run')
   (events,) = (tmp_path / 'run' / 'tensorboard').iterdir()
   assert b'loss/heldout' in events.read_bytes()
 

@@ -4,6 +4,7 @@ from mhc import config
 
 CONFIG = config.Config(
   num_steps=12,
+  mesh=config.MeshConfig(num_devices=2),
   model=config.ModelConfig(
     num_blocks=1,
     dim=16,
