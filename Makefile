@@ -26,12 +26,17 @@ format: .venv/dev
 clean:
 	rm -rf .venv build *.egg-info
 
-.venv/installed: setup.py constraints.txt
+# Bytecode is made when it is first needed: most of it never is.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 12) or sys.exit(f"mhc needs Python 3.12 or newer, {sys.executable} is {v.major}.{v.minor}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+
+.venv/installed: setup.py constraints.txt | $(BIN)/python
+	$(PIP) -e .
 	@touch $@
 
-.venv/dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
+.venv/dev: setup.py constraints.txt | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	@touch $@ .venv/installed
