@@ -102,16 +102,18 @@ def test_at_the_first_step_only_post_receives_a_gradient():
 def test_streams_part_within_a_few_steps(optax_promotion):
   """The one-hot b_pre breaks the symmetry; equal b_pre never would."""
 
+  model = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
+  graphdef, _ = nnx.split(model)
+  optimizer = optax.sgd(0.5)
+
+  @jax.jit
+  def step(params, state, x):
+    grads = jax.grad(lambda p: loss(nnx.merge(graphdef, p), x))(params)
+    updates, state = optimizer.update(grads, state)
+    return optax.apply_updates(params, updates), state
+
   def spread_after(model, steps=20):
-    graphdef, params = nnx.split(model)
-    optimizer = optax.sgd(0.5)
-
-    @jax.jit
-    def step(params, state, x):
-      grads = jax.grad(lambda p: loss(nnx.merge(graphdef, p), x))(params)
-      updates, state = optimizer.update(grads, state)
-      return optax.apply_updates(params, updates), state
-
+    _, params = nnx.split(model)
     state = optimizer.init(params)
     for seed in range(steps):
       params, state = step(params, state, tokens(4, 33, seed))
@@ -119,7 +121,6 @@ def test_streams_part_within_a_few_steps(optax_promotion):
     mean = jnp.mean(x, axis=1, keepdims=True)
     return float(jnp.linalg.norm(x - mean) / jnp.linalg.norm(x))
 
-  model = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
   symmetric = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
   for name in ('attention_connection', 'ffn_connection'):
     bias = getattr(symmetric.dense_blocks, name).bias
