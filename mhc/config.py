@@ -387,7 +387,12 @@ class Config:
       'checkpoint_every',
       'keep_every',
     )
-    if self.keep_every % (self.checkpoint_every or self.num_steps):
+    if self.keep_every and not self.checkpoint_every:
+      raise ValueError(
+        f'keep_every={self.keep_every} keeps nothing with checkpoint_every=0, '
+        'which saves the end alone'
+      )
+    if self.keep_every % (self.checkpoint_every or 1):
       raise ValueError(
         f'keep_every={self.keep_every} must be a multiple of '
         f'checkpoint_every={self.checkpoint_every}'

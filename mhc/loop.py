@@ -75,14 +75,21 @@ class Loop:
     self._bar = writer.progress_bar(
       config.num_steps, 0, label, shown=processes.is_first()
     )
+    try:
+      self._begin()
+    except BaseException:
+      self.__exit__()
+      raise
+
+  def _begin(self):
     extra, noticed = self._restore(), self._noticed
     if extra is not None:
-      batches.set_state(extra['data'])
+      self._batches.set_state(extra['data'])
       self._guards.restore(extra['guards'])
     self._num_events, self._noticed = extra['events'] if extra else 0, []
     if processes.is_first():
       self._events = writer.JsonLines(
-        workdir / 'events.jsonl', most=self._num_events
+        self._workdir / 'events.jsonl', most=self._num_events
       )
     for step, values in noticed:
       self._event(step, **values)

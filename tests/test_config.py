@@ -163,6 +163,11 @@ def test_an_int_passes_for_a_float():
       r'decay_points=\(0.9, 0.8\) must rise',
     ),
     ({'num_steps': 20}, 'warmup_steps=30.*num_steps=20'),
+    ({'keep_every': 300}, 'keep_every=300.*multiple of checkpoint_every=200'),
+    (
+      {'keep_every': 300, 'checkpoint_every': 0},
+      'keep_every=300 keeps nothing with checkpoint_every=0',
+    ),
     ({'data': {'seq_len': 1}}, 'seq_len=1.*at least 2'),
   ],
 )

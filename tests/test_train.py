@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,19 @@ def test_other_settings_are_refused_and_nothing_is_written(finished, text):
   with pytest.raises(ValueError, match='is a file'):
     train.train(with_text(text), workdir / 'summary.json')
   assert sorted(str(p) for p in workdir.rglob('*')) == names
+
+
+def test_a_state_that_cannot_be_gone_on_from(finished, text, tmp_path):
+  """It is said, and what was opened for the run is closed."""
+  workdir = tmp_path / 'copy'
+  shutil.copytree(finished[0], workdir)
+  (workdir / 'summary.json').unlink()
+  for state in (workdir / 'checkpoints').iterdir():
+    shutil.rmtree(state / 'state')
+  hook = sys.unraisablehook
+  with pytest.raises(ValueError, match='no checkpoint that is whole'):
+    train.train(with_text(text), workdir)
+  assert sys.unraisablehook is hook
 
 
 def test_held_out_loss_of_a_checkpoint_is_the_recorded_one(finished):
