@@ -7,7 +7,8 @@ often as its loops run:
                 + sum over loops of trips * cycles(body)
 
 and likewise for bytes. Only TPU compilers write `estimated_cycles`; kernels
-carry a cost estimate of their own instead (FLOPs and bytes).
+carry a cost estimate of their own instead (FLOPs and bytes). What a compiler
+hands to SparseCores and gives no cycles is taken to wait for its bytes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,6 +36,8 @@ DTYPE_BYTES = {
   's64': 8,
   'u64': 8,
 }
+# What stands for cycles that were not estimated.
+UNKNOWN = 2**63 - 1
 # These name, select or wait; they move nothing.
 FREE = frozenset(
   {
@@ -67,7 +70,7 @@ class Cost(NamedTuple):
   bytes: float = 0  # read and written in HBM
   kernel_flops: float = 0  # of kernels (custom calls), which have no cycles
   kernel_bytes: float = 0
-  kernel_seconds: float = 0  # each at its roofline
+  kernel_seconds: float = 0  # each at its roofline, and of unknown cycles
 
   def plus(self, other: 'Cost', times: float = 1) -> 'Cost':
     return Cost(*(a + times * b for a, b in zip(self, other, strict=True)))
@@ -277,7 +280,10 @@ def _single(module, instruction, shapes, peak) -> Cost:
     flops, accessed = map(float, kernel.groups())
     seconds = max(flops / peak[0], accessed / peak[1])
     return Cost(0, moved, flops, accessed, seconds)
-  return Cost(float(cycles.group(1)) if cycles else 0, moved)
+  estimated = int(cycles.group(1)) if cycles else 0
+  if estimated == UNKNOWN:
+    return Cost(bytes=moved, kernel_seconds=moved / peak[1])
+  return Cost(float(estimated), moved)
 
 
 def _moved(module, instruction, shapes):

@@ -188,6 +188,19 @@ custom_call_target="tpu_custom_call", backend_config={"cost_estimate":\
 """
 
 
+def test_cycles_that_were_not_estimated_are_bytes():
+  """As libtpu writes them of what it gives to SparseCores."""
+  known = '"estimated_cycles":"10"'
+  assert MODULE.count(known) == 1
+  unknown = MODULE.replace(known, f'"estimated_cycles":"{2**63 - 1}"')
+  peak = (1e3, 1e2)
+  before, after = (hlo.cost(hlo.parse(m), peak) for m in (MODULE, unknown))
+  assert before.cycles - after.cycles == 10
+  assert after.bytes == before.bytes
+  slices = 2 * 128 / peak[1]
+  assert after.kernel_seconds - before.kernel_seconds == pytest.approx(slices)
+
+
 def test_the_cost_of_a_schedule_by_hand():
   module = hlo.parse(MODULE)
   assert module.entry == 'main'
