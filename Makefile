@@ -13,7 +13,7 @@ compare: .venv/installed
 	$(BIN)/python launch/compare.py --workdir=$(WORKDIR) $(FLAGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ def test_train_then_evaluate(launch, text, tmp_path):
   assert json.loads(result.stdout)['step'] == 4
   other = launch('evaluate.py', workdir, f'--path={text / "0.txt"}')
   assert json.loads(other.stdout)['corpus'].endswith('0.txt')
-  # The same folder for another model: refused, and the checkpoint stays.
+  # The same folder for another model: refused.
   result = launch(
     'train.py',
     workdir,
@@ -60,7 +60,6 @@ def test_train_then_evaluate(launch, text, tmp_path):
     '--config.model.connection.kind=hc',
   )
   refused(result, "kind='mhc'", "'hc'", 'choose another --workdir')
-  assert json.loads(launch('evaluate.py', workdir).stdout)['step'] == 4
 
 
 def test_prepare_then_train_then_sample(launch, text, tmp_path):
@@ -81,8 +80,6 @@ def test_prepare_then_train_then_sample(launch, text, tmp_path):
   result = launch('sample.py', workdir, *drawn)
   assert result.returncode == 0, result.stderr
   assert result.stdout.startswith('ab cd')
-  again = launch('sample.py', workdir, *drawn)
-  assert again.stdout == result.stdout
   several = launch('sample.py', workdir, *drawn, '--num_samples=3')
   assert several.stdout.count('--- ') == 3
   refused(launch('sample.py', workdir, '--top_p=0'), 'top_p=0')

@@ -1,15 +1,11 @@
 """Processes that train one run together, and what becomes of them all.
 
-Two train as one would, one of them is killed, they go on, and from what they
-saved together one goes on alone with another mesh. tests/processes_full.py does
-so at length.
+Two train as one would, and from what they saved together one goes on alone with
+another mesh. tests/processes_full.py does so at length, and launch/torture.py
+kills one of two.
 """
 
-import signal
-import time
-
 import processes_full as full
-import psutil
 import pytest
 
 from mhc import evaluate
@@ -35,32 +31,10 @@ def changes(tmp_path_factory):
   return full.merge(full.TINY, CHANGES, text)
 
 
-def child(launcher, index):
-  """The process that was started with that number."""
-  return next(
-    process
-    for process in psutil.Process(launcher.pid).children()
-    if f'--process_id={index}' in process.cmdline()
-  )
-
-
 @pytest.fixture(scope='module')
-def resumed(changes, tmp_path_factory):
-  """The folder of two processes, of which one was killed, that then went on."""
+def together(changes, tmp_path_factory):
+  """The folder of two processes."""
   workdir = tmp_path_factory.mktemp('runs') / 'two'
-  launcher = full.start(workdir, changes, 2, 2)
-  deadline = time.monotonic() + 120
-  while not (workdir / 'checkpoints' / str(SAVED)).exists():
-    assert time.monotonic() < deadline
-    assert launcher.poll() is None
-    time.sleep(0.02)
-  child(launcher, 1).kill()
-  clock = time.monotonic()
-  status, _, _ = full.finish(launcher, timeout=30)
-  assert status == 128 + signal.SIGKILL
-  assert time.monotonic() - clock < 30
-  assert not (workdir / 'summary.json').exists()
-
   launcher = full.start(workdir, changes, 2, 2)
   status, out, error = full.finish(launcher, timeout=120)
   assert status == 0, error
@@ -68,45 +42,44 @@ def resumed(changes, tmp_path_factory):
   assert out.count('held-out loss') == 1
   assert '[1] held-out loss' not in out
   assert '[1]' not in error
-  assert f'{SAVED}/{STEPS}' in error
   return workdir
 
 
-def test_the_same_losses_as_one_process(resumed, changes, tmp_path):
+def test_the_same_losses_as_one_process(together, changes, tmp_path):
   full.alone(tmp_path / 'one', changes)
-  far = full.difference(resumed, tmp_path / 'one')
+  far = full.difference(together, tmp_path / 'one')
   assert far.keys() >= {'loss/train', 'loss/heldout', 'grad/global_norm'}
   assert max(far.values()) < full.BOUND
   names = sorted(path.name for path in (tmp_path / 'one').iterdir())
-  assert sorted(path.name for path in resumed.iterdir()) == names
-  probes = writer.read_lines(resumed / 'probes.jsonl')
+  assert sorted(path.name for path in together.iterdir()) == names
+  probes = writer.read_lines(together / 'probes.jsonl')
   assert [probe['step'] for probe in probes] == [STEPS]
 
 
-def test_what_they_saved_goes_on_in_one_with_another_mesh(resumed, changes):
-  copy = full.half_way(resumed, SAVED)
+def test_what_they_saved_goes_on_in_one_with_another_mesh(together, changes):
+  copy = full.half_way(together, SAVED)
   other = dict(mesh=dict(num_devices=2, pipe=1), data=dict(microbatch_size=0))
   full.alone(copy, full.merge(changes, other))
-  assert max(full.difference(copy, resumed).values()) < full.BOUND
+  assert max(full.difference(copy, together).values()) < full.BOUND
   # The folder says with what the run ended, and can be evaluated so.
   assert folder.read_config(copy).mesh.pipe == 1
-  assert folder.read_config(resumed).mesh.pipe == 2
+  assert folder.read_config(together).mesh.pipe == 2
   scores = evaluate.evaluate_checkpoint(copy, None, 8)
-  last = writer.read_lines(resumed / 'metrics.jsonl')[-1]
+  last = writer.read_lines(together / 'metrics.jsonl')[-1]
   assert scores['loss/heldout'] == pytest.approx(last['loss/heldout'], rel=1e-5)
 
 
-def test_what_one_refuses_ends_all(resumed, changes):
+def test_what_one_refuses_ends_all(together, changes):
   """The first process finds that the folder is another run's."""
-  before = sorted(resumed.rglob('*'))
-  launcher = full.start(resumed, full.merge(changes, dict(seed=7)), 2, 2)
+  before = sorted(together.rglob('*'))
+  launcher = full.start(together, full.merge(changes, dict(seed=7)), 2, 2)
   status, _, error = full.finish(launcher, timeout=60)
   assert status == 2
   first, second = sorted(error.strip().splitlines(), reverse=True)
   assert first.startswith('error in process 0: ')
   assert second.startswith('[1] error in process 1: process 0 cannot go on: ')
   assert all('seed=0, this one has 7' in line for line in (first, second))
-  assert sorted(resumed.rglob('*')) == before
+  assert sorted(together.rglob('*')) == before
 
 
 LONELY = """
