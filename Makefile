@@ -26,7 +26,9 @@ format: .venv/dev
 clean:
 	rm -rf .venv build *.egg-info
 
-# Bytecode is made when it is first needed: most of it never is.
+# Bytecode is made when it is first needed: most of it never is. But then it is
+# kept: the tests start many processes.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 
 $(BIN)/python:

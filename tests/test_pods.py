@@ -121,7 +121,7 @@ FAKES = {
   'squeue': 'cat "$FAKE/squeue"',
   'srun': SRUN,
   # Looks for the end of the run twenty times a second instead of once.
-  'tail': 'echo >> "$FAKE/tails"; exec "$FAKE/real_tail" -s 0.05 "$@"',
+  'tail': 'exec "$FAKE/real_tail" -s 0.05 "$@"',
   'train': TRAIN,
 }
 
@@ -191,8 +191,10 @@ class Cluster:
     )
 
   def start(self, script, *arguments):
+    # Tests may be started in the background, where Ctrl-C is ignored.
+    command = shutil.which('env'), '--default-signal=INT', shutil.which('bash')
     return subprocess.Popen(
-      [shutil.which('bash'), script, *arguments],
+      [*command, script, *arguments],
       env=self.environment,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.PIPE,
@@ -355,8 +357,8 @@ def test_pod_finds_its_run_again(cluster):
   with cluster.start(script, *SLICE, '--', *FLAGS) as watcher:
     cluster.wait_for('0/arguments')
     cluster.wait_for('1/arguments')
-    # Between two commands a shell may miss the signal.
-    cluster.wait_for('tails')
+    while 'tpu-vm ssh 0' not in cluster.lines('calls')[-1]:
+      time.sleep(0.02)  # it follows now
     os.killpg(watcher.pid, signal.SIGINT)
     assert 'the\nsame command follows it' in watcher.stderr.read()
   assert watcher.returncode == 130
