@@ -73,7 +73,7 @@ TINY = {
   'model.attention.head_dim': 8,
   'model.attention.rope_dim': 4,
   'model.attention.kv_rank': 8,
-  'data.path': str(ROOT / 'mhc'),
+  'data.path': str(ROOT / 'mhc' / '*.py'),  # beside it may be bytecode
   'data.seq_len': 8,
   'eval_sequences': 8,
   'mesh.num_devices': 1,
@@ -156,7 +156,7 @@ PLAUSIBLE = {
   'optimizer.weight_decay': (0.0, 0.01, 1.0),
   'optimizer.muon_momentum': (0.0, 0.9),
   'optimizer.clip_norm': (0.0, 0.1, 10.0),
-  'data.path': (str(ROOT / 'tests'), str(ROOT / 'mhc' / '*.py')),
+  'data.path': (str(ROOT / 'tests' / '*.py'), str(ROOT / 'kernels' / '*.py')),
   'data.seq_len': (2, 3, 7, 8, 16, 64),
   'data.batch_size': (1, 2, 3, 4, 6, 8, 12, 16),
   'data.microbatch_size': (0, 1, 2, 3, 4),
