@@ -19,13 +19,11 @@ another run is refused, and so is a disk that does not let itself be read.
 
 from collections.abc import Callable, Mapping
 import contextlib
-import gc
 import hashlib
 import json
 import math
 import pathlib
 import shutil
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +32,7 @@ import orbax.checkpoint as ocp
 from mhc import config as config_lib
 from mhc import fingerprint
 from mhc import folder
+from mhc import patience
 from mhc import plain
 from mhc import processes
 from mhc import step as step_lib
@@ -86,8 +85,9 @@ class Checkpoints:
     self._workdir, self._config = workdir.absolute(), config
     self._reading, self._failed = reading, failed
     self._writing: int | None = None
-    self._echo, sys.unraisablehook = sys.unraisablehook, self._hook
     self._open()
+    self._closing = contextlib.ExitStack()
+    self._closing.enter_context(patience.patient())
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -95,12 +95,7 @@ class Checkpoints:
   def __exit__(self, *_):
     self.wait()
     self._manager.close()
-    sys.unraisablehook = self._echo
-
-  def _hook(self, unraisable):
-    """Without what threads say to a loop that ended with a failed save."""
-    if str(unraisable.exc_value) != 'Event loop is closed':
-      self._echo(unraisable)
+    self._closing.close()
 
   def steps(self) -> list[int]:
     """Of the states there are, the newest first."""
@@ -264,12 +259,11 @@ class Checkpoints:
     return Saved(state, record['extra'])
 
   def _load(self, step, args):
-    with _without_echo():
-      try:
-        return self._manager.restore(step, args=ocp.args.Composite(**args))
-      except Exception as error:  # of any class, see `_attempt`
-        reason = _one_line(error)
-        forbidden = isinstance(error, PermissionError)
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**args))
+    except Exception as error:  # of any class, see `_attempt`
+      reason = _one_line(error)
+      forbidden = isinstance(error, PermissionError)
     if forbidden or 'PERMISSION_DENIED' in reason:
       raise ValueError(
         f'{self._workdir / "checkpoints" / str(step)} may not be read: {reason}'
@@ -355,17 +349,6 @@ def _checked(signed, where):
       f'reads {FORMAT!r}: go on with the version that wrote it'
     )
   return record
-
-
-@contextlib.contextmanager
-def _without_echo():
-  """Other reads that Orbax gives up with the first would print tracebacks."""
-  hook, sys.unraisablehook = sys.unraisablehook, lambda *_: None
-  try:
-    yield
-  finally:
-    gc.collect()
-    sys.unraisablehook = hook
 
 
 def _one_line(error):

@@ -12,7 +12,6 @@ where the head is not a part of B(S - 1, m).
 """
 
 from collections.abc import Iterator
-import itertools
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -96,9 +95,9 @@ def handovers(
   """All of a pipeline whose operations are in ticks f and b, [S, M]."""
   last = len(f) - 1
   where = places(placement, num_devices, len(f) // num_devices)
-  stages = itertools.product(range(f.shape[0]), range(f.shape[1]))
+  shape = f.shape
   f, b = f.tolist(), b.tolist()
-  for s, m in stages:
+  for s, m in np.ndindex(*shape):
     device, _ = where[s]
     tick_f, tick_b = f[s][m], b[s][m]
     if s > 0:

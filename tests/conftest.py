@@ -7,6 +7,9 @@ os.environ['XLA_FLAGS'] = (
   '--xla_force_host_platform_device_count=8 '
   # Two test processes share the machine: one thread each.
   '--xla_cpu_multi_thread_eigen=false '
+  # Eight devices on a busy core may be late for each other.
+  '--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 '
+  '--xla_cpu_collective_call_terminate_timeout_seconds=240 '
   # Most of the time is LLVM's, on programs that run once.
   '--xla_backend_optimization_level=0'
 )

@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from mhc import claims
 from mhc import compare
@@ -19,13 +20,7 @@ from mhc import results
 KINDS = ('residual', 'hc', 'mhc', 'identity')
 BASE = config.Config(
   mesh=config.MeshConfig(num_devices=1),
-  model=config.ModelConfig(
-    dim=16,
-    ffn_dim=16,
-    attention=config.AttentionConfig(
-      num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
-    ),
-  ),
+  model=tiny.CONFIG.model,
   optimizer=config.OptimizerConfig(warmup_steps=2),
   data=config.DataConfig(seq_len=16),
   eval_every=10,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from mhc import config
 from mhc import loss
@@ -20,14 +21,7 @@ pytestmark = pytest.mark.usefixtures('optax_promotion')
 TINY = config.Config(
   num_steps=10,
   mesh=config.MeshConfig(num_devices=8),
-  model=config.ModelConfig(
-    num_blocks=2,
-    dim=16,
-    ffn_dim=16,
-    attention=config.AttentionConfig(
-      num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
-    ),
-  ),
+  model=dataclasses.replace(tiny.CONFIG.model, num_blocks=2),
   # SGD-like: Adam would turn rounding of zero gradients into full steps.
   optimizer=config.OptimizerConfig(warmup_steps=2, eps=1.0),
   data=config.DataConfig(seq_len=12, batch_size=8),

@@ -18,6 +18,7 @@ ORDER = (
     'gpus',
     'handovers',
     'orders',
+    'patience',
     'processes',
     'retry',
   ),
