@@ -260,7 +260,9 @@ class Checkpoints:
 
   def _load(self, step, args):
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(**args))
+      return patience.apart(
+        lambda: self._manager.restore(step, args=ocp.args.Composite(**args))
+      )
     except Exception as error:  # of any class, see `_attempt`
       reason = _one_line(error)
       forbidden = isinstance(error, PermissionError)
@@ -352,5 +354,7 @@ def _checked(signed, where):
 
 
 def _one_line(error):
+  while error.__cause__ is not None:
+    error = error.__cause__
   text = ' '.join(str(error).split()) or type(error).__name__
   return text if len(text) < 300 else f'{text[:300]}...'

@@ -7,6 +7,8 @@ thousand times a crash of the interpreter.
 """
 
 import asyncio
+from collections.abc import Callable
+from concurrent import futures
 import contextlib
 
 # Longer than what is left of a read takes; what hangs is not waited for.
@@ -51,3 +53,11 @@ def patient():
     yield
   finally:
     asyncio.set_event_loop_policy(before)
+
+
+def apart[T](call: Callable[[], T]) -> T:
+  """call() in a thread without a loop: in that of a notebook, which has one,
+  Orbax takes a loop of another kind.
+  """
+  with futures.ThreadPoolExecutor(1) as pool:
+    return pool.submit(call).result()

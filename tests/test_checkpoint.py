@@ -1,6 +1,8 @@
 """States on disk: what is damaged is set aside, what is foreign refused."""
 
+import asyncio
 import dataclasses
+import gc
 import json
 import shutil
 
@@ -163,6 +165,22 @@ def test_the_one_before_is_taken(saved, tmp_path, damage, capsys):
   (line,) = capsys.readouterr().err.strip().splitlines()
   assert '20 is damaged' in line
   assert 'Traceback' not in line
+
+
+def test_a_notebook_takes_the_one_before_too(saved, tmp_path, capsys, caplog):
+  workdir = tmp_path / 'run'
+  shutil.copytree(saved, workdir)
+  truncate(arrays_of(workdir / 'checkpoints' / '20'))
+
+  async def cell():
+    with checkpoint.Checkpoints(workdir, CONFIG) as checkpoints:
+      return checkpoints.restore(abstract())
+
+  assert equal(asyncio.run(cell()).state, state(16))
+  gc.collect()
+  (line,) = capsys.readouterr().err.strip().splitlines()
+  assert 'Requested byte range' in line
+  assert not [r for r in caplog.records if r.name == 'asyncio']
 
 
 def test_reading_changes_nothing(saved, tmp_path, capsys):
