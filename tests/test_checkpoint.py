@@ -1,10 +1,14 @@
 """States on disk: what is damaged is set aside, what is foreign refused."""
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import json
+import os
+import pathlib
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -251,14 +255,36 @@ def test_another_model_or_optimiser_is_refused(saved):
       checkpoints.restore(abstract(other))
 
 
-def test_what_may_not_be_read_is_not_called_damaged(saved, monkeypatch):
-  def refuse(*_, **__):
-    raise PermissionError(13, 'Permission denied')
-
-  with checkpoint.Checkpoints(saved, CONFIG, reading=True) as checkpoints:
-    monkeypatch.setattr(checkpoints._manager, 'restore', refuse)
-    with pytest.raises(ValueError, match=r'20 may not be read: .*denied'):
+@pytest.mark.parametrize('of', [arrays_of, record_of])
+def test_what_may_not_be_read_is_not_called_damaged(saved, of, capsys):
+  with tempfile.TemporaryDirectory() as folder_of_nobody:
+    workdir = pathlib.Path(folder_of_nobody) / 'run'
+    shutil.copytree(saved, workdir)
+    denied = of(workdir / 'checkpoints' / '20')
+    denied.chmod(0)
+    with (
+      checkpoint.Checkpoints(workdir, CONFIG) as checkpoints,
+      nobody(folder_of_nobody),
+      pytest.raises(ValueError, match=r'20 may not be read: .*denied'),
+    ):
       checkpoints.restore(abstract())
+    assert denied.exists()
+  assert not capsys.readouterr().err
+
+
+@contextlib.contextmanager
+def nobody(folder):
+  """Root may read everything; tests may run as root."""
+  if os.geteuid():
+    yield
+    return
+  for path in (folder, *pathlib.Path(folder).rglob('*')):
+    os.chown(path, 65534, 65534)
+  os.seteuid(65534)
+  try:
+    yield
+  finally:
+    os.seteuid(0)
 
 
 def test_training_survives_a_disk_that_is_full(workdir, monkeypatch, capsys):
