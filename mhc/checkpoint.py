@@ -263,13 +263,12 @@ class Checkpoints:
       return patience.apart(
         lambda: self._manager.restore(step, args=ocp.args.Composite(**args))
       )
-    except Exception as error:  # of any class, see `_attempt`
-      reason = _one_line(error)
-      forbidden = isinstance(error, PermissionError)
-    if forbidden or 'PERMISSION_DENIED' in reason:
-      raise ValueError(
-        f'{self._workdir / "checkpoints" / str(step)} may not be read: {reason}'
-      )
+    except Exception as failure:  # of any class, see `_attempt`
+      where = self._workdir / 'checkpoints' / str(step)
+      error = _refusal(where) or failure
+    reason = _one_line(error)
+    if isinstance(error, PermissionError) or 'PERMISSION_DENIED' in reason:
+      raise ValueError(f'{where} may not be read: {reason}')
     raise Damaged(reason)
 
   def _set_aside(self, step, reason):
@@ -351,6 +350,14 @@ def _checked(signed, where):
       f'reads {FORMAT!r}: go on with the version that wrote it'
     )
   return record
+
+
+def _refusal(where):
+  """Of a folder that may not be listed: what is in it seems to be missing."""
+  errors = []
+  for _ in where.walk(on_error=errors.append):
+    pass
+  return next((e for e in errors if isinstance(e, PermissionError)), None)
 
 
 def _one_line(error):

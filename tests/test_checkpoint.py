@@ -255,12 +255,20 @@ def test_another_model_or_optimiser_is_refused(saved):
       checkpoints.restore(abstract(other))
 
 
-@pytest.mark.parametrize('of', [arrays_of, record_of])
-def test_what_may_not_be_read_is_not_called_damaged(saved, of, capsys):
+DENIED = {
+  'arrays': arrays_of,
+  'record': record_of,
+  'folder of arrays': lambda where: where / 'state',
+  'folder of the record': lambda where: where / 'record',
+}
+
+
+@pytest.mark.parametrize('what', DENIED)
+def test_what_may_not_be_read_is_not_called_damaged(saved, what, capsys):
   with tempfile.TemporaryDirectory() as folder_of_nobody:
     workdir = pathlib.Path(folder_of_nobody) / 'run'
     shutil.copytree(saved, workdir)
-    denied = of(workdir / 'checkpoints' / '20')
+    denied = DENIED[what](workdir / 'checkpoints' / '20')
     denied.chmod(0)
     with (
       checkpoint.Checkpoints(workdir, CONFIG) as checkpoints,
