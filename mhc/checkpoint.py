@@ -22,8 +22,10 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import pathlib
 import shutil
+import tempfile
 from typing import Any, NamedTuple
 
 import jax
@@ -120,14 +122,10 @@ class Checkpoints:
       }
     )
     self._writing = step
-    self._attempt(
-      lambda: self._manager.save(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
-        ),
-      )
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
     )
+    self._attempt(lambda: self._begin(step, args))
 
   def wait(self) -> bool:
     """Until the last state is written; whether it was."""
@@ -183,6 +181,13 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       self._workdir / 'checkpoints', options=options
     )
+
+  def _begin(self, step, args):
+    with processes.together():
+      # Threads of Orbax would wait ten minutes for a folder it cannot make.
+      if processes.is_first():
+        os.rmdir(tempfile.mkdtemp(dir=self._workdir / 'checkpoints'))
+    self._manager.save(step, args=args)
 
   def _written(self):
     self._manager.wait_until_finished()

@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -316,6 +317,30 @@ def test_training_survives_a_disk_that_is_full(workdir, monkeypatch, capsys):
     assert checkpoints.steps() == [12, 4]
     assert equal(checkpoints.restore(abstract()).state, state(12))
   assert 'NOT SAVED: the state after step 8' in capsys.readouterr().err
+
+
+def test_a_folder_that_takes_nothing_leaves_no_thread_waiting():
+  heard = []
+  with tempfile.TemporaryDirectory() as folder_of_nobody:
+    workdir = pathlib.Path(folder_of_nobody) / 'run'
+    folder.claim(workdir, CONFIG)
+    with checkpoint.Checkpoints(
+      workdir, CONFIG, failed=lambda *what: heard.append(what)
+    ) as checkpoints:
+      checkpoints.save(state(4), {})
+      assert checkpoints.wait()
+      before = set(threading.enumerate())
+      (workdir / 'checkpoints').chmod(0o555)
+      with nobody(folder_of_nobody):
+        checkpoints.save(state(8), {})
+      assert [number for number, _ in heard] == [8]
+      assert 'Permission denied' in heard[0][1]
+      waiting = set(threading.enumerate()) - before
+      assert not [thread for thread in waiting if not thread.daemon]
+      (workdir / 'checkpoints').chmod(0o755)
+      checkpoints.save(state(12), {})
+      assert checkpoints.wait()
+      assert checkpoints.steps() == [12, 4]
 
 
 def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
