@@ -87,6 +87,7 @@ class Checkpoints:
     self._workdir, self._config = workdir.absolute(), config
     self._reading, self._failed = reading, failed
     self._writing: int | None = None
+    self._well = True  # so far, the last one
     self._open()
     self._closing = contextlib.ExitStack()
     self._closing.enter_context(patience.patient())
@@ -129,9 +130,9 @@ class Checkpoints:
 
   def wait(self) -> bool:
     """Until the last state is written; whether it was."""
-    if self._writing is None:
-      return True
-    return self._attempt(self._written)
+    if self._writing is not None:
+      self._attempt(self._written)
+    return self._well
 
   def restore(self, abstract: step_lib.TrainState) -> Saved | None:
     """The newest whole state; None if none was ever saved.
@@ -194,12 +195,13 @@ class Checkpoints:
     self._manager.check_for_errors()
     self._writing = None
 
-  def _attempt(self, action) -> bool:
+  def _attempt(self, action):
     step = self._writing
     try:
       action()
+      self._well = True
     except Exception as error:  # what storage and Orbax raise has many classes
-      self._writing = None
+      self._writing, self._well = None, False
       reason = _one_line(error)
       writer.note(
         f'NOT SAVED: the state after step {step}: {reason}. Training goes on; '
@@ -207,8 +209,6 @@ class Checkpoints:
       )
       self._failed(step, reason)
       self._start_over()
-      return False
-    return True
 
   def _start_over(self):
     """Makes room and forgets the failed attempt."""

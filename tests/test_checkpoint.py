@@ -310,6 +310,7 @@ def test_training_survives_a_disk_that_is_full(workdir, monkeypatch, capsys):
     with monkeypatch.context() as patch:
       patch.setattr(checkpoints._manager, 'save', fail)
       checkpoints.save(state(8), {})
+      assert not checkpoints.wait()
     assert [number for number, _ in heard] == [8]
     assert 'No space left' in heard[0][1]
     checkpoints.save(state(12), {})
@@ -333,6 +334,7 @@ def test_a_folder_that_takes_nothing_leaves_no_thread_waiting():
       (workdir / 'checkpoints').chmod(0o555)
       with nobody(folder_of_nobody):
         checkpoints.save(state(8), {})
+        assert not checkpoints.wait()
       assert [number for number, _ in heard] == [8]
       assert 'Permission denied' in heard[0][1]
       waiting = set(threading.enumerate()) - before

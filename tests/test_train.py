@@ -1,10 +1,11 @@
 """A run: its files, its resumption after kill -9, and its evaluation."""
 
+import asyncio
 import dataclasses
 import json
 import pathlib
 import shutil
-import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -85,10 +86,10 @@ def test_a_state_that_cannot_be_gone_on_from(finished, text, tmp_path):
   (workdir / 'summary.json').unlink()
   for state in (workdir / 'checkpoints').iterdir():
     shutil.rmtree(state / 'state')
-  hook = sys.unraisablehook
+  policy = asyncio.get_event_loop_policy()
   with pytest.raises(ValueError, match='no checkpoint that is whole'):
     train.train(with_text(text), workdir)
-  assert sys.unraisablehook is hook
+  assert asyncio.get_event_loop_policy() is policy
 
 
 def test_held_out_loss_of_a_checkpoint_is_the_recorded_one(finished):
@@ -135,6 +136,27 @@ def test_gone_on_bit_for_bit(finished, text, tmp_path):
     for folder in (workdir, uninterrupted)
   ]
   assert probes[0] == probes[1]
+
+
+def test_an_end_that_cannot_be_saved_is_not_one(
+  finished, text, tmp_path, monkeypatch, capsys
+):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished[0], workdir)
+  (workdir / 'summary.json').unlink()
+  shutil.rmtree(workdir / 'checkpoints' / '12')
+
+  def fail(**_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(tempfile, 'mkdtemp', fail)
+  with pytest.raises(OSError, match=r'step 12 could not be saved: make room'):
+    train.train(with_text(text), workdir)
+  assert not (workdir / 'summary.json').exists()
+  assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['8']
+  said = capsys.readouterr().err
+  assert 'NOT SAVED: the state after step 12: [Errno 28]' in said
+  assert 'the last one on disk is 8' in said
 
 
 def test_lines_past_the_restored_step_are_cut(tmp_path):
