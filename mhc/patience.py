@@ -2,8 +2,8 @@
 
 Orbax reads and writes the arrays of a state at once, in an asyncio loop that it
 closes with the first of them that fails. TensorStore's threads then report the
-others to a loop that is gone: tracebacks on the terminal, and once in a few
-thousand times a crash of the interpreter.
+others to a loop that is gone: tracebacks on the terminal, and, seen once, a
+crash of the interpreter.
 """
 
 import asyncio
