@@ -14,6 +14,7 @@ import pathlib
 import re
 import runpy
 import sys
+import threading
 import time
 import traceback
 
@@ -154,6 +155,7 @@ def run(
 
 
 def _guarded(main):
+  status = 0
   try:
     main()
   except (Exception, KeyboardInterrupt) as error:
@@ -162,12 +164,31 @@ def _guarded(main):
     if processes.count() > 1 and not ended:
       # The others wait for this process in a computation; as Python ends it
       # would wait for them.
-      sys.stdout.flush()
-      sys.stderr.flush()
-      os._exit(status)
-    if status == 1:
+      _leave(status)
+    if status == 1 and not _stranded():
       raise
-    sys.exit(status)
+  if _stranded():
+    if processes.count() > 1:
+      jax.distributed.shutdown()
+    _leave(status)
+  sys.exit(status)
+
+
+def _stranded() -> bool:
+  """Whether Python would wait for threads of a save that failed.
+
+  They wait for its folder, ten minutes or, if the clock was set back, for ever.
+  """
+  return any(
+    type(thread).__module__.startswith('orbax.') and not thread.daemon
+    for thread in threading.enumerate()
+  )
+
+
+def _leave(status):
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 def _explain(error) -> int:
@@ -188,6 +209,7 @@ def _explain(error) -> int:
       return 2
   if processes.count() > 1:
     _complain('what follows')
+  if processes.count() > 1 or _stranded():
     traceback.print_exception(error)
   return 1
 

@@ -89,6 +89,7 @@ class Run:
   def start(self) -> subprocess.Popen:
     environment = os.environ | {
       'JAX_PLATFORMS': 'cpu',
+      'PYTHONFAULTHANDLER': '1',
       'JAX_COMPILATION_CACHE_DIR': str(self.workdir.parents[1] / 'compiled'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }
@@ -108,9 +109,9 @@ class Run:
     try:
       said = process.communicate(timeout=PATIENCE)[1]
     except subprocess.TimeoutExpired:
-      process.kill()
-      process.communicate()
-      raise Failure(f'no end after {PATIENCE:.0f} s') from None
+      process.send_signal(signal.SIGABRT)  # it says where it is
+      said = process.communicate()[1]
+      raise Failure(f'no end after {PATIENCE:.0f} s: {said}') from None
     self.log += said
     if 'Traceback' in said and not tracebacks:
       raise Failure(f'a traceback: {said[said.index("Traceback") :][:2000]}')

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -159,6 +161,53 @@ def test_mistakes_end_in_one_line(launch, tmp_path, mistake):
   )
   refused(result, *needles)
   assert not workdir.exists()
+
+
+STRANDED = """
+import pathlib
+import sys
+sys.path.insert(0, {launch!r})
+import orbax.checkpoint as ocp
+import command_line
+
+def main():
+  folder = pathlib.Path({folder!r})
+  manager = ocp.CheckpointManager(folder)
+  folder.rmdir()
+  folder.write_text('in the place of a folder')
+  try:
+    manager.save(1, args=ocp.args.StandardSave({{'a': 1}}))
+    manager.wait_until_finished()
+  except OSError as error:
+    raise {raised}
+  print('saved?')
+
+command_line.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+  ('raised', 'status', 'said'),
+  [
+    ("ValueError('not saved') from error", 2, 'error: not saved'),
+    ("RuntimeError('a bug') from error", 1, 'RuntimeError: a bug'),
+  ],
+)
+def test_threads_of_a_failed_save_are_not_waited_for(
+  tmp_path, raised, status, said
+):
+  script = STRANDED.format(
+    launch=str(ROOT / 'launch'), folder=str(tmp_path / 'states'), raised=raised
+  )
+  result = subprocess.run(
+    [sys.executable, '-c', script],
+    capture_output=True,
+    text=True,
+    timeout=200,
+    check=False,
+  )
+  assert result.returncode == status, result.stderr
+  assert result.stderr.strip().endswith(said)
 
 
 def test_the_other_mains_refuse_alike(launch, tmp_path):
