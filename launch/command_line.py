@@ -196,13 +196,13 @@ def _explain(error) -> int:
   match error:
     case processes.Stopped():
       if processes.is_first():
-        print(f'{error}. {AGAIN}', file=sys.stderr)
+        _say(f'{error}. {AGAIN}')
       if error.status is None:
         return flags.FLAGS.stop_status
       return error.status
     case KeyboardInterrupt():
       if processes.is_first():
-        print(f'\nInterrupted. {AGAIN}', file=sys.stderr)
+        _say(f'\nInterrupted. {AGAIN}')
       return 130
     case ValueError() | OSError() if not flags.FLAGS.traceback:
       _complain(str(error))
@@ -265,4 +265,9 @@ def _complain(message: str):
     given = re.search('\0--?process_id[=\0]([0-9]+)', '\0'.join(sys.argv))
     number = given and given[1]
   where = '' if number is None else f' in process {number}'
-  print(f'error{where}: {line}', file=sys.stderr)
+  _say(f'error{where}: {line}')
+
+
+def _say(text):
+  # In one piece, which other processes' lines do not fall into.
+  print(f'{text}\n', end='', file=sys.stderr)

@@ -11,8 +11,10 @@ second one kills them. If one fails, the others, which could only wait for it,
 are killed; its exit status is that of this program.
 """
 
+import contextlib
 import os
 import queue
+import random
 import re
 import signal
 import socket
@@ -119,9 +121,12 @@ def _print(index, source, sink):
 
 
 def _free_port() -> int:
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    return probe.getsockname()[1]
+  """Below those that the system gives to connections, which may take it."""
+  while True:
+    port = random.randrange(20_000, 32_768)
+    with socket.socket() as probe, contextlib.suppress(OSError):
+      probe.bind(('127.0.0.1', port))
+      return port
 
 
 if __name__ == '__main__':

@@ -115,7 +115,8 @@ def byte_bar(total: int, label: str) -> tqdm.tqdm:
 
 def note(text: str):
   """A line for whoever watches, above the progress bar."""
-  tqdm.tqdm.write(text, file=sys.stderr)
+  # In one piece, which other processes' lines do not fall into.
+  tqdm.tqdm.write(f'{text}\n', file=sys.stderr, end='')
 
 
 def _bar(**options) -> tqdm.tqdm:

@@ -75,7 +75,9 @@ def test_what_one_refuses_ends_all(together, changes):
   launcher = full.start(together, full.merge(changes, dict(seed=7)), 2, 2)
   status, _, error = full.finish(launcher, timeout=60)
   assert status == 2
-  first, second = sorted(error.strip().splitlines(), reverse=True)
+  lines = sorted(error.strip().splitlines(), reverse=True)
+  assert len(lines) == 2, error
+  first, second = lines
   assert first.startswith('error in process 0: ')
   assert second.startswith('[1] error in process 1: process 0 cannot go on: ')
   assert all('seed=0, this one has 7' in line for line in (first, second))
