@@ -28,6 +28,7 @@ from mhc import checks
 from mhc import interrupts
 from mhc import plain
 from mhc import processes
+from mhc import writer
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 AGAIN = 'The same command goes on from here.'
@@ -196,13 +197,13 @@ def _explain(error) -> int:
   match error:
     case processes.Stopped():
       if processes.is_first():
-        _say(f'{error}. {AGAIN}')
+        writer.note(f'{error}. {AGAIN}')
       if error.status is None:
         return flags.FLAGS.stop_status
       return error.status
     case KeyboardInterrupt():
       if processes.is_first():
-        _say(f'\nInterrupted. {AGAIN}')
+        writer.note(f'\nInterrupted. {AGAIN}')
       return 130
     case ValueError() | OSError() if not flags.FLAGS.traceback:
       _complain(str(error))
@@ -265,9 +266,4 @@ def _complain(message: str):
     given = re.search('\0--?process_id[=\0]([0-9]+)', '\0'.join(sys.argv))
     number = given and given[1]
   where = '' if number is None else f' in process {number}'
-  _say(f'error{where}: {line}')
-
-
-def _say(text):
-  # In one piece, which other processes' lines do not fall into.
-  print(f'{text}\n', end='', file=sys.stderr)
+  writer.note(f'error{where}: {line}')

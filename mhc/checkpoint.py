@@ -85,6 +85,7 @@ class Checkpoints:
   ):
     """`failed` hears of each state that could not be written, and why."""
     self._workdir, self._config = workdir.absolute(), config
+    self._states = self._workdir / 'checkpoints'
     self._reading, self._failed = reading, failed
     self._writing: int | None = None
     self._well = True  # so far, the last one
@@ -179,15 +180,13 @@ class Checkpoints:
       cleanup_tmp_directories=not self._reading,
       create=not self._reading,
     )
-    self._manager = ocp.CheckpointManager(
-      self._workdir / 'checkpoints', options=options
-    )
+    self._manager = ocp.CheckpointManager(self._states, options=options)
 
   def _begin(self, step, args):
     with processes.together():
       # Threads of Orbax would wait ten minutes for a folder it cannot make.
       if processes.is_first():
-        os.rmdir(tempfile.mkdtemp(dir=self._workdir / 'checkpoints'))
+        os.rmdir(tempfile.mkdtemp(dir=self._states))
     self._manager.save(step, args=args)
 
   def _written(self):
@@ -213,14 +212,14 @@ class Checkpoints:
   def _start_over(self):
     """Makes room and forgets the failed attempt."""
     if processes.is_first():
-      for leftover in (self._workdir / 'checkpoints').glob('*tmp*'):
+      for leftover in self._states.glob('*tmp*'):
         shutil.rmtree(leftover, ignore_errors=True)
     with contextlib.suppress(Exception):  # the failure again, already said
       self._manager.close()
     self._open()
 
   def _finished(self):
-    names = (p.name for p in (self._workdir / 'checkpoints').iterdir())
+    names = (p.name for p in self._states.iterdir())
     return [int(name) for name in names if name.isdigit()]
 
   def _read_twice(self, step, abstract):
@@ -231,7 +230,7 @@ class Checkpoints:
       return self._read(step, abstract)
 
   def _read(self, step, abstract):
-    where = self._workdir / 'checkpoints' / str(step)
+    where = self._states / str(step)
     old = where / 'data'
     if old.is_dir() and not (where / 'record').exists():
       raise ValueError(
@@ -269,7 +268,7 @@ class Checkpoints:
         lambda: self._manager.restore(step, args=ocp.args.Composite(**args))
       )
     except Exception as failure:  # of any class, see `_attempt`
-      where = self._workdir / 'checkpoints' / str(step)
+      where = self._states / str(step)
       error = _refusal(where) or failure
     reason = _one_line(error)
     if isinstance(error, PermissionError) or 'PERMISSION_DENIED' in reason:
@@ -277,7 +276,7 @@ class Checkpoints:
     raise Damaged(reason)
 
   def _set_aside(self, step, reason):
-    source = self._workdir / 'checkpoints' / str(step)
+    source = self._states / str(step)
     if self._reading:
       writer.note(f'{source} is damaged ({reason}) and passed over.')
       return

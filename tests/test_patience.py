@@ -1,6 +1,7 @@
 """Loops that end after what they have begun."""
 
 import asyncio
+import contextlib
 import gc
 import threading
 
@@ -9,32 +10,28 @@ import pytest
 from mhc import patience
 
 
-def refused():
-  raise ValueError('first')
+def fail_beside(other, number=1):
+  """Runs, as Orbax does, what fails when `other` has begun."""
 
-
-async def company(begun, *others):
-  """One that fails at once beside others."""
-
-  async def first():
+  async def first(begun):
     await begun.wait()
-    refused()
+    raise ValueError('first')
 
-  await asyncio.gather(first(), *others)
+  async def company():
+    begun = asyncio.Event()
+    await asyncio.gather(first(begun), *(other(begun) for _ in range(number)))
 
-
-def run(loop, coroutine):
-  """As Orbax does."""
-  try:
-    loop.run_until_complete(coroutine)
-  finally:
-    loop.close()
+  with patience.patient():
+    loop = asyncio.new_event_loop()
+  with pytest.raises(ValueError, match='first'), contextlib.closing(loop):
+    loop.run_until_complete(company())
 
 
 def test_a_thread_reports_to_a_loop_that_is_there():
   said = []
 
   async def late(begun):
+    loop = asyncio.get_running_loop()
     future = loop.create_future()
 
     def report():
@@ -47,11 +44,7 @@ def test_a_thread_reports_to_a_loop_that_is_there():
     begun.set()
     said.append(await future)
 
-  with patience.patient():
-    loop = asyncio.new_event_loop()
-  begun = asyncio.Event()
-  with pytest.raises(ValueError, match='first'):
-    run(loop, company(begun, late(begun)))
+  fail_beside(late)
   assert said == ['here']
 
 
@@ -61,11 +54,7 @@ def test_only_the_first_error_is_heard(caplog):
     await asyncio.sleep(0.05)
     raise ValueError('second')
 
-  with patience.patient():
-    loop = asyncio.new_event_loop()
-  begun = asyncio.Event()
-  with pytest.raises(ValueError, match='first'):
-    run(loop, company(begun, *(other(begun) for _ in range(3))))
+  fail_beside(other, 3)
   gc.collect()
   assert not caplog.records
 
@@ -77,11 +66,7 @@ def test_what_hangs_is_given_up(monkeypatch):
     begun.set()
     await asyncio.Event().wait()
 
-  with patience.patient():
-    loop = asyncio.new_event_loop()
-  begun = asyncio.Event()
-  with pytest.raises(ValueError, match='first'):
-    run(loop, company(begun, forever(begun)))
+  fail_beside(forever)
   gc.collect()
 
 
