@@ -36,7 +36,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/installed: setup.py constraints.txt | $(BIN)/python
-	$(PIP) -e .
+	$(PIP) -e '.[train]'
 	@touch $@
 
 .venv/dev: setup.py constraints.txt | $(BIN)/python

@@ -1,4 +1,8 @@
-"""Package metadata; tool settings are in pyproject.toml."""
+"""Package metadata; tool settings are in pyproject.toml.
+
+The distribution is `mhc-jax`, the import `mhc`: on PyPI the name `mhc` belongs
+to another project.
+"""
 
 import pathlib
 
@@ -6,41 +10,54 @@ import setuptools
 
 here = pathlib.Path(__file__).parent
 
+# The folder kernels/ is imported as mhc.kernels.
+kernels = {'mhc.kernels': 'kernels'} | {
+  f'mhc.kernels.{name}': f'kernels/{name.replace(".", "/")}'
+  for name in setuptools.find_packages(here / 'kernels')
+}
+
+train = [
+  'grain>=0.2.18',
+  'matplotlib>=3.9',
+  'ml-collections>=1.1',
+  'optax>=0.2.8',
+  'orbax-checkpoint>=0.12',
+  'safetensors>=0.5',
+  'tensorboardX>=2.6',
+  'tqdm>=4.66',
+]
+
 setuptools.setup(
-  name='mhc',
+  name='mhc-jax',
   version='0.1.0',
   description='Manifold-constrained hyper-connections for JAX and Flax',
   long_description=(here / 'README.md').read_text(),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   python_requires='>=3.12',
-  packages=['mhc', 'mhc.kernels', 'mhc.kernels.triton'],
-  package_dir={
-    'mhc': 'mhc',
-    'mhc.kernels': 'kernels',
-    'mhc.kernels.triton': 'kernels/triton',
-  },
+  packages=[
+    *setuptools.find_packages(here, include=['mhc', 'mhc.*']),
+    *kernels,
+  ],
+  package_dir={'mhc': 'mhc'} | kernels,
+  # The library: connections, projection, kernels.
   install_requires=[
     'absl-py>=2.1',
     'flax>=0.12',
-    'grain>=0.2.18',
     'jax>=0.11.2,<0.12',
     'jaxtyping>=0.3',
-    'matplotlib>=3.9',
-    'ml-collections>=1.1',
     'numpy>=2.0',
-    'optax>=0.2.8',
-    'orbax-checkpoint>=0.12',
-    'safetensors>=0.5',
-    'tensorboardX>=2.6',
-    'tqdm>=4.66',
   ],
   extras_require={
+    # The model around it: training, comparison, planning, export.
+    'train': train,
     'data': ['pyarrow>=20', 'tokenizers>=0.22'],
     'gpu': ['jax[cuda13]', 'jax-triton>=0.4.1', 'triton>=3.9,<3.10'],
     'tpu': ['jax[tpu]'],
     'dev': [
+      *train,
       'beartype>=0.22',
+      'hypothesis>=6.150',
       # The tests interpret the GPU kernels; no GPU is needed.
       "jax-triton>=0.4.1; sys_platform == 'linux'",
       # Models of the fields of a JobSet, for launch/gke_jobset.yaml.

@@ -165,7 +165,7 @@ def _module(name):
       return importlib.import_module('mhc.kernels.triton.entries')
     except ImportError as error:
       raise NotImplementedError(
-        f"the GPU kernels need jax-triton: pip install 'mhc[gpu]' ({error})"
+        f"the GPU kernels need pip install jax-triton 'triton<3.10' ({error})"
       ) from None
   return {'xla': xla, 'pallas': pallas}[name]
 

@@ -12,8 +12,8 @@
 --topology compiles the training step for a TPU slice (or 'cpu') and prints
 whether it fits, what it sends and how long a step would take, next to the same
 mesh with the plain residual; minutes a program for the paper's models. For the
-GPUs of a machine (h100, h200, b200, with mhc[gpu] installed) it prints whether
-it fits.
+GPUs of a machine (h100, h200, b200; needs pip install 'jax[cuda13]', no GPU) it
+prints whether it fits.
 --suggest instead looks for meshes by formulas, in seconds. --draw_schedule
 draws the order of a pipeline's work. Nothing is allocated.
 """

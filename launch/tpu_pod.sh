@@ -64,7 +64,7 @@ setup() { # COMMIT
   # it but forbid --user without the variable.
   PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   python3 -m uv venv --quiet --clear --seed --python 3.12 .venv
-  .venv/bin/python -m pip install --quiet -c constraints.txt '.[tpu]'
+  .venv/bin/python -m pip install --quiet -c constraints.txt '.[train,tpu]'
   touch .venv/installed
 }
 

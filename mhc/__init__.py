@@ -5,3 +5,11 @@ from mhc.manifold import sinkhorn_project
 from mhc.streams import Collapse, expand
 
 __all__ = ['HC', 'MHC', 'Collapse', 'Residual', 'expand', 'sinkhorn_project']
+
+
+def __getattr__(name: str):
+  if name == '__version__':
+    import importlib.metadata  # slow, and seldom asked for
+
+    return importlib.metadata.version('mhc-jax')
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

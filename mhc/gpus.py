@@ -144,7 +144,7 @@ def devices(topology: str) -> list[jax.Device]:
   except NotImplementedError:  # JAX's word for a plugin that is not there
     raise ValueError(
       f'topology={topology!r} needs the compiler for GPUs (and no GPU): '
-      "pip install 'mhc[gpu]'"
+      "pip install 'jax[cuda13]'"
     ) from None
 
 

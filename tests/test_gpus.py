@@ -29,7 +29,7 @@ def test_the_gpus_of_a_machine():
     assert [device.platform for device in devices] == ['gpu'] * 4
     assert devices[0].device_kind == gpus.GPUS['h100'].kind
     return
-  with pytest.raises(ValueError, match=r"'h100:8' .*pip install 'mhc\[gpu\]'"):
+  with pytest.raises(ValueError, match=r"h100:8.*'jax\[cuda13\]'"):
     plan.make(config.Config(), 'h100:8')
 
 

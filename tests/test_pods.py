@@ -273,7 +273,7 @@ def test_pod_dry_run_prints_all_and_runs_nothing(cluster):
   sent = [word for words in ssh for word in words if '--command=' in word]
   alive, setup, attach, start, follow = (w.rsplit('}; ', 1) for w in sent)
   assert alive[1].startswith('alive ')
-  assert "pip install --quiet -c constraints.txt '.[tpu]'" in setup[0]
+  assert "pip install --quiet -c constraints.txt '.[train,tpu]'" in setup[0]
   main = 'python launch/train.py --distributed --stop_status=143 "$@"'
   assert main in start[0]
   assert attach[1] == 'attach b /tmp/mhc-b'
@@ -420,7 +420,7 @@ def test_slurm_dry_run_prints_what_srun_would_run(cluster):
     *FLAGS,
   ]
   assert ['export', 'JAX_PLATFORMS=cuda,cpu'] in printed
-  assert any(words[-1].endswith('source[gpu]') for words in printed)
+  assert any(words[-1].endswith('source[train,gpu]') for words in printed)
   assert printed[-1] == ['scontrol', 'requeue', 'JOB']
   assert 'up to 3' in result.stdout
   assert 'last checkpoint' in result.stdout
