@@ -11,9 +11,9 @@ starts at 1.6 and ends at 1.4; without balancing it stays about 4.
 
 import ml_collections
 
-from mhc import comparison as comparison_lib
-from mhc import plain
-from mhc import sizes
+from mhc.config import comparison as comparison_lib
+from mhc.config import dicts
+from mhc.config import presets
 
 TITLES = {
   'bias': 'Loss-free balancing by a bias',
@@ -23,7 +23,7 @@ TITLES = {
 
 
 def get_config(size: str = '3m') -> ml_collections.ConfigDict:
-  base = sizes.ladder(size)
+  base = presets.ladder(size)
   panels = {
     router: comparison_lib.Panel(
       title=title,
@@ -38,5 +38,5 @@ def get_config(size: str = '3m') -> ml_collections.ConfigDict:
     for router, title in TITLES.items()
   }
   return ml_collections.ConfigDict(
-    plain.to_dict(comparison_lib.Comparison(base, panels))
+    dicts.to_dict(comparison_lib.Comparison(base, panels))
   )

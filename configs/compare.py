@@ -9,9 +9,9 @@ without clipping. Expected on two CPU cores: about ten minutes.
 
 import ml_collections
 
-from mhc import comparison as comparison_lib
 from mhc import config
-from mhc import plain
+from mhc.config import comparison as comparison_lib
+from mhc.config import dicts
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -39,5 +39,5 @@ def get_config() -> ml_collections.ConfigDict:
     ),
   }
   return ml_collections.ConfigDict(
-    plain.to_dict(comparison_lib.Comparison(base, panels))
+    dicts.to_dict(comparison_lib.Comparison(base, panels))
   )

@@ -9,9 +9,9 @@ other and below the plain residual, only HC with a gain far from 1.
 
 import ml_collections
 
-from mhc import comparison as comparison_lib
 from mhc import config
-from mhc import plain
+from mhc.config import comparison as comparison_lib
+from mhc.config import dicts
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -25,4 +25,4 @@ def get_config() -> ml_collections.ConfigDict:
     batch_size=8,
   )
   comparison = comparison_lib.Comparison(config.Config(), {'family': panel})
-  return ml_collections.ConfigDict(plain.to_dict(comparison))
+  return ml_collections.ConfigDict(dicts.to_dict(comparison))

@@ -10,9 +10,9 @@ state leads into a spike again, to the one before it.
 
 import ml_collections
 
-from mhc import comparison as comparison_lib
 from mhc import config
-from mhc import plain
+from mhc.config import comparison as comparison_lib
+from mhc.config import dicts
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -36,5 +36,5 @@ def get_config() -> ml_collections.ConfigDict:
     clip_norm=0.0,
   )
   return ml_collections.ConfigDict(
-    plain.to_dict(comparison_lib.Comparison(base, {'guards': panel}))
+    dicts.to_dict(comparison_lib.Comparison(base, {'guards': panel}))
   )

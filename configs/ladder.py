@@ -11,13 +11,13 @@ the experts' load.
 
 import ml_collections
 
-from mhc import comparison as comparison_lib
-from mhc import plain
-from mhc import sizes
+from mhc.config import comparison as comparison_lib
+from mhc.config import dicts
+from mhc.config import presets
 
 
 def get_config(size: str = '3m') -> ml_collections.ConfigDict:
-  base = sizes.ladder(size)
+  base = presets.ladder(size)
   panel = comparison_lib.Panel(
     title=f'Mixture of experts, about {size.upper()} active parameters',
     kinds=('residual', 'hc', 'mhc'),
@@ -29,4 +29,4 @@ def get_config(size: str = '3m') -> ml_collections.ConfigDict:
     clip_norm=base.optimizer.clip_norm,
   )
   comparison = comparison_lib.Comparison(base, {'ladder': panel})
-  return ml_collections.ConfigDict(plain.to_dict(comparison))
+  return ml_collections.ConfigDict(dicts.to_dict(comparison))

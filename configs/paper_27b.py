@@ -9,9 +9,9 @@ print losses.
 
 import ml_collections
 
-from mhc import plain
-from mhc import sizes
+from mhc.config import dicts
+from mhc.config import presets
 
 
 def get_config(kind: str = 'mhc') -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(plain.to_dict(sizes.paper('27b', kind)))
+  return ml_collections.ConfigDict(dicts.to_dict(presets.paper('27b', kind)))

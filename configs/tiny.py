@@ -9,8 +9,8 @@ of 512 bytes. Expected: held-out loss near 1.9 nats a byte, 2.7 bits per byte.
 import ml_collections
 
 from mhc import config
-from mhc import plain
+from mhc.config import dicts
 
 
 def get_config() -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(plain.to_dict(config.Config()))
+  return ml_collections.ConfigDict(dicts.to_dict(config.Config()))

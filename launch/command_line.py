@@ -24,11 +24,11 @@ from absl import logging
 import jax
 from ml_collections import config_flags
 
-from mhc import checks
 from mhc import interrupts
-from mhc import plain
 from mhc import processes
 from mhc import writer
+from mhc.config import checks
+from mhc.config import dicts
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 AGAIN = 'The same command goes on from here.'
@@ -51,7 +51,7 @@ def define_config(default: str):
 
 def config[T](cls: type[T]) -> T:
   """The typed settings that --config and its overrides ask for."""
-  return plain.from_dict(cls, flags.FLAGS.config.to_dict())
+  return dicts.from_dict(cls, flags.FLAGS.config.to_dict())
 
 
 def define_processes():
@@ -247,7 +247,7 @@ def _check_names(arguments):
     raise ValueError(f'--config={path}: there is no such file')
   get_config = runpy.run_path(path)['get_config']
   values = get_config(argument) if argument else get_config()
-  known = [f'config.{name}' for name in plain.leaves(values.to_dict())]
+  known = [f'config.{name}' for name in dicts.leaves(values.to_dict())]
   for override in arguments:
     name = override.lstrip('-').split('=', 1)[0]
     if name.startswith('config.') and name not in known:

@@ -11,8 +11,8 @@ from absl import flags
 
 import command_line
 from mhc import compare
-from mhc import comparison as comparison_lib
 from mhc import report
+from mhc.config import comparison as comparison_lib
 
 WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/compare', 'Folder of the comparison.'

@@ -35,10 +35,10 @@ from mhc import config as config_lib
 from mhc import fingerprint
 from mhc import folder
 from mhc import patience
-from mhc import plain
 from mhc import processes
 from mhc import step as step_lib
 from mhc import writer
+from mhc.config import dicts
 
 FORMAT = 'mhc checkpoint 1'
 
@@ -118,7 +118,7 @@ class Checkpoints:
     record = _signed(
       {
         'format': FORMAT,
-        'config': plain.leaves(self._config),
+        'config': dicts.leaves(self._config),
         'arrays': _arrays(state),
         'extra': dict(extra),
       }

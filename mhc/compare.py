@@ -3,12 +3,12 @@
 import json
 import pathlib
 
-from mhc import comparison as comparison_lib
 from mhc import data
 from mhc import folder
-from mhc import plain
 from mhc import train
 from mhc import writer
+from mhc.config import comparison as comparison_lib
+from mhc.config import dicts
 
 
 def train_all(
@@ -38,7 +38,7 @@ def train_all(
       config.model.vocab_size,
     )
   workdir.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(plain.to_dict(comparison), indent=2) + '\n'
+  text = json.dumps(dicts.to_dict(comparison), indent=2) + '\n'
   writer.replace(workdir / 'comparison.json', text)
 
   todo = [name for name in runs if train.read_summary(workdir / name) is None]

@@ -11,8 +11,8 @@ import pathlib
 from typing import Any
 
 from mhc import config as config_lib
-from mhc import plain
 from mhc import writer
+from mhc.config import dicts
 
 # Settings that may change when a run goes on, beside those of the mesh: none
 # enters the computation, but the last for what depends on the tokens that are
@@ -36,7 +36,7 @@ def check(workdir: pathlib.Path, config: config_lib.Config):
     ValueError: the folder holds something else, or a run with other settings.
   """
   if (workdir / 'config.json').exists():
-    difference = other_setting(plain.leaves(read_config(workdir)), config)
+    difference = other_setting(dicts.leaves(read_config(workdir)), config)
     if difference:
       raise ValueError(
         f'{workdir} holds a run with {difference}: choose another --workdir'
@@ -51,7 +51,7 @@ def check(workdir: pathlib.Path, config: config_lib.Config):
 
 def other_setting(old: Mapping[str, Any], config: config_lib.Config) -> str:
   """Which setting, not one of `FREE`, an `old` run had another value of; ''."""
-  ours, old = writer.jsonable(plain.leaves(config)), writer.jsonable(old)
+  ours, old = writer.jsonable(dicts.leaves(config)), writer.jsonable(old)
   for name, new in ours.items():
     free = name in FREE or name.startswith(('mesh.', 'guards.'))
     # What an earlier version did not have yet it had by default.
@@ -64,7 +64,7 @@ def claim(workdir: pathlib.Path, config: config_lib.Config):
   """Makes `workdir` the folder of this run, once `check` has passed."""
   check(workdir, config)
   workdir.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(plain.to_dict(config), indent=2) + '\n'
+  text = json.dumps(dicts.to_dict(config), indent=2) + '\n'
   writer.replace(workdir / 'config.json', text)
 
 
@@ -76,7 +76,7 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
   """
   file = workdir / 'config.json'
   try:
-    return plain.from_dict(config_lib.Config, json.loads(file.read_text()))
+    return dicts.from_dict(config_lib.Config, json.loads(file.read_text()))
   except FileNotFoundError:
     raise ValueError(f'{workdir} holds no run: no {file}') from None
   except (ValueError, TypeError) as error:

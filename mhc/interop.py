@@ -58,11 +58,11 @@ from safetensors import numpy as safetensors_numpy
 from mhc import checkpoint
 from mhc import config as config_lib
 from mhc import folder as folder_lib
-from mhc import plain
 from mhc import sharding
 from mhc import step
 from mhc import transformer
 from mhc import writer
+from mhc.config import dicts
 
 INDEX = 'model.safetensors.index.json'
 KINDS = ('mhc', 'mhc_single_pass')  # of which DeepSeek has tensors
@@ -282,7 +282,7 @@ def _write(folder, state, config, max_bytes):
 def _restore(workdir, config):
   """The newest state but for the optimiser's, in the host's memory."""
   # None of these changes what a state is, and the host can do with them.
-  config = plain.replace(
+  config = dicts.replace(
     config,
     mesh=config_lib.MeshConfig(num_devices=1),
     data={'microbatch_size': 0},

@@ -27,11 +27,11 @@ import optax
 
 from mhc import config as config_lib
 from mhc import layout
-from mhc import plain
 from mhc import recompute
 from mhc import schedule
 from mhc import sharding
 from mhc import transformer
+from mhc.config import dicts
 
 SIZES = (
   *('vocab_size', 'num_blocks', 'dim', 'ffn_dim', 'num_heads', 'head_dim'),
@@ -160,7 +160,7 @@ def _state(config, mesh):
 
 def _sizes(config):
   """Settings that arrays grow with."""
-  flat = plain.leaves({'model': config.model, 'data': config.data})
+  flat = dicts.leaves({'model': config.model, 'data': config.data})
   return {
     name: value
     for name, value in flat.items()

@@ -30,11 +30,11 @@ from mhc import gpus
 from mhc import hlo
 from mhc import memory
 from mhc import pipeline
-from mhc import plain
 from mhc import schedule as schedule_lib
 from mhc import sharding
 from mhc import step
 from mhc import traffic
+from mhc.config import dicts
 
 Plan = dict[str, Any]
 
@@ -169,7 +169,7 @@ def overheads(
   }
   return {
     f'overhead_vs_{name}': plan['step_seconds']
-    / make(plain.replace(config, model=dict(connection=other[name])), topology)[
+    / make(dicts.replace(config, model=dict(connection=other[name])), topology)[
       'step_seconds'
     ]
     - 1

@@ -16,12 +16,12 @@ import pathlib
 
 import numpy as np
 
-from mhc import comparison as comparison_lib
 from mhc import config as config_lib
 from mhc import events as events_lib
-from mhc import plain
 from mhc import train
 from mhc import writer
+from mhc.config import comparison as comparison_lib
+from mhc.config import dicts
 
 WINDOW = 25
 GRAD_SPIKE_FACTOR = 3.0
@@ -120,7 +120,7 @@ def read_comparison(
       f'{workdir} holds no comparison ({file} is missing): run without '
       '--report_only first, or give the --workdir of one'
     )
-  comparison = plain.from_dict(
+  comparison = dicts.from_dict(
     comparison_lib.Comparison, json.loads(file.read_text())
   )
   panels, unfinished = {}, 0

@@ -29,10 +29,10 @@ from mhc import config as config_lib
 from mhc import counts
 from mhc import exchange
 from mhc import memory
-from mhc import plain
 from mhc import recompute
 from mhc import schedule as schedule_lib
 from mhc import sharding
+from mhc.config import dicts
 
 # Of the peak: what compiled steps of the paper's models reach in a tick.
 EFFICIENCY = 0.5
@@ -130,7 +130,7 @@ def _candidates(config, num_devices) -> Iterator:
         'mesh.head': 'vocab' if vocab else 'last',
       }
     try:
-      candidate = plain.replace(config, **_nested(settings))
+      candidate = dicts.replace(config, **_nested(settings))
       sharding.num_microbatches(
         candidate.mesh, candidate.data, num_devices // pipe
       )

@@ -20,12 +20,12 @@ from mhc import folder
 from mhc import interrupts
 from mhc import loop
 from mhc import memory
-from mhc import plain
 from mhc import processes
 from mhc import recompute
 from mhc import sharding
 from mhc import step as step_lib
 from mhc import writer
+from mhc.config import dicts
 
 
 def train(
@@ -57,7 +57,7 @@ def train(
     step_lib.check(config, mesh)
     memory.check(config, mesh)
   processes.check_same(
-    {'the text': corpus.sha256, 'jax': jax.__version__, **plain.leaves(config)}
+    {'the text': corpus.sha256, 'jax': jax.__version__, **dicts.leaves(config)}
   )
   with processes.together():
     if first:

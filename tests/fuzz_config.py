@@ -53,13 +53,13 @@ from ml_collections import config_flags
 import numpy as np
 
 from mhc import checkpoint
-from mhc import comparison as comparison_lib
 from mhc import config as config_lib
 from mhc import data
 from mhc import memory
-from mhc import plain
 from mhc import sharding
 from mhc import step
+from mhc.config import comparison as comparison_lib
+from mhc.config import dicts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SECONDS = 60
@@ -326,7 +326,7 @@ def from_flags(settings: dict[str, Any]) -> config_lib.Config:
     config_flags.DEFINE_config_file('config', flag_values=values)
     _command_line()._check_names(arguments)
     values(arguments)
-  return plain.from_dict(config_lib.Config, values.config.to_dict())
+  return dicts.from_dict(config_lib.Config, values.config.to_dict())
 
 
 @functools.cache
@@ -378,8 +378,8 @@ def programs_of(config: config_lib.Config, num_devices: int) -> tuple:
   model = config.model
   changes = OUTSIDE | {'mesh.num_devices': num_devices}
   changes['num_steps'] = TINY['num_steps']
-  changes['optimizer'] = plain.to_dict(config_lib.OptimizerConfig())
-  changes['guards'] = plain.to_dict(config_lib.GuardsConfig())
+  changes['optimizer'] = dicts.to_dict(config_lib.OptimizerConfig())
+  changes['guards'] = dicts.to_dict(config_lib.GuardsConfig())
   if config.mesh.pipe == 1:
     changes |= {'mesh.chunks': 2, 'mesh.schedule': 'gpipe', 'mesh.head': 'last'}
   if model.connection.implementation == 'auto':
@@ -393,7 +393,7 @@ def programs_of(config: config_lib.Config, num_devices: int) -> tuple:
       'model.connection.sinkhorn_backward',
     )
   if not model.moe.num_experts:
-    changes['model.moe'] = plain.to_dict(config_lib.MoEConfig())
+    changes['model.moe'] = dicts.to_dict(config_lib.MoEConfig())
   else:
     if model.moe.dispatch == 'dropless':
       changes |= _usual('model.moe.capacity_factor')
@@ -409,13 +409,13 @@ def programs_of(config: config_lib.Config, num_devices: int) -> tuple:
     rollback_rate=0.5 if config.guards.rollback_rate < 1 else 1.0,
   )
   return (
-    (plain.replace(config, **nested(changes)), config.optimizer.name),
+    (dicts.replace(config, **nested(changes)), config.optimizer.name),
     (config.optimizer, config.num_steps, guards),
   )
 
 
 def _usual(*names):
-  known = plain.leaves(config_lib.Config())
+  known = dicts.leaves(config_lib.Config())
   return {name: known[name] for name in names}
 
 
@@ -451,7 +451,7 @@ class Runner:
       if updates in self._done:
         return 'ran before'
       # The update does not know what it is an update of.
-      small = plain.from_dict(config_lib.Config, nested(TINY))
+      small = dicts.from_dict(config_lib.Config, nested(TINY))
       config = dataclasses.replace(
         small,
         num_steps=config.num_steps,
@@ -463,7 +463,7 @@ class Runner:
     if self._is_large(config, programs):
       return 'not tried'
     batch = next(data.train_batches(corpus, config.data, config.seed, 320))
-    values = {*plain.leaves(config).items()}
+    values = {*dicts.leaves(config).items()}
     if self.work == 'build' or (self.work == 'new' and values <= self._seen):
       return 'built'
     self._seen |= values
@@ -522,7 +522,7 @@ def check(one: Case, runner: Runner) -> tuple[str, str]:
   settings = one.base | one.changes
   try:
     config, why, wrong = refusal(
-      lambda: plain.from_dict(config_lib.Config, nested(settings)), one.changes
+      lambda: dicts.from_dict(config_lib.Config, nested(settings)), one.changes
     )
     try:
       flagged, text, bad = refusal(lambda: from_flags(settings), one.changes)
@@ -569,7 +569,7 @@ def check_comparison(number: int, seed: int) -> tuple[str, str]:
     changes |= base.changes
   try:
     made, why, wrong = refusal(
-      lambda: plain.from_dict(comparison_lib.Comparison, values), changes
+      lambda: dicts.from_dict(comparison_lib.Comparison, values), changes
     )
   except Exception as error:
     return 'failed', f'{values}: {error!r}'

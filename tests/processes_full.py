@@ -31,9 +31,9 @@ import numpy as np
 from mhc import checkpoint
 from mhc import config
 from mhc import folder as folder_lib
-from mhc import plain
 from mhc import train
 from mhc import writer
+from mhc.config import dicts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BOUND = 1e-5
@@ -73,7 +73,7 @@ def start(
   workdir: pathlib.Path, changes: dict, processes: int, devices: int
 ) -> subprocess.Popen:
   """Many processes, through the launcher."""
-  settings = [f'--config.{k}={v}' for k, v in plain.leaves(changes).items()]
+  settings = [f'--config.{k}={v}' for k, v in dicts.leaves(changes).items()]
   main = ROOT / 'launch' / 'train.py'
   return launch(processes, devices, main, f'--workdir={workdir}', *settings)
 
@@ -103,7 +103,7 @@ def finish(process: subprocess.Popen, timeout: float) -> tuple[int, str, str]:
 
 def alone(workdir: pathlib.Path, changes: dict):
   """In this process, on its devices."""
-  train.train(plain.replace(config.Config(), **changes), workdir)
+  train.train(dicts.replace(config.Config(), **changes), workdir)
 
 
 def half_way(folder: pathlib.Path, step: int) -> pathlib.Path:

@@ -11,11 +11,11 @@ import tiny
 
 from mhc import claims
 from mhc import compare
-from mhc import comparison as compared
 from mhc import config
-from mhc import plain
 from mhc import report
 from mhc import results
+from mhc.config import comparison as comparison_lib
+from mhc.config import dicts
 
 KINDS = ('residual', 'hc', 'mhc', 'identity')
 BASE = config.Config(
@@ -28,7 +28,7 @@ BASE = config.Config(
   probe_every=10,
   checkpoint_every=0,
 )
-PANEL = compared.Panel(
+PANEL = comparison_lib.Panel(
   title='A small panel',
   kinds=KINDS,
   seeds=(0, 1),
@@ -45,7 +45,7 @@ def finished(text, tmp_path_factory):
   base = dataclasses.replace(
     BASE, data=dataclasses.replace(BASE.data, path=text)
   )
-  comparison = compared.Comparison(base, {'small': PANEL})
+  comparison = comparison_lib.Comparison(base, {'small': PANEL})
   with jax.numpy_dtype_promotion('standard'):
     compare.train_all(comparison, folder / 'work')
   report.render(folder / 'work')
@@ -134,14 +134,18 @@ def test_changed_settings_are_refused_before_training(finished):
   panels = {'small': dataclasses.replace(PANEL, clip_norm=0.5)}
   before = (workdir / 'comparison.json').read_text()
   with pytest.raises(ValueError, match=r'clip_norm=1.0, this one has 0.5'):
-    compare.train_all(compared.Comparison(comparison.base, panels), workdir)
+    compare.train_all(
+      comparison_lib.Comparison(comparison.base, panels), workdir
+    )
   assert (workdir / 'comparison.json').read_text() == before
 
 
 def test_unfinished_runs_are_said_to_be_missing(finished, tmp_path):
   comparison, workdir = finished
   panels = {'small': dataclasses.replace(PANEL, seeds=(0, 1, 2))}
-  text = json.dumps(plain.to_dict(compared.Comparison(comparison.base, panels)))
+  text = json.dumps(
+    dicts.to_dict(comparison_lib.Comparison(comparison.base, panels))
+  )
   for path in workdir.iterdir():
     if path.name != 'comparison.json':
       (tmp_path / path.name).symlink_to(path)

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from mhc import comparison as comparison_lib
 from mhc import config
-from mhc import plain
+from mhc.config import comparison as comparison_lib
+from mhc.config import dicts
 
 LEAVES = """
 checkpoint_every
@@ -96,18 +96,18 @@ tensorboard
 
 def test_the_settings_are_these():
   """A new setting is a visible change."""
-  assert sorted(plain.leaves(config.Config())) == LEAVES.split()
+  assert sorted(dicts.leaves(config.Config())) == LEAVES.split()
 
 
 @pytest.mark.parametrize('cls', [config.Config, comparison_lib.Comparison])
 def test_json_round_trip(cls):
   value = cls()
-  text = json.dumps(plain.to_dict(value))
-  assert plain.from_dict(cls, json.loads(text)) == value
+  text = json.dumps(dicts.to_dict(value))
+  assert dicts.from_dict(cls, json.loads(text)) == value
 
 
 def test_an_int_passes_for_a_float():
-  rate = plain.from_dict(config.OptimizerConfig, {'learning_rate': 1})
+  rate = dicts.from_dict(config.OptimizerConfig, {'learning_rate': 1})
   assert isinstance(rate.learning_rate, float)
 
 
@@ -173,7 +173,7 @@ def test_an_int_passes_for_a_float():
 )
 def test_mistakes_are_named(values, message):
   with pytest.raises(ValueError, match=message):
-    plain.from_dict(config.Config, values)
+    dicts.from_dict(config.Config, values)
 
 
 def test_the_plain_residual_has_one_stream():

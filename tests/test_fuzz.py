@@ -9,8 +9,8 @@ import pytest
 from mhc import config
 from mhc import layout
 from mhc import memory
-from mhc import plain
 from mhc import sharding
+from mhc.config import dicts
 
 # ml_collections loads a config file by what Python will do without.
 pytestmark = pytest.mark.filterwarnings(
@@ -52,7 +52,7 @@ def test_an_unclear_refusal_is_a_failure():
 
 
 def made(**changes):
-  return plain.from_dict(config.Config, fuzz.nested(fuzz.TINY | changes))
+  return dicts.from_dict(config.Config, fuzz.nested(fuzz.TINY | changes))
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from mhc import config as config_lib
 from mhc import data
 from mhc import guards
 from mhc import loop
-from mhc import plain
 from mhc import sharding
 from mhc import step
 from mhc import train
 from mhc import writer
+from mhc.config import dicts
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -171,7 +171,7 @@ def run(text, workdir, monkeypatch, bad=(), **settings):
   Returns the events, the losses, and the numbers of the batches that the state
   was made from.
   """
-  config = plain.replace(TINY, data=dict(path=text), **settings)
+  config = dicts.replace(TINY, data=dict(path=text), **settings)
   seen = []
   dispatch = loop.Loop._dispatch
 
@@ -199,7 +199,7 @@ def run(text, workdir, monkeypatch, bad=(), **settings):
 def test_a_step_is_skipped_on_the_device(text):
   """A refused update counts and changes nothing."""
   policies = dict(nonfinite='skip_step', loss_spike='skip_step')
-  config = plain.replace(TINY, data=dict(path=text), guards=policies)
+  config = dicts.replace(TINY, data=dict(path=text), guards=policies)
   programs = step.build(config)
   batch = next(
     data.train_batches(data.load(text), config.data, 0, config.model.vocab_size)

@@ -23,11 +23,11 @@ from mhc import config
 from mhc import folder
 from mhc import hyper
 from mhc import interop
-from mhc import plain
 from mhc import sharding
 from mhc import step
 from mhc import streams
 from mhc import transformer
+from mhc.config import dicts
 
 EPS, DIM, TOKENS = 1e-6, 6, 3
 DENSE = config.ModelConfig(
@@ -287,7 +287,7 @@ def random_state(model, seed=0):
 
 
 def with_kind(model, kind, **changes):
-  return plain.replace(model, connection={'kind': kind, **changes})
+  return dicts.replace(model, connection={'kind': kind, **changes})
 
 
 @pytest.mark.parametrize('names', ['deepseek', 'transformers'])

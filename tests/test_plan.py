@@ -11,9 +11,9 @@ from mhc import hlo
 from mhc import plan
 from mhc import plan_table
 from mhc import sharding
-from mhc import sizes
 from mhc import step
 from mhc import suggest
+from mhc.config import presets
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -101,7 +101,7 @@ def test_what_does_not_fit_says_by_how_much():
 
 
 def test_suggestions_fit_and_are_sorted():
-  found = suggest.suggest(sizes.paper('3b'), 'v5p:2x2x4', 16)
+  found = suggest.suggest(presets.paper('3b'), 'v5p:2x2x4', 16)
   assert [one.seconds for one in found] == sorted(one.seconds for one in found)
   assert all(one.bytes < 95 << 30 for one in found)
   assert 'mesh.pipe=' in suggest.table(found, 95 << 30)
@@ -109,7 +109,7 @@ def test_suggestions_fit_and_are_sorted():
   settings = dict(found[0].settings)
   assert 16 % (settings['mesh.pipe'] * settings['mesh.expert']) == 0
   with pytest.raises(ValueError, match=r'nothing fits 4 devices.*of 16'):
-    suggest.suggest(sizes.paper('27b'), 'v5e:2x2', 4)
+    suggest.suggest(presets.paper('27b'), 'v5e:2x2', 4)
   with pytest.raises(ValueError, match=r"'cpu'.*v5p"):
     suggest.suggest(TINY, 'cpu', 8)
 

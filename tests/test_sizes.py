@@ -8,8 +8,8 @@ import pytest
 
 from mhc import config
 from mhc import counts
-from mhc import sizes
 from mhc import transformer
+from mhc.config import presets
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from mhc import transformer
   ],
 )
 def test_the_papers_counts_to_the_last_digit(size, total, active, connections):
-  got = counts.count(sizes.paper(size).model, 4096)
+  got = counts.count(presets.paper(size).model, 4096)
 
   def printed(value, like):
     digits = len(like[:-1].partition('.')[2])
@@ -38,13 +38,13 @@ def test_the_papers_counts_to_the_last_digit(size, total, active, connections):
   [('3b', 39.32e9), ('9b', 104.86e9), ('27b', 262.1e9), ('3b_1t', 1048.6e9)],
 )
 def test_the_papers_training_tokens(size, tokens):
-  run = sizes.paper(size)
+  run = presets.paper(size)
   assert abs(run.num_steps * run.tokens_per_step / tokens - 1) < 1e-3
 
 
 @pytest.mark.parametrize('size', ['1m', '3m', '10m', '30m', '100m'])
 def test_rungs_have_the_active_parameters_of_their_name(size):
-  got = counts.count(sizes.ladder(size).model, 64)
+  got = counts.count(presets.ladder(size).model, 64)
   want = int(size[:-1]) * 1e6
   assert 0.9 * want < got['active_params'] < 1.2 * want
 
@@ -52,7 +52,7 @@ def test_rungs_have_the_active_parameters_of_their_name(size):
 def test_counts_are_those_of_a_real_model():
   for kind in config.KINDS:
     settings = dataclasses.replace(
-      sizes.ladder('1m', kind).model, num_blocks=2, dim=16
+      presets.ladder('1m', kind).model, num_blocks=2, dim=16
     )
     model = nnx.eval_shape(
       lambda settings=settings: transformer.Transformer(
@@ -77,6 +77,6 @@ def test_flops_of_a_dense_model_by_hand():
 
 def test_unknown_sizes_are_named():
   with pytest.raises(ValueError, match=r"'7b'.*'3b', '9b', '27b'"):
-    sizes.paper('7b')
+    presets.paper('7b')
   with pytest.raises(ValueError, match=r"'2m'.*'1m', '3m'"):
-    sizes.ladder('2m')
+    presets.ladder('2m')

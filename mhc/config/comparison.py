@@ -5,9 +5,9 @@ import dataclasses
 import types
 from typing import Literal
 
-from mhc import checks
 from mhc import config as config_lib
-from mhc import plain
+from mhc.config import checks
+from mhc.config import dicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Comparison:
     """Run name -> Config, kinds innermost so that equal settings are near."""
     p = self.panels[panel]
     return {
-      f'{panel}/{kind}-b{blocks}-lr{rate:g}-s{seed}': plain.replace(
+      f'{panel}/{kind}-b{blocks}-lr{rate:g}-s{seed}': dicts.replace(
         self.base,
         seed=seed,
         num_steps=p.num_steps,

@@ -8,8 +8,8 @@ import dataclasses
 import typing
 from typing import Literal
 
-from mhc import checks
 from mhc import schedule as schedule_lib
+from mhc.config import checks
 
 Kind = Literal[
   'residual',

@@ -9,7 +9,7 @@ import types
 import typing
 from typing import Any
 
-from mhc import checks
+from mhc.config import checks
 
 
 def to_dict(config) -> Any:
