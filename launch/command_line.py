@@ -24,11 +24,11 @@ from absl import logging
 import jax
 from ml_collections import config_flags
 
-from mhc import interrupts
-from mhc import processes
-from mhc import writer
 from mhc.config import checks
 from mhc.config import dicts
+from mhc.runtime import files
+from mhc.runtime import multihost
+from mhc.runtime import preemption
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 AGAIN = 'The same command goes on from here.'
@@ -91,7 +91,7 @@ def deadline() -> float | None:
     ValueError: it is no time.
   """
   text = flags.FLAGS.max_time
-  return None if text is None else time.monotonic() + interrupts.seconds(text)
+  return None if text is None else time.monotonic() + preemption.seconds(text)
 
 
 def join():
@@ -161,15 +161,15 @@ def _guarded(main):
     main()
   except (Exception, KeyboardInterrupt) as error:
     status = _explain(error)
-    ended = isinstance(error, processes.Refused | processes.Stopped)
-    if processes.count() > 1 and not ended:
+    ended = isinstance(error, multihost.Refused | multihost.Stopped)
+    if multihost.count() > 1 and not ended:
       # The others wait for this process in a computation; as Python ends it
       # would wait for them.
       _leave(status)
     if status == 1 and not _stranded():
       raise
   if _stranded():
-    if processes.count() > 1:
+    if multihost.count() > 1:
       jax.distributed.shutdown()
     _leave(status)
   sys.exit(status)
@@ -195,22 +195,22 @@ def _leave(status):
 def _explain(error) -> int:
   """Says why this process ends; returns its exit status."""
   match error:
-    case processes.Stopped():
-      if processes.is_first():
-        writer.note(f'{error}. {AGAIN}')
+    case multihost.Stopped():
+      if multihost.is_first():
+        files.note(f'{error}. {AGAIN}')
       if error.status is None:
         return flags.FLAGS.stop_status
       return error.status
     case KeyboardInterrupt():
-      if processes.is_first():
-        writer.note(f'\nInterrupted. {AGAIN}')
+      if multihost.is_first():
+        files.note(f'\nInterrupted. {AGAIN}')
       return 130
     case ValueError() | OSError() if not flags.FLAGS.traceback:
       _complain(str(error))
       return 2
-  if processes.count() > 1:
+  if multihost.count() > 1:
     _complain('what follows')
-  if processes.count() > 1 or _stranded():
+  if multihost.count() > 1 or _stranded():
     traceback.print_exception(error)
   return 1
 
@@ -261,9 +261,9 @@ def _fail(message: str):
 
 def _complain(message: str):
   line = re.sub(r'\s*\n\s*', ' ', message)
-  number = processes.index() if processes.count() > 1 else None
+  number = multihost.index() if multihost.count() > 1 else None
   if number is None:  # it may have come no further than to its flags
     given = re.search('\0--?process_id[=\0]([0-9]+)', '\0'.join(sys.argv))
     number = given and given[1]
   where = '' if number is None else f' in process {number}'
-  writer.note(f'error{where}: {line}')
+  files.note(f'error{where}: {line}')

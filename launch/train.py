@@ -11,8 +11,8 @@ from absl import flags
 
 import command_line
 from mhc import config as config_lib
-from mhc import processes
 from mhc import train
+from mhc.runtime import multihost
 
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True
@@ -35,7 +35,7 @@ def main():
     pathlib.Path(WORKDIR.value),
     deadline=command_line.deadline(),
   )
-  if processes.is_first():
+  if multihost.is_first():
     print(
       f'held-out loss {summary["heldout_nats"]:.4f} nats a token, '
       f'{_bits(summary["heldout_bits_per_byte"])} bits per byte, '

@@ -35,10 +35,10 @@ from mhc import config as config_lib
 from mhc import fingerprint
 from mhc import folder
 from mhc import patience
-from mhc import processes
 from mhc import step as step_lib
-from mhc import writer
 from mhc.config import dicts
+from mhc.runtime import files
+from mhc.runtime import multihost
 
 FORMAT = 'mhc checkpoint 1'
 
@@ -183,9 +183,9 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self._states, options=options)
 
   def _begin(self, step, args):
-    with processes.together():
+    with multihost.together():
       # Threads of Orbax would wait ten minutes for a folder it cannot make.
-      if processes.is_first():
+      if multihost.is_first():
         os.rmdir(tempfile.mkdtemp(dir=self._states))
     self._manager.save(step, args=args)
 
@@ -202,7 +202,7 @@ class Checkpoints:
     except Exception as error:  # what storage and Orbax raise has many classes
       self._writing, self._well = None, False
       reason = _one_line(error)
-      writer.note(
+      files.note(
         f'NOT SAVED: the state after step {step}: {reason}. Training goes on; '
         f'the last one on disk is {max(self._finished(), default="none")}.'
       )
@@ -211,7 +211,7 @@ class Checkpoints:
 
   def _start_over(self):
     """Makes room and forgets the failed attempt."""
-    if processes.is_first():
+    if multihost.is_first():
       for leftover in self._states.glob('*tmp*'):
         shutil.rmtree(leftover, ignore_errors=True)
     with contextlib.suppress(Exception):  # the failure again, already said
@@ -278,20 +278,20 @@ class Checkpoints:
   def _set_aside(self, step, reason):
     source = self._states / str(step)
     if self._reading:
-      writer.note(f'{source} is damaged ({reason}) and passed over.')
+      files.note(f'{source} is damaged ({reason}) and passed over.')
       return
-    if processes.is_first():
+    if multihost.is_first():
       aside = self._workdir / 'damaged'
       aside.mkdir(exist_ok=True)
       names = (str(step), *(f'{step}-{number}' for number in range(2, 10**6)))
       target = next(aside / n for n in names if not (aside / n).exists())
       source.rename(target)
-      writer.note(
+      files.note(
         f'{source} is damaged ({reason}): moved to {target}; the one before it '
         'is taken.'
       )
     self._failed(step, f'damaged: {reason}')
-    processes.gather('')  # until it is done
+    multihost.gather('')  # until it is done
     self._manager.reload()
 
 
@@ -337,7 +337,7 @@ def _digest(record):
 
 
 def _signed(record):
-  record = json.loads(json.dumps(writer.jsonable(record)))
+  record = json.loads(json.dumps(files.jsonable(record)))
   return {'record': record, 'sha256': _digest(record)}
 
 

@@ -6,9 +6,9 @@ import pathlib
 from mhc import data
 from mhc import folder
 from mhc import train
-from mhc import writer
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
+from mhc.runtime import files
 
 
 def train_all(
@@ -39,7 +39,7 @@ def train_all(
     )
   workdir.mkdir(parents=True, exist_ok=True)
   text = json.dumps(dicts.to_dict(comparison), indent=2) + '\n'
-  writer.replace(workdir / 'comparison.json', text)
+  files.replace(workdir / 'comparison.json', text)
 
   todo = [name for name in runs if train.read_summary(workdir / name) is None]
   print(f'{len(runs)} runs in {workdir}, {len(todo)} to do', flush=True)

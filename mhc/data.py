@@ -24,7 +24,7 @@ from mhc import documents as documents_lib
 from mhc import shards as shards_lib
 from mhc import tokenizer as tokenizer_lib
 from mhc import tokens as tokens_lib
-from mhc import writer
+from mhc.runtime import files
 
 # Other rows to try for one that is damaged.
 ATTEMPTS = 100
@@ -100,7 +100,7 @@ def load(path: str, on_damage: str = 'stop') -> Corpus:
     why = log.summary() or 'every file is empty'
     raise ValueError(f'data.path={path!r} holds no text: {why}')
   if log.count:
-    writer.note(log.summary())
+    files.note(log.summary())
   train, heldout = documents_lib.split(documents, log.names)
   digest = hashlib.sha256()
   for document in documents:

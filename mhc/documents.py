@@ -20,7 +20,7 @@ import sysconfig
 from typing import NamedTuple
 
 from mhc import damage
-from mhc import retry
+from mhc.runtime import retry
 
 TEXT = 'text'
 HELD_OUT = 20  # one document in so many

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pathlib
 
 from mhc import config as config_lib
-from mhc import writer
+from mhc.runtime import files
 
 HEADER = ['step', 'guard', 'what was seen', 'bound', 'what was done']
 WATCHED = [
@@ -34,7 +34,7 @@ DAMAGED = 'damaged: '  # how the reason begins for a state that was set aside
 
 def read(folder: pathlib.Path) -> list[dict] | None:
   file = folder / 'events.jsonl'
-  return writer.read_lines(file) if file.exists() else None
+  return files.read_lines(file) if file.exists() else None
 
 
 def first(events: Sequence[dict]) -> dict[str, dict]:

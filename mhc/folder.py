@@ -11,8 +11,8 @@ import pathlib
 from typing import Any
 
 from mhc import config as config_lib
-from mhc import writer
 from mhc.config import dicts
+from mhc.runtime import files
 
 # Settings that may change when a run goes on, beside those of the mesh: none
 # enters the computation, but the last for what depends on the tokens that are
@@ -51,7 +51,7 @@ def check(workdir: pathlib.Path, config: config_lib.Config):
 
 def other_setting(old: Mapping[str, Any], config: config_lib.Config) -> str:
   """Which setting, not one of `FREE`, an `old` run had another value of; ''."""
-  ours, old = writer.jsonable(dicts.leaves(config)), writer.jsonable(old)
+  ours, old = files.jsonable(dicts.leaves(config)), files.jsonable(old)
   for name, new in ours.items():
     free = name in FREE or name.startswith(('mesh.', 'guards.'))
     # What an earlier version did not have yet it had by default.
@@ -65,7 +65,7 @@ def claim(workdir: pathlib.Path, config: config_lib.Config):
   check(workdir, config)
   workdir.mkdir(parents=True, exist_ok=True)
   text = json.dumps(dicts.to_dict(config), indent=2) + '\n'
-  writer.replace(workdir / 'config.json', text)
+  files.replace(workdir / 'config.json', text)
 
 
 def read_config(workdir: pathlib.Path) -> config_lib.Config:

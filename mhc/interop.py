@@ -61,8 +61,8 @@ from mhc import folder as folder_lib
 from mhc import sharding
 from mhc import step
 from mhc import transformer
-from mhc import writer
 from mhc.config import dicts
+from mhc.runtime import files as files_lib
 
 INDEX = 'model.safetensors.index.json'
 KINDS = ('mhc', 'mhc_single_pass')  # of which DeepSeek has tensors
@@ -276,7 +276,7 @@ def _write(folder, state, config, max_bytes):
   if len(files) > 1:
     total = sum(4 * math.prod(part.shape) for part in _parts(config))
     index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
-    writer.replace(folder / INDEX, json.dumps(index, indent=2) + '\n')
+    files_lib.replace(folder / INDEX, json.dumps(index, indent=2) + '\n')
 
 
 def _restore(workdir, config):

@@ -28,11 +28,11 @@ from mhc import config as config_lib
 from mhc import data
 from mhc import evaluate
 from mhc import guards as guards_lib
-from mhc import interrupts
-from mhc import processes
 from mhc import sharding
 from mhc import step as step_lib
-from mhc import writer
+from mhc.runtime import files
+from mhc.runtime import multihost
+from mhc.runtime import preemption
 
 DUE = ('eval_every', 'probe_every', 'checkpoint_every')
 
@@ -72,8 +72,8 @@ class Loop:
     self._checkpoints = checkpoint.Checkpoints(
       workdir, config, failed=self._not_saved
     )
-    self._bar = writer.progress_bar(
-      config.num_steps, 0, label, shown=processes.is_first()
+    self._bar = files.progress_bar(
+      config.num_steps, 0, label, shown=multihost.is_first()
     )
     try:
       self._begin()
@@ -87,8 +87,8 @@ class Loop:
       self._batches.set_state(extra['data'])
       self._guards.restore(extra['guards'])
     self._num_events, self._noticed = extra['events'] if extra else 0, []
-    if processes.is_first():
-      self._events = writer.JsonLines(
+    if multihost.is_first():
+      self._events = files.JsonLines(
         self._workdir / 'events.jsonl', most=self._num_events
       )
     for step, values in noticed:
@@ -104,7 +104,7 @@ class Loop:
     self._bar.close()
     self._checkpoints.__exit__()
 
-  def run(self, asked: interrupts.Interrupts) -> dict[str, float]:
+  def run(self, asked: preemption.Interrupts) -> dict[str, float]:
     """To the end of the run; the numbers of its last step.
 
     Raises:
@@ -173,7 +173,7 @@ class Loop:
   def _end_without_data(self, pending):
     """Saves what was done before the data could not be read."""
     # Of many processes the others may have read theirs.
-    if self._position is None or processes.count() > 1:
+    if self._position is None or multihost.count() > 1:
       return
     if pending is not None:
       values, _ = self._look(pending)
@@ -233,7 +233,7 @@ class Loop:
     self._num_events += 1
     if self._events is not None:
       self._events.write(step, values)
-    elif processes.is_first():
+    elif multihost.is_first():
       self._noticed.append((step, values))
 
   def _rolled_back(self, events, pending) -> bool:
@@ -244,8 +244,8 @@ class Loop:
     """
     policy = guards_lib.strongest(events)
     for event in events:
-      if processes.is_first():
-        writer.note(f'guard: {event}')
+      if multihost.is_first():
+        files.note(f'guard: {event}')
       self._event(**event._asdict())
     if policy == 'stop':
       raise guards_lib.Stop(f'stopped by a guard: {events[-1]}')
@@ -261,8 +261,8 @@ class Loop:
     self._event(
       pending.step, guard='rollback', metric='back to step', value=self._step
     )
-    if processes.is_first():
-      writer.note(
+    if multihost.is_first():
+      files.note(
         f'guard: back to step {self._step}, on with the data after step '
         f'{pending.step}'
       )
@@ -281,18 +281,18 @@ class Loop:
     self._bar.refresh()
     for sink in self._sinks.values():
       sink.close()
-    if processes.is_first():
+    if multihost.is_first():
       self._sinks = {
-        name: writer.JsonLines(self._workdir / f'{name}.jsonl', self._step)
+        name: files.JsonLines(self._workdir / f'{name}.jsonl', self._step)
         for name in ('metrics', 'probes')
       }
       if self._config.tensorboard:
-        self._sinks['tensorboard'] = writer.TensorBoard(self._workdir)
+        self._sinks['tensorboard'] = files.TensorBoard(self._workdir)
     self._clock = time.perf_counter()
     return saved and saved.extra
 
   def _save(self):
-    processes.check_same(
+    multihost.check_same(
       {'the number of records left out of the data': self._corpus.log.count}
     )
     self._checkpoints.save(

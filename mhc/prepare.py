@@ -11,7 +11,7 @@ from mhc import documents as documents_lib
 from mhc import shards as shards_lib
 from mhc import tokenizer as tokenizer_lib
 from mhc import tokens as tokens_lib
-from mhc import writer
+from mhc.runtime import files as files_lib
 
 # Documents tokenised together, and enough of them to tell small corpora.
 BATCH = 512
@@ -41,7 +41,7 @@ def prepare(
   vocabulary = _vocabulary(files, total, tokenizer, on_damage)
   log = damage.Log(on_damage)
   tokens = tokens_lib.Writer(out, vocabulary)
-  with writer.byte_bar(total, 'tokenise') as bar:
+  with files_lib.byte_bar(total, 'tokenise') as bar:
     documents = _distinct(_read(files, bar.update, log))
     first = list(itertools.islice(documents, BATCH))
     if not first:
@@ -68,7 +68,7 @@ def prepare(
           if part:
             tokens.add(side, part)
   if log.count:
-    writer.note(log.summary())
+    files_lib.note(log.summary())
   return tokens.close(path or "Python's standard library", log.count)
 
 
@@ -82,7 +82,7 @@ def _vocabulary(files, total, tokenizer, on_damage):
       'more, such as train:32768'
     )
   tokenizer_lib.library()  # before a bar is drawn
-  with writer.byte_bar(min(total, VOCABULARY_BYTES), 'learn words') as bar:
+  with files_lib.byte_bar(min(total, VOCABULARY_BYTES), 'learn words') as bar:
     return tokenizer_lib.BPE.train(
       _sample(_read(files, bar.update, damage.Log(on_damage))), int(number)
     )

@@ -14,7 +14,7 @@ from mhc import events
 from mhc import page
 from mhc import plots
 from mhc import results
-from mhc import writer
+from mhc.runtime import files
 
 TITLE = 'Residual designs compared'
 
@@ -39,7 +39,7 @@ def render(workdir: pathlib.Path) -> list[dict]:
   parts += _events(workdir, panels, rows)
   parts = [*_introduction(comparison, panels, unfinished), *parts, *_notes()]
   (workdir / 'results.json').write_text(
-    json.dumps(writer.jsonable(rows), indent=2) + '\n'
+    json.dumps(files.jsonable(rows), indent=2) + '\n'
   )
   (workdir / 'report.md').write_text(page.markdown(parts))
   (workdir / 'report.html').write_text(page.html(TITLE, parts, workdir))

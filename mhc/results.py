@@ -19,9 +19,9 @@ import numpy as np
 from mhc import config as config_lib
 from mhc import events as events_lib
 from mhc import train
-from mhc import writer
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
+from mhc.runtime import files
 
 WINDOW = 25
 GRAD_SPIKE_FACTOR = 3.0
@@ -100,8 +100,8 @@ def read(folder: pathlib.Path, config: config_lib.Config) -> Run | None:
   return Run(
     config,
     summary,
-    writer.read_lines(folder / 'metrics.jsonl'),
-    writer.read_lines(folder / 'probes.jsonl'),
+    files.read_lines(folder / 'metrics.jsonl'),
+    files.read_lines(folder / 'probes.jsonl'),
     events_lib.read(folder),
   )
 

@@ -16,8 +16,8 @@ import zlib
 import numpy as np
 
 from mhc import damage
-from mhc import retry
-from mhc import writer
+from mhc.runtime import files
+from mhc.runtime import retry
 
 BLOCK = 2**17  # bytes
 OPEN_FILES = 200
@@ -127,7 +127,7 @@ class Shard:
     problem = f'{self._file}{problem}'
     self._log.meet(problem)
     if self._log.count.bit_count() == 1:
-      writer.note(f'DAMAGED DATA: {problem}; {self._log.count} left out so far')
+      files.note(f'DAMAGED DATA: {problem}; {self._log.count} left out so far')
 
 
 Tokens = np.ndarray | Shard

@@ -14,7 +14,7 @@ from jaxtyping import Integer, UInt
 import numpy as np
 
 from mhc import damage
-from mhc import retry
+from mhc.runtime import retry
 
 TRAINED_MARKS = ('<|start|>', '<|stop|>')
 WAY_OUT = "bring another one, or learn one with --tokenizer='train:32768'"

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mhc import damage
-from mhc import retry
 from mhc import shards as shards_lib
 from mhc import tokenizer as tokenizer_lib
-from mhc import writer
+from mhc.runtime import files as files_lib
+from mhc.runtime import retry
 
 FORMAT = 'mhc tokens 1'
 SIDES = ('train', 'heldout')
@@ -131,7 +131,7 @@ class Writer:
     vocabulary = 'bytes'
     if self._tokenizer.name != 'bytes':
       vocabulary = 'tokenizer.json'
-      writer.replace(self._path / vocabulary, self._tokenizer.description)
+      files_lib.replace(self._path / vocabulary, self._tokenizer.description)
       digests[vocabulary] = _sha256(self._path / vocabulary)
     index = {
       'format': FORMAT,
@@ -148,7 +148,7 @@ class Writer:
       'digests': digests,
     }
     text = json.dumps(index, indent=2) + '\n'
-    writer.replace(self._path / 'index.json', text)
+    files_lib.replace(self._path / 'index.json', text)
     return index
 
   def _file(self, side, number, kind):

@@ -27,7 +27,7 @@ from mhc import checkpoint
 from mhc import faults
 from mhc import folder
 from mhc import step as step_lib
-from mhc import writer
+from mhc.runtime import files as files_lib
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[1] / 'launch'
 STEPS, SAVE_EVERY = 240, 12
@@ -153,7 +153,7 @@ class Run:
 
   def outcome(self) -> tuple[list[dict], step_lib.TrainState]:
     """Every step's numbers but times, and the last state."""
-    lines = writer.read_lines(self.workdir / 'metrics.jsonl')
+    lines = files_lib.read_lines(self.workdir / 'metrics.jsonl')
     config = folder.read_config(self.workdir)
     one = dataclasses.replace(config.mesh, num_devices=1)
     programs = step_lib.build(dataclasses.replace(config, mesh=one))
@@ -286,9 +286,9 @@ def nan_batch(run: Run, chance: random.Random) -> str:
   run.wrapper = ('-m', 'mhc.faults', 'nan')
   said = killed(run, chance)
   run.finish()
-  lines = writer.read_lines(run.workdir / 'metrics.jsonl')
+  lines = files_lib.read_lines(run.workdir / 'metrics.jsonl')
   skipped = sum(line['optimizer/skipped'] for line in lines)
-  events = writer.read_lines(run.workdir / 'events.jsonl')
+  events = files_lib.read_lines(run.workdir / 'events.jsonl')
   if not skipped or not any(e['guard'] == 'nonfinite' for e in events):
     raise Failure(f'{skipped:.0f} updates skipped, events {events}')
   return f'{skipped:.0f} updates skipped, killed {said}'

@@ -17,15 +17,15 @@ from mhc import checkpoint
 from mhc import config as config_lib
 from mhc import data
 from mhc import folder
-from mhc import interrupts
 from mhc import loop
 from mhc import memory
-from mhc import processes
 from mhc import recompute
 from mhc import sharding
 from mhc import step as step_lib
-from mhc import writer
 from mhc.config import dicts
+from mhc.runtime import files
+from mhc.runtime import multihost
+from mhc.runtime import preemption
 
 
 def train(
@@ -46,8 +46,8 @@ def train(
       `time.monotonic`) has passed; it is saved.
     guards.Stop: a guard ended it.
   """
-  first = processes.is_first()
-  with processes.together():
+  first = multihost.is_first()
+  with multihost.together():
     corpus, vocab_size = data.load_for(config), config.model.vocab_size
     batches = data.train_batches(corpus, config.data, config.seed, vocab_size)
     heldout = data.heldout_rows(
@@ -56,33 +56,33 @@ def train(
     mesh = sharding.make_mesh(config.mesh, config.data)
     step_lib.check(config, mesh)
     memory.check(config, mesh)
-  processes.check_same(
+  multihost.check_same(
     {'the text': corpus.sha256, 'jax': jax.__version__, **dicts.leaves(config)}
   )
-  with processes.together():
+  with multihost.together():
     if first:
       _claim(workdir, config, corpus)
-  with processes.together():
+  with multihost.together():
     if not (workdir / 'config.json').exists():
       raise ValueError(
         f'{workdir} is not the folder that process 0 writes to: all processes '
         'must see the same --workdir'
       )
     summary = read_summary(workdir) if first else None
-  summary = processes.from_first(summary)
+  summary = multihost.from_first(summary)
   if summary is not None:
     return summary
 
   programs = step_lib.build(config)
-  with processes.together():
+  with multihost.together():
     if first:
       checkpoint.check_room(workdir, programs.functions.canonical_state)
   # Compiles the update, which all do at the same time.
   line = _memory_line(config, programs)
   if first:
-    writer.note(line)
+    files.note(line)
   with (
-    interrupts.Interrupts(deadline) as asked,
+    preemption.Interrupts(deadline) as asked,
     loop.Loop(
       config, workdir, programs, batches, heldout, corpus, label
     ) as running,
@@ -107,14 +107,14 @@ def train(
     / corpus.num_train_tokens,
     'corpus': corpus.summary(),
     'num_devices': programs.mesh.size,
-    'num_processes': processes.count(),
+    'num_processes': multihost.count(),
     'device': jax.devices()[0].device_kind,
     'jax': jax.__version__,
   }
-  with processes.together():
+  with multihost.together():
     if first:
-      text = json.dumps(writer.jsonable(summary), indent=2) + '\n'
-      writer.replace(workdir / 'summary.json', text)
+      text = json.dumps(files.jsonable(summary), indent=2) + '\n'
+      files.replace(workdir / 'summary.json', text)
   return summary
 
 
@@ -123,7 +123,7 @@ def _claim(workdir, config, corpus):
   folder.claim(workdir, config)
   if corpus.tokenizer is not None and corpus.tokenizer.name != 'bytes':
     # So that the run can be sampled where its data are not.
-    writer.replace(workdir / 'tokenizer.json', corpus.tokenizer.description)
+    files.replace(workdir / 'tokenizer.json', corpus.tokenizer.description)
 
 
 def _memory_line(config, programs):

@@ -32,8 +32,8 @@ from mhc import checkpoint
 from mhc import config
 from mhc import folder as folder_lib
 from mhc import train
-from mhc import writer
 from mhc.config import dicts
+from mhc.runtime import files
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BOUND = 1e-5
@@ -125,7 +125,7 @@ def difference(folder: pathlib.Path, reference: pathlib.Path) -> dict:
   on parameters whose gradients are rounding errors, and Adam scales those up.
   """
   both = [
-    writer.read_lines(path / 'metrics.jsonl') for path in (folder, reference)
+    files.read_lines(path / 'metrics.jsonl') for path in (folder, reference)
   ]
   assert [line['step'] for line in both[0]] == [
     line['step'] for line in both[1]
@@ -243,7 +243,7 @@ def main():
     process = start(workdir, long, 2, 1)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
-      if len(writer.read_lines(workdir / 'metrics.jsonl')) > 20:
+      if len(files.read_lines(workdir / 'metrics.jsonl')) > 20:
         break
       time.sleep(0.1)
     process.send_signal(signal.SIGTERM)

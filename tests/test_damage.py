@@ -17,10 +17,10 @@ from mhc import damage
 from mhc import data
 from mhc import documents
 from mhc import prepare
-from mhc import retry
 from mhc import shards
 from mhc import tokenizer
 from mhc import tokens
+from mhc.runtime import retry
 
 TEXTS = [f'document {number} says {number * 37 % 11}\n' for number in range(90)]
 SMALL = config.DataConfig(seq_len=16, batch_size=4)

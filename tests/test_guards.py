@@ -17,8 +17,8 @@ from mhc import loop
 from mhc import sharding
 from mhc import step
 from mhc import train
-from mhc import writer
 from mhc.config import dicts
+from mhc.runtime import files
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -191,8 +191,8 @@ def run(text, workdir, monkeypatch, bad=(), **settings):
   try:
     train.train(config, workdir)
   finally:
-    events = writer.read_lines(workdir / 'events.jsonl')
-  lines = writer.read_lines(workdir / 'metrics.jsonl')
+    events = files.read_lines(workdir / 'events.jsonl')
+  lines = files.read_lines(workdir / 'metrics.jsonl')
   return events, lines, seen
 
 

@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from mhc import interrupts
-from mhc import processes
-from mhc import writer
+from mhc.runtime import files
+from mhc.runtime import multihost
+from mhc.runtime import preemption
 
 
 def test_a_signal_asks_and_a_second_one_ends(capfd):
   before = signal.getsignal(signal.SIGTERM)
-  with interrupts.Interrupts() as asked:
+  with preemption.Interrupts() as asked:
     assert asked.stopping(3) is None
     os.kill(os.getpid(), signal.SIGTERM)
     stopped = asked.stopping(4)
@@ -25,13 +25,13 @@ def test_a_signal_asks_and_a_second_one_ends(capfd):
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
   assert signal.getsignal(signal.SIGTERM) == before
   assert 'a second signal ends at once' in capfd.readouterr().err
-  with interrupts.Interrupts() as asked:
+  with preemption.Interrupts() as asked:
     os.kill(os.getpid(), signal.SIGINT)
     assert asked.stopping(1).status == 130
 
 
 def test_the_time_is_up():
-  with interrupts.Interrupts(time.monotonic() + 0.05) as asked:
+  with preemption.Interrupts(time.monotonic() + 0.05) as asked:
     assert asked.stopping(1) is None
     time.sleep(0.06)
     assert str(asked.stopping(2)) == 'the time is up: saved after step 2'
@@ -42,22 +42,22 @@ def test_the_time_is_up():
   [('90', 90), ('2.5m', 150), ('1h30m', 5400), ('10s', 10), ('1h1m1s', 3661)],
 )
 def test_times(text, seconds):
-  assert interrupts.seconds(text) == seconds
+  assert preemption.seconds(text) == seconds
 
 
 @pytest.mark.parametrize('text', ['', 'soon', '5 min', '-3', '0', '3d'])
 def test_no_times(text):
   with pytest.raises(ValueError, match='time'):
-    interrupts.seconds(text)
+    preemption.seconds(text)
 
 
 def test_many_processes_hear_of_it_by_jax(monkeypatch, capfd):
   told, kill = [], os.kill
   before = signal.getsignal(signal.SIGTERM)
-  monkeypatch.setattr(processes, 'count', lambda: 2)
-  monkeypatch.setattr(processes, 'stopping', lambda step: step == 5)
+  monkeypatch.setattr(multihost, 'count', lambda: 2)
+  monkeypatch.setattr(multihost, 'stopping', lambda step: step == 5)
   monkeypatch.setattr(os, 'kill', lambda *what: told.append(what))
-  with interrupts.Interrupts(time.monotonic() - 1) as asked:
+  with preemption.Interrupts(time.monotonic() - 1) as asked:
     assert asked.stopping(4) is None
     assert signal.getsignal(signal.SIGTERM) == before
     assert asked.stopping(5).step == 5
@@ -87,7 +87,7 @@ FLAGS = (
 
 
 def steps(workdir):
-  return [line['step'] for line in writer.read_lines(workdir / 'metrics.jsonl')]
+  return [line['step'] for line in files.read_lines(workdir / 'metrics.jsonl')]
 
 
 def test_a_run_that_is_told_to_end(launch, text, tmp_path):

@@ -10,8 +10,8 @@ import pytest
 
 from mhc import evaluate
 from mhc import folder
-from mhc import processes
-from mhc import writer
+from mhc.runtime import files
+from mhc.runtime import multihost
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -52,7 +52,7 @@ def test_the_same_losses_as_one_process(together, changes, tmp_path):
   assert max(far.values()) < full.BOUND
   names = sorted(path.name for path in (tmp_path / 'one').iterdir())
   assert sorted(path.name for path in together.iterdir()) == names
-  probes = writer.read_lines(together / 'probes.jsonl')
+  probes = files.read_lines(together / 'probes.jsonl')
   assert [probe['step'] for probe in probes] == [STEPS]
 
 
@@ -65,7 +65,7 @@ def test_what_they_saved_goes_on_in_one_with_another_mesh(together, changes):
   assert folder.read_config(copy).mesh.pipe == 1
   assert folder.read_config(together).mesh.pipe == 2
   scores = evaluate.evaluate_checkpoint(copy, None, 8)
-  last = writer.read_lines(together / 'metrics.jsonl')[-1]
+  last = files.read_lines(together / 'metrics.jsonl')[-1]
   assert scores['loss/heldout'] == pytest.approx(last['loss/heldout'], rel=1e-5)
 
 
@@ -103,24 +103,24 @@ def test_the_launcher_leaves_no_one_behind(tmp_path):
 
 
 def test_one_process_agrees_with_itself():
-  assert (processes.index(), processes.count()) == (0, 1)
-  assert processes.gather('ä') == ['ä']
-  assert processes.from_first({'a': [1, None]}) == {'a': [1, None]}
-  processes.check_same({'a': 1})
-  with pytest.raises(OSError, match='full'), processes.together():
+  assert (multihost.index(), multihost.count()) == (0, 1)
+  assert multihost.gather('ä') == ['ä']
+  assert multihost.from_first({'a': [1, None]}) == {'a': [1, None]}
+  multihost.check_same({'a': 1})
+  with pytest.raises(OSError, match='full'), multihost.together():
     raise OSError('full')
-  assert not processes.stopping(1)
+  assert not multihost.stopping(1)
 
 
 def test_processes_that_differ_are_named(monkeypatch):
   """With what two others would have said."""
   said = ['{"seed": "0", "jax": "1"}', '{"seed": "0", "jax": "2"}']
-  monkeypatch.setattr(processes, 'gather', lambda _: said)
-  with pytest.raises(processes.Refused, match=r'jax is 1 .* 2 in process 1'):
-    processes.check_same({})
-  monkeypatch.setattr(processes, 'gather', lambda _: ['', ' no such file'])
+  monkeypatch.setattr(multihost, 'gather', lambda _: said)
+  with pytest.raises(multihost.Refused, match=r'jax is 1 .* 2 in process 1'):
+    multihost.check_same({})
+  monkeypatch.setattr(multihost, 'gather', lambda _: ['', ' no such file'])
   with (
-    pytest.raises(processes.Refused, match=r'process 1 .*no such file'),
-    processes.together(),
+    pytest.raises(multihost.Refused, match=r'process 1 .*no such file'),
+    multihost.together(),
   ):
     pass

@@ -16,7 +16,7 @@ from mhc import data
 from mhc import evaluate
 from mhc import folder
 from mhc import train
-from mhc import writer
+from mhc.runtime import files
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -31,7 +31,7 @@ def with_text(text, **changes):
 
 
 def losses(workdir):
-  lines = writer.read_lines(workdir / 'metrics.jsonl')
+  lines = files.read_lines(workdir / 'metrics.jsonl')
   assert [line['step'] for line in lines] == list(range(1, len(lines) + 1))
   return [(line['loss/train'], line['grad/global_norm']) for line in lines]
 
@@ -46,10 +46,10 @@ def finished(text, tmp_path_factory):
 
 def test_a_run_leaves_its_record(finished):
   workdir, summary = finished
-  lines = writer.read_lines(workdir / 'metrics.jsonl')
+  lines = files.read_lines(workdir / 'metrics.jsonl')
   assert len(losses(workdir)) == 12
   assert [x['step'] for x in lines if 'loss/heldout' in x] == [6, 12]
-  probes = writer.read_lines(workdir / 'probes.jsonl')
+  probes = files.read_lines(workdir / 'probes.jsonl')
   assert [probe['step'] for probe in probes] == [5, 10, 12]
   assert np.array(probes[0]['mean']).shape == (2, 4, 4)
   assert summary['heldout_nats'] == lines[-1]['loss/heldout']
@@ -132,7 +132,7 @@ def test_gone_on_bit_for_bit(finished, text, tmp_path):
   assert losses(workdir) == losses(uninterrupted)
   assert resumed['heldout_nats'] == summary['heldout_nats']
   probes = [
-    writer.read_lines(folder / 'probes.jsonl')
+    files.read_lines(folder / 'probes.jsonl')
     for folder in (workdir, uninterrupted)
   ]
   assert probes[0] == probes[1]
@@ -161,14 +161,14 @@ def test_an_end_that_cannot_be_saved_is_not_one(
 
 def test_lines_past_the_restored_step_are_cut(tmp_path):
   path = tmp_path / 'lines.jsonl'
-  first = writer.JsonLines(path, 0)
+  first = files.JsonLines(path, 0)
   for step in range(1, 6):
     first.write(step, {'x': float('nan') if step == 2 else step / 3})
   first.close()
-  second = writer.JsonLines(path, 3)
+  second = files.JsonLines(path, 3)
   second.write(4, {'x': 7})
   second.close()
-  got = [(line['step'], line['x']) for line in writer.read_lines(path)]
+  got = [(line['step'], line['x']) for line in files.read_lines(path)]
   assert got == [(1, 1 / 3), (2, None), (3, 1.0), (4, 7)]
 
 
@@ -188,19 +188,19 @@ class Full:
 
 def test_lines_wait_for_room_on_the_disk(tmp_path, capsys):
   path = tmp_path / 'metrics.jsonl'
-  lines = writer.JsonLines(path, 0)
+  lines = files.JsonLines(path, 0)
   lines.write(1, {'loss': 1.0})
   lines._file = Full(lines._file, 30)
   for step in (2, 3, 4):
     lines.write(step, {'loss': 1.0})
   # Nothing half-written, and said once.
-  assert [line['step'] for line in writer.read_lines(path)] == [1, 2]
+  assert [line['step'] for line in files.read_lines(path)] == [1, 2]
   assert path.read_text().endswith('}\n')
   assert capsys.readouterr().err.count('NOT WRITTEN') == 1
   lines._file.room = 10_000
   lines.write(5, {'loss': 1.0})
   lines.close()
-  assert [line['step'] for line in writer.read_lines(path)] == [1, 2, 3, 4, 5]
+  assert [line['step'] for line in files.read_lines(path)] == [1, 2, 3, 4, 5]
 
 
 def test_a_config_of_another_version_is_named(tmp_path):

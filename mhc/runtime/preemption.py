@@ -16,7 +16,7 @@ import re
 import signal
 import time
 
-from mhc import processes
+from mhc.runtime import multihost
 
 UNITS = {'': 1.0, 's': 1.0, 'm': 60.0, 'h': 3600.0}
 
@@ -31,7 +31,7 @@ class Interrupts:
     self._before = {}
 
   def __enter__(self) -> 'Interrupts':
-    if processes.count() == 1:
+    if multihost.count() == 1:
       self._listen(signal.SIGTERM, signal.SIGINT)
     return self
 
@@ -40,27 +40,27 @@ class Interrupts:
       if handler is not None:  # not one of C++, which Python cannot put back
         signal.signal(number, handler)
 
-  def stopping(self, step: int) -> processes.Stopped | None:
+  def stopping(self, step: int) -> multihost.Stopped | None:
     """Why to save and stop after this step; the same in all processes.
 
     To be asked after every step.
     """
     late = self._deadline is not None and time.monotonic() > self._deadline
-    if processes.count() > 1:
+    if multihost.count() > 1:
       if late:
         self._deadline = None
         os.kill(os.getpid(), signal.SIGTERM)  # so that the others hear of it
-      if not processes.stopping(step):
+      if not multihost.stopping(step):
         return None
       if not self._before:
         # In the place of JAX's handler, which all have heard by now.
         self._listen(signal.SIGTERM)
-      return processes.Stopped('SIGTERM', step)
+      return multihost.Stopped('SIGTERM', step)
     if self._asked is not None:
       status = 130 if self._asked == signal.SIGINT else None
-      return processes.Stopped(self._asked.name, step, status)
+      return multihost.Stopped(self._asked.name, step, status)
     if late:
-      return processes.Stopped('the time is up', step)
+      return multihost.Stopped('the time is up', step)
     return None
 
   def _listen(self, *numbers):
