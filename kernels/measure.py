@@ -19,16 +19,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from mhc import chips
 from mhc import hlo
 from mhc import plan
-from mhc.kernels import calls
-from mhc.kernels import dispatch
-from mhc.kernels import passes
+from mhc.kernels import api
+from mhc.kernels import chips
 from mhc.kernels import schedule
 from mhc.kernels import shapes
-from mhc.kernels import sinkhorn
-from mhc.kernels import tiles
+from mhc.kernels.pallas import launch
+from mhc.kernels.pallas import sinkhorn
+from mhc.kernels.pallas import specs
+from mhc.kernels.pallas import tiling
 
 OPERATIONS = ('sinkhorn', 'pre', 'advance', 'post', 'collapse')
 ITERATIONS = 20
@@ -72,7 +72,7 @@ def run(operation, implementation, *operands):
     'pre': (NORM_EPS,),
     'advance': (NORM_EPS,),
   }.get(operation, ())
-  return getattr(dispatch, operation)(*operands, *static, implementation)
+  return getattr(api, operation)(*operands, *static, implementation)
 
 
 def programs(operation, operands, generation, implementation):
@@ -117,7 +117,7 @@ def programs(operation, operands, generation, implementation):
   return lower(forward, *operands), lower(both, cotangent, *operands)
 
 
-def elements_per_token(call: passes.Call, num_tokens: int) -> int:
+def elements_per_token(call: launch.Call, num_tokens: int) -> int:
   """Of streams and of what sub-layers read and return."""
   blocks = [*call.inputs.values(), *call.outputs.values()]
   return sum(
@@ -214,7 +214,7 @@ def _blocks(operation, direction, dim, generation):
     elements = lower_bound(operation, direction, n, dim)
     return sinkhorn.TOKENS, elements, 4 * elements
   reads = operation in ('pre', 'advance')
-  sizes = tiles.Pass(
+  sizes = tiling.Pass(
     n,
     dim,
     2 * n + n * n if reads else 0,
@@ -223,13 +223,13 @@ def _blocks(operation, direction, dim, generation):
     NORM_EPS,
   )
   make = {
-    ('collapse', 'forward'): calls.collapse,
-    ('collapse', 'backward'): calls.collapse_backward,
-  }.get((operation, direction), getattr(calls, direction))
+    ('collapse', 'forward'): specs.collapse,
+    ('collapse', 'backward'): specs.collapse_backward,
+  }.get((operation, direction), getattr(specs, direction))
   chip = chips.CHIPS[generation]
-  sizes, call = calls.largest(make, sizes, num_tokens, chip)
+  sizes, call = specs.largest(make, sizes, num_tokens, chip)
   return (
     sizes.tokens,
     elements_per_token(call, num_tokens),
-    passes.moved(call) / num_tokens,
+    launch.moved(call) / num_tokens,
   )

@@ -25,7 +25,6 @@ from absl import flags
 import jax
 
 import command_line
-from mhc import chips
 from mhc import config as config_lib
 from mhc import counts
 from mhc import plan as plan_lib
@@ -34,6 +33,7 @@ from mhc import schedule
 from mhc import sharding
 from mhc import suggest
 from mhc import timeline
+from mhc.kernels import chips
 
 COUNT = flags.DEFINE_bool('count', False, 'Print the counts of --config.')
 TOPOLOGY = flags.DEFINE_string(

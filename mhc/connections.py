@@ -39,7 +39,7 @@ from mhc import config as config_lib
 from mhc import precision
 from mhc import streams
 from mhc.hyper import HC, MHC, Ahead, Context, Mappings, SinglePass, Sublayer
-from mhc.kernels import dispatch
+from mhc.kernels import api
 
 
 class Residual(nnx.Module):
@@ -132,7 +132,7 @@ def land(config: config_lib.ConnectionConfig, state: State) -> State:
   if not isinstance(state, Sublayer):
     return state
   x = state.context.x
-  return dispatch.post(*_unwritten(config, state)).reshape(x.shape)
+  return api.post(*_unwritten(config, state)).reshape(x.shape)
 
 
 def take_off(config: config_lib.ConnectionConfig, state: State) -> State:
@@ -207,7 +207,7 @@ def close_streams(
     return collapse(state)
   if collapse.kind == 'learned':
     return collapse(land(config, state))
-  total = dispatch.collapse(*_unwritten(config, state)).reshape(state.y.shape)
+  total = api.collapse(*_unwritten(config, state)).reshape(state.y.shape)
   return total / config.streams if collapse.kind == 'mean' else total
 
 
@@ -241,7 +241,7 @@ def _unwritten(config, state):
 
 def _carries_output(config):
   """Whether the kind reads and writes the streams in one pass of a kernel."""
-  kernel = dispatch.fuses(_implementation(config))
+  kernel = api.fuses(_implementation(config))
   return kernel and config.kind not in ('residual', 'hc', 'mhc_single_pass')
 
 

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Int
 from mhc import axes
 from mhc import config as config_lib
 from mhc import experts as experts_lib
-from mhc.kernels import target
+from mhc.kernels import platform
 
 AXIS = experts_lib.AXIS
 # The scope of further rounds, by which they are found in the compiled program.
@@ -48,7 +48,7 @@ def transport(config: config_lib.MoEConfig, num_devices: int) -> Transport:
     return config.transport
   if num_devices <= config.experts_per_token:
     return 'gather'
-  return 'padded' if target.platform() == 'cpu' else 'ragged'
+  return 'padded' if platform.platform() == 'cpu' else 'ragged'
 
 
 def apply(

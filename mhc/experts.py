@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from mhc import layers
 from mhc import recompute
-from mhc.kernels import target
+from mhc.kernels import platform
 
 BLOCK = 64
 AXIS = 'expert'  # of the mesh, over which the experts of a layer are split
@@ -59,7 +59,7 @@ def dropless(
     rows = jnp.where(here, rows, 0)
   # Not by lax.platform_dependent, which in the branches of a pipeline stays a
   # choice at run time, with buffers for both.
-  multiply = ragged if target.platform() == 'tpu' else blocked
+  multiply = ragged if platform.platform() == 'tpu' else blocked
   out = multiply(rows, sizes, weights)
   if partial:
     out = jnp.where(here, out, 0)

@@ -21,7 +21,7 @@ from mhc import manifold
 from mhc import mixing as mixing_lib
 from mhc import precision
 from mhc import streams
-from mhc.kernels import dispatch
+from mhc.kernels import api
 
 
 class Mappings(NamedTuple):
@@ -81,7 +81,7 @@ class HC(nnx.Module):
     index,
     *,
     norm_eps: float = 1e-20,
-    implementation: dispatch.Implementation | None = None,
+    implementation: api.Implementation | None = None,
   ):
     home = jnp.arange(num_streams) == index % num_streams
     self.gain = nnx.Param(jnp.ones(dim))
@@ -175,7 +175,7 @@ class MHC(nnx.Module):
     sinkhorn_eps: float = 0.0,
     sinkhorn_backward: manifold.Backward = 'recompute',
     norm_eps: float = 1e-20,
-    implementation: dispatch.Implementation | None = None,
+    implementation: api.Implementation | None = None,
   ):
     if mixing not in typing.get_args(mixing_lib.Mixing):
       raise ValueError(
@@ -230,7 +230,7 @@ class MHC(nnx.Module):
     self, x: Float[Array, '*batch n d']
   ) -> tuple[Float[Array, '*batch d'], Context]:
     _check_streams(self, x)
-    h, z = dispatch.pre(_tokens(x), *self._reading(), self.implementation)
+    h, z = api.pre(_tokens(x), *self._reading(), self.implementation)
     return self._entered(h, x, z)
 
   def post(
@@ -245,7 +245,7 @@ class MHC(nnx.Module):
     x, mappings = context
     _check_streams(self, x)
     _check_output(y, x)
-    x_next, h, z = dispatch.advance(
+    x_next, h, z = api.advance(
       _tokens(x),
       y.reshape(-1, y.shape[-1]),
       mappings.post,
@@ -332,7 +332,7 @@ def _read(x, weights):
 def _post(y, context, implementation):
   x, mappings = context
   _check_output(y, x)
-  return dispatch.post(
+  return api.post(
     _tokens(x),
     y.reshape(-1, y.shape[-1]),
     mappings.post,

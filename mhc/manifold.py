@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mhc import scaling
+from mhc.kernels.xla import sinkhorn
 
 Backward = Literal['recompute', 'unrolled', 'implicit']
 
@@ -125,8 +125,8 @@ def residuals(
 
 
 def _project(num_iters, eps, logits):
-  kernel, _, (rows, columns), _ = scaling.divisors(num_iters, eps, logits)
-  return scaling.scale(kernel, rows, columns)
+  kernel, _, (rows, columns), _ = sinkhorn.divisors(num_iters, eps, logits)
+  return sinkhorn.scale(kernel, rows, columns)
 
 
 def _project_unrolled(num_iters, eps, logits):
@@ -157,19 +157,19 @@ def _recompute_fwd(num_iters, eps, logits):
 
 def _recompute_bwd(num_iters, eps, logits, g):
   """The adjoint of the truncated iteration, walked back step by step."""
-  kernel, rows0, last, history = scaling.divisors(num_iters, eps, logits)
+  kernel, rows0, last, history = sinkhorn.divisors(num_iters, eps, logits)
 
   def iterate(carry, before):
     grad, (rows, columns) = carry
-    grad = scaling.row_adjoint(kernel, grad, rows, columns)
-    grad = scaling.column_adjoint(kernel, grad, before[0], columns)
+    grad = sinkhorn.row_adjoint(kernel, grad, rows, columns)
+    grad = sinkhorn.column_adjoint(kernel, grad, before[0], columns)
     return (grad, before), None
 
-  carry = (g * scaling.scale(kernel, *last), last)
+  carry = (g * sinkhorn.scale(kernel, *last), last)
   carry, _ = jax.lax.scan(iterate, carry, history, reverse=True)
   grad, (rows, columns) = carry
-  grad = scaling.row_adjoint(kernel, grad, rows, columns)
-  return (scaling.start_adjoint(eps, kernel, grad, rows0, columns),)
+  grad = sinkhorn.row_adjoint(kernel, grad, rows, columns)
+  return (sinkhorn.start_adjoint(eps, kernel, grad, rows0, columns),)
 
 
 _project_recompute.defvjp(_recompute_fwd, _recompute_bwd)

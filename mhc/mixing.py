@@ -27,7 +27,7 @@ import numpy as np
 
 from mhc import axes
 from mhc import manifold
-from mhc.kernels import dispatch
+from mhc.kernels import api
 
 Mixing = Literal['sinkhorn', 'identity', 'permutations', 'kronecker', 'cayley']
 
@@ -66,14 +66,14 @@ def matrices(
   num_iters: int = 20,
   eps: float = 0.0,
   backward: manifold.Backward = 'recompute',
-  implementation: dispatch.Implementation | None = None,
+  implementation: api.Implementation | None = None,
 ) -> Float[Array, 'n n t']:
   """H_res of t tokens; the options are those of `sinkhorn_project`."""
   match mixing:
     case 'sinkhorn':
       square = logits.reshape(n, n, -1)
       if backward == 'recompute':
-        return dispatch.sinkhorn(square, num_iters, eps, implementation)
+        return api.sinkhorn(square, num_iters, eps, implementation)
       return manifold.sinkhorn_project(
         square, num_iters, eps, backward, axes=(0, 1)
       )

@@ -21,7 +21,6 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from mhc import chips
 from mhc import config as config_lib
 from mhc import counts
 from mhc import exchange
@@ -35,6 +34,7 @@ from mhc import sharding
 from mhc import step
 from mhc import traffic
 from mhc.config import dicts
+from mhc.kernels import chips
 
 Plan = dict[str, Any]
 

@@ -19,7 +19,6 @@ from jax.sharding import NamedSharding
 import numpy as np
 import optax
 
-from mhc import chips
 from mhc import compiler
 from mhc import config as config_lib
 from mhc import gains
@@ -29,7 +28,8 @@ from mhc import moe
 from mhc import optimizer as optimizer_lib
 from mhc import sharding
 from mhc import transformer
-from mhc.kernels import dispatch
+from mhc.kernels import api
+from mhc.kernels import chips
 
 Params = dict[str, Any]  # nested; leaves are float32 arrays
 
@@ -208,7 +208,7 @@ def check(config: config_lib.Config, mesh: Mesh):
   if model.connection.streams > 1:
     shape = (1, model.connection.streams, model.dim)
     streams = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
-    dispatch.check(model.connection.implementation, streams, mesh)
+    api.check(model.connection.implementation, streams, mesh)
   if model.moe.transport == 'ragged' and platform == 'cpu':
     raise ValueError(
       "moe.transport='ragged' needs ragged_all_to_all, which XLA has for TPUs "
@@ -280,7 +280,7 @@ def functions(
   over_devices = functools.partial(
     jax.shard_map,
     mesh=mesh,
-    check_vma=dispatch.knows_axes(model.connection.implementation, mesh),
+    check_vma=api.knows_axes(model.connection.implementation, mesh),
   )
   loss_and_grads = over_devices(
     local.loss_and_grads,

@@ -24,7 +24,6 @@ from collections.abc import Iterator
 import itertools
 from typing import Any, NamedTuple, get_args
 
-from mhc import chips
 from mhc import config as config_lib
 from mhc import counts
 from mhc import exchange
@@ -33,6 +32,7 @@ from mhc import recompute
 from mhc import schedule as schedule_lib
 from mhc import sharding
 from mhc.config import dicts
+from mhc.kernels import chips
 
 # Of the peak: what compiled steps of the paper's models reach in a tick.
 EFFICIENCY = 0.5

@@ -36,7 +36,7 @@ from typing import NamedTuple
 from jaxtyping import Int
 import numpy as np
 
-from mhc import chips
+from mhc.kernels import chips
 
 # A dimension of the torus, and which way along it: 0 forward, 1 backward.
 Link = tuple[int, int]

@@ -37,9 +37,9 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 import numpy as np
 
-from mhc import chips
 from mhc import hlo
 from mhc import torus as torus_lib
+from mhc.kernels import chips
 
 KINDS = frozenset(
   {

@@ -10,20 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mhc import chips
 from mhc import config
 from mhc import plan
 from mhc import sharding
 from mhc import step
-from mhc.kernels import calls
-from mhc.kernels import dispatch
+from mhc.kernels import api
+from mhc.kernels import chips
 from mhc.kernels import measure
-from mhc.kernels import passes
 from mhc.kernels import reference
 from mhc.kernels import schedule
 from mhc.kernels import shapes
-from mhc.kernels import sinkhorn
-from mhc.kernels import tiles
+from mhc.kernels.pallas import launch
+from mhc.kernels.pallas import sinkhorn
+from mhc.kernels.pallas import specs
+from mhc.kernels.pallas import tiling
 
 
 def exact(function, arguments, cotangent):
@@ -111,9 +111,7 @@ def compare(operation, implementation, shape, dtype, tolerance):
   That of alpha is the biases': both add up the same gradients of the logits.
   """
   operands, static = arguments(operation, *shape, dtype)
-  run = lambda *args: getattr(dispatch, operation)(
-    *args, *static, implementation
-  )
+  run = lambda *args: getattr(api, operation)(*args, *static, implementation)
   specified = lambda *args: getattr(reference, operation)(*args, *static)
   out = jax.eval_shape(run, *operands)
   keys = iter(jax.random.split(jax.random.key(1), 3))
@@ -149,7 +147,7 @@ def test_streams_in_float64(operation, dtype, shape, monkeypatch):
 
   Small tiles, so that there are several; the larger ones run the same code.
   """
-  monkeypatch.setattr(tiles, 'TOKENS', (16,))
+  monkeypatch.setattr(tiling, 'TOKENS', (16,))
   tolerance = {'bfloat16': 2 * 2**-8, 'float32': 2e-5}[dtype]
   compare(operation, 'pallas', shape, jnp.dtype(dtype), tolerance)
 
@@ -165,9 +163,9 @@ def test_plain_jax_in_float64(operation):
 
 def test_the_choice_of_an_implementation():
   logits = jax.random.normal(jax.random.key(0), (3, 3, 10))
-  plain = dispatch.sinkhorn(logits, 20, 0.0, 'xla')
-  np.testing.assert_array_equal(dispatch.sinkhorn(logits, 20, 0.0), plain)
-  kernel = dispatch.sinkhorn(logits, 20, 0.0, 'pallas')  # interpreted
+  plain = api.sinkhorn(logits, 20, 0.0, 'xla')
+  np.testing.assert_array_equal(api.sinkhorn(logits, 20, 0.0), plain)
+  kernel = api.sinkhorn(logits, 20, 0.0, 'pallas')  # interpreted
   np.testing.assert_allclose(kernel, plain, atol=1e-6)
 
 
@@ -186,13 +184,13 @@ def test_what_the_kernels_cannot_serve(shape, dtype, reason, monkeypatch):
   x, y = jnp.ones(shape, dtype), jnp.ones((num_tokens, dim), dtype)
   post, res = jnp.ones((n, num_tokens)), jnp.ones((n, n, num_tokens))
   with pytest.raises(NotImplementedError, match=reason):
-    dispatch.post(x, y, post, res, 'pallas')
-  monkeypatch.setitem(dispatch._PREFERENCES, 'cpu', ('pallas', 'xla'))
-  dispatch._note.cache_clear()
+    api.post(x, y, post, res, 'pallas')
+  monkeypatch.setitem(api._PREFERENCES, 'cpu', ('pallas', 'xla'))
+  api._note.cache_clear()
   messages = []
-  monkeypatch.setattr(dispatch.logging, 'warning', messages.append)
+  monkeypatch.setattr(api.logging, 'warning', messages.append)
   for _ in range(2):
-    out = dispatch.post(x, y, post, res)
+    out = api.post(x, y, post, res)
   assert out.shape == shape
   (message,) = messages
   assert re.search(reason, message)
@@ -213,25 +211,26 @@ def test_the_kernels_compile_for_tpus(generation, dim):
 
 def test_bytes_through_memory():
   """The streams once: (2 n + 2) C a token forward, (3 n + 3) C backward."""
-  sizes = tiles.Pass(4, 2560, 24, True, jnp.dtype(jnp.bfloat16))
+  sizes = tiling.Pass(4, 2560, 24, True, jnp.dtype(jnp.bfloat16))
   for make, elements in (
-    (calls.forward, (2 * 4 + 2) * 2560),
-    (calls.backward, (3 * 4 + 3) * 2560),
+    (specs.forward, (2 * 4 + 2) * 2560),
+    (specs.backward, (3 * 4 + 3) * 2560),
   ):
     call = make(sizes, 4096)
     assert measure.elements_per_token(call, 4096) == elements
     # Coefficients, phi and its gradient are what is left.
-    assert passes.moved(call) < 1.03 * 2 * elements * 4096
+    assert launch.moved(call) < 1.03 * 2 * elements * 4096
 
 
 def test_tiles_are_as_large_as_the_vector_memory_allows():
-  sizes = tiles.Pass(4, 7168, 24, True, jnp.dtype(jnp.bfloat16))
+  sizes = tiling.Pass(4, 7168, 24, True, jnp.dtype(jnp.bfloat16))
 
   def memory(tile):
-    return passes.memory(calls.backward(tile, 4096), tile.tokens)
+    return launch.memory(specs.backward(tile, 4096), tile.tokens)
 
   large, small = (
-    tiles.fit(sizes, 4096, memory, chips.CHIPS[name]) for name in ('v6e', 'v5p')
+    tiling.fit(sizes, 4096, memory, chips.CHIPS[name])
+    for name in ('v6e', 'v5p')
   )
   assert (large.tokens, small.tokens) == (128, 64)
   assert memory(small) <= chips.CHIPS['v5p'].vector_memory < memory(large)
@@ -273,8 +272,8 @@ def test_a_training_step_for_a_tpu_calls_the_kernels(optax_promotion):
   text = lowered.as_text()
   # A block has two sites: forward, recomputed, backward. The projection of a
   # block's last sub-layer is handed on, and not computed again.
-  calls = collections.Counter(re.findall(r'kernel_name = "(\w+)"', text))
-  assert calls == {
+  specs = collections.Counter(re.findall(r'kernel_name = "(\w+)"', text))
+  assert specs == {
     'advance_forward': 4,
     'advance_backward': 2,
     'sinkhorn_forward': 3,

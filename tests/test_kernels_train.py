@@ -8,7 +8,7 @@ import pytest
 from mhc import config
 from mhc import sharding
 from mhc import step
-from mhc.kernels import tiles
+from mhc.kernels.pallas import tiling
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -46,7 +46,7 @@ def losses(implementation):
 
 def test_interpreted_kernels_train_as_plain_jax_does(monkeypatch):
   """A dense block and one of experts, on two devices."""
-  monkeypatch.setattr(tiles, 'TOKENS', (16,))
+  monkeypatch.setattr(tiling, 'TOKENS', (16,))
   plain, kernels = losses('xla'), losses('pallas')
   assert len(set(plain)) == 3
   np.testing.assert_allclose(kernels, plain, rtol=0, atol=1e-4)

@@ -9,11 +9,11 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from mhc import chips
 from mhc import hlo
 from mhc import plan
 from mhc import torus
 from mhc import traffic
+from mhc.kernels import chips
 
 V5P = chips.CHIPS['v5p']
 # A microsecond of one link, and of compute.

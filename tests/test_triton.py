@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mhc.kernels import dispatch
+from mhc.kernels import api
 from mhc.kernels import reference
 
 pytest.importorskip('triton', reason='Triton is for Linux')
@@ -31,7 +31,7 @@ def exact(function, arguments, cotangents):
 def compare(name, arguments, *static, seed=0):
   """Outputs and gradients of an operation, from random cotangents."""
   plain = lambda *inputs: getattr(reference, name)(*inputs, *static)
-  kernel = lambda *inputs: getattr(dispatch, name)(*inputs, *static, 'triton')
+  kernel = lambda *inputs: getattr(api, name)(*inputs, *static, 'triton')
   draw = np.random.default_rng(seed)
   cotangents = jax.tree.map(
     lambda x: jnp.asarray(draw.normal(size=x.shape), x.dtype),

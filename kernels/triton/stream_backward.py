@@ -21,7 +21,7 @@ outside, in a fixed order.
 import triton
 import triton.language as tl
 
-from mhc.kernels.triton import projection
+from mhc.kernels.triton import phi_gradient
 from mhc.kernels.triton import tiles
 
 
@@ -176,12 +176,12 @@ def pre_backward(
   """dx, and dphi^T over a part of the tokens, [parts, k, n d]."""
   column = tl.program_id(0) * C
   part = tl.program_id(1)
-  phis = projection.phis(phi, column, N, D, NUM, K, C, PARTS)
+  phis = phi_gradient.phis(phi, column, N, D, NUM, K, C, PARTS)
   dphis = _zeros(N, K, C)
   start = part.to(tl.int64) * tokens_of_part
   stop = tl.minimum(start + tokens_of_part, num_tokens)
   for first in range(start, stop, T):
-    d_raws = projection.d_raws(
+    d_raws = phi_gradient.d_raws(
       d_raw, first, num_tokens, x.dtype.element_ty, NUM, K, PARTS, T
     )
     s = tiles.vector(slope, 0, first, num_tokens, T)
@@ -191,14 +191,14 @@ def pre_backward(
       at = i * D + column
       value = tiles.tile(x, first, num_tokens, at, N * D, T, C)
       weight = tiles.vector(pre, i, first, num_tokens, T)
-      total = projection.total(
+      total = phi_gradient.total(
         value, wide, weight, s, d_raws, phis, d_raw, i, N, K, PARTS, T, C
       )
       tiles.store_tile(dx, total, first, num_tokens, at, N * D, T, C)
       value = value.to(x.dtype.element_ty)
-      new = new + (projection.d_phi(dphis[i], d_raws, value, PARTS),)
+      new = new + (phi_gradient.d_phi(dphis[i], d_raws, value, PARTS),)
     dphis = new
-  projection.store_phis(dphi, dphis, part, column, N, D, NUM, K, C)
+  phi_gradient.store_phis(dphi, dphis, part, column, N, D, NUM, K, C)
 
 
 @triton.jit
@@ -232,12 +232,12 @@ def advance_backward(
   block = tl.program_id(0).to(tl.int64)
   column = tl.program_id(0) * C
   part = tl.program_id(1)
-  phis = projection.phis(phi, column, N, D, NUM, K, C, PARTS)
+  phis = phi_gradient.phis(phi, column, N, D, NUM, K, C, PARTS)
   dphis = _zeros(N, K, C)
   start = part.to(tl.int64) * tokens_of_part
   stop = tl.minimum(start + tokens_of_part, num_tokens)
   for first in range(start, stop, T):
-    d_raws = projection.d_raws(
+    d_raws = phi_gradient.d_raws(
       d_raw, first, num_tokens, x.dtype.element_ty, NUM, K, PARTS, T
     )
     s = tiles.vector(slope, 0, first, num_tokens, T)
@@ -254,10 +254,10 @@ def advance_backward(
       row = tiles.row_of_mix(res, post, i, first, num_tokens, N, T)
       rounded = tiles.mixed(row, values, N + 1)
       rounded = tiles.pinned(rounded.to(x.dtype.element_ty))
-      new = new + (projection.d_phi(dphis[i], d_raws, rounded, PARTS),)
+      new = new + (phi_gradient.d_phi(dphis[i], d_raws, rounded, PARTS),)
       value = rounded.to(tl.float32)
       weight = tiles.vector(pre, i, first, num_tokens, T)
-      total = totals[i] + projection.total(
+      total = totals[i] + phi_gradient.total(
         value, wide, weight, s, d_raws, phis, d_raw, i, N, K, PARTS, T, C
       )
       grads = _back(grads, total, row, N)
@@ -271,7 +271,7 @@ def advance_backward(
     d_mixes = d_mix + rows[:, None] * (N * (N + 1)) + entries[None, :]
     tl.store(d_mixes, dots, mask=mask)
     _store_grads(grads, dx, dy, first, num_tokens, column, N, D, T, C)
-  projection.store_phis(dphi, dphis, part, column, N, D, NUM, K, C)
+  phi_gradient.store_phis(dphi, dphis, part, column, N, D, NUM, K, C)
 
 
 @triton.jit

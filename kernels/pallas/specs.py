@@ -9,15 +9,15 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from mhc import chips
-from mhc.kernels import backward as backward_lib
-from mhc.kernels import diagonal
-from mhc.kernels import forward as forward_lib
-from mhc.kernels import passes
-from mhc.kernels import tiles
-from mhc.kernels.passes import Block
-from mhc.kernels.passes import Call
-from mhc.kernels.tiles import Pass
+from mhc.kernels import chips
+from mhc.kernels.pallas import backward as backward_lib
+from mhc.kernels.pallas import block_diagonal
+from mhc.kernels.pallas import forward as forward_lib
+from mhc.kernels.pallas import launch
+from mhc.kernels.pallas import tiling
+from mhc.kernels.pallas.launch import Block
+from mhc.kernels.pallas.launch import Call
+from mhc.kernels.pallas.tiling import Pass
 
 F32 = jnp.float32
 BF16 = jnp.bfloat16
@@ -43,9 +43,9 @@ def forward(p: Pass, num_tokens: int) -> Call:
     }
     rows = 3 * p.height if p.is_bfloat16 else p.height
     scratch |= {
-      'squares': ((p.tokens, diagonal.LANES), F32),
+      'squares': ((p.tokens, block_diagonal.LANES), F32),
       'product': ((rows, p.tokens), F32),
-      'spread': ((p.n, p.tokens, diagonal.LANES), F32),
+      'spread': ((p.n, p.tokens, block_diagonal.LANES), F32),
     }
     work += 2 * p.n * (p.k + 2) * p.dim
   return Call(
@@ -62,7 +62,7 @@ def backward(p: Pass, num_tokens: int) -> Call:
   work = 0
   if p.writes:
     width = p.pair * (p.n + 1)
-    height = diagonal.round_up(p.n + 1, 8)
+    height = block_diagonal.round_up(p.n + 1, 8)
     inputs |= _written(p, num_tokens) | {
       'dx_next': _streams(p, num_tokens),
       'to_mix_back': _constant(p, 'to_mix_back'),
@@ -91,8 +91,8 @@ def backward(p: Pass, num_tokens: int) -> Call:
       'dphi': Block('summed', (p.height, p.n * p.dim), F32),
     }
     scratch |= {
-      'dots': ((count, p.tokens, diagonal.LANES), F32),
-      'spread': ((p.n + 1, p.tokens, diagonal.LANES), F32),
+      'dots': ((count, p.tokens, block_diagonal.LANES), F32),
+      'spread': ((p.n + 1, p.tokens, block_diagonal.LANES), F32),
       'd_product': ((rows, p.tokens), BF16 if p.is_bfloat16 else F32),
     }
     work += 4 * p.n * (p.k + 4) * p.dim
@@ -115,13 +115,13 @@ def collapse(p: Pass, num_tokens: int) -> Call:
     'collapse_forward',
     {'x': _streams(p, num_tokens)} | _written(p, num_tokens),
     {'h': _tokens(p, num_tokens)},
-    {'spread': ((p.n + 1, p.tokens, diagonal.LANES), F32)},
+    {'spread': ((p.n + 1, p.tokens, block_diagonal.LANES), F32)},
     2 * (p.n + 1) * p.dim,
   )
 
 
 def collapse_backward(p: Pass, num_tokens: int) -> Call:
-  rows = (p.n + 1, p.tokens, diagonal.LANES)
+  rows = (p.n + 1, p.tokens, block_diagonal.LANES)
   return Call(
     backward_lib.collapse,
     'collapse_backward',
@@ -146,9 +146,9 @@ def largest(
   """The call that `make` describes with the largest tile that fits a chip."""
 
   def memory(tile):
-    return passes.memory(make(tile, num_tokens), tile.tokens)
+    return launch.memory(make(tile, num_tokens), tile.tokens)
 
-  sizes = tiles.fit(sizes, num_tokens, memory, chip)
+  sizes = tiling.fit(sizes, num_tokens, memory, chip)
   return sizes, make(sizes, num_tokens)
 
 
@@ -158,11 +158,11 @@ def constants(p: Pass) -> dict[str, np.ndarray]:
   n = p.n
   index = np.arange(n * n).reshape(n, n)
   index = np.concatenate([index, n * n + np.arange(n)[:, None]], axis=1)
-  height = diagonal.round_up(n + 1, 8)
+  height = block_diagonal.round_up(n + 1, 8)
   to_sum = np.repeat(np.eye(height, n + 1), p.pair, axis=1)
   return {
-    'to_mix': diagonal.spreading(index, p.group, p.dtype),
-    'to_mix_back': diagonal.spreading(index.T, p.group, p.dtype),
+    'to_mix': block_diagonal.spreading(index, p.group, p.dtype),
+    'to_mix_back': block_diagonal.spreading(index.T, p.group, p.dtype),
     'to_sum': to_sum.astype(BF16),
   }
 

@@ -10,9 +10,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from mhc import chips
-from mhc.kernels import diagonal
-from mhc.kernels import target
+from mhc.kernels import chips
+from mhc.kernels import platform
+from mhc.kernels.pallas import block_diagonal
 
 MiB = 2**20
 # What the compiler keeps for itself: spilled registers and large values.
@@ -52,7 +52,7 @@ class Pass:
   @property
   def height(self) -> int:
     """Rows of z and phi in registers."""
-    return diagonal.round_up(self.k, 8)
+    return block_diagonal.round_up(self.k, 8)
 
   @property
   def chunk(self) -> int:
@@ -71,7 +71,7 @@ class Pass:
     return self._largest(self.n + 1)
 
   def _largest(self, lanes_of_token):
-    return 16 if 16 * lanes_of_token <= diagonal.LANES else 8
+    return 16 if 16 * lanes_of_token <= block_diagonal.LANES else 8
 
   def groups(self, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, self.tokens, size)]
@@ -106,6 +106,6 @@ def fit(
 
 def chip() -> chips.Chip:
   """The TPU at hand; where there is none, as in the interpreter, a v5p."""
-  kind = target.device()[1]
+  kind = platform.device()[1]
   found = [chip for chip in chips.CHIPS.values() if chip.kind == kind]
   return found[0] if found else chips.CHIPS['v5p']

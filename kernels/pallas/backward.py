@@ -20,18 +20,18 @@ import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from mhc.kernels import diagonal
-from mhc.kernels import forward
+from mhc.kernels.pallas import block_diagonal
+from mhc.kernels.pallas import forward
 
 
 def kernel(r, p):
   if p.writes:
     coefficients = jnp.concatenate([r.res[...], r.post[...]])
-    stacked = diagonal.columns(coefficients, 2 if p.is_bfloat16 else 3)
-    diagonal.spread_diagonals(stacked, r.to_mix_back, r.mix_back, p.group)
+    stacked = block_diagonal.columns(coefficients, 2 if p.is_bfloat16 else 3)
+    block_diagonal.spread_diagonals(stacked, r.to_mix_back, r.mix_back, p.group)
     r.products[...] = jnp.zeros_like(r.products)
     if p.reads:
-      diagonal.spread_diagonals(stacked, r.to_mix, r.mix, p.group)
+      block_diagonal.spread_diagonals(stacked, r.to_mix, r.mix, p.group)
   d_product = None
   if p.reads:
     d_product = _first_pass(r, p)
@@ -61,15 +61,15 @@ def collapse(r, p):
 def _dots(r, p, d, weights):
   """u of d, and dX = weights d."""
   r.dots[...] = jnp.zeros_like(r.dots)
-  diagonal.spread_lanes(weights, r.spread)
+  block_diagonal.spread_lanes(weights, r.spread)
 
   def rows_of(number, _):
     rows = pl.ds(
       pl.multiple_of(number * forward.ROWS, forward.ROWS), forward.ROWS
     )
     totals = [r.dots[m, rows] for m in range(p.n + 1)]
-    for start in range(0, p.dim, diagonal.LANES):
-      lanes = pl.ds(start, diagonal.LANES)
+    for start in range(0, p.dim, block_diagonal.LANES):
+      lanes = pl.ds(start, block_diagonal.LANES)
       value = d[rows, lanes].astype(jnp.float32)
       for m in range(p.n + 1):
         x = r.x[m, rows, lanes] if m < p.n else r.y[rows, lanes]
@@ -89,9 +89,9 @@ def _dots(r, p, d, weights):
 
 def _totals(r, count):
   """The sums over lanes of `dots`: [count, t]."""
-  ones = jnp.ones((8, diagonal.LANES), jnp.bfloat16)
+  ones = jnp.ones((8, block_diagonal.LANES), jnp.bfloat16)
   return jnp.concatenate(
-    [diagonal.lane_sums(ones, r.dots[m])[:1] for m in range(count)]
+    [block_diagonal.lane_sums(ones, r.dots[m])[:1] for m in range(count)]
   )
 
 
@@ -115,8 +115,8 @@ def _first_pass(r, p):
       for m, slab in enumerate(slabs):
         term = dh * slab.astype(jnp.float32)
         total = r.dots[m, rows]
-        for lane in range(0, p.chunk, diagonal.LANES):
-          total = total + term[:, lane : lane + diagonal.LANES]
+        for lane in range(0, p.chunk, block_diagonal.LANES):
+          total = total + term[:, lane : lane + block_diagonal.LANES]
         r.dots[m, rows] = total
     return 0
 
@@ -134,30 +134,30 @@ def _first_pass(r, p):
       for i in range(p.n)
     ]
     dots = jnp.concatenate(mixed)
-  z = diagonal.pad_rows(r.z[...], p.height)
+  z = block_diagonal.pad_rows(r.z[...], p.height)
   weights = forward.read_weights(z, r, p)
   d_logits = dots * weights * (1 - weights)
   r.d_logits[...] = d_logits
-  d_gate = diagonal.pad_rows(d_logits * r.gate[:, 0:1], p.height)
-  dz = diagonal.pad_rows(r.dz[...], p.height) + d_gate
+  d_gate = block_diagonal.pad_rows(d_logits * r.gate[:, 0:1], p.height)
+  dz = block_diagonal.pad_rows(r.dz[...], p.height) + d_gate
   scale = r.scale[...]
   d_norm = -scale * scale * jnp.sum(dz * z, axis=0, keepdims=True)
-  diagonal.spread_lanes(
+  block_diagonal.spread_lanes(
     jnp.concatenate([weights, d_norm / (p.n * p.dim)]), r.spread
   )
   d_product = dz * scale
   if not p.is_bfloat16:
     r.d_product[...] = d_product
-    padded = diagonal.pad_rows(
-      d_product, diagonal.round_up(p.height, diagonal.LANES)
+    padded = block_diagonal.pad_rows(
+      d_product, block_diagonal.round_up(p.height, block_diagonal.LANES)
     )
     return padded.T[:, : p.height]
-  high, low = diagonal.parts(d_product, 2)
+  high, low = block_diagonal.parts(d_product, 2)
   r.d_product[...] = jnp.concatenate([high, low])
   high, low = high.astype(jnp.float32), low.astype(jnp.float32)
   stacked = jnp.concatenate([high, high, low])
-  padded = diagonal.pad_rows(
-    stacked, diagonal.round_up(len(stacked), diagonal.LANES)
+  padded = block_diagonal.pad_rows(
+    stacked, block_diagonal.round_up(len(stacked), block_diagonal.LANES)
   )
   return padded.T.astype(jnp.bfloat16)[:, : len(stacked)]
 
@@ -169,15 +169,16 @@ def _add_read(r, p, d_product, start):
 
   for i in range(p.n):
     of_stream = pl.ds(
-      pl.multiple_of(i * p.dim + start, diagonal.LANES), p.chunk
+      pl.multiple_of(i * p.dim + start, block_diagonal.LANES), p.chunk
     )
-    through_z = diagonal.dot(d_product, r.phi[:, of_stream])
+    through_z = block_diagonal.dot(d_product, r.phi[:, of_stream])
     for rows in p.groups(forward.ROWS):
-      for lane in range(0, p.chunk, diagonal.LANES):
+      for lane in range(0, p.chunk, block_diagonal.LANES):
         there = pl.ds(
-          pl.multiple_of(start + lane, diagonal.LANES), diagonal.LANES
+          pl.multiple_of(start + lane, block_diagonal.LANES),
+          block_diagonal.LANES,
         )
-        total = through_z[rows, lane : lane + diagonal.LANES]
+        total = through_z[rows, lane : lane + block_diagonal.LANES]
         total = total + r.spread[i, rows] * r.dh[rows, there].astype(
           jnp.float32
         )
@@ -185,11 +186,11 @@ def _add_read(r, p, d_product, start):
         total = total + r.spread[p.n, rows] * x
         if p.writes:
           total = total + r.dx_next[i, rows, there].astype(jnp.float32)
-          here = pl.ds(lane, diagonal.LANES)
+          here = pl.ds(lane, block_diagonal.LANES)
           r.total[i, rows, here] = total.astype(r.total.dtype)
         else:
           r.dx[i, rows, there] = total.astype(r.dx.dtype)
-    term = diagonal.dot(r.d_product[...], source[i, :, lanes])
+    term = block_diagonal.dot(r.d_product[...], source[i, :, lanes])
     term = term.reshape(-1, p.height, p.chunk)
     r.dphi[:, of_stream] += jnp.sum(term, axis=0)
 
@@ -212,7 +213,7 @@ def _write(r, p, start):
         r.dy[rows, lanes] = part
   for number, rows in enumerate(p.groups(p.pair)):
     slabs = [r.x[j, rows, lanes] for j in range(p.n)] + [r.y[rows, lanes]]
-    r.products[number] += diagonal.dot(
+    r.products[number] += block_diagonal.dot(
       jnp.concatenate([gradient(i, rows) for i in range(p.n)]),
       jnp.concatenate(slabs),
       ((1,), (1,)),
@@ -226,7 +227,7 @@ def _gather(r, p):
     stacked = jnp.concatenate(
       [r.products[number, rows] for number in range(p.tokens // p.pair)]
     )
-    mask = diagonal.on_diagonal(stacked.shape, p.pair)
-    r.d_mix[i] = diagonal.lane_sums(
+    mask = block_diagonal.on_diagonal(stacked.shape, p.pair)
+    r.d_mix[i] = block_diagonal.lane_sums(
       r.to_sum[...], jnp.where(mask, stacked, 0.0)
     )

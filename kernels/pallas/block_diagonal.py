@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mhc.kernels import target
+from mhc.kernels import platform
 
 LANES = 128
 
@@ -46,7 +46,7 @@ def dot(a, b, contract=((1,), (0,))):
   precision = None
   if a.dtype == jnp.float32:
     precision = jax.lax.Precision.HIGHEST
-  elif target.platform() != 'tpu':  # interpreted; the products are as exact
+  elif platform.platform() != 'tpu':  # interpreted; the products are as exact
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
   return jax.lax.dot_general(
     a,

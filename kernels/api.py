@@ -22,9 +22,9 @@ import jax
 from jaxtyping import Array, Float
 
 from mhc.kernels import operands
-from mhc.kernels import pallas
-from mhc.kernels import target
-from mhc.kernels import xla
+from mhc.kernels import platform as platform_lib
+from mhc.kernels.pallas import ops
+from mhc.kernels.xla import ops
 
 Implementation = Literal['xla', 'pallas', 'triton']
 
@@ -99,7 +99,7 @@ def collapse(
 
 def fuses(implementation: Implementation | None) -> bool:
   """Whether `advance` is one pass over the streams, by a kernel."""
-  names = _PREFERENCES.get(target.platform(), ('xla',))
+  names = _PREFERENCES.get(platform_lib.platform(), ('xla',))
   return (implementation or names[0]) != 'xla'
 
 
@@ -138,7 +138,7 @@ def knows_axes(implementation: str, mesh: jax.sharding.Mesh) -> bool:
 
 def _first_that_serves(operation, implementation, *arguments):
   if implementation is None:
-    names = _PREFERENCES.get(target.platform(), ('xla',))
+    names = _PREFERENCES.get(platform_lib.platform(), ('xla',))
   elif implementation in typing.get_args(Implementation):
     names = (implementation,)
   else:
@@ -167,7 +167,7 @@ def _module(name):
       raise NotImplementedError(
         f"the GPU kernels need pip install jax-triton 'triton<3.10' ({error})"
       ) from None
-  return {'xla': xla, 'pallas': pallas}[name]
+  return {'xla': ops, 'pallas': ops}[name]
 
 
 @functools.cache

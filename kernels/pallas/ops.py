@@ -13,17 +13,17 @@ import jax.numpy as jnp
 
 from mhc import axes
 from mhc import precision
-from mhc.kernels import calls
-from mhc.kernels import diagonal
 from mhc.kernels import operands
-from mhc.kernels import passes
-from mhc.kernels import sinkhorn as sinkhorn_lib
-from mhc.kernels import target
-from mhc.kernels import tiles
+from mhc.kernels import platform
+from mhc.kernels.pallas import block_diagonal
+from mhc.kernels.pallas import launch
+from mhc.kernels.pallas import sinkhorn as sinkhorn_lib
+from mhc.kernels.pallas import specs
+from mhc.kernels.pallas import tiling
 
 
 def sinkhorn(logits, num_iters, eps):
-  interpret = target.platform() != 'tpu'
+  interpret = platform.platform() != 'tpu'
   return sinkhorn_lib.sinkhorn(logits, num_iters, eps, interpret)
 
 
@@ -69,33 +69,33 @@ def _matrix(post, res):
 def _sizes(x, k, writes, norm_eps=0.0):
   operands.check(x)
   _, n, dim = x.shape
-  return tiles.Pass(n, dim, k, writes, x.dtype, norm_eps)
+  return tiling.Pass(n, dim, k, writes, x.dtype, norm_eps)
 
 
 def _run(make, arrays, sizes):
   """Runs the call that `make` describes, with the largest tile that fits."""
-  sizes, call = calls.largest(make, sizes, arrays['x'].shape[1])
-  constants = calls.constants(sizes)
+  sizes, call = specs.largest(make, sizes, arrays['x'].shape[1])
+  constants = specs.constants(sizes)
   arrays = {
     name: arrays[name] if name in arrays else jnp.asarray(constants[name])
     for name in call.inputs
   }
-  return passes.run(call, arrays, sizes)
+  return launch.run(call, arrays, sizes)
 
 
 def _flat_phi(phi, sizes, order):
   """phi as the kernels take it, [p k, n d]: its parts in an order."""
-  rows = diagonal.pad_rows(phi.T, sizes.height)
+  rows = block_diagonal.pad_rows(phi.T, sizes.height)
   if not sizes.is_bfloat16:
     return rows
-  parts = diagonal.parts(rows, 3)
+  parts = block_diagonal.parts(rows, 3)
   return jnp.concatenate([parts[i] for i in order])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _pre(x, phi, gate, sizes):
   arrays = {'x': x, 'phi': _flat_phi(phi, sizes, (0, 1, 2)), 'gate': gate}
-  out = _run(calls.forward, arrays, sizes)
+  out = _run(specs.forward, arrays, sizes)
   return out['h'], out['z'], out['scale']
 
 
@@ -109,7 +109,7 @@ def _pre_backward(sizes, kept, cotangents):
   dh, dz, _ = cotangents
   arrays = {'x': x, 'dh': dh, 'dz': dz, 'z': z, 'scale': scale, 'gate': gate}
   arrays['phi'] = _flat_phi(phi, sizes, (0, 1, 0))
-  out = _run(calls.backward, arrays, sizes)
+  out = _run(specs.backward, arrays, sizes)
   return out['dx'], *_read_gradients(out, z, sizes)
 
 
@@ -119,7 +119,7 @@ _pre.defvjp(_pre_forward, _pre_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _post(x, y, post, res, sizes):
   arrays = {'x': x, 'y': y, 'post': post, 'res': res}
-  return _run(calls.forward, arrays, sizes)['x_next']
+  return _run(specs.forward, arrays, sizes)['x_next']
 
 
 def _post_forward(x, y, post, res, sizes):
@@ -129,7 +129,7 @@ def _post_forward(x, y, post, res, sizes):
 def _post_backward(sizes, kept, dx_next):
   arrays = dict(zip(('x', 'y', 'post', 'res'), kept, strict=True))
   arrays['dx_next'] = dx_next
-  out = _run(calls.backward, arrays, sizes)
+  out = _run(specs.backward, arrays, sizes)
   return out['dx'], out['dy'], *_write_gradients(out, sizes)
 
 
@@ -144,7 +144,7 @@ def _advance(x, y, post, res, phi, gate, sizes):
 def _advance_forward(x, y, post, res, phi, gate, sizes):
   arrays = {'x': x, 'y': y, 'post': post, 'res': res, 'gate': gate}
   arrays['phi'] = _flat_phi(phi, sizes, (0, 1, 2))
-  out = _run(calls.forward, arrays, sizes)
+  out = _run(specs.forward, arrays, sizes)
   kept = (x, y, post, res, phi, gate, out['z'], out['scale'])
   return (out['x_next'], out['h'], out['z']), kept
 
@@ -155,7 +155,7 @@ def _advance_backward(sizes, kept, cotangents):
   arrays = {'x': x, 'y': y, 'post': post, 'res': res, 'gate': gate}
   arrays |= {'dx_next': dx_next, 'dh': dh, 'dz': dz, 'z': z, 'scale': scale}
   arrays['phi'] = _flat_phi(phi, sizes, (0, 1, 0))
-  out = _run(calls.backward, arrays, sizes)
+  out = _run(specs.backward, arrays, sizes)
   return (
     out['dx'],
     out['dy'],
@@ -170,7 +170,7 @@ _advance.defvjp(_advance_forward, _advance_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _collapse(x, y, post, res, sizes):
   arrays = {'x': x, 'y': y, 'post': post, 'res': res}
-  return _run(calls.collapse, arrays, sizes)['h']
+  return _run(specs.collapse, arrays, sizes)['h']
 
 
 def _collapse_forward(x, y, post, res, sizes):
@@ -181,7 +181,7 @@ def _collapse_backward(sizes, kept, dh):
   """Every stream has the gradient of the sum: so has every row of H_res."""
   arrays = dict(zip(('x', 'y', 'post', 'res'), kept, strict=True))
   arrays['dh'] = dh
-  out = _run(calls.collapse_backward, arrays, sizes)
+  out = _run(specs.collapse_backward, arrays, sizes)
   of_streams, of_output = out['u'][: sizes.n], out['u'][sizes.n :]
   return (
     out['dx'],

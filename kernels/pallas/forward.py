@@ -13,7 +13,7 @@ import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from mhc.kernels import diagonal
+from mhc.kernels.pallas import block_diagonal
 
 ROWS = 16  # tokens of an inner loop over vector registers
 
@@ -22,8 +22,8 @@ def kernel(r, p):
   source = r.x
   if p.writes:
     coefficients = jnp.concatenate([r.res[...], r.post[...]])
-    stacked = diagonal.columns(coefficients, 2 if p.is_bfloat16 else 3)
-    diagonal.spread_diagonals(stacked, r.to_mix, r.mix, p.group)
+    stacked = block_diagonal.columns(coefficients, 2 if p.is_bfloat16 else 3)
+    block_diagonal.spread_diagonals(stacked, r.to_mix, r.mix, p.group)
     source = r.x_next
   if p.reads:
     r.squares[...] = jnp.zeros_like(r.squares)
@@ -42,8 +42,8 @@ def kernel(r, p):
 
   jax.lax.fori_loop(0, p.dim // p.chunk, chunk, 0)
   if p.reads:
-    ones = jnp.ones((8, diagonal.LANES), jnp.bfloat16)
-    total = diagonal.lane_sums(ones, r.squares[...])[:1]
+    ones = jnp.ones((8, block_diagonal.LANES), jnp.bfloat16)
+    total = block_diagonal.lane_sums(ones, r.squares[...])[:1]
     scale = jax.lax.rsqrt(total / (p.n * p.dim) + p.norm_eps)
     product = r.product[...].reshape(-1, p.height, p.tokens)
     z = jnp.sum(product, axis=0) * scale
@@ -72,7 +72,7 @@ def read_weights(z, r, p):
 
 def weighted_sum(weights, sources, counts, out, r, p):
   """out = sum over all streams of the sources, by weights [m, t]."""
-  diagonal.spread_lanes(weights, r.spread)
+  block_diagonal.spread_lanes(weights, r.spread)
   streams = [
     (source, j, count)
     for source, count in zip(sources, counts, strict=True)
@@ -81,8 +81,8 @@ def weighted_sum(weights, sources, counts, out, r, p):
 
   def rows_of(number, _):
     rows = pl.ds(pl.multiple_of(number * ROWS, ROWS), ROWS)
-    for start in range(0, p.dim, diagonal.LANES):
-      lanes = pl.ds(start, diagonal.LANES)
+    for start in range(0, p.dim, block_diagonal.LANES):
+      lanes = pl.ds(start, block_diagonal.LANES)
       total = None
       for m, (source, j, count) in enumerate(streams):
         x = source[j, rows, lanes] if count > 1 else source[rows, lanes]
@@ -113,7 +113,7 @@ def _mix(r, p, start):
 def mix(matrices, slabs, rows, count):
   """B X of one group: `count` streams below each other, float32."""
   matrix = jnp.concatenate([matrices[i, rows] for i in range(count)])
-  return diagonal.dot(matrix, diagonal.repeated(slabs))
+  return block_diagonal.dot(matrix, block_diagonal.repeated(slabs))
 
 
 def x_j(x, j, rows, start, p):
@@ -123,8 +123,8 @@ def x_j(x, j, rows, start, p):
 def _add_squares(r, rows, streams):
   total = r.squares[rows]
   for stream in streams:
-    for lane in range(0, stream.shape[1], diagonal.LANES):
-      part = stream[:, lane : lane + diagonal.LANES]
+    for lane in range(0, stream.shape[1], block_diagonal.LANES):
+      part = stream[:, lane : lane + block_diagonal.LANES]
       total = total + part * part
   r.squares[rows] = total
 
@@ -134,9 +134,9 @@ def project(phi, source, start, p):
   total = None
   for j in range(p.n):
     of_stream = pl.ds(
-      pl.multiple_of(j * p.dim + start, diagonal.LANES), p.chunk
+      pl.multiple_of(j * p.dim + start, block_diagonal.LANES), p.chunk
     )
-    term = diagonal.dot(
+    term = block_diagonal.dot(
       phi[:, of_stream], source[j, :, pl.ds(start, p.chunk)], ((1,), (1,))
     )
     total = term if total is None else total + term

@@ -8,7 +8,7 @@ import jax
 
 from mhc import precision
 from mhc.kernels import operands
-from mhc.kernels import target
+from mhc.kernels import platform
 from mhc.kernels.triton import launch
 from mhc.kernels.triton import sinkhorn as sinkhorn_lib
 from mhc.kernels.triton import streams
@@ -50,9 +50,9 @@ def _check(x):
 
 
 def _check_place(x):
-  if target.platform() != 'gpu' and not launch.interpreted():
+  if platform.platform() != 'gpu' and not launch.interpreted():
     raise NotImplementedError(
-      f'the GPU kernels were asked for on {target.platform()}'
+      f'the GPU kernels were asked for on {platform.platform()}'
     )
   if jax.typeof(x).mat.varying:
     raise NotImplementedError(

@@ -22,9 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from mhc import axes
-from mhc.kernels import diagonal
-from mhc.kernels import target
-from mhc.kernels import tiles
+from mhc.kernels import platform
+from mhc.kernels.pallas import block_diagonal
+from mhc.kernels.pallas import tiling
 
 
 class Block(NamedTuple):
@@ -66,7 +66,7 @@ def tile_shape(block: Block, tokens: int) -> tuple[int, ...]:
 def memory(call: Call, tokens: int) -> int:
   """Vector memory of a tile, bytes: blocks twice, scratch once."""
   blocks = [*call.inputs.values(), *call.outputs.values()]
-  total = tiles.RESERVE + sum(
+  total = tiling.RESERVE + sum(
     2 * _bytes(tile_shape(block, tokens), block.dtype) for block in blocks
   )
   return total + sum(_bytes(*scratch) for scratch in call.scratch.values())
@@ -80,19 +80,19 @@ def moved(call: Call) -> int:
   )
 
 
-def run(call: Call, arrays: dict[str, jax.Array], sizes: tiles.Pass):
+def run(call: Call, arrays: dict[str, jax.Array], sizes: tiling.Pass):
   """The outputs by name."""
   num_tokens = next(
     block.shape[1] for block in call.inputs.values() if block.kind == 'streams'
   )
   tokens = sizes.tokens
   count = pl.cdiv(num_tokens, tokens)
-  cores = tiles.chip().cores
+  cores = tiling.chip().cores
   if count % cores:
     cores = 1
   steps = count // cores
   filled = count * tokens
-  narrow = tokens % diagonal.LANES != 0
+  narrow = tokens % block_diagonal.LANES != 0
   varying = axes.over(arrays)
 
   def spec(block):
@@ -181,7 +181,7 @@ def run(call: Call, arrays: dict[str, jax.Array], sizes: tiles.Pass):
       bytes_accessed=moved(call),
     ),
     name=call.name,
-    interpret=target.platform() != 'tpu',
+    interpret=platform.platform() != 'tpu',
   )(*operands)
   return {
     name: leave(block, x)
@@ -193,6 +193,8 @@ def _bytes(shape, dtype):
   """Of an array in vector memory, whose last dimensions are tiled (8, 128)."""
   *rest, last = shape
   if rest:
-    rest[-1] = diagonal.round_up(rest[-1], 8)
+    rest[-1] = block_diagonal.round_up(rest[-1], 8)
   size = jnp.dtype(dtype).itemsize
-  return math.prod(rest) * diagonal.round_up(last, diagonal.LANES) * size
+  return (
+    math.prod(rest) * block_diagonal.round_up(last, block_diagonal.LANES) * size
+  )
