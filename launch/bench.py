@@ -49,12 +49,12 @@ from mhc import config
 from mhc import connections
 from mhc import manifold
 from mhc import memory
-from mhc import recompute
 from mhc import sharding
 from mhc import step
 from mhc.kernels import measure
 from mhc.kernels import schedule
 from mhc.kernels import shapes
+from mhc.model import recompute
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a row.')
 TOKENS = flags.DEFINE_integer('tokens', 4096, 'Tokens.', lower_bound=1)

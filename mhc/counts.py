@@ -10,7 +10,7 @@ from flax import nnx
 from mhc import config as config_lib
 from mhc import memory
 from mhc import sharding
-from mhc import transformer
+from mhc.model import transformer
 
 
 def count(

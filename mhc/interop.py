@@ -60,8 +60,8 @@ from mhc import config as config_lib
 from mhc import folder as folder_lib
 from mhc import sharding
 from mhc import step
-from mhc import transformer
 from mhc.config import dicts
+from mhc.model import transformer
 from mhc.runtime import files as files_lib
 
 INDEX = 'model.safetensors.index.json'

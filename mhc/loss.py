@@ -24,8 +24,8 @@ from mhc import pipeline
 from mhc import precision
 from mhc import schedule as schedule_lib
 from mhc import sharding
-from mhc import transformer
 from mhc import vocabulary
+from mhc.model import transformer
 
 AXES = sharding.AXES
 

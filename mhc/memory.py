@@ -27,11 +27,11 @@ import optax
 
 from mhc import config as config_lib
 from mhc import layout
-from mhc import recompute
 from mhc import schedule
 from mhc import sharding
-from mhc import transformer
 from mhc.config import dicts
+from mhc.model import recompute
+from mhc.model import transformer
 
 SIZES = (
   *('vocab_size', 'num_blocks', 'dim', 'ffn_dim', 'num_heads', 'head_dim'),

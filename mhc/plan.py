@@ -23,7 +23,6 @@ from jax.sharding import Mesh
 
 from mhc import config as config_lib
 from mhc import counts
-from mhc import exchange
 from mhc import fsdp
 from mhc import gpus
 from mhc import hlo
@@ -35,6 +34,7 @@ from mhc import step
 from mhc import traffic
 from mhc.config import dicts
 from mhc.kernels import chips
+from mhc.model import expert_parallel
 
 Plan = dict[str, Any]
 
@@ -219,7 +219,7 @@ def categories(
 
 def _scheduled(config, compiled, schedule, mesh, chip, plan):
   """What the compiler's schedule says."""
-  shares = {exchange.OVERFLOW: 0.0}
+  shares = {expert_parallel.OVERFLOW: 0.0}
   if schedule:
     shares |= pipeline.shares(schedule)
   module = hlo.parse(compiled.as_text(), shares)

@@ -22,7 +22,7 @@ from mhc import folder
 from mhc import sharding
 from mhc import step
 from mhc import tokenizer as tokenizer_lib
-from mhc import transformer
+from mhc.model import transformer
 
 
 def choose(

@@ -19,8 +19,8 @@ import numpy as np
 
 from mhc import axes as axes_lib
 from mhc import config as config_lib
-from mhc import experts
 from mhc import schedule
+from mhc.model import experts
 
 P = PartitionSpec
 DATA = 'data'

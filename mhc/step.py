@@ -24,12 +24,12 @@ from mhc import config as config_lib
 from mhc import gains
 from mhc import layout as layout_lib
 from mhc import loss
-from mhc import moe
 from mhc import optimizer as optimizer_lib
 from mhc import sharding
-from mhc import transformer
 from mhc.kernels import api
 from mhc.kernels import chips
+from mhc.model import moe
+from mhc.model import transformer
 
 Params = dict[str, Any]  # nested; leaves are float32 arrays
 

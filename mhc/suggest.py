@@ -26,13 +26,13 @@ from typing import Any, NamedTuple, get_args
 
 from mhc import config as config_lib
 from mhc import counts
-from mhc import exchange
 from mhc import memory
-from mhc import recompute
 from mhc import schedule as schedule_lib
 from mhc import sharding
 from mhc.config import dicts
 from mhc.kernels import chips
+from mhc.model import expert_parallel
+from mhc.model import recompute
 
 # Of the peak: what compiled steps of the paper's models reach in a tick.
 EFFICIENCY = 0.5
@@ -168,7 +168,7 @@ def _estimate(config, settings, num_devices, chip, count, routed):
 
   experts = 0.0
   if expert > 1 and mesh.parts == 1:
-    way = exchange.transport(model.moe, expert)
+    way = expert_parallel.transport(model.moe, expert)
     k = model.moe.experts_per_token
     sent = expert - 1 if way == 'gather' else k * (expert - 1) / expert
     layers = model.num_moe_blocks / pipe

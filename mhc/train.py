@@ -19,10 +19,10 @@ from mhc import data
 from mhc import folder
 from mhc import loop
 from mhc import memory
-from mhc import recompute
 from mhc import sharding
 from mhc import step as step_lib
 from mhc.config import dicts
+from mhc.model import recompute
 from mhc.runtime import files
 from mhc.runtime import multihost
 from mhc.runtime import preemption

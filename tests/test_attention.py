@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mhc import attend
-from mhc import attention
 from mhc import config
+from mhc.model import attention as attention_lib
+from mhc.model import mla
 
 SETTINGS = config.AttentionConfig(
   num_heads=2, head_dim=8, rope_dim=4, kv_rank=6
@@ -18,7 +18,7 @@ SETTINGS = config.AttentionConfig(
 
 
 def test_matches_a_loop_over_queries():
-  layer = attention.Attention(SETTINGS, 16, 1e-20, rngs=nnx.Rngs(0))
+  layer = mla.Attention(SETTINGS, 16, 1e-20, rngs=nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(1), (1, 7, 16))
   got = np.asarray(layer(x))[0]
 
@@ -54,7 +54,7 @@ def test_matches_a_loop_over_queries():
 def test_rope_depends_on_distance_only():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
   turned = [
-    attention.rotate(jnp.broadcast_to(v, (1, 10, 1, 8)), 100.0)[0, :, 0]
+    mla.rotate(jnp.broadcast_to(v, (1, 10, 1, 8)), 100.0)[0, :, 0]
     for v in (q, k)
   ]
   scores = turned[0] @ turned[1].T
@@ -74,12 +74,12 @@ def test_blocks_of_queries_are_one_softmax(shared, monkeypatch):
 
   def run():
     out, pull_back = jax.vjp(
-      lambda *args: attend.attend(*args, 0.5), query, key, value
+      lambda *args: attention_lib.attend(*args, 0.5), query, key, value
     )
     return out, *pull_back(cotangent)
 
   whole = run()
-  monkeypatch.setattr(attend, 'BLOCK', 16)
+  monkeypatch.setattr(attention_lib, 'BLOCK', 16)
   for got, want in zip(run(), whole, strict=True):
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
 
@@ -89,7 +89,7 @@ def test_long_rows_never_make_all_logits():
   shape = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.bfloat16)
 
   def loss(*args):
-    return jnp.sum(attend.attend(*args, 1.0).astype(jnp.float32))
+    return jnp.sum(attention_lib.attend(*args, 1.0).astype(jnp.float32))
 
   text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).as_text()
   assert '1024x4096xf32' in text
@@ -99,10 +99,10 @@ def test_long_rows_never_make_all_logits():
 @pytest.mark.parametrize('query_rank', [0, 5])
 def test_decoding_keeps_the_latent_and_gives_the_same(query_rank):
   settings = dataclasses.replace(SETTINGS, query_rank=query_rank)
-  layer = attention.Attention(settings, 16, 1e-20, rngs=nnx.Rngs(0))
+  layer = mla.Attention(settings, 16, 1e-20, rngs=nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(1), (2, 7, 16))
   want = layer(x)
-  cache = attention.Cache(jnp.zeros((2, 9, 6)), jnp.zeros((2, 9, 4)))
+  cache = mla.Cache(jnp.zeros((2, 9, 6)), jnp.zeros((2, 9, 4)))
   start, got = 0, []
   for size in (3, 1, 1, 2):
     y, cache = layer.decode(x[:, start : start + size], cache, jnp.array(start))
@@ -114,7 +114,7 @@ def test_decoding_keeps_the_latent_and_gives_the_same(query_rank):
 def test_query_compression_has_its_parameters():
   def count(query_rank):
     settings = dataclasses.replace(SETTINGS, query_rank=query_rank)
-    layer = attention.Attention(settings, 16, 1e-20, rngs=nnx.Rngs(0))
+    layer = mla.Attention(settings, 16, 1e-20, rngs=nnx.Rngs(0))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(layer)))
 
   heads = 2 * (8 + 4)

@@ -8,8 +8,8 @@ import pytest
 
 from mhc import axes
 from mhc import config
-from mhc import exchange
-from mhc import experts
+from mhc.model import expert_parallel
+from mhc.model import experts
 
 DEVICES, TOKENS, NUM, K, DIM = 4, 32, 8, 3, 6
 
@@ -38,16 +38,16 @@ def inputs(load):
 def over_devices(settings):
   mesh = jax.make_mesh(
     (DEVICES,),
-    (exchange.AXIS,),
+    (expert_parallel.AXIS,),
     axis_types=(jax.sharding.AxisType.Auto,),
     devices=jax.devices()[:DEVICES],
   )
-  split = P(exchange.AXIS)
+  split = P(expert_parallel.AXIS)
 
   def local(x, gates, weights, chosen):
-    out, dropped = exchange.apply(settings, x, chosen, gates, weights)
-    dropped = axes.vary(dropped, (exchange.AXIS,))
-    return out, jax.lax.pmean(dropped, exchange.AXIS)
+    out, dropped = expert_parallel.apply(settings, x, chosen, gates, weights)
+    dropped = axes.vary(dropped, (expert_parallel.AXIS,))
+    return out, jax.lax.pmean(dropped, expert_parallel.AXIS)
 
   return jax.shard_map(
     local, mesh=mesh, in_specs=(split,) * 4, out_specs=(split, P())
@@ -55,7 +55,7 @@ def over_devices(settings):
 
 
 def one_device(x, gates, weights, chosen):
-  return exchange.gated(experts.dropless(x, chosen, weights), gates)
+  return expert_parallel.gated(experts.dropless(x, chosen, weights), gates)
 
 
 def settings(**options):
@@ -108,13 +108,13 @@ def test_an_expert_has_no_more_slots_than_there_are_tokens():
   chosen = jnp.zeros((NUM, K), jnp.int32)
   for factor, number in ((1.0, K), (1e30, NUM)):
     options = settings(dispatch='capacity', capacity_factor=factor)
-    assert exchange.slots(options, chosen) == number
+    assert expert_parallel.slots(options, chosen) == number
 
 
 def test_what_auto_is():
-  assert exchange.transport(settings(), 2) == 'gather'
-  assert exchange.transport(settings(), 4) == 'padded'
-  assert exchange.transport(settings(transport='ragged'), 2) == 'ragged'
+  assert expert_parallel.transport(settings(), 2) == 'gather'
+  assert expert_parallel.transport(settings(), 4) == 'padded'
+  assert expert_parallel.transport(settings(transport='ragged'), 2) == 'ragged'
 
 
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])

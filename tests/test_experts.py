@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mhc import experts
+from mhc.model import experts
 
 TOKENS, DIM, HIDDEN, NUM = 40, 6, 10, 8
 

@@ -26,8 +26,8 @@ from mhc import interop
 from mhc import sharding
 from mhc import step
 from mhc import streams
-from mhc import transformer
 from mhc.config import dicts
+from mhc.model import transformer
 
 EPS, DIM, TOKENS = 1e-6, 6, 3
 DENSE = config.ModelConfig(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mhc import config
-from mhc import moe
+from mhc.model import moe
 
 SETTINGS = config.MoEConfig(
   num_experts=6, experts_per_token=2, expert_dim=8, num_shared=1

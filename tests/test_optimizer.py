@@ -7,7 +7,7 @@ import numpy as np
 
 from mhc import config
 from mhc import optimizer
-from mhc import transformer
+from mhc.model import transformer
 
 
 def rates(num_steps=100, **options):

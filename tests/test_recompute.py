@@ -8,7 +8,7 @@ import pytest
 
 from mhc import config
 from mhc import memory
-from mhc import recompute
+from mhc.model import recompute
 
 
 @pytest.mark.parametrize(

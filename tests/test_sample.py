@@ -10,7 +10,7 @@ import pytest
 
 from mhc import config
 from mhc import sample
-from mhc import transformer
+from mhc.model import transformer
 
 SMALL = config.ModelConfig(
   num_blocks=3,

@@ -8,8 +8,8 @@ import pytest
 
 from mhc import config
 from mhc import counts
-from mhc import transformer
 from mhc.config import presets
+from mhc.model import transformer
 
 
 @pytest.mark.parametrize(

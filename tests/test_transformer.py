@@ -12,7 +12,7 @@ import pytest
 
 from mhc import config
 from mhc import streams
-from mhc import transformer
+from mhc.model import transformer
 
 SMALL = config.ModelConfig(
   num_blocks=3,

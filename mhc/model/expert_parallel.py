@@ -32,8 +32,8 @@ from jaxtyping import Array, Float, Int
 
 from mhc import axes
 from mhc import config as config_lib
-from mhc import experts as experts_lib
 from mhc.kernels import platform
+from mhc.model import experts as experts_lib
 
 AXIS = experts_lib.AXIS
 # The scope of further rounds, by which they are found in the compiled program.

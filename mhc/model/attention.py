@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mhc import precision
-from mhc import recompute
+from mhc.model import recompute
 
 BLOCK = 1024
 

@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mhc import attend
 from mhc import config as config_lib
-from mhc import layers
-from mhc import recompute
+from mhc.model import attention
+from mhc.model import layers
+from mhc.model import recompute
 
 
 class Cache(NamedTuple):
@@ -70,7 +70,7 @@ class Attention(nnx.Module):
     up = up.reshape(batch, time, c.num_heads, -1)
     key, value = jnp.split(up, 2, axis=-1)
     key_rope = jnp.broadcast_to(key_rope[:, :, None], query_rope.shape)
-    mixed = attend.attend(
+    mixed = attention.attend(
       jnp.concatenate([query, query_rope], axis=-1),
       jnp.concatenate([key, key_rope], axis=-1),
       value,
@@ -103,7 +103,7 @@ class Attention(nnx.Module):
     up = up.reshape(c.kv_rank, c.num_heads, -1)
     to_key, to_value = jnp.split(up, 2, axis=-1)
     query = jnp.einsum('bthk,chk->bthc', query, to_key)
-    mixed = attend.attend(
+    mixed = attention.attend(
       jnp.concatenate([query, query_rope], axis=-1),
       jnp.concatenate(cache, axis=-1),
       cache.latent,

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mhc import layers
-from mhc import recompute
 from mhc.kernels import platform
+from mhc.model import layers
+from mhc.model import recompute
 
 BLOCK = 64
 AXIS = 'expert'  # of the mesh, over which the experts of a layer are split

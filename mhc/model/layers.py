@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mhc import recompute
+from mhc.model import recompute
 
 
 class Linear(nnx.Module):

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mhc import config as config_lib
-from mhc import exchange
-from mhc import experts as experts_lib
-from mhc import layers
 from mhc import precision
+from mhc.model import expert_parallel
+from mhc.model import experts as experts_lib
+from mhc.model import layers
 
 SINKHORN_ROUTER_ITERS = 20
 
@@ -94,7 +94,9 @@ class MoE(nnx.Module):
       *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
     )
     if weights.gate.shape[0] < config.num_experts:
-      out, dropped = exchange.apply(config, tokens, chosen, gates, weights)
+      out, dropped = expert_parallel.apply(
+        config, tokens, chosen, gates, weights
+      )
     else:
       out, dropped = self._apply(weights, tokens, chosen, gates)
     out = out.reshape(x.shape)
@@ -119,9 +121,9 @@ class MoE(nnx.Module):
       case 'dropless':
         out = experts_lib.dropless(tokens, chosen, weights)
       case 'capacity':
-        slots = exchange.slots(config, chosen)
+        slots = expert_parallel.slots(config, chosen)
         out, dropped = experts_lib.capacity(tokens, chosen, weights, slots)
-    return exchange.gated(out, gates), dropped
+    return expert_parallel.gated(out, gates), dropped
 
   def _select(self, scores, bias) -> Int[Array, 's k']:
     """The chosen experts; no gradient passes through the choice."""

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mhc import attention
 from mhc import config as config_lib
 from mhc import connections
-from mhc import layers
-from mhc import moe
 from mhc import precision
-from mhc import recompute
 from mhc import streams
+from mhc.model import layers
+from mhc.model import mla
+from mhc.model import moe
+from mhc.model import recompute
 
 # Makes the block at hand of a stack, by its name, from the part of it that the
 # device keeps.
@@ -41,7 +41,7 @@ class Aux(NamedTuple):
 
   contexts: tuple[connections.Context, connections.Context]
   stats: moe.Stats | None  # with experts
-  cache: attention.Cache | None  # in decoding
+  cache: mla.Cache | None  # in decoding
 
 
 class Block(nnx.Module):
@@ -65,7 +65,7 @@ class Block(nnx.Module):
     self.config = config.connection
     self.attention_connection = connection(0)
     self.attention_norm = layers.RMSNorm(dim, eps)
-    self.attention = attention.Attention(config.attention, dim, eps, rngs=rngs)
+    self.attention = mla.Attention(config.attention, dim, eps, rngs=rngs)
     self.ffn_connection = connection(1)
     self.ffn_norm = layers.RMSNorm(dim, eps)
     if has_experts:
@@ -78,7 +78,7 @@ class Block(nnx.Module):
     state: connections.State,
     batch: tuple[int, int],
     router_bias: Float[Array, 'e'] | None,
-    cache: attention.Cache | None = None,
+    cache: mla.Cache | None = None,
     start: Int[Array, ''] | None = None,
     active: Bool[Array, ''] | None = None,
   ) -> tuple[connections.State, Aux]:
@@ -173,10 +173,10 @@ class Transformer(nnx.Module):
   def decode(
     self,
     tokens: Int[Array, 'b t'],
-    cache: attention.Cache,
+    cache: mla.Cache,
     start: Int[Array, ''],
     router_bias: Float[Array, 'l e'] | None = None,
-  ) -> tuple[Float[Array, 'b t v'], attention.Cache]:
+  ) -> tuple[Float[Array, 'b t v'], mla.Cache]:
     """Logits of t tokens that follow `start` others, and the cache with them.
 
     Connections act on each token alone: attention's cache is all the memory.
@@ -189,10 +189,10 @@ class Transformer(nnx.Module):
     )
     return self.logits(self.close(states), tokens.shape), cache
 
-  def empty_cache(self, batch_size: int, size: int) -> attention.Cache:
+  def empty_cache(self, batch_size: int, size: int) -> mla.Cache:
     """For rows of up to `size` tokens, all blocks stacked."""
     c, shape = self.config, (self.config.num_blocks, batch_size, size)
-    return attention.Cache(
+    return mla.Cache(
       jnp.zeros((*shape, c.attention.kv_rank), c.dtype),
       jnp.zeros((*shape, c.attention.rope_dim), c.dtype),
     )
