@@ -29,11 +29,11 @@ from mhc import config as config_lib
 from mhc import counts
 from mhc import plan as plan_lib
 from mhc import plan_table
-from mhc import schedule
 from mhc import sharding
 from mhc import suggest
-from mhc import timeline
 from mhc.kernels import chips
+from mhc.pipeline import draw
+from mhc.pipeline import table as table_lib
 
 COUNT = flags.DEFINE_bool('count', False, 'Print the counts of --config.')
 TOPOLOGY = flags.DEFINE_string(
@@ -85,11 +85,11 @@ def _draw(mesh):
   pipe = mesh.pipe
   number = MICROBATCHES.value or 2 * mesh.chunks * pipe
   drawn = sharding.schedule_of(mesh, number)
-  timeline.save(drawn, DRAW.value)
+  draw.save(drawn, DRAW.value)
   print(
     f'{mesh.schedule}, {pipe} devices, {number} microbatches: '
-    f'{drawn.num_ticks} ticks, bubble {schedule.bubble(drawn):.1%}, '
-    f'{schedule.peak_states(drawn)} states kept; drawn in {DRAW.value}'
+    f'{drawn.num_ticks} ticks, bubble {table_lib.bubble(drawn):.1%}, '
+    f'{table_lib.peak_states(drawn)} states kept; drawn in {DRAW.value}'
   )
 
 

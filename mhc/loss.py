@@ -19,13 +19,13 @@ import optax
 from mhc import axes
 from mhc import config as config_lib
 from mhc import fsdp
-from mhc import layout as layout_lib
-from mhc import pipeline
 from mhc import precision
-from mhc import schedule as schedule_lib
 from mhc import sharding
 from mhc import vocabulary
 from mhc.model import transformer
+from mhc.pipeline import executor
+from mhc.pipeline import stage_layout
+from mhc.pipeline import table as table_lib
 
 AXES = sharding.AXES
 
@@ -60,7 +60,7 @@ def build(
   config: config_lib.MeshConfig,
   mesh: Mesh,
   specs,
-  layout: layout_lib.Layout,
+  layout: stage_layout.Layout,
   *,
   pollute: bool = False,
 ) -> Local:
@@ -237,7 +237,7 @@ def _piped(model, data, config, specs, layout, pollute) -> Local:
         return jnp.sum(nats.reshape(targets.shape), axis=1)
       return _nats(net(shared).logits(h, targets.shape), targets)
 
-    stages = pipeline.Stages(
+    stages = executor.Stages(
       open=lambda shared, tokens: net(shared).open(tokens, parts=parts)[0],
       run=run,
       close=lambda shared, state: net(shared).close(state),
@@ -247,18 +247,18 @@ def _piped(model, data, config, specs, layout, pollute) -> Local:
     if active is not None:
       rows = jnp.asarray(active).reshape(layout.num_devices, -1)
       active = rows[jax.lax.axis_index(sharding.PIPE)]
-    return stages, pipeline.Parts(blocks, router_bias, active, shared, tokens)
+    return stages, executor.Parts(blocks, router_bias, active, shared, tokens)
 
   def forward(params, router_bias, tokens, **how):
     stages, parts = ready(params, router_bias, tokens, **how)
-    schedule = schedule_lib.build_forward(*size, len(tokens))
-    return pipeline.forward(schedule, stages, parts)
+    schedule = table_lib.build_forward(*size, len(tokens))
+    return executor.forward(schedule, stages, parts)
 
   def loss_and_grads(params, router_bias, tokens):
     tokens = sharding.microbatches(tokens, data)
     stages, parts = ready(params, router_bias, tokens)
     schedule = sharding.schedule_of(config, len(tokens))
-    sums = pipeline.gradients(schedule, stages, parts, pollute=pollute)
+    sums = executor.gradients(schedule, stages, parts, pollute=pollute)
     grads = fsdp.scatter(sums.shared | {stack: sums.blocks}, specs)
     return sums.nats, grads, sums.stats
 

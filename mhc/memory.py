@@ -26,12 +26,12 @@ from jax.sharding import Mesh
 import optax
 
 from mhc import config as config_lib
-from mhc import layout
-from mhc import schedule
 from mhc import sharding
 from mhc.config import dicts
 from mhc.model import recompute
 from mhc.model import transformer
+from mhc.pipeline import stage_layout
+from mhc.pipeline import table as table_lib
 
 SIZES = (
   *('vocab_size', 'num_blocks', 'dim', 'ffn_dim', 'num_heads', 'head_dim'),
@@ -88,13 +88,13 @@ def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
   if mesh.pipe == 1:
     kinds = activations(model)
   else:
-    stages = layout.of(model, mesh)
+    stages = stage_layout.of(model, mesh)
     kinds = activations(model, stages.rows)
     number = sharding.num_microbatches(mesh, data, ways)
     table = sharding.schedule_of(mesh, number)
     size = 2 if model.dtype == 'bfloat16' else 4
     state = size * model.connection.streams * model.dim
-    kinds['stages'] = schedule.peak_states(table) * state
+    kinds['stages'] = table_lib.peak_states(table) * state
     if mesh.head == 'vocab':
       kinds['logits'] //= mesh.pipe
   return {name: size * tokens for name, size in kinds.items()}

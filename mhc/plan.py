@@ -27,14 +27,14 @@ from mhc import fsdp
 from mhc import gpus
 from mhc import hlo
 from mhc import memory
-from mhc import pipeline
-from mhc import schedule as schedule_lib
 from mhc import sharding
 from mhc import step
 from mhc import traffic
 from mhc.config import dicts
 from mhc.kernels import chips
 from mhc.model import expert_parallel
+from mhc.pipeline import executor
+from mhc.pipeline import table as table_lib
 
 Plan = dict[str, Any]
 
@@ -128,7 +128,7 @@ def make(config: config_lib.Config, topology: str) -> Plan:
     'bytes_per_device': needed,
     'by_category': None,
     'microbatches': number,
-    'bubble': schedule_lib.bubble(schedule) if schedule else 0.0,
+    'bubble': table_lib.bubble(schedule) if schedule else 0.0,
     'compile_seconds': time.perf_counter() - start,
     'bytes_moved': None,
     'compute_seconds': None,
@@ -221,7 +221,7 @@ def _scheduled(config, compiled, schedule, mesh, chip, plan):
   """What the compiler's schedule says."""
   shares = {expert_parallel.OVERFLOW: 0.0}
   if schedule:
-    shares |= pipeline.shares(schedule)
+    shares |= executor.shares(schedule)
   module = hlo.parse(compiled.as_text(), shares)
   cost = hlo.cost(module, (chip.flops, chip.bandwidth))
   compute = cost.cycles / chip.clock + cost.kernel_seconds

@@ -19,8 +19,8 @@ import numpy as np
 
 from mhc import axes as axes_lib
 from mhc import config as config_lib
-from mhc import schedule
 from mhc.model import experts
+from mhc.pipeline import table as table_lib
 
 P = PartitionSpec
 DATA = 'data'
@@ -162,7 +162,7 @@ def num_microbatches(
     )
   number = share // size
   if config.pipe > 1:
-    least = schedule.minimum_microbatches(config.schedule, config.pipe)
+    least = table_lib.minimum_microbatches(config.schedule, config.pipe)
     if number < least:
       raise ValueError(
         f'mesh.schedule={config.schedule!r} needs at least {least} '
@@ -182,9 +182,9 @@ def num_microbatches(
 
 def schedule_of(
   config: config_lib.MeshConfig, number: int
-) -> schedule.Schedule:
+) -> table_lib.Schedule:
   """Of the mesh's pipeline, for a device's `number` of microbatches."""
-  return schedule.build(
+  return table_lib.build(
     config.schedule,
     config.pipe,
     number,

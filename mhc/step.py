@@ -22,7 +22,6 @@ import optax
 from mhc import compiler
 from mhc import config as config_lib
 from mhc import gains
-from mhc import layout as layout_lib
 from mhc import loss
 from mhc import optimizer as optimizer_lib
 from mhc import sharding
@@ -30,6 +29,7 @@ from mhc.kernels import api
 from mhc.kernels import chips
 from mhc.model import moe
 from mhc.model import transformer
+from mhc.pipeline import stage_layout
 
 Params = dict[str, Any]  # nested; leaves are float32 arrays
 
@@ -68,7 +68,7 @@ class Functions(NamedTuple):
 
   abstract_state: TrainState  # of jax.ShapeDtypeStruct, with shardings
   canonical_state: TrainState  # likewise
-  layout: layout_lib.Layout
+  layout: stage_layout.Layout
   abstract_tokens: jax.ShapeDtypeStruct
   abstract_controls: Controls
   place: Callable
@@ -214,7 +214,7 @@ def check(config: config_lib.Config, mesh: Mesh):
       "moe.transport='ragged' needs ragged_all_to_all, which XLA has for TPUs "
       "and GPUs but not for cpu: take 'padded' (the same result) or 'auto'"
     )
-  layout_lib.of(model, config.mesh)
+  stage_layout.of(model, config.mesh)
 
 
 def functions(
@@ -230,7 +230,7 @@ def functions(
   learning_rate = optimizer_lib.learning_rate(
     config.optimizer, config.num_steps
   )
-  layout = layout_lib.of(model, config.mesh)
+  layout = stage_layout.of(model, config.mesh)
 
   def canonical_init(seed):
     fresh = transformer.Transformer(model, rngs=nnx.Rngs(jax.random.key(seed)))

@@ -27,12 +27,12 @@ from typing import Any, NamedTuple, get_args
 from mhc import config as config_lib
 from mhc import counts
 from mhc import memory
-from mhc import schedule as schedule_lib
 from mhc import sharding
 from mhc.config import dicts
 from mhc.kernels import chips
 from mhc.model import expert_parallel
 from mhc.model import recompute
+from mhc.pipeline import table as table_lib
 
 # Of the peak: what compiled steps of the paper's models reach in a tick.
 EFFICIENCY = 0.5
@@ -105,7 +105,7 @@ def _candidates(config, num_devices) -> Iterator:
     powers,
     microbatches,
     (2, 3, 4),
-    get_args(schedule_lib.Name),
+    get_args(table_lib.Name),
     sorted({2, 4, recompute.best_every(2 * config.model.num_blocks, streams)}),
   ):
     # What a setting does not act on is tried once.
@@ -164,7 +164,7 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   compute /= EFFICIENCY * chip.flops * num_devices
   bubble = 0.0
   if pipe > 1:
-    bubble = schedule_lib.bubble(sharding.schedule_of(mesh, number))
+    bubble = table_lib.bubble(sharding.schedule_of(mesh, number))
 
   experts = 0.0
   if expert > 1 and mesh.parts == 1:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from mhc import config
-from mhc import handovers
-from mhc import layout
+from mhc.pipeline import stage_layout
+from mhc.pipeline import transfers
 
 
 @pytest.mark.parametrize('placement', ['linear', 'loop', 'vshape'])
@@ -14,7 +14,7 @@ from mhc import layout
 @pytest.mark.parametrize(('num_blocks', 'before'), [(8, 0), (29, 1), (11, 3)])
 def test_there_and_back(placement, num_devices, num_blocks, before):
   chunks = 1 if placement == 'linear' else 2
-  made = layout.Layout(num_blocks, before, num_devices, chunks, placement)
+  made = stage_layout.Layout(num_blocks, before, num_devices, chunks, placement)
   stack = jnp.arange(1.0, 2 * num_blocks + 1).reshape(num_blocks, 2)
   placed = made.place(stack)
   assert placed.shape == (num_devices * chunks * made.rows, 2)
@@ -25,28 +25,37 @@ def test_there_and_back(placement, num_devices, num_blocks, before):
 
 def test_stages_follow_each_other():
   """Each device's rows, in the order of the stages, are the blocks in order."""
-  made = layout.Layout(16, 0, 4, 2, 'vshape')
+  made = stage_layout.Layout(16, 0, 4, 2, 'vshape')
   order = made.order.reshape(4, 2, 2)
   blocks = np.empty((8, 2))
   for device in range(4):
     for chunk in range(2):
-      stage = handovers.stage_of('vshape', 4, device, chunk)
+      stage = transfers.stage_of('vshape', 4, device, chunk)
       blocks[stage] = order[device, chunk]
   np.testing.assert_array_equal(blocks.ravel(), np.arange(16))
 
 
 def test_stages_are_even_with_what_else_they_do():
   """The first also has the blocks before the stack, the last ones the head."""
-  assert layout.Layout(29, 1, 4, 2, 'loop').stages == (3, 4, 4, 4, 4, 4, 3, 3)
-  assert layout.Layout(29, 1, 5, 2, 'loop').stages == (2, *(3,) * 9)
-  assert layout.Layout(7).stages == (7,)
-  assert layout.Layout(7).is_canonical
+  assert stage_layout.Layout(29, 1, 4, 2, 'loop').stages == (
+    3,
+    4,
+    4,
+    4,
+    4,
+    4,
+    3,
+    3,
+  )
+  assert stage_layout.Layout(29, 1, 5, 2, 'loop').stages == (2, *(3,) * 9)
+  assert stage_layout.Layout(7).stages == (7,)
+  assert stage_layout.Layout(7).is_canonical
 
 
 def test_a_stage_without_blocks():
   message = r'4 pipeline devices with 2 stage.* are 8 stages.* 6 blocks'
   with pytest.raises(ValueError, match=message):
-    layout.Layout(5, 1, 4, 2, 'loop')
+    stage_layout.Layout(5, 1, 4, 2, 'loop')
 
 
 def test_of_a_model():
@@ -54,7 +63,7 @@ def test_of_a_model():
     num_blocks=9, moe=config.MoEConfig(num_experts=4, num_dense_blocks=2)
   )
   mesh = config.MeshConfig(pipe=2, schedule='wave_v')
-  made = layout.of(model, mesh)
+  made = stage_layout.of(model, mesh)
   assert (made.num_blocks, made.num_before) == (7, 2)
   assert (made.num_chunks, made.placement) == (2, 'vshape')
-  assert layout.of(model, config.MeshConfig()).is_canonical
+  assert stage_layout.of(model, config.MeshConfig()).is_canonical

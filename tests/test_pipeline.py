@@ -10,12 +10,12 @@ import pytest
 
 from mhc import config
 from mhc import hlo
-from mhc import pipeline
 from mhc import plan
-from mhc import schedule
 from mhc import sharding
-from mhc import slots
 from mhc import step
+from mhc.pipeline import buffers
+from mhc.pipeline import executor
+from mhc.pipeline import table as table_lib
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -113,7 +113,7 @@ def test_one_permute_a_channel_and_none_in_a_branch():
       if instruction.opcode == 'conditional':
         for branch in hlo.branches(instruction):
           collect(branch)
-  assert len(permutes) == len(schedule.build('dualpipev', 4, 8).channels) == 4
+  assert len(permutes) == len(table_lib.build('dualpipev', 4, 8).channels) == 4
   assert branches
   assert not branches & set(permutes)
 
@@ -145,7 +145,7 @@ def test_transfers_between_stages_are_hidden_on_a_tpu():
 
 
 def test_how_often_branches_are_taken():
-  shares = pipeline.shares(schedule.build('1f1b', 4, 16))
+  shares = executor.shares(table_lib.build('1f1b', 4, 16))
   # 22 ticks; F from the first to the 18th, B from the 4th on.
   assert shares['pipeline_f'] == 18 / 22
   assert shares['pipeline_b'] == 19 / 22
@@ -156,9 +156,11 @@ def test_how_often_branches_are_taken():
 def test_an_empty_slot_takes_nothing():
   buffer = np.arange(6.0).reshape(3, 2)
   new = np.full(2, 9.0)
-  kept = slots.put(buffer, np.int32(-1), new)
+  kept = buffers.put(buffer, np.int32(-1), new)
   np.testing.assert_array_equal(kept, buffer)
-  np.testing.assert_array_equal(slots.slot(slots.put(buffer, 2, new), 2), new)
+  np.testing.assert_array_equal(
+    buffers.slot(buffers.put(buffer, 2, new), 2), new
+  )
 
 
 @pytest.mark.parametrize(

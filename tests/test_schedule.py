@@ -9,13 +9,13 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from mhc import handovers
-from mhc import orders
-from mhc import schedule
-from mhc import timeline
+from mhc.pipeline import draw
+from mhc.pipeline import schedules
+from mhc.pipeline import table as table_lib
+from mhc.pipeline import transfers
 
-NAMES = get_args(schedule.Name)
-HEADS = get_args(schedule.Head)
+NAMES = get_args(table_lib.Name)
+HEADS = get_args(table_lib.Head)
 FORWARD = (
   ('linear', 1),
   ('loop', 1),
@@ -29,9 +29,9 @@ def every(name, devices=(1, 2, 3, 4, 8), microbatches=(1, 2, 3, 4, 5, 8, 17)):
   """Schedules of many sizes."""
   chunks = (2, 3) if name == 'interleaved' else (2,)
   for head, p, v in itertools.product(HEADS, devices, chunks):
-    fewest = schedule.minimum_microbatches(name, p)
+    fewest = table_lib.minimum_microbatches(name, p)
     for m in sorted({max(m, fewest) for m in microbatches}):
-      yield schedule.build(name, p, m, num_chunks=v, head=head)
+      yield table_lib.build(name, p, m, num_chunks=v, head=head)
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,12 @@ def every(name, devices=(1, 2, 3, 4, 8), microbatches=(1, 2, 3, 4, 5, 8, 17)):
 )
 def test_sizes_and_bubbles(p, m, name, ticks, slots, grads, lockstep, none):
   """A forward pass costs 1, a backward pass with recomputation 3."""
-  built = schedule.build(name, p, m)
+  built = table_lib.build(name, p, m)
   assert built.num_ticks == ticks
   assert (built.num_slots, built.num_grad_slots) == (slots, grads)
-  assert schedule.peak_states(built) == slots + grads
-  assert round(schedule.bubble(built), 3) == lockstep
-  assert round(schedule.bubble(built, sync='none'), 3) == none
+  assert table_lib.peak_states(built) == slots + grads
+  assert round(table_lib.bubble(built), 3) == lockstep
+  assert round(table_lib.bubble(built, sync='none'), 3) == none
 
 
 @pytest.mark.parametrize(
@@ -70,15 +70,15 @@ def test_sizes_and_bubbles(p, m, name, ticks, slots, grads, lockstep, none):
   ],
 )
 def test_bubble_with_neighbours_alone(name, p, m, expected):
-  built = schedule.build(name, p, m)
-  assert round(schedule.bubble(built, sync='neighbour'), 3) == expected
+  built = table_lib.build(name, p, m)
+  assert round(table_lib.bubble(built, sync='neighbour'), 3) == expected
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_waiting_for_fewer_devices_is_never_slower(name):
   for built in every(name):
     none, neighbour, lockstep = (
-      schedule.bubble(built, sync=sync)
+      table_lib.bubble(built, sync=sync)
       for sync in ('none', 'neighbour', 'lockstep')
     )
     assert -1e-12 <= none <= neighbour + 1e-12
@@ -98,11 +98,11 @@ def test_waiting_for_fewer_devices_is_never_slower(name):
 )
 def test_closed_forms_of_memory(name, slots, grads, p):
   """No schedule but gpipe needs more for more microbatches."""
-  fewest = schedule.minimum_microbatches(name, p)
+  fewest = table_lib.minimum_microbatches(name, p)
   for m in (1, 2, p, 2 * p, 3 * p, 4 * p + 1, 7 * p):
     if m < fewest:
       continue
-    built = schedule.build(name, p, m)
+    built = table_lib.build(name, p, m)
     form = slots(p, m)
     assert built.num_slots <= form
     assert built.num_grad_slots <= grads
@@ -113,7 +113,7 @@ def test_closed_forms_of_memory(name, slots, grads, p):
 @pytest.mark.parametrize('v', [2, 3, 4])
 def test_memory_of_more_chunks(v):
   for p in (2, 3, 4):
-    built = schedule.build('interleaved', p, 8 * p, num_chunks=v)
+    built = table_lib.build('interleaved', p, 8 * p, num_chunks=v)
     assert built.num_slots == (v + 1) * p - 3
     assert built.num_grad_slots == 1
 
@@ -122,33 +122,33 @@ def test_memory_of_more_chunks(v):
 @pytest.mark.parametrize('name', NAMES)
 def test_more_microbatches_never_take_fewer_ticks(name, head):
   for p in (1, 2, 3, 4, 8):
-    fewest = schedule.minimum_microbatches(name, p)
+    fewest = table_lib.minimum_microbatches(name, p)
     ticks = [
-      schedule.build(name, p, m, head=head).num_ticks
+      table_lib.build(name, p, m, head=head).num_ticks
       for m in range(fewest, fewest + 20)
     ]
     assert ticks == sorted(ticks)
 
 
 def test_formulas():
-  shape = orders.Shape(4, 1, 6)
+  shape = schedules.Shape(4, 1, 6)
   s, m = np.arange(4)[:, None], np.arange(6)[None]
   for order, f, b in (
-    (orders.gpipe, m + s, 8 + m + 3 - s),
-    (orders.one_f_one_b, m + s, m + 6 - s),
+    (schedules.gpipe, m + s, 8 + m + 3 - s),
+    (schedules.one_f_one_b, m + s, m + 6 - s),
   ):
     np.testing.assert_array_equal(order(shape), [f, b])
   s = np.arange(8)[:, None]
-  wave = orders.wave_v(orders.Shape(4, 2, 6))
+  wave = schedules.wave_v(schedules.Shape(4, 2, 6))
   np.testing.assert_array_equal(wave, [2 * m + s, 2 * m + 15 - s])
-  f, b = orders.one_f_one_b(orders.Shape(4, 1, 6, last_forward=False))
+  f, b = schedules.one_f_one_b(schedules.Shape(4, 1, 6, last_forward=False))
   assert (f[-1] == -1).all()
   assert b[-1, 0] == 3
 
 
 def test_dualpipev_does_each_device_s_operations_in_their_order():
   """Two devices, four microbatches; capitals are the way back of the V."""
-  built = schedule.build('dualpipev', 2, 4, head='vocab')
+  built = table_lib.build('dualpipev', 2, 4, head='vocab')
   does = ['', '']
   for tick, (device, kind) in itertools.product(
     range(built.num_ticks), itertools.product((0, 1), 'fb')
@@ -173,13 +173,13 @@ def play(built):
   acts = np.full((p, built.num_slots), np.nan)
   grads = np.full((p, built.num_grad_slots), np.nan)
   heads = np.full(built.num_head_slots, np.nan)
-  of = functools.partial(schedule.stage_of, built.placement, p)
+  of = functools.partial(table_lib.stage_of, built.placement, p)
   last = next(d for d in range(p) if of(d, built.num_chunks - 1) == stages - 1)
   d_weights, d_x, outputs = np.zeros(stages), np.zeros_like(x), {}
   sent = np.full(p, np.nan)
 
   def receive(buffer, what, values, row):
-    for shift, side in handovers.SIDES.items():
+    for shift, side in transfers.SIDES.items():
       is_open = shift == 0 or (what, shift) in built.channels
       came = np.roll(values, shift) if is_open else np.full(p, np.nan)
       slots = row[f'r{what[0]}_{side}']
@@ -233,7 +233,7 @@ def plain(weights, x):
 @pytest.mark.parametrize('name', NAMES)
 def test_tables_compute_the_gradient(name):
   for built in every(name):
-    schedule.validate(built)
+    table_lib.validate(built)
     weights, x, d_weights, d_x, _ = play(built)
     _, expected_weights, expected_x = plain(weights, x)
     np.testing.assert_allclose(d_weights, expected_weights, rtol=1e-12)
@@ -243,8 +243,8 @@ def test_tables_compute_the_gradient(name):
 @pytest.mark.parametrize(('placement', 'v'), FORWARD)
 def test_tables_compute_the_forward_pass(placement, v):
   for p, m in itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 4, 5, 8, 17)):
-    built = schedule.build_forward(placement, p, v, m)
-    schedule.validate(built)
+    built = table_lib.build_forward(placement, p, v, m)
+    table_lib.validate(built)
     assert built.name == 'forward'
     weights, x, _, _, outputs = play(built)
     expected, _, _ = plain(weights, x)
@@ -262,14 +262,14 @@ def test_tables_compute_the_forward_pass(placement, v):
 def test_head_of_the_vocabulary(name):
   """Once a microbatch, with the last F; its gradient does not lie around."""
   for p in (1, 2, 4, 8):
-    built = schedule.build(name, p, 16, head='vocab')
+    built = table_lib.build(name, p, 16, head='vocab')
     table = built.table
     has_head = table['h_mb'] >= 0
     last_f = table['f_last'] == 1
     np.testing.assert_array_equal(has_head, last_f.any(axis=1))
     np.testing.assert_array_equal(table['h_mb'][has_head], np.arange(16))
     assert built.num_head_slots == (16 if name == 'gpipe' else 1)
-    plain_head = schedule.build(name, p, 16)
+    plain_head = table_lib.build(name, p, 16)
     assert plain_head.num_head_slots == 0
     assert plain_head.table['f_last'].sum() == 0
     assert built.num_slots <= plain_head.num_slots + (p == 1)
@@ -277,10 +277,10 @@ def test_head_of_the_vocabulary(name):
 
 def test_one_device_accumulates_gradients():
   for name in ('gpipe', '1f1b'):
-    built = schedule.build(name, 1, 5)
+    built = table_lib.build(name, 1, 5)
     assert (built.num_ticks, built.num_slots) == (5, 0)
   for name in NAMES:
-    built = schedule.build(name, 1, 5)
+    built = table_lib.build(name, 1, 5)
     assert built.channels == ()
     sides = [built.table[f'r{r}_{s}'] for r in 'ag' for s in ('left', 'right')]
     assert (np.stack(sides) == -1).all()
@@ -292,25 +292,25 @@ def test_channels():
   for name in NAMES:
     is_v = name in ('wave_v', 'dualpipev')
     for p in (2, 4):
-      assert schedule.build(name, p, 8).channels == (
+      assert table_lib.build(name, p, 8).channels == (
         both_ways if is_v else one_way
       )
 
 
 def test_schedules_are_values():
-  one = schedule.build('interleaved', 4, 8)
-  assert one is schedule.build('interleaved', 4, 8)
+  one = table_lib.build('interleaved', 4, 8)
+  assert one is table_lib.build('interleaved', 4, 8)
   others = [
-    schedule.build('interleaved', 4, 9),
-    schedule.build('interleaved', 4, 8, num_chunks=3),
-    schedule.build('interleaved', 4, 8, head='vocab'),
-    schedule.build_forward('loop', 4, 2, 8),
-    schedule.build_forward('vshape', 4, 2, 8),
+    table_lib.build('interleaved', 4, 9),
+    table_lib.build('interleaved', 4, 8, num_chunks=3),
+    table_lib.build('interleaved', 4, 8, head='vocab'),
+    table_lib.build_forward('loop', 4, 2, 8),
+    table_lib.build_forward('vshape', 4, 2, 8),
   ]
   assert len({one, *others}) == 6
-  fixed = schedule.build('1f1b', 4, 8)
-  assert fixed == schedule.build('1f1b', 4, 8, num_chunks=3)
-  assert hash(fixed) == hash(schedule.build('1f1b', 4, 8, num_chunks=3))
+  fixed = table_lib.build('1f1b', 4, 8)
+  assert fixed == table_lib.build('1f1b', 4, 8, num_chunks=3)
+  assert hash(fixed) == hash(table_lib.build('1f1b', 4, 8, num_chunks=3))
   assert all(array.dtype == np.int32 for array in one.table.values())
   with pytest.raises(ValueError, match='read-only'):
     one.table['f_mb'][0, 0] = 3
@@ -322,10 +322,10 @@ def test_stages_lie_where_they_should():
     ('loop', [0, 1, 2, 0, 1, 2]),
     ('vshape', [0, 1, 2, 2, 1, 0]),
   ):
-    where = handovers.places(placement, 3, len(order) // 3)
+    where = transfers.places(placement, 3, len(order) // 3)
     assert [device for device, _ in where] == order
     for stage, (device, chunk) in enumerate(where):
-      assert schedule.stage_of(placement, 3, device, chunk) == stage
+      assert table_lib.stage_of(placement, 3, device, chunk) == stage
 
 
 @pytest.mark.parametrize(
@@ -343,20 +343,20 @@ def test_stages_lie_where_they_should():
 )
 def test_impossible_schedules(arguments, message):
   with pytest.raises(ValueError, match=message):
-    schedule.build(*arguments)
+    table_lib.build(*arguments)
 
 
 def test_impossible_settings():
   with pytest.raises(ValueError, match='at least 2 stages a device, got 1'):
-    schedule.build('interleaved', 4, 4, num_chunks=1)
+    table_lib.build('interleaved', 4, 4, num_chunks=1)
   with pytest.raises(ValueError, match="'last' or 'vocab', got 'first'"):
-    schedule.build('1f1b', 4, 4, head='first')
+    table_lib.build('1f1b', 4, 4, head='first')
   with pytest.raises(ValueError, match='vshape has 2 stages a device, got 3'):
-    schedule.build_forward('vshape', 4, 3, 4)
+    table_lib.build_forward('vshape', 4, 3, 4)
   with pytest.raises(ValueError, match='loop has 1 stages a device, got 0'):
-    schedule.build_forward('loop', 4, 0, 4)
-  assert schedule.minimum_microbatches('dualpipev', 8) == 16
-  assert schedule.minimum_microbatches('interleaved', 8) == 1
+    table_lib.build_forward('loop', 4, 0, 4)
+  assert table_lib.minimum_microbatches('dualpipev', 8) == 16
+  assert table_lib.minimum_microbatches('interleaved', 8) == 1
 
 
 def damaged(built, *changes, **fields):
@@ -371,18 +371,18 @@ def damaged(built, *changes, **fields):
 @pytest.mark.parametrize('head', HEADS)
 @pytest.mark.parametrize('name', NAMES)
 def test_validation_notices_every_entry(name, head):
-  built = schedule.build(name, 2, 4, head=head)
-  schedule.validate(damaged(built))
+  built = table_lib.build(name, 2, 4, head=head)
+  table_lib.validate(damaged(built))
   for column, array in built.table.items():
     for at in np.ndindex(*array.shape):
       other = damaged(built, (column, at, array[at] + 1))
       with pytest.raises(AssertionError):
-        schedule.validate(other)
+        table_lib.validate(other)
 
 
 def test_validation_says_what_is_wrong():
   """1f1b on four devices: F(1, 0) is in tick 1, B(3, 0) in 3, B(0, 0) in 6."""
-  built = schedule.build('1f1b', 4, 8)
+  built = table_lib.build('1f1b', 4, 8)
   slot = int(built.table['f_slot'][2, 1])
   other = (slot + 1) % built.num_slots
   # Stage 1 keeps the inputs of microbatches 0 and 1 at once.
@@ -430,11 +430,11 @@ def test_validation_says_what_is_wrong():
     ([('f_first', (0, 0), 0)], 'f_first is 0, must be 1'),
   ):
     with pytest.raises(AssertionError, match=message):
-      schedule.validate(damaged(built, *changes))
+      table_lib.validate(damaged(built, *changes))
 
 
 def test_validation_of_sizes():
-  built = schedule.build('dualpipev', 4, 8, head='vocab')
+  built = table_lib.build('dualpipev', 4, 8, head='vocab')
   for fields, message in (
     ({'num_slots': built.num_slots - 1}, f'of {built.num_slots - 1} slots'),
     ({'num_grad_slots': 0}, 'grad for stage .* of 0 slots'),
@@ -443,32 +443,32 @@ def test_validation_of_sizes():
     ({'channels': built.channels[1:]}, 'channels in use'),
   ):
     with pytest.raises(AssertionError, match=message):
-      schedule.validate(damaged(built, **fields))
+      table_lib.validate(damaged(built, **fields))
   fewer = {k: v for k, v in built.table.items() if k != 'ra_self'}
   with pytest.raises((AssertionError, KeyError), match='ra_self'):
-    schedule.validate(dataclasses.replace(built, table=fewer))
+    table_lib.validate(dataclasses.replace(built, table=fewer))
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_timeline(name, tmp_path):
-  built = schedule.build(name, 4, 8)
-  figure = timeline.draw(built)
+  built = table_lib.build(name, 4, 8)
+  figure = draw.draw(built)
   (axis,) = figure.axes
   title = axis.get_title()
   assert title.startswith(f'{name}: P = 4, M = 8, bubble ')
-  assert title.endswith(f'{schedule.bubble(built):.1%}')
+  assert title.endswith(f'{table_lib.bubble(built):.1%}')
   stages = 4 * built.num_chunks
   # F of all stages but one and B of all; embedding at F and B, head at B.
   assert len(axis.patches) == 8 * (2 * stages - 1 + 2 + 1)
   numbers = [text.get_text() for text in axis.texts]
   assert sorted(numbers) == sorted([*map(str, range(8))] * (2 * stages - 1))
-  timeline.save(built, tmp_path / 'timeline.png')
+  draw.save(built, tmp_path / 'timeline.png')
   assert (tmp_path / 'timeline.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_timeline_without_room_has_no_numbers():
-  figure = timeline.draw(schedule.build('1f1b', 2, 300))
+  figure = draw.draw(table_lib.build('1f1b', 2, 300))
   texts = {text.get_text() for text in figure.axes[0].texts}
   assert not texts
-  figure = timeline.draw(schedule.build_forward('loop', 2, 2, 4))
+  figure = draw.draw(table_lib.build_forward('loop', 2, 2, 4))
   assert len(figure.axes[0].patches) == 4 * 4 + 4 + 4

@@ -8,8 +8,8 @@ import dataclasses
 import typing
 from typing import Literal
 
-from mhc import schedule as schedule_lib
 from mhc.config import checks
+from mhc.pipeline import table as table_lib
 
 Kind = Literal[
   'residual',
@@ -280,7 +280,7 @@ class MeshConfig:
   # Devices that split the experts of a layer.
   expert: int = 1
   # The order of the stages' work on microbatches, see schedule.py.
-  schedule: schedule_lib.Name = 'interleaved'
+  schedule: table_lib.Name = 'interleaved'
   # Stages a device, for schedule='interleaved'; the other schedules fix it.
   chunks: int = 2
   # Parts of a microbatch that a block computes side by side: the tokens of one
@@ -288,7 +288,7 @@ class MeshConfig:
   parts: int = 1
   # Who computes the logits: the device of the last stage, or all, each of its
   # part of the vocabulary.
-  head: schedule_lib.Head = 'last'
+  head: table_lib.Head = 'last'
   # Tells the TPU's compiler to send while it computes, see compiler.py.
   overlap: bool = True
 

@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from mhc import handovers
 from mhc import sharding
+from mhc.pipeline import transfers
 
 PIPE = sharding.PIPE
 
@@ -56,7 +56,7 @@ def send(tree, kind, schedule):
 
 def store(buffer, kind, my, own, arrived, schedule):
   """Puts what arrived, or stays on this device, where the table says."""
-  for shift, name in handovers.SIDES.items():
+  for shift, name in transfers.SIDES.items():
     column = f'{kind}_{name}'
     if (schedule.table[column] >= 0).any():
       buffer = put(buffer, my[column], arrived[shift] if shift else own)

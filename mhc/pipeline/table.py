@@ -40,22 +40,22 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from mhc import handovers
-from mhc import orders
+from mhc.pipeline import schedules
+from mhc.pipeline import transfers
 
 Name = Literal['gpipe', '1f1b', 'interleaved', 'wave_v', 'dualpipev']
-Placement = handovers.Placement
-Head = handovers.Head
+Placement = transfers.Placement
+Head = transfers.Head
 Channel = tuple[Literal['act', 'grad'], int]
 
-stage_of = handovers.stage_of
+stage_of = transfers.stage_of
 
 FLAGS = ('f_first', 'f_last', 'b_first', 'b_last')
 COMMON = ('h_mb', 'h_slot')
 COLUMNS = (
   *('f_chunk', 'f_mb', 'f_slot', 'b_chunk', 'b_mb', 'b_slot'),
   *('b_gslot', 'b_hslot', *FLAGS, *COMMON),
-  *(f'{r}_{side}' for r in ('ra', 'rg') for side in handovers.SIDES.values()),
+  *(f'{r}_{side}' for r in ('ra', 'rg') for side in transfers.SIDES.values()),
 )
 
 
@@ -133,7 +133,7 @@ def build(
     raise ValueError(
       f'schedule {name} needs at least 2 stages a device, got {num_chunks}'
     )
-  shape = orders.Shape(
+  shape = schedules.Shape(
     num_devices, order.chunks or num_chunks, num_microbatches, head == 'vocab'
   )
   return _tabulate(name, order.placement, head, shape, *order.ticks(shape))
@@ -153,8 +153,8 @@ def build_forward(
     raise ValueError(
       f'placement {placement} has {chunks} stages a device, got {num_chunks}'
     )
-  shape = orders.Shape(num_devices, num_chunks, num_microbatches)
-  f = orders.forward(placement, shape)
+  shape = schedules.Shape(num_devices, num_chunks, num_microbatches)
+  f = schedules.forward(placement, shape)
   return _tabulate('forward', placement, 'last', shape, f, np.full_like(f, -1))
 
 
@@ -198,7 +198,7 @@ def bubble(
         padded = np.pad(clock, 1, edge)
         clock = np.max([padded[:-2], clock, padded[2:]], axis=0) + row
     case 'none':
-      where = handovers.places(
+      where = transfers.places(
         schedule.placement, schedule.num_devices, schedule.num_chunks
       )
       done = collections.defaultdict(float)
@@ -234,7 +234,7 @@ def validate(schedule: Schedule) -> None:
     'head': schedule.num_head_slots,
   }
   slots, channels, tenants = [], set(), collections.defaultdict(list)
-  for handed in handovers.handovers(*shape, f, b):
+  for handed in transfers.handovers(*shape, f, b):
     column, at = handed.stored
     slot = int(table[column][at])
     assert 0 <= slot < room[handed.what], (
@@ -270,11 +270,11 @@ def validate(schedule: Schedule) -> None:
   assert channels == {*schedule.channels}, f'channels in use: {channels}'
 
 
-def _order(name: str) -> orders.Order:
-  if name not in orders.ORDERS:
-    known = ', '.join(orders.ORDERS)
+def _order(name: str) -> schedules.Order:
+  if name not in schedules.ORDERS:
+    known = ', '.join(schedules.ORDERS)
     raise ValueError(f'schedule must be one of {known}, got {name!r}')
-  return orders.ORDERS[name]
+  return schedules.ORDERS[name]
 
 
 def _check_sizes(num_devices: int, num_microbatches: int):
@@ -291,7 +291,7 @@ def _tabulate(name, placement, head, shape, f, b) -> Schedule:
 
   So there are as many slots as there are ever handovers at a time.
   """
-  handed = [*handovers.handovers(placement, shape.devices, head, f, b)]
+  handed = [*transfers.handovers(placement, shape.devices, head, f, b)]
   slots = [0] * len(handed)
   free_from = {
     what: [[] for _ in range(shape.devices)] for what in ('act', 'grad', 'head')
@@ -332,7 +332,7 @@ def _fill(placement, num_devices, head, f, b, slots) -> dict[str, np.ndarray]:
     size = (num_ticks,) if column in COMMON else (num_ticks, num_devices)
     table[column] = np.full(size, 0 if column in FLAGS else -1, np.int32)
   last = len(f) - 1
-  where = handovers.places(placement, num_devices, len(f) // num_devices)
+  where = transfers.places(placement, num_devices, len(f) // num_devices)
   for kind, ticks in (('f', f), ('b', b)):
     for s, m in np.argwhere(ticks >= 0).tolist():
       device, chunk = where[s]

@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mhc import schedule as schedule_lib
 from mhc import sharding
-from mhc import slots
+from mhc.pipeline import buffers as buffers_lib
+from mhc.pipeline import table as table_lib
 
 PIPE = sharding.PIPE
 Tree = Any
@@ -74,7 +74,7 @@ class Gradients(NamedTuple):
 
 
 def gradients(
-  schedule: schedule_lib.Schedule,
+  schedule: table_lib.Schedule,
   stages: Stages,
   parts: Parts,
   *,
@@ -93,7 +93,7 @@ def gradients(
   empty = jnp.nan if pollute else 0
 
   def fresh(shapes, *extra):
-    return slots.full(shapes, empty, *extra)
+    return buffers_lib.full(shapes, empty, *extra)
 
   def forward(my, x):
     """F: the stage's output and, for a split head, what the head takes."""
@@ -125,10 +125,10 @@ def gradients(
     return nats, dh, total._replace(shared=_add(total.shared, d_shared))
 
   def split_head(h, hs, row, total):
-    h = slots.from_last(h, schedule)
+    h = buffers_lib.from_last(h, schedule)
     nats, dh, total = head(h, row['h_mb'], total)
-    nats = jnp.where(slots.is_last(schedule), nats, 0)
-    return slots.put(hs, row['h_slot'], dh), _plus(total, nats)
+    nats = jnp.where(buffers_lib.is_last(schedule), nats, 0)
+    return buffers_lib.put(hs, row['h_slot'], dh), _plus(total, nats)
 
   def backward(my, x, incoming, dh, total):
     """B: the gradient of the stage's input; the totals with its share."""
@@ -184,15 +184,18 @@ def gradients(
     return _cond('b', my['b_chunk'] >= 0, run, lambda: (fresh(do.state), total))
 
   def tick(carry, row):
-    my = slots.mine(row)
+    my = buffers_lib.mine(row)
     xs, gs, hs, dx, total = carry
-    arrived = slots.send(dx, 'grad', schedule)
-    gs = slots.store(gs, 'rg', my, dx, arrived, schedule)
+    arrived = buffers_lib.send(dx, 'grad', schedule)
+    gs = buffers_lib.store(gs, 'rg', my, dx, arrived, schedule)
     # Read before the buffer is handed on, or XLA would copy all of it.
-    x_f, x_b = slots.slot(xs, my['f_slot']), slots.slot(xs, my['b_slot'])
+    x_f, x_b = (
+      buffers_lib.slot(xs, my['f_slot']),
+      buffers_lib.slot(xs, my['b_slot']),
+    )
     xs, x_f, x_b = jax.lax.optimization_barrier((xs, x_f, x_b))
     y, h = forward(my, x_f)
-    sent = slots.send(y, 'act', schedule)
+    sent = buffers_lib.send(y, 'act', schedule)
     dh = None
     if schedule.head == 'vocab':
       hs, total = _cond(
@@ -201,15 +204,17 @@ def gradients(
         lambda: split_head(h, hs, row, total),
         lambda: (hs, total),
       )
-      dh = slots.slot(hs, my['b_hslot'])
-    dx, total = backward(my, x_b, slots.slot(gs, my['b_gslot']), dh, total)
-    xs = slots.store(xs, 'ra', my, y, sent, schedule)
+      dh = buffers_lib.slot(hs, my['b_hslot'])
+    dx, total = backward(
+      my, x_b, buffers_lib.slot(gs, my['b_gslot']), dh, total
+    )
+    xs = buffers_lib.store(xs, 'ra', my, y, sent, schedule)
     return (xs, gs, hs, dx, total), None
 
   total = Gradients(
-    slots.full(jax.ShapeDtypeStruct((), jnp.float32), 0),
-    *(slots.full(_wide(tree), 0) for tree in (do.stack[0], do.shared)),
-    slots.full(do.stats, 0, schedule.num_chunks),
+    buffers_lib.full(jax.ShapeDtypeStruct((), jnp.float32), 0),
+    *(buffers_lib.full(_wide(tree), 0) for tree in (do.stack[0], do.shared)),
+    buffers_lib.full(do.stats, 0, schedule.num_chunks),
   )
   buffers = (
     fresh(do.state, max(1, schedule.num_slots)),
@@ -217,14 +222,14 @@ def gradients(
     fresh(do.hidden, max(1, schedule.num_head_slots)),
   )
   carry = (*buffers, fresh(do.state), total)
-  total = jax.lax.scan(tick, carry, slots.rows(schedule))[0][-1]
+  total = jax.lax.scan(tick, carry, buffers_lib.rows(schedule))[0][-1]
   return total._replace(
     blocks=_by_row(total.blocks), stats=_by_row(total.stats)
   )
 
 
 def forward(
-  schedule: schedule_lib.Schedule, stages: Stages, parts: Parts
+  schedule: table_lib.Schedule, stages: Stages, parts: Parts
 ) -> tuple[Float[Array, 'm c'], Tree]:
   """The summed loss of every row, and what the blocks say of it.
 
@@ -240,31 +245,33 @@ def forward(
   num = schedule.num_microbatches
 
   def tick(carry, row):
-    my = slots.mine(row)
+    my = buffers_lib.mine(row)
     xs, hs, kept = carry
-    x = slots.slot(xs, my['f_slot'])
+    x = buffers_lib.slot(xs, my['f_slot'])
 
     def run():
       chunk, index = my['f_chunk'], my['f_mb']
       y, _, stats = do.run(my, 'f', x)
       closed = jax.lax.cond(
-        my['f_last'] == 1, lambda: slots.put(hs, index, do.close(y)), lambda: hs
+        my['f_last'] == 1,
+        lambda: buffers_lib.put(hs, index, do.close(y)),
+        lambda: hs,
       )
       add = lambda kept, one: kept.at[chunk, :, index].set(one)
       return y, closed, jax.tree.map(add, kept, stats)
 
     y, hs, kept = jax.lax.cond(
-      my['f_chunk'] >= 0, run, lambda: (slots.full(do.state, 0), hs, kept)
+      my['f_chunk'] >= 0, run, lambda: (buffers_lib.full(do.state, 0), hs, kept)
     )
-    sent = slots.send(y, 'act', schedule)
-    xs = slots.store(xs, 'ra', my, y, sent, schedule)
+    sent = buffers_lib.send(y, 'act', schedule)
+    xs = buffers_lib.store(xs, 'ra', my, y, sent, schedule)
     return (xs, hs, kept), None
 
   carry = (
-    slots.full(do.state, 0, max(1, schedule.num_slots)),
-    slots.full(do.hidden, 0, num),
+    buffers_lib.full(do.state, 0, max(1, schedule.num_slots)),
+    buffers_lib.full(do.hidden, 0, num),
     jax.tree.map(
-      lambda leaf: slots.full(
+      lambda leaf: buffers_lib.full(
         jax.ShapeDtypeStruct(
           (schedule.num_chunks, leaf.shape[0], num, *leaf.shape[1:]), leaf.dtype
         ),
@@ -273,10 +280,10 @@ def forward(
       do.stats,
     ),
   )
-  (_, hs, kept), _ = jax.lax.scan(tick, carry, slots.rows(schedule))
-  hs = slots.from_last(hs, schedule)
+  (_, hs, kept), _ = jax.lax.scan(tick, carry, buffers_lib.rows(schedule))
+  hs = buffers_lib.from_last(hs, schedule)
   nats = jax.lax.map(
-    lambda index: do.score(do.shared, slots.take(hs, index), index),
+    lambda index: do.score(do.shared, buffers_lib.take(hs, index), index),
     jnp.arange(num),
   )
   return nats, _by_row(kept)
@@ -300,10 +307,12 @@ class _Local:
     self.stats = jax.eval_shape(run, self.state)
 
   def chunk(self, index):
-    return jax.tree.map(lambda leaf: slots.take(leaf, index), self.stack)
+    return jax.tree.map(lambda leaf: buffers_lib.take(leaf, index), self.stack)
 
   def open(self, shared, index):
-    return self.stages.open(shared, slots.take(self.tokens, index)[:, :-1])
+    return self.stages.open(
+      shared, buffers_lib.take(self.tokens, index)[:, :-1]
+    )
 
   def start(self, my, op, x):
     """The input of the F or B at hand: x, or anew from tokens."""
@@ -323,10 +332,12 @@ class _Local:
     return self.stages.close(self.shared, y)
 
   def score(self, shared, h, index):
-    return self.stages.score(shared, h, slots.take(self.tokens, index)[:, 1:])
+    return self.stages.score(
+      shared, h, buffers_lib.take(self.tokens, index)[:, 1:]
+    )
 
 
-def shares(schedule: schedule_lib.Schedule) -> dict[str, float]:
+def shares(schedule: table_lib.Schedule) -> dict[str, float]:
   """How often the branches are taken, by the scope around them.
 
   Of the ticks, by whichever device: a tick is as long as its longest, because

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mhc import config as config_lib
-from mhc import orders
-from mhc import schedule
+from mhc.pipeline import schedules
+from mhc.pipeline import table as table_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Layout:
   num_before: int = 0
   num_devices: int = 1
   num_chunks: int = 1
-  placement: schedule.Placement = 'linear'
+  placement: table_lib.Placement = 'linear'
 
   def __post_init__(self):
     number = self.num_devices * self.num_chunks
@@ -76,7 +76,7 @@ class Layout:
     order = np.full((self.num_devices, self.num_chunks, self.rows), -1)
     for device in range(self.num_devices):
       for chunk in range(self.num_chunks):
-        stage = schedule.stage_of(
+        stage = table_lib.stage_of(
           self.placement, self.num_devices, device, chunk
         )
         size = self.stages[stage]
@@ -113,7 +113,7 @@ def of(model: config_lib.ModelConfig, mesh: config_lib.MeshConfig) -> Layout:
   num_blocks = model.num_moe_blocks or model.num_blocks
   if mesh.pipe == 1:
     return Layout(num_blocks)
-  order = orders.ORDERS[mesh.schedule]
+  order = schedules.ORDERS[mesh.schedule]
   return Layout(
     num_blocks,
     model.num_blocks - num_blocks,

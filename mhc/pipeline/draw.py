@@ -11,7 +11,7 @@ from matplotlib import patches
 from matplotlib.figure import Figure
 import numpy as np
 
-from mhc import schedule as schedule_lib
+from mhc.pipeline import table as table_lib
 
 # Okabe-Ito, readable with colour blindness; one colour a chunk, F in a tint.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00')
@@ -23,7 +23,7 @@ WIDEST = 24.0
 
 
 def draw(
-  schedule: schedule_lib.Schedule, forward: float = 1.0, backward: float = 3.0
+  schedule: table_lib.Schedule, forward: float = 1.0, backward: float = 3.0
 ) -> Figure:
   """Draws F (light) and B (dark) with the number of their microbatch.
 
@@ -78,7 +78,7 @@ def draw(
   axis.set_title(
     f'{schedule.name}: P = {schedule.num_devices}, '
     f'M = {schedule.num_microbatches}, bubble '
-    f'{schedule_lib.bubble(schedule, forward, backward):.1%}',
+    f'{table_lib.bubble(schedule, forward, backward):.1%}',
     fontsize=11,
   )
   figure.legend(
@@ -91,7 +91,7 @@ def draw(
   return figure
 
 
-def save(schedule: schedule_lib.Schedule, path: pathlib.Path) -> None:
+def save(schedule: table_lib.Schedule, path: pathlib.Path) -> None:
   """Writes the picture to a PNG file."""
   draw(schedule).savefig(path, dpi=110)
 
