@@ -29,9 +29,9 @@ from mhc import config as config_lib
 from mhc import counts
 from mhc import plan as plan_lib
 from mhc import plan_table
-from mhc import sharding
 from mhc import suggest
 from mhc.kernels import chips
+from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import draw
 from mhc.pipeline import table as table_lib
 
@@ -84,7 +84,7 @@ def main():
 def _draw(mesh):
   pipe = mesh.pipe
   number = MICROBATCHES.value or 2 * mesh.chunks * pipe
-  drawn = sharding.schedule_of(mesh, number)
+  drawn = mesh_lib.schedule_of(mesh, number)
   draw.save(drawn, DRAW.value)
   print(
     f'{mesh.schedule}, {pipe} devices, {number} microbatches: '

@@ -48,13 +48,13 @@ import command_line
 from mhc import config
 from mhc import connections
 from mhc import manifold
-from mhc import memory
-from mhc import sharding
 from mhc import step
 from mhc.kernels import measure
 from mhc.kernels import schedule
 from mhc.kernels import shapes
 from mhc.model import recompute
+from mhc.parallel import memory
+from mhc.parallel import mesh as mesh_lib
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a row.')
 TOKENS = flags.DEFINE_integer('tokens', 4096, 'Tokens.', lower_bound=1)
@@ -311,8 +311,8 @@ def _step_times(guarded, free):
   shape = (free.data.batch_size, free.data.seq_len + 1)
   batch = rng.integers(0, 256, shape, np.int32)
   mesh = made[1].mesh
-  tokens = sharding.place(batch, mesh, sharding.BATCH)
-  row = sharding.place(batch[:1, :-1], mesh, sharding.WHOLE)
+  tokens = mesh_lib.place(batch, mesh, mesh_lib.BATCH)
+  row = mesh_lib.place(batch[:1, :-1], mesh, mesh_lib.WHOLE)
   samples = [], [], []
   for number in range(ROUNDS.value + 2):
     for which in range(3):

@@ -8,9 +8,9 @@ and one of the two vocabulary matrices.
 from flax import nnx
 
 from mhc import config as config_lib
-from mhc import memory
-from mhc import sharding
 from mhc.model import transformer
+from mhc.parallel import memory
+from mhc.parallel import mesh as mesh_lib
 
 
 def count(
@@ -38,7 +38,7 @@ def count(
 
   idle = 0
   if config.moe.num_experts:
-    routed = total(lambda path: sharding.EXPERT in sharding.spec(path))
+    routed = total(lambda path: mesh_lib.EXPERT in mesh_lib.spec(path))
     share = config.moe.num_experts - config.moe.experts_per_token
     idle = routed * share // config.moe.num_experts
   everything = total(lambda path: True)

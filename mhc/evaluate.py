@@ -10,9 +10,9 @@ import numpy as np
 from mhc import checkpoint
 from mhc import data
 from mhc import folder
-from mhc import sharding
 from mhc import step as step_lib
 from mhc import tokenizer as tokenizer_lib
+from mhc.parallel import mesh as mesh_lib
 
 # Rows are scored in batches this many times the training batch.
 BATCHES = 4
@@ -37,7 +37,7 @@ def evaluate(
     batch = rows[start : start + size]
     missing = size - len(batch)
     padded = np.pad(batch, ((0, missing), (0, 0)))
-    tokens = sharding.place(padded, programs.mesh, sharding.BATCH)
+    tokens = mesh_lib.place(padded, programs.mesh, mesh_lib.BATCH)
     scores = jax.device_get(programs.row_nats(state, tokens))
     nats += float(scores[: len(batch)].sum(dtype=np.float64))
   targets = rows[:, 1:]

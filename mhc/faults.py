@@ -56,8 +56,8 @@ def fill(folder: pathlib.Path) -> pathlib.Path:
 
 def nan():
   """See above."""
-  from mhc import loss
-  from mhc import sharding
+  from mhc.parallel import loss
+  from mhc.parallel import mesh as mesh_lib
 
   def poisoned(build):
     def built(*args, **kwargs):
@@ -66,7 +66,7 @@ def nan():
       def loss_and_grads(params, router_bias, tokens):
         nats, grads, load = local.loss_and_grads(params, router_bias, tokens)
         found = jnp.sum(tokens == 1, dtype=jnp.int32)
-        found = jax.lax.psum(found, (sharding.DATA, sharding.EXPERT))
+        found = jax.lax.psum(found, (mesh_lib.DATA, mesh_lib.EXPERT))
         factor = jnp.where(found > 0, jnp.nan, 1.0)
         scaled = functools.partial(jnp.multiply, factor)
         return scaled(nats), jax.tree.map(scaled, grads), load

@@ -58,10 +58,10 @@ from safetensors import numpy as safetensors_numpy
 from mhc import checkpoint
 from mhc import config as config_lib
 from mhc import folder as folder_lib
-from mhc import sharding
 from mhc import step
 from mhc.config import dicts
 from mhc.model import transformer
+from mhc.parallel import mesh as mesh_lib
 from mhc.runtime import files as files_lib
 
 INDEX = 'model.safetensors.index.json'
@@ -292,7 +292,7 @@ def _restore(workdir, config):
     },
   )
   host = jax.local_devices(backend='cpu')[:1]
-  mesh = sharding.make_mesh(config.mesh, config.data, host)
+  mesh = mesh_lib.make_mesh(config.mesh, config.data, host)
   abstract = step.functions(config, mesh).canonical_state
   return checkpoint.restore(workdir, abstract)._replace(opt_state=None)
 
@@ -316,7 +316,7 @@ def _parts(config: config_lib.ModelConfig) -> list[Part]:
   first = {'dense_blocks': 0, 'moe_blocks': num_dense, 'router_bias': num_dense}
   numbered = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(_abstract(config)):
-    path = sharding.names(path)
+    path = mesh_lib.names(path)
     if path[0] not in first:
       numbered += [(-1, p) for p in _named(path, path, leaf.shape, config)]
       continue

@@ -28,8 +28,8 @@ from mhc import config as config_lib
 from mhc import data
 from mhc import evaluate
 from mhc import guards as guards_lib
-from mhc import sharding
 from mhc import step as step_lib
+from mhc.parallel import mesh as mesh_lib
 from mhc.runtime import files
 from mhc.runtime import multihost
 from mhc.runtime import preemption
@@ -158,7 +158,7 @@ class Loop:
     batch = next(self._batches)
     limit, mesh = self._guards.loss_limit(), self._programs.mesh
     self._step += 1
-    tokens = sharding.place(batch, mesh, sharding.BATCH)
+    tokens = mesh_lib.place(batch, mesh, mesh_lib.BATCH)
     known = (limit if skips else math.inf, self._guards.memory.rate)
     if known != self._known:
       self._known = known
@@ -205,7 +205,7 @@ class Loop:
   def _probed(self, values) -> list[guards_lib.Event]:
     """Adds what a probe measures to the values of the step."""
     row = self._heldout[:1, :-1]
-    row = sharding.place(row, self._programs.mesh, sharding.WHOLE)
+    row = mesh_lib.place(row, self._programs.mesh, mesh_lib.WHOLE)
     profile = jax.device_get(self._programs.probe(self._state, row))
     if 'probes' in self._sinks:
       self._sinks['probes'].write(self._step, profile)

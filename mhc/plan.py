@@ -23,16 +23,16 @@ from jax.sharding import Mesh
 
 from mhc import config as config_lib
 from mhc import counts
-from mhc import fsdp
 from mhc import gpus
 from mhc import hlo
-from mhc import memory
-from mhc import sharding
 from mhc import step
 from mhc import traffic
 from mhc.config import dicts
 from mhc.kernels import chips
 from mhc.model import expert_parallel
+from mhc.parallel import fsdp
+from mhc.parallel import memory
+from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import executor
 from mhc.pipeline import table as table_lib
 
@@ -93,7 +93,7 @@ def make(config: config_lib.Config, topology: str) -> Plan:
   Raises:
     ValueError: an unknown topology, or a batch that it cannot share.
   """
-  mesh = sharding.make_mesh(config.mesh, config.data, devices(topology))
+  mesh = mesh_lib.make_mesh(config.mesh, config.data, devices(topology))
   functions = step.functions(config, mesh)
   start = time.perf_counter()
   lowered = functions.lower()
@@ -108,12 +108,12 @@ def make(config: config_lib.Config, topology: str) -> Plan:
   name = topology.partition(':')[0]
   chip, gpu = chips.CHIPS.get(name), gpus.GPUS.get(name)
   hbm = (chip or gpu).hbm if chip or gpu else None
-  number = sharding.num_microbatches(
+  number = mesh_lib.num_microbatches(
     config.mesh, config.data, mesh.size // config.mesh.pipe
   )
   schedule = None
   if config.mesh.pipe > 1:
-    schedule = sharding.schedule_of(config.mesh, number)
+    schedule = mesh_lib.schedule_of(config.mesh, number)
   plan = {
     'topology': topology,
     'devices': mesh.size,
@@ -204,8 +204,8 @@ def categories(
     whole = gradients = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
       size = math.prod(leaf.sharding.shard_shape(leaf.shape))
-      if sharding.DATA in leaf.sharding.spec:
-        size *= mesh.shape[sharding.DATA]
+      if mesh_lib.DATA in leaf.sharding.spec:
+        size *= mesh.shape[mesh_lib.DATA]
       whole += size * fsdp.used_dtype(path, config.model.dtype).itemsize
       gradients += 4 * size
     stages = memory.predicted(config, mesh.size)['stages']

@@ -19,10 +19,10 @@ import numpy as np
 from mhc import checkpoint
 from mhc import config as config_lib
 from mhc import folder
-from mhc import sharding
 from mhc import step
 from mhc import tokenizer as tokenizer_lib
 from mhc.model import transformer
+from mhc.parallel import mesh as mesh_lib
 
 
 def choose(
@@ -128,7 +128,7 @@ def restore(
     mesh=config_lib.MeshConfig(num_devices=1),
     data=dataclasses.replace(config.data, microbatch_size=0),
   )
-  mesh = sharding.make_mesh(config.mesh, config.data)
+  mesh = mesh_lib.make_mesh(config.mesh, config.data)
   state = checkpoint.restore(
     workdir, step.functions(config, mesh).canonical_state
   )

@@ -22,13 +22,13 @@ import optax
 from mhc import compiler
 from mhc import config as config_lib
 from mhc import gains
-from mhc import loss
 from mhc import optimizer as optimizer_lib
-from mhc import sharding
 from mhc.kernels import api
 from mhc.kernels import chips
 from mhc.model import moe
 from mhc.model import transformer
+from mhc.parallel import loss
+from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import stage_layout
 
 Params = dict[str, Any]  # nested; leaves are float32 arrays
@@ -145,7 +145,7 @@ class Programs:
   def controls(self, loss_limit=math.inf, rate=1.0) -> Controls:
     """On the devices; by default of a step that nothing holds back."""
     both = Controls(np.float32(loss_limit), np.float32(rate))
-    return sharding.place(both, self.mesh, sharding.WHOLE)
+    return mesh_lib.place(both, self.mesh, mesh_lib.WHOLE)
 
   @functools.cached_property
   def row_nats(self) -> Callable:
@@ -158,7 +158,7 @@ class Programs:
   @property
   def _everywhere(self):
     """So that every process can read it."""
-    return NamedSharding(self.mesh, sharding.WHOLE)
+    return NamedSharding(self.mesh, mesh_lib.WHOLE)
 
   @property
   def memory(self):
@@ -188,7 +188,7 @@ def _skips(policy):
 
 @functools.lru_cache(maxsize=8)
 def _build(config):
-  mesh = sharding.make_mesh(config.mesh, config.data)
+  mesh = mesh_lib.make_mesh(config.mesh, config.data)
   options = compiler_options(config, mesh)
   return Programs(mesh, functions(config, mesh), options)
 
@@ -243,14 +243,14 @@ def functions(
     )
 
   def specs(tree):
-    return sharding.specs(tree, mesh, model.stack, config.mesh.head)
+    return mesh_lib.specs(tree, mesh, model.stack, config.mesh.head)
 
   def rows(reorder):
     """A function of states that reorders every leaf of the stack."""
 
     def leaf(path, x):
-      names = sharding.names(path)
-      stacked = sharding.spec(names, model.stack)[:1] == (sharding.PIPE,)
+      names = mesh_lib.names(path)
+      stacked = mesh_lib.spec(names, model.stack)[:1] == (mesh_lib.PIPE,)
       return reorder(x) if stacked else x
 
     return functools.partial(jax.tree_util.tree_map_with_path, leaf)
@@ -284,18 +284,18 @@ def functions(
   )
   loss_and_grads = over_devices(
     local.loss_and_grads,
-    in_specs=(param_specs, bias_spec, sharding.BATCH),
-    out_specs=(sharding.WHOLE, param_specs, sharding.ROWS),
+    in_specs=(param_specs, bias_spec, mesh_lib.BATCH),
+    out_specs=(mesh_lib.WHOLE, param_specs, mesh_lib.ROWS),
   )
   row_nats = over_devices(
     local.row_nats,
-    in_specs=(param_specs, bias_spec, sharding.BATCH),
-    out_specs=sharding.BATCH,
+    in_specs=(param_specs, bias_spec, mesh_lib.BATCH),
+    out_specs=mesh_lib.BATCH,
   )
   sites = over_devices(
     local.sites,
-    in_specs=(param_specs, bias_spec, sharding.WHOLE),
-    out_specs=(sharding.ROWS, sharding.WHOLE),
+    in_specs=(param_specs, bias_spec, mesh_lib.WHOLE),
+    out_specs=(mesh_lib.ROWS, mesh_lib.WHOLE),
   )
 
   def refused(nats, norm, controls):
@@ -355,13 +355,13 @@ def functions(
     abstract_tokens=jax.ShapeDtypeStruct(
       (config.data.batch_size, config.data.seq_len + 1),
       jnp.int32,
-      sharding=NamedSharding(mesh, sharding.BATCH),
+      sharding=NamedSharding(mesh, mesh_lib.BATCH),
     ),
     abstract_controls=Controls(
       *2
       * [
         jax.ShapeDtypeStruct(
-          (), jnp.float32, sharding=NamedSharding(mesh, sharding.WHOLE)
+          (), jnp.float32, sharding=NamedSharding(mesh, mesh_lib.WHOLE)
         )
       ]
     ),

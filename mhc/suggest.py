@@ -26,12 +26,12 @@ from typing import Any, NamedTuple, get_args
 
 from mhc import config as config_lib
 from mhc import counts
-from mhc import memory
-from mhc import sharding
 from mhc.config import dicts
 from mhc.kernels import chips
 from mhc.model import expert_parallel
 from mhc.model import recompute
+from mhc.parallel import memory
+from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import table as table_lib
 
 # Of the peak: what compiled steps of the paper's models reach in a tick.
@@ -131,7 +131,7 @@ def _candidates(config, num_devices) -> Iterator:
       }
     try:
       candidate = dicts.replace(config, **_nested(settings))
-      sharding.num_microbatches(
+      mesh_lib.num_microbatches(
         candidate.mesh, candidate.data, num_devices // pipe
       )
       if candidate.data.batch_size % (num_devices // pipe):
@@ -149,7 +149,7 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   split = num_devices // (pipe * expert)  # over `data`
   wire = 2 if model.dtype == 'bfloat16' else 4
   links = chip.link * chip.links
-  number = sharding.num_microbatches(mesh, data, num_devices // pipe)
+  number = mesh_lib.num_microbatches(mesh, data, num_devices // pipe)
 
   whole = routed / (pipe * expert) + (count['total_params'] - routed) / pipe
   kept = 12 * whole / split
@@ -164,7 +164,7 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   compute /= EFFICIENCY * chip.flops * num_devices
   bubble = 0.0
   if pipe > 1:
-    bubble = table_lib.bubble(sharding.schedule_of(mesh, number))
+    bubble = table_lib.bubble(mesh_lib.schedule_of(mesh, number))
 
   experts = 0.0
   if expert > 1 and mesh.parts == 1:

@@ -18,11 +18,11 @@ from mhc import config as config_lib
 from mhc import data
 from mhc import folder
 from mhc import loop
-from mhc import memory
-from mhc import sharding
 from mhc import step as step_lib
 from mhc.config import dicts
 from mhc.model import recompute
+from mhc.parallel import memory
+from mhc.parallel import mesh as mesh_lib
 from mhc.runtime import files
 from mhc.runtime import multihost
 from mhc.runtime import preemption
@@ -53,7 +53,7 @@ def train(
     heldout = data.heldout_rows(
       corpus, config.data.seq_len, config.eval_sequences, vocab_size
     )
-    mesh = sharding.make_mesh(config.mesh, config.data)
+    mesh = mesh_lib.make_mesh(config.mesh, config.data)
     step_lib.check(config, mesh)
     memory.check(config, mesh)
   multihost.check_same(

@@ -55,11 +55,11 @@ import numpy as np
 from mhc import checkpoint
 from mhc import config as config_lib
 from mhc import data
-from mhc import memory
-from mhc import sharding
 from mhc import step
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
+from mhc.parallel import memory
+from mhc.parallel import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SECONDS = 60
@@ -439,7 +439,7 @@ class Runner:
     heldout = data.heldout_rows(
       corpus, config.data.seq_len, config.eval_sequences, vocab_size
     )
-    mesh = sharding.make_mesh(config.mesh, config.data)
+    mesh = mesh_lib.make_mesh(config.mesh, config.data)
     step.check(config, mesh)
     memory.check(config, mesh)
     next(batches)
@@ -458,7 +458,7 @@ class Runner:
         optimizer=config.optimizer,
         guards=config.guards,
       )
-      mesh = sharding.make_mesh(config.mesh, config.data)
+      mesh = mesh_lib.make_mesh(config.mesh, config.data)
     programs = step.build(config)
     if self._is_large(config, programs):
       return 'not tried'
@@ -473,10 +473,10 @@ class Runner:
       step._build.cache_clear()
       jax.clear_caches()
     with jax.transfer_guard('allow'):
-      tokens = sharding.place(batch, mesh, sharding.BATCH)
+      tokens = mesh_lib.place(batch, mesh, mesh_lib.BATCH)
       state = programs.init(config.seed)
       jax.eval_shape(programs.row_nats, state, tokens)
-      row = sharding.place(heldout[:1, :-1], mesh, sharding.WHOLE)
+      row = mesh_lib.place(heldout[:1, :-1], mesh, mesh_lib.WHOLE)
       jax.eval_shape(programs.probe, state, row)
       state, metrics = programs.train_step(state, tokens, programs.controls())
       loss = float(metrics['loss/train'])

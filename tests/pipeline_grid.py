@@ -33,8 +33,8 @@ if __name__ == '__main__' and '--x64' in sys.argv:
   jnp.float32 = jnp.float64
 
 from mhc import config as config_lib
-from mhc import sharding
 from mhc import step
+from mhc.parallel import mesh as mesh_lib
 
 ROWS, TIME = 16, 6
 KINDS = ('residual', 'hc', 'mhc', 'mhc_single_pass')
@@ -119,7 +119,7 @@ def config(
 
 def gradient(settings: config_lib.Config) -> dict:
   """Loss, gradient and loads of generic parameters, in order of depth."""
-  mesh = sharding.make_mesh(settings.mesh, settings.data)
+  mesh = mesh_lib.make_mesh(settings.mesh, settings.data)
   functions = step.functions(settings, mesh, pollute=True)
   rng = np.random.default_rng(0)
 

@@ -7,17 +7,17 @@ import numpy as np
 import optax
 
 from mhc import axes
-from mhc import fsdp
-from mhc import sharding
-from mhc import vocabulary
+from mhc.parallel import fsdp
+from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import vocab_parallel
 
 
 def mesh_of(**sizes):
-  shape = [sizes.get(axis, 1) for axis in sharding.AXES]
+  shape = [sizes.get(axis, 1) for axis in mesh_lib.AXES]
   number = int(np.prod(shape))
   return jax.make_mesh(
     tuple(shape),
-    sharding.AXES,
+    mesh_lib.AXES,
     axis_types=(jax.sharding.AxisType.Auto,) * 3,
     devices=jax.devices()[:number],
   )
@@ -45,7 +45,7 @@ def test_gradients_of_gathered_matrices_are_summed_in_float32():
       assert whole['a']['weight'].shape == (6, 8)
       return loss(whole, x)
 
-    grads = jax.grad(gathered)(sharding.varying(params))
+    grads = jax.grad(gathered)(mesh_lib.varying(params))
     return jax.tree.map(fsdp.over_others, grads, specs)
 
   got = jax.jit(
@@ -67,7 +67,7 @@ def test_scatter_gives_each_device_its_part_of_the_sum():
   values = {'weight': jnp.arange(8.0), 'gain': jnp.arange(3.0)}
 
   def local(values):
-    values = sharding.varying(values)
+    values = mesh_lib.varying(values)
     number = jax.lax.axis_index('data').astype(jnp.float32)
     return fsdp.scatter(jax.tree.map(lambda v: v * number, values), specs)
 
@@ -108,12 +108,12 @@ def test_the_cross_entropy_of_a_split_vocabulary():
 
   def split(h, weight):
     def local(h, weight, targets, g):
-      args = sharding.varying((h, weight))
+      args = mesh_lib.varying((h, weight))
       nats, pull = jax.vjp(
-        lambda *a: vocabulary.cross_entropy(*a, targets), *args
+        lambda *a: vocab_parallel.cross_entropy(*a, targets), *args
       )
-      dh, dw = pull(sharding.varying(g))
-      same = lambda x: jax.lax.pmean(x, sharding.AXES)
+      dh, dw = pull(mesh_lib.varying(g))
+      same = lambda x: jax.lax.pmean(x, mesh_lib.AXES)
       return same(nats), same(dh), fsdp.over_others(dw, P(None, 'pipe'))
 
     return jax.shard_map(

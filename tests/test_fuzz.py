@@ -7,9 +7,9 @@ import jax
 import pytest
 
 from mhc import config
-from mhc import memory
-from mhc import sharding
 from mhc.config import dicts
+from mhc.parallel import memory
+from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import stage_layout
 
 # ml_collections loads a config file by what Python will do without.
@@ -91,7 +91,7 @@ def test_what_devices_cannot_hold_is_refused(name, value, message):
 )
 def test_what_cannot_fit_is_refused_before_any_work(changes):
   settings = made(**changes)
-  mesh = sharding.make_mesh(settings.mesh, settings.data)
+  mesh = mesh_lib.make_mesh(settings.mesh, settings.data)
   with pytest.raises(ValueError, match='GiB for parameters') as refusal:
     memory.check(settings, mesh)
   sizes = {k: v for k, v in changes.items() if isinstance(v, int)}
@@ -101,7 +101,7 @@ def test_what_cannot_fit_is_refused_before_any_work(changes):
 
 def test_what_fits_or_nobody_knows_passes(monkeypatch):
   settings = made()
-  mesh = sharding.make_mesh(settings.mesh, settings.data)
+  mesh = mesh_lib.make_mesh(settings.mesh, settings.data)
   memory.check(settings, mesh)
   large = made(**{'model.num_blocks': 10**9})
   monkeypatch.setattr(jax, 'local_devices', lambda: [])
@@ -112,7 +112,7 @@ def test_a_pipeline_of_more_microbatches_than_its_table_holds():
   settings = made(**fuzz.PIPE, **{'data.batch_size': 10**9})
   message = 'batch_size=1000000000.*microbatch_size=4 .* are 250000000 micro'
   with pytest.raises(ValueError, match=message):
-    sharding.make_mesh(settings.mesh, settings.data)
+    mesh_lib.make_mesh(settings.mesh, settings.data)
 
 
 def test_more_stages_than_there_is_memory_for():

@@ -14,10 +14,10 @@ from mhc import config as config_lib
 from mhc import data
 from mhc import guards
 from mhc import loop
-from mhc import sharding
 from mhc import step
 from mhc import train
 from mhc.config import dicts
+from mhc.parallel import mesh as mesh_lib
 from mhc.runtime import files
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
@@ -204,7 +204,7 @@ def test_a_step_is_skipped_on_the_device(text):
   batch = next(
     data.train_batches(data.load(text), config.data, 0, config.model.vocab_size)
   )
-  tokens = sharding.place(batch, programs.mesh, sharding.BATCH)
+  tokens = mesh_lib.place(batch, programs.mesh, mesh_lib.BATCH)
   for factor, limit in ((math.nan, math.inf), (1.0, 1.0)):
     state = programs.init(0)
     state.params['norm']['gain'] *= factor

@@ -23,11 +23,11 @@ from mhc import config
 from mhc import folder
 from mhc import hyper
 from mhc import interop
-from mhc import sharding
 from mhc import step
 from mhc import streams
 from mhc.config import dicts
 from mhc.model import transformer
+from mhc.parallel import mesh as mesh_lib
 
 EPS, DIM, TOKENS = 1e-6, 6, 3
 DENSE = config.ModelConfig(
@@ -260,7 +260,7 @@ def test_round_trips_of_a_layer_and_a_head_are_exact(n):
 
 def same(got, want):
   got, want = (
-    {sharding.names(p): leaf for p, leaf in leaves}
+    {mesh_lib.names(p): leaf for p, leaf in leaves}
     for leaves in map(jax.tree_util.tree_leaves_with_path, (got, want))
   )
   assert set(got) == set(want)
@@ -273,7 +273,7 @@ def same(got, want):
 def random_state(model, seed=0):
   """Of a run of `model`, every number another."""
   settings = config.Config(model=model, mesh=config.MeshConfig(num_devices=1))
-  mesh = sharding.make_mesh(settings.mesh, settings.data)
+  mesh = mesh_lib.make_mesh(settings.mesh, settings.data)
   abstract = step.functions(settings, mesh).canonical_state
   rng = np.random.default_rng(seed)
 
@@ -316,7 +316,7 @@ def test_a_models_connections_travel(model, names):
     lambda path, ours, theirs: (
       ours
       if {'collapse', 'attention_connection', 'ffn_connection'}
-      & set(sharding.names(path))
+      & set(mesh_lib.names(path))
       else theirs
     ),
     state.params,

@@ -12,7 +12,6 @@ import pytest
 
 from mhc import config
 from mhc import plan
-from mhc import sharding
 from mhc import step
 from mhc.kernels import api
 from mhc.kernels import chips
@@ -24,6 +23,7 @@ from mhc.kernels.pallas import launch
 from mhc.kernels.pallas import sinkhorn
 from mhc.kernels.pallas import specs
 from mhc.kernels.pallas import tiling
+from mhc.parallel import mesh as mesh_lib
 
 
 def exact(function, arguments, cotangent):
@@ -265,7 +265,7 @@ def test_a_training_step_for_a_tpu_calls_the_kernels(optax_promotion):
     ),
     data=config.DataConfig(seq_len=128, batch_size=4),
   )
-  mesh = sharding.make_mesh(
+  mesh = mesh_lib.make_mesh(
     settings.mesh, settings.data, plan.devices('v5e:2x2')
   )
   lowered = step.functions(settings, mesh).lower()

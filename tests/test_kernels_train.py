@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mhc import config
-from mhc import sharding
 from mhc import step
 from mhc.kernels.pallas import tiling
+from mhc.parallel import mesh as mesh_lib
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -38,7 +38,7 @@ def losses(implementation):
   found = []
   for seed in range(3):
     tokens = np.random.default_rng(seed).integers(0, 256, (4, 13), np.int32)
-    tokens = sharding.place(tokens, programs.mesh, sharding.BATCH)
+    tokens = mesh_lib.place(tokens, programs.mesh, mesh_lib.BATCH)
     state, metrics = programs.train_step(state, tokens, programs.controls())
     found.append(float(metrics['loss/train']))
   return found

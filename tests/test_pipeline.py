@@ -11,8 +11,8 @@ import pytest
 from mhc import config
 from mhc import hlo
 from mhc import plan
-from mhc import sharding
 from mhc import step
+from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import buffers
 from mhc.pipeline import executor
 from mhc.pipeline import table as table_lib
@@ -56,8 +56,8 @@ def test_losses_and_mappings_are_those_of_one_device():
       np.testing.assert_array_equal(a, b)
     rng = np.random.default_rng(1)
     rows = rng.integers(0, 256, (2 * grid.ROWS, grid.TIME + 1), np.int32)
-    tokens = sharding.place(rows, programs.mesh, sharding.BATCH)
-    one = sharding.place(rows[:1, :-1], programs.mesh, sharding.WHOLE)
+    tokens = mesh_lib.place(rows, programs.mesh, mesh_lib.BATCH)
+    one = mesh_lib.place(rows[:1, :-1], programs.mesh, mesh_lib.WHOLE)
     profile = programs.probe(state, one)
     results.append(
       jax.device_get(
@@ -78,7 +78,7 @@ def compiled(name, number, pipe=2):
   settings = dataclasses.replace(
     settings, data=dataclasses.replace(settings.data, batch_size=number)
   )
-  mesh = sharding.make_mesh(settings.mesh, settings.data)
+  mesh = mesh_lib.make_mesh(settings.mesh, settings.data)
   functions = step.functions(settings, mesh)
   state = functions.abstract_state
   lowered = jax.jit(functions.loss_and_grads).lower(
@@ -122,7 +122,7 @@ def test_transfers_between_stages_are_hidden_on_a_tpu():
   """A whole branch, F or B, is between the start and the end of each."""
   case = grid.Case('mhc', False, (1, 4, 1), 'interleaved')
   settings = grid.config(case)
-  mesh = sharding.make_mesh(
+  mesh = mesh_lib.make_mesh(
     settings.mesh, settings.data, plan.devices('v5p:2x2x1')
   )
   functions = step.functions(settings, mesh)
@@ -188,7 +188,7 @@ def test_meshes_that_do_not_fit(mesh, data, message):
       mesh=config.MeshConfig(**mesh),
       data=dataclasses.replace(base.data, **data),
     )
-    step.functions(settings, sharding.make_mesh(settings.mesh, settings.data))
+    step.functions(settings, mesh_lib.make_mesh(settings.mesh, settings.data))
 
   with pytest.raises(ValueError, match=message):
     make()

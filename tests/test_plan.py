@@ -10,10 +10,10 @@ from mhc import config
 from mhc import hlo
 from mhc import plan
 from mhc import plan_table
-from mhc import sharding
 from mhc import step
 from mhc import suggest
 from mhc.config import presets
+from mhc.parallel import mesh as mesh_lib
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -116,14 +116,14 @@ def test_suggestions_fit_and_are_sorted():
 
 def test_the_compiler_is_told_what_hides_transfers():
   """But not where somebody does not want it, or there is nothing to send."""
-  mesh = sharding.make_mesh(TINY.mesh, TINY.data, plan.devices('v5p:2x2x1'))
+  mesh = mesh_lib.make_mesh(TINY.mesh, TINY.data, plan.devices('v5p:2x2x1'))
   told = step.compiler_options(TINY, mesh)
   assert told == compiler.options('v5p', ahead=True)
   assert set(compiler.AHEAD) < set(told)
   assert not set(compiler.AHEAD) & set(compiler.options('v5p', ahead=False))
   without = dataclasses.replace(TINY, mesh=config.MeshConfig(overlap=False))
   assert step.compiler_options(without, mesh) == {}
-  one = sharding.make_mesh(
+  one = mesh_lib.make_mesh(
     config.MeshConfig(num_devices=1), TINY.data, plan.devices('v5p:2x2x1')
   )
   assert step.compiler_options(TINY, one) == {}

@@ -9,8 +9,8 @@ import pytest
 
 from mhc import config
 from mhc import precision
-from mhc import sharding
 from mhc import step
+from mhc.parallel import mesh as mesh_lib
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -35,7 +35,7 @@ SETTINGS = config.Config(
 
 @pytest.fixture(scope='module')
 def traced():
-  mesh = sharding.make_mesh(SETTINGS.mesh, SETTINGS.data)
+  mesh = mesh_lib.make_mesh(SETTINGS.mesh, SETTINGS.data)
   functions = step.functions(SETTINGS, mesh)
   with jax.numpy_dtype_promotion('standard'):
     jaxpr = jax.make_jaxpr(functions.train_step)(

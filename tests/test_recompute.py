@@ -7,8 +7,8 @@ import math
 import pytest
 
 from mhc import config
-from mhc import memory
 from mhc.model import recompute
+from mhc.parallel import memory
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ import pytest
 import tiny
 
 from mhc import config
-from mhc import loss
-from mhc import memory
-from mhc import sharding
 from mhc import step
+from mhc.parallel import loss
+from mhc.parallel import memory
+from mhc.parallel import mesh as mesh_lib
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -30,7 +30,7 @@ TINY = config.Config(
 
 def batch(programs, seed=0):
   tokens = np.random.default_rng(seed).integers(0, 256, (8, 13), np.int32)
-  return sharding.place(tokens, programs.mesh, sharding.BATCH)
+  return mesh_lib.place(tokens, programs.mesh, mesh_lib.BATCH)
 
 
 def trained(num_devices, kind):
@@ -125,14 +125,14 @@ def test_matrices_and_their_moments_are_split_over_data():
   )
   state = step.build(settings).abstract_state
   whole = {
-    sharding.names(path)[-1]
+    mesh_lib.names(path)[-1]
     for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    if sharding.DATA not in leaf.sharding.spec
+    if mesh_lib.DATA not in leaf.sharding.spec
   }
   # With Adam's count and the two counters of steps.
   assert whole == {'alpha', 'bias', 'gain', 'count', 'step', 'router_bias'}
   gate = state.opt_state[1][0].mu['moe_blocks']['ffn']['gate']
-  assert gate.sharding.spec == sharding.P('pipe', 'expert', 'data')
+  assert gate.sharding.spec == mesh_lib.P('pipe', 'expert', 'data')
 
 
 def test_loss_and_gradient_are_those_of_the_network_alone():
@@ -196,7 +196,7 @@ def test_the_mesh_takes_the_devices_that_divide_the_batch():
     data = config.DataConfig(
       batch_size=batch_size, microbatch_size=microbatch_size
     )
-    return sharding.make_mesh(config.MeshConfig(num_devices), data)
+    return mesh_lib.make_mesh(config.MeshConfig(num_devices), data)
 
   assert mesh(0, 8).size == 8
   assert mesh(0, 12).size == 6

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from mhc import sharding
+from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import transfers
 
-PIPE = sharding.PIPE
+PIPE = mesh_lib.PIPE
 
 
 def rows(schedule):
@@ -26,7 +26,7 @@ def mine(row):
 def from_last(tree, schedule):
   """What the last stage's device has, on every device."""
   here = is_last(schedule)
-  return sharding.varying(
+  return mesh_lib.varying(
     jax.tree.map(
       lambda leaf: jax.lax.psum(jnp.where(here, leaf, 0), PIPE), tree
     )
@@ -86,7 +86,7 @@ def take(leaf, index):
 
 def full(shapes, value, *extra):
   """Arrays of one value, with the dimensions `extra` in front."""
-  return sharding.varying(
+  return mesh_lib.varying(
     jax.tree.map(
       lambda leaf: jnp.full((*extra, *leaf.shape), value, leaf.dtype), shapes
     )

@@ -29,11 +29,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mhc import sharding
+from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import buffers as buffers_lib
 from mhc.pipeline import table as table_lib
 
-PIPE = sharding.PIPE
+PIPE = mesh_lib.PIPE
 Tree = Any
 
 
@@ -293,7 +293,7 @@ class _Local:
   """The stages' functions on one device's parts, all varying over all axes."""
 
   def __init__(self, schedule, stages, parts):
-    parts = sharding.varying(parts)
+    parts = mesh_lib.varying(parts)
     self.stages = stages
     self.stack = jax.tree.map(
       lambda leaf: leaf.reshape(schedule.num_chunks, -1, *leaf.shape[1:]),

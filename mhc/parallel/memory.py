@@ -26,10 +26,10 @@ from jax.sharding import Mesh
 import optax
 
 from mhc import config as config_lib
-from mhc import sharding
 from mhc.config import dicts
 from mhc.model import recompute
 from mhc.model import transformer
+from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import stage_layout
 from mhc.pipeline import table as table_lib
 
@@ -90,8 +90,8 @@ def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
   else:
     stages = stage_layout.of(model, mesh)
     kinds = activations(model, stages.rows)
-    number = sharding.num_microbatches(mesh, data, ways)
-    table = sharding.schedule_of(mesh, number)
+    number = mesh_lib.num_microbatches(mesh, data, ways)
+    table = mesh_lib.schedule_of(mesh, number)
     size = 2 if model.dtype == 'bfloat16' else 4
     state = size * model.connection.streams * model.dim
     kinds['stages'] = table_lib.peak_states(table) * state
@@ -150,8 +150,8 @@ def _state(config, mesh):
   copies = 3 if config.optimizer.name == 'muon' else 4
 
   def leaf(path, shape):
-    names = sharding.names(path)
-    axes = sharding.spec(names, model.stack, config.mesh.head)
+    names = mesh_lib.names(path)
+    axes = mesh_lib.spec(names, model.stack, config.mesh.head)
     ways = math.prod(mesh.shape[axis] for axis in axes if axis)
     return math.prod(shape.shape) * copies * 4 // ways
 

@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mhc import sharding
+from mhc.parallel import mesh as mesh_lib
 
 # The leaf names of matrices that are used in the activations' dtype. The
 # router's is not, see `precision`.
@@ -33,9 +33,9 @@ def gather(params, specs, dtype):
   """
 
   def leaf(path, x, spec):
-    if sharding.DATA not in spec or jax.lax.axis_size(sharding.DATA) == 1:
+    if mesh_lib.DATA not in spec or jax.lax.axis_size(mesh_lib.DATA) == 1:
       return x
-    return _gather(x, spec.index(sharding.DATA), used_dtype(path, dtype))
+    return _gather(x, spec.index(mesh_lib.DATA), used_dtype(path, dtype))
 
   return jax.tree_util.tree_map_with_path(leaf, params, specs)
 
@@ -49,8 +49,8 @@ def scatter(grads, specs):
   """
 
   def leaf(x, spec):
-    if sharding.DATA in spec:
-      x = _scatter(x, spec.index(sharding.DATA))
+    if mesh_lib.DATA in spec:
+      x = _scatter(x, spec.index(mesh_lib.DATA))
     return over_others(x, spec)
 
   return jax.tree.map(leaf, grads, specs)
@@ -58,7 +58,7 @@ def scatter(grads, specs):
 
 def over_others(x: jax.Array, spec) -> jax.Array:
   """The sum over the axes that do not split x."""
-  axes = tuple(axis for axis in sharding.AXES if axis not in spec)
+  axes = tuple(axis for axis in mesh_lib.AXES if axis not in spec)
   return jax.lax.psum(x, axes) if axes else x
 
 
@@ -72,7 +72,7 @@ def used_dtype(path, dtype):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x, dim, dtype):
   return jax.lax.all_gather(
-    x.astype(dtype), sharding.DATA, axis=dim, tiled=True
+    x.astype(dtype), mesh_lib.DATA, axis=dim, tiled=True
   )
 
 
@@ -90,5 +90,5 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 
 def _scatter(x, dim):
   return jax.lax.psum_scatter(
-    x, sharding.DATA, scatter_dimension=dim, tiled=True
+    x, mesh_lib.DATA, scatter_dimension=dim, tiled=True
   )

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mhc import axes
-from mhc import sharding
+from mhc.parallel import mesh as mesh_lib
 
-PIPE = sharding.PIPE
+PIPE = mesh_lib.PIPE
 
 
 @jax.custom_vjp

@@ -18,16 +18,16 @@ import optax
 
 from mhc import axes
 from mhc import config as config_lib
-from mhc import fsdp
 from mhc import precision
-from mhc import sharding
-from mhc import vocabulary
 from mhc.model import transformer
+from mhc.parallel import fsdp
+from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import vocab_parallel
 from mhc.pipeline import executor
 from mhc.pipeline import stage_layout
 from mhc.pipeline import table as table_lib
 
-AXES = sharding.AXES
+AXES = mesh_lib.AXES
 
 
 class Local(NamedTuple):
@@ -76,32 +76,32 @@ def build(
     else _piped(model, data, config, specs, layout, pollute)
   )
   scale = 1 / (data.batch_size * data.seq_len)
-  number = sharding.num_microbatches(config, data, mesh.size // config.pipe)
+  number = mesh_lib.num_microbatches(config, data, mesh.size // config.pipe)
 
   def loss_and_grads(*parts):
-    nats, grads, stats = made.loss_and_grads(*sharding.varying(parts))
+    nats, grads, stats = made.loss_and_grads(*mesh_lib.varying(parts))
     grads = jax.tree.map(lambda leaf: leaf * scale, grads)
     load = None
     if stats is not None:
-      over = (sharding.DATA, sharding.EXPERT)
-      stats = sharding.varying(stats)
+      over = (mesh_lib.DATA, mesh_lib.EXPERT)
+      stats = mesh_lib.varying(stats)
       load = (
         jax.lax.psum(stats.load, over),
         jax.lax.pmean(stats.dropped, over) / number,
       )
       if config.pipe == 1:
-        load = jax.tree.map(lambda leaf: _same(leaf, (sharding.PIPE,)), load)
+        load = jax.tree.map(lambda leaf: _same(leaf, (mesh_lib.PIPE,)), load)
     return jax.lax.psum(nats, AXES) * scale, grads, load
 
   def row_nats(*parts):
-    nats = made.row_nats(*sharding.varying(parts))
-    return _same(nats, (sharding.PIPE,))
+    nats = made.row_nats(*mesh_lib.varying(parts))
+    return _same(nats, (mesh_lib.PIPE,))
 
   def sites(*parts):
-    stack, before = made.sites(*sharding.varying(parts))
+    stack, before = made.sites(*mesh_lib.varying(parts))
     if before is not None:
       before = _same(before, AXES)
-    over = AXES if config.pipe == 1 else (sharding.DATA, sharding.EXPERT)
+    over = AXES if config.pipe == 1 else (mesh_lib.DATA, mesh_lib.EXPERT)
     return _same(stack, over), before
 
   return Local(loss_and_grads, row_nats, sites)
@@ -133,14 +133,14 @@ def _whole(model, data, parts, specs) -> Local:
     graphdef, params = nnx.split(block)
     # The scan over blocks has taken the first dimension away.
     inner = jax.tree.map(
-      lambda spec: sharding.PartitionSpec(*spec[1:]), specs[name]
+      lambda spec: mesh_lib.PartitionSpec(*spec[1:]), specs[name]
     )
     params = fsdp.gather(nnx.to_pure_dict(params), inner, model.dtype)
     return nnx.merge(graphdef, nnx.State(params))
 
   def ready(params):
     """The network, and how its blocks are put together."""
-    if jax.lax.axis_size(sharding.DATA) == 1:
+    if jax.lax.axis_size(mesh_lib.DATA) == 1:
       return merge(params), {}
     stacks = {k: v for k, v in params.items() if k.endswith('_blocks')}
     others = {k: v for k, v in params.items() if k not in stacks}
@@ -169,7 +169,7 @@ def _whole(model, data, parts, specs) -> Local:
     return nats, grads, stats
 
   def loss_and_grads(params, router_bias, tokens):
-    microbatches = sharding.microbatches(tokens, data)
+    microbatches = mesh_lib.microbatches(tokens, data)
     if len(microbatches) == 1:
       nats, grads, stats = gradient(params, router_bias, tokens)
     else:
@@ -182,7 +182,7 @@ def _whole(model, data, parts, specs) -> Local:
         one = gradient(params, router_bias, part)
         return jax.tree.map(jnp.add, total, one), None
 
-      zeros = sharding.varying(zeros)
+      zeros = mesh_lib.varying(zeros)
       (nats, grads, stats), _ = jax.lax.scan(add, zeros, microbatches)
     return nats, jax.tree.map(fsdp.over_others, grads, specs), stats
 
@@ -190,7 +190,7 @@ def _whole(model, data, parts, specs) -> Local:
     def score(part):
       return nats_and_stats(params, router_bias, part)[0]
 
-    microbatches = sharding.microbatches(tokens, data)
+    microbatches = mesh_lib.microbatches(tokens, data)
     if len(microbatches) == 1:
       return score(tokens)
     return jax.lax.map(score, microbatches).reshape(-1)
@@ -233,7 +233,7 @@ def _piped(model, data, config, specs, layout, pollute) -> Local:
     def score(shared, h, targets):
       if config.head == 'vocab':
         weight = shared['head']['weight']
-        nats = vocabulary.cross_entropy(h, weight, targets.reshape(-1))
+        nats = vocab_parallel.cross_entropy(h, weight, targets.reshape(-1))
         return jnp.sum(nats.reshape(targets.shape), axis=1)
       return _nats(net(shared).logits(h, targets.shape), targets)
 
@@ -246,7 +246,7 @@ def _piped(model, data, config, specs, layout, pollute) -> Local:
     active = is_block
     if active is not None:
       rows = jnp.asarray(active).reshape(layout.num_devices, -1)
-      active = rows[jax.lax.axis_index(sharding.PIPE)]
+      active = rows[jax.lax.axis_index(mesh_lib.PIPE)]
     return stages, executor.Parts(blocks, router_bias, active, shared, tokens)
 
   def forward(params, router_bias, tokens, **how):
@@ -255,15 +255,15 @@ def _piped(model, data, config, specs, layout, pollute) -> Local:
     return executor.forward(schedule, stages, parts)
 
   def loss_and_grads(params, router_bias, tokens):
-    tokens = sharding.microbatches(tokens, data)
+    tokens = mesh_lib.microbatches(tokens, data)
     stages, parts = ready(params, router_bias, tokens)
-    schedule = sharding.schedule_of(config, len(tokens))
+    schedule = mesh_lib.schedule_of(config, len(tokens))
     sums = executor.gradients(schedule, stages, parts, pollute=pollute)
     grads = fsdp.scatter(sums.shared | {stack: sums.blocks}, specs)
     return sums.nats, grads, sums.stats
 
   def row_nats(params, router_bias, tokens):
-    tokens = sharding.microbatches(tokens, data)
+    tokens = mesh_lib.microbatches(tokens, data)
     return forward(params, router_bias, tokens)[0].reshape(-1)
 
   def sites(params, router_bias, tokens):
