@@ -13,7 +13,7 @@ import pathlib
 from absl import flags
 
 import command_line
-from mhc import prepare
+from mhc.data import tokenize_corpus
 
 PATH = flags.DEFINE_string(
   'path', '', "File, folder or pattern; '' for Python's standard library."
@@ -31,7 +31,7 @@ ON_DAMAGE = flags.DEFINE_enum(
 
 
 def main():
-  index = prepare.prepare(
+  index = tokenize_corpus.prepare(
     PATH.value, pathlib.Path(OUT.value), TOKENIZER.value, ON_DAMAGE.value
   )
   train, heldout = sum(index['train']), sum(index['heldout'])

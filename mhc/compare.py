@@ -3,11 +3,11 @@
 import json
 import pathlib
 
-from mhc import data
 from mhc import folder
 from mhc import train
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
+from mhc.data import batches
 from mhc.runtime import files
 
 
@@ -31,8 +31,8 @@ def train_all(
   }
   for name, config in runs.items():
     folder.check(workdir / name, config)
-    data.heldout_rows(
-      data.load_for(config),
+    batches.heldout_rows(
+      batches.load_for(config),
       config.data.seq_len,
       config.eval_sequences,
       config.model.vocab_size,

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from mhc import checkpoint
-from mhc import data
 from mhc import folder
 from mhc import step as step_lib
-from mhc import tokenizer as tokenizer_lib
+from mhc.data import batches
+from mhc.data import tokenizer as tokenizer_lib
 from mhc.parallel import mesh as mesh_lib
 
 # Rows are scored in batches this many times the training batch.
@@ -68,8 +68,8 @@ def evaluate_checkpoint(
     config = dataclasses.replace(
       config, data=dataclasses.replace(config.data, path=path)
     )
-  corpus = data.load_for(config)
-  rows = data.heldout_rows(
+  corpus = batches.load_for(config)
+  rows = batches.heldout_rows(
     corpus, config.data.seq_len, num_rows or None, config.model.vocab_size
   )
   programs = step_lib.build(config)

@@ -25,10 +25,10 @@ import numpy as np
 
 from mhc import checkpoint
 from mhc import config as config_lib
-from mhc import data
 from mhc import evaluate
 from mhc import guards as guards_lib
 from mhc import step as step_lib
+from mhc.data import batches as batches_lib
 from mhc.parallel import mesh as mesh_lib
 from mhc.runtime import files
 from mhc.runtime import multihost
@@ -56,7 +56,7 @@ class Loop:
     programs: step_lib.Programs,
     batches,
     heldout: np.ndarray,
-    corpus: data.Corpus,
+    corpus: batches_lib.Corpus,
     label: str,
   ):
     self._config, self._workdir, self._programs = config, workdir, programs

@@ -20,7 +20,7 @@ from mhc import checkpoint
 from mhc import config as config_lib
 from mhc import folder
 from mhc import step
-from mhc import tokenizer as tokenizer_lib
+from mhc.data import tokenizer as tokenizer_lib
 from mhc.model import transformer
 from mhc.parallel import mesh as mesh_lib
 

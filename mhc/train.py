@@ -15,11 +15,11 @@ import jax
 
 from mhc import checkpoint
 from mhc import config as config_lib
-from mhc import data
 from mhc import folder
 from mhc import loop
 from mhc import step as step_lib
 from mhc.config import dicts
+from mhc.data import batches as batches_lib
 from mhc.model import recompute
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
@@ -48,9 +48,11 @@ def train(
   """
   first = multihost.is_first()
   with multihost.together():
-    corpus, vocab_size = data.load_for(config), config.model.vocab_size
-    batches = data.train_batches(corpus, config.data, config.seed, vocab_size)
-    heldout = data.heldout_rows(
+    corpus, vocab_size = batches_lib.load_for(config), config.model.vocab_size
+    batches = batches_lib.train_batches(
+      corpus, config.data, config.seed, vocab_size
+    )
+    heldout = batches_lib.heldout_rows(
       corpus, config.data.seq_len, config.eval_sequences, vocab_size
     )
     mesh = mesh_lib.make_mesh(config.mesh, config.data)

@@ -54,10 +54,10 @@ import numpy as np
 
 from mhc import checkpoint
 from mhc import config as config_lib
-from mhc import data
 from mhc import step
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
+from mhc.data import batches as batches_lib
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 
@@ -434,9 +434,11 @@ class Runner:
 
   def __call__(self, config: config_lib.Config) -> str:
     """One step as `train.train` makes it: what became of it."""
-    corpus, vocab_size = data.load_for(config), config.model.vocab_size
-    batches = data.train_batches(corpus, config.data, config.seed, vocab_size)
-    heldout = data.heldout_rows(
+    corpus, vocab_size = batches_lib.load_for(config), config.model.vocab_size
+    batches = batches_lib.train_batches(
+      corpus, config.data, config.seed, vocab_size
+    )
+    heldout = batches_lib.heldout_rows(
       corpus, config.data.seq_len, config.eval_sequences, vocab_size
     )
     mesh = mesh_lib.make_mesh(config.mesh, config.data)
@@ -462,7 +464,9 @@ class Runner:
     programs = step.build(config)
     if self._is_large(config, programs):
       return 'not tried'
-    batch = next(data.train_batches(corpus, config.data, config.seed, 320))
+    batch = next(
+      batches_lib.train_batches(corpus, config.data, config.seed, 320)
+    )
     values = {*dicts.leaves(config).items()}
     if self.work == 'build' or (self.work == 'new' and values <= self._seen):
       return 'built'

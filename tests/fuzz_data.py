@@ -31,9 +31,9 @@ import pyarrow
 from pyarrow import parquet
 
 from mhc import config
-from mhc import data
-from mhc import prepare
-from mhc import tokens
+from mhc.data import batches as batches_lib
+from mhc.data import token_dataset
+from mhc.data import tokenize_corpus
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 POLICIES = ('stop', 'skip')
@@ -84,11 +84,14 @@ def make_good(folder: pathlib.Path):
     for text in half:
       out.write(text.encode())
     out.close()
-  before = tokens.SHARD_TOKENS, prepare.BATCH
-  tokens.SHARD_TOKENS, prepare.BATCH = 100_000, 40  # shards of two blocks
+  before = token_dataset.SHARD_TOKENS, tokenize_corpus.BATCH
+  token_dataset.SHARD_TOKENS, tokenize_corpus.BATCH = (
+    100_000,
+    40,
+  )  # shards of two blocks
   for kind, vocabulary in (('bytes', 'bytes'), ('bpe', 'train:300')):
-    prepare.prepare(str(folder / 'jsonl'), folder / kind, vocabulary)
-  tokens.SHARD_TOKENS, prepare.BATCH = before
+    tokenize_corpus.prepare(str(folder / 'jsonl'), folder / kind, vocabulary)
+  token_dataset.SHARD_TOKENS, tokenize_corpus.BATCH = before
   shutil.copytree(folder / 'bytes', folder / 'old', dirs_exist_ok=True)
   file = folder / 'old' / 'index.json'
   index = json.loads(file.read_text())
@@ -100,7 +103,7 @@ def make_good(folder: pathlib.Path):
     stream = rng.integers(0, VOCAB, count).astype('<u2')
     stream.tofile(folder / 'nanogpt' / f'{name}.bin')
     header = np.zeros(256, '<i4')
-    header[:3] = tokens.HEADER_MAGIC, 1, count
+    header[:3] = token_dataset.HEADER_MAGIC, 1, count
     file = folder / 'llmc' / f'{name}_0.bin'
     file.write_bytes(header.tobytes() + stream.tobytes())
   shutil.copytree(folder / 'jsonl', folder / 'tokenizer', dirs_exist_ok=True)
@@ -347,12 +350,12 @@ def damaged(number: int, seed: int, good: pathlib.Path, folder: pathlib.Path):
 
 def _few_batches(path, policy):
   """What a run reads first, checked for what the model relies on."""
-  data.load.cache_clear()
-  corpus = data.load(path, policy)
-  data.check_vocabulary(corpus, VOCAB)
+  batches_lib.load.cache_clear()
+  corpus = batches_lib.load(path, policy)
+  batches_lib.check_vocabulary(corpus, VOCAB)
   arguments = corpus, SETTINGS, 3, VOCAB
-  batches = data.train_batches(*arguments)
-  heldout = data.heldout_rows(corpus, SETTINGS.seq_len, 16, VOCAB)
+  batches = batches_lib.train_batches(*arguments)
+  heldout = batches_lib.heldout_rows(corpus, SETTINGS.seq_len, 16, VOCAB)
   got = [next(batches) for _ in range(6)]
   for rows in (*got, heldout):
     assert rows.dtype == np.int32
@@ -360,7 +363,7 @@ def _few_batches(path, policy):
     assert rows.min() >= 0
     assert rows.max() < VOCAB
   assert got[0].shape[0] == SETTINGS.batch_size
-  again = data.train_batches(*arguments)
+  again = batches_lib.train_batches(*arguments)
   again.set_state({'next_index': 4})
   np.testing.assert_array_equal([next(again), next(again)], got[4:])
   json.dumps(corpus.summary())
@@ -371,7 +374,7 @@ def _few_batches(path, policy):
 
 
 def _prepared(path, policy, out, tokenizer='bytes'):
-  prepare.prepare(path, out, tokenizer, policy)
+  tokenize_corpus.prepare(path, out, tokenizer, policy)
   return _few_batches(str(out), 'stop')
 
 
@@ -379,7 +382,7 @@ def _prepared(path, policy, out, tokenizer='bytes'):
 def _written(folder):
   """All rows that a good folder of tokens has."""
   rows = set()
-  for shard in tokens.read(folder).train:
+  for shard in token_dataset.read(folder).train:
     values = shard[:].astype(np.int32)
     for start in range(0, len(values) - SETTINGS.seq_len, SETTINGS.seq_len):
       rows.add(values[start : start + SETTINGS.seq_len + 1].tobytes())

@@ -13,13 +13,13 @@ from pyarrow import parquet
 import pytest
 
 from mhc import config
-from mhc import damage
-from mhc import data
-from mhc import documents
-from mhc import prepare
-from mhc import shards
-from mhc import tokenizer
-from mhc import tokens
+from mhc.data import batches as batches_lib
+from mhc.data import corruption
+from mhc.data import documents
+from mhc.data import token_dataset
+from mhc.data import token_file
+from mhc.data import tokenize_corpus
+from mhc.data import tokenizer
 from mhc.runtime import retry
 
 TEXTS = [f'document {number} says {number * 37 % 11}\n' for number in range(90)]
@@ -52,11 +52,11 @@ def test_a_bad_line_is_named_or_left_out(tmp_path, policy, capsys):
     (folder / 'a.jsonl').write_text(lines)
   if policy == 'stop':
     with pytest.raises(ValueError, match=r"a\.jsonl, line 4: .*'skip'"):
-      data.load(str(bad))
+      batches_lib.load(str(bad))
     with pytest.raises(ValueError, match=r"a\.jsonl, line 4: .*'skip'"):
-      prepare.prepare(str(bad), tmp_path / 'out', 'bytes')
+      tokenize_corpus.prepare(str(bad), tmp_path / 'out', 'bytes')
     return
-  want, got = data.load(str(good)), data.load(str(bad), 'skip')
+  want, got = batches_lib.load(str(good)), batches_lib.load(str(bad), 'skip')
   said = capsys.readouterr().err
   assert 'DAMAGED DATA: 4 left out: ' in said
   assert 'line 4: ' in said
@@ -66,15 +66,15 @@ def test_a_bad_line_is_named_or_left_out(tmp_path, policy, capsys):
   assert want.summary()['num_skipped'] == 0
   # The others are on the side where they were.
   lost = {TEXTS[number] for number in (3, 4, 50, 70)}
-  for side in tokens.SIDES:
+  for side in token_dataset.SIDES:
     before = set(decoded(getattr(want, side)[0]).splitlines(True))
     after = set(decoded(getattr(got, side)[0]).splitlines(True))
     assert after == before - lost
-  again = data.load.__wrapped__(str(bad), 'skip')
+  again = batches_lib.load.__wrapped__(str(bad), 'skip')
   assert again.sha256 == got.sha256
-  index = prepare.prepare(str(bad), tmp_path / 'out', 'bytes', 'skip')
+  index = tokenize_corpus.prepare(str(bad), tmp_path / 'out', 'bytes', 'skip')
   assert index['num_skipped'] == 4
-  assert data.load(str(tmp_path / 'out')).num_skipped == 4
+  assert batches_lib.load(str(tmp_path / 'out')).num_skipped == 4
 
 
 def test_what_remains_of_a_parquet_file_is_kept(tmp_path):
@@ -91,7 +91,7 @@ def test_what_remains_of_a_parquet_file_is_kept(tmp_path):
   flip(file, file.read_bytes().index(b'document 40'))
   with pytest.raises(ValueError, match='rows 31 to 60, cannot be read'):
     list(documents.read('a', file))
-  log = damage.Log('skip')
+  log = corruption.Log('skip')
   got = [document for document, _ in documents.read('a', file, log)]
   names = [f'a:{number}' for number in (*range(1, 31), *range(61, 91))]
   assert [document.name for document in got] == names
@@ -109,7 +109,7 @@ def test_what_remains_of_an_array_record_file_is_kept(tmp_path):
     out.write(b'\xff' if number == 9 else f'record {number} '.encode() * 20)
   out.close()
   flip(file, 100)
-  log = damage.Log('skip')
+  log = corruption.Log('skip')
   got = [document.name for document, _ in documents.read('a', file, log)]
   assert got == [f'a:{number}' for number in range(2, 51) if number != 10]
   assert log.names == ['a:1', 'a:10']
@@ -119,7 +119,7 @@ def test_a_link_to_nowhere_is_a_damaged_file(tmp_path):
   (tmp_path / 'a.txt').write_text('good ' * 100)
   (tmp_path / 'b.txt').symlink_to(tmp_path / 'gone')
   with pytest.raises(ValueError, match=r'b\.txt cannot be read: No such file'):
-    data.load(str(tmp_path))
+    batches_lib.load(str(tmp_path))
 
 
 def test_nothing_left_is_an_error(tmp_path):
@@ -127,9 +127,9 @@ def test_nothing_left_is_an_error(tmp_path):
   (tmp_path / 'b.jsonl').write_text('{"text": \n7\n')
   for path in (tmp_path, tmp_path / 'b.jsonl'):
     with pytest.raises(ValueError, match='holds no text: DAMAGED DATA'):
-      data.load(str(path), 'skip')
+      batches_lib.load(str(path), 'skip')
     with pytest.raises(ValueError, match='holds no text: DAMAGED DATA'):
-      prepare.prepare(str(path), tmp_path / 'out', 'bytes', 'skip')
+      tokenize_corpus.prepare(str(path), tmp_path / 'out', 'bytes', 'skip')
 
 
 def test_the_split_does_not_depend_on_what_was_skipped():
@@ -146,17 +146,17 @@ def test_the_split_does_not_depend_on_what_was_skipped():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
   """A folder of tokens in several shards of several blocks."""
-  monkeypatch.setattr(shards, 'BLOCK', 256)
-  monkeypatch.setattr(tokens, 'SHARD_TOKENS', 700)
-  monkeypatch.setattr(prepare, 'BATCH', 7)
+  monkeypatch.setattr(token_file, 'BLOCK', 256)
+  monkeypatch.setattr(token_dataset, 'SHARD_TOKENS', 700)
+  monkeypatch.setattr(tokenize_corpus, 'BATCH', 7)
   (tmp_path / 'in.jsonl').write_text(lines_with())
-  prepare.prepare(str(tmp_path / 'in.jsonl'), tmp_path / 'out', 'bytes')
+  tokenize_corpus.prepare(str(tmp_path / 'in.jsonl'), tmp_path / 'out', 'bytes')
   return tmp_path / 'out'
 
 
 def batches_of(folder, policy='stop', first=0, count=60):
-  corpus = data.load.__wrapped__(str(folder), policy)
-  batches = data.train_batches(corpus, SMALL, 0, 258)
+  corpus = batches_lib.load.__wrapped__(str(folder), policy)
+  batches = batches_lib.train_batches(corpus, SMALL, 0, 258)
   batches.set_state({'next_index': first})
   return corpus, np.stack([next(batches) for _ in range(count)])
 
@@ -168,7 +168,7 @@ def test_batches_are_a_function_of_seed_and_step(folder, policy):
     flip(folder / 'train-00001.bin', 300)
   corpus, want = batches_of(folder, policy)
   assert len(corpus.train) == 3
-  per_epoch = len(data.Rows(corpus.train, 16, 'text', 258)) // 4
+  per_epoch = len(batches_lib.Rows(corpus.train, 16, 'text', 258)) // 4
   assert 10 < per_epoch < 50
   assert (want[:per_epoch] != want[per_epoch : 2 * per_epoch]).any()
   for first in (1, per_epoch // 2, per_epoch, per_epoch + 7):
@@ -188,12 +188,12 @@ def test_a_flipped_bit_in_a_token_file_is_noticed(folder, capsys):
   assert corpus.num_skipped == 1
   # Rows that touch the block are others, all of them good; the rest is as it
   # was.
-  damaged = data.Rows([corpus.train[1]], 16, 'text', 258)
+  damaged = batches_lib.Rows([corpus.train[1]], 16, 'text', 258)
   bad = {row for row in range(len(damaged)) if row * 16 + 16 >= 128}
   bad &= {row for row in range(len(damaged)) if row * 16 < 256}
   first = sum((len(shard) - 1) // 16 for shard in corpus.train[:1])
   flip(file, 300)
-  rows = data.Rows(tokens.read(folder).train, 16, 'text', 258)
+  rows = batches_lib.Rows(token_dataset.read(folder).train, 16, 'text', 258)
   good = {rows[n].tobytes() for n in range(len(rows)) if n - first not in bad}
   lost = {rows[first + n].tobytes() for n in bad}
   changed = 0
@@ -223,9 +223,9 @@ def test_a_lost_end_and_lost_digests(folder):
   flip(folder / 'train-00001.crc', 0)
   corpus, _ = batches_of(folder, 'skip')
   corpus.train[1][128:256]  # what agrees with the rest of them
-  with pytest.raises(damage.Skipped):
+  with pytest.raises(corruption.Skipped):
     corpus.train[1][:128]
-  with pytest.raises(damage.Skipped):
+  with pytest.raises(corruption.Skipped):
     corpus.train[0][:128]
 
 
@@ -251,10 +251,10 @@ def test_older_folders_stay_readable(folder):
 
 def test_another_vocabulary_under_that_name_is_noticed(folder, tmp_path):
   out = tmp_path / 'bpe'
-  prepare.prepare(str(tmp_path / 'in.jsonl'), out, 'train:270')
+  tokenize_corpus.prepare(str(tmp_path / 'in.jsonl'), out, 'train:270')
   flip(out / 'tokenizer.json', -3)
   with pytest.raises(ValueError, match=r'tokenizer\.json is not as it was'):
-    tokens.read(out)
+    token_dataset.read(out)
 
 
 @pytest.mark.parametrize('policy', ['stop', 'skip'])
@@ -264,14 +264,14 @@ def test_a_token_of_no_vocabulary_is_an_error_wherever_it_is(tmp_path, policy):
   values.tofile(tmp_path / 'val.bin')
   values[1900] = 301
   values.tofile(tmp_path / 'train.bin')
-  corpus = data.load.__wrapped__(str(tmp_path), policy)
-  batches = data.train_batches(corpus, SMALL, 0, 301)
+  corpus = batches_lib.load.__wrapped__(str(tmp_path), policy)
+  batches = batches_lib.train_batches(corpus, SMALL, 0, 301)
   with pytest.raises(ValueError, match=r'train\.bin: token 301.*vocab_size'):
     list(itertools.islice(batches, 40))
-  batches = data.train_batches(corpus, SMALL, 0, 302)
+  batches = batches_lib.train_batches(corpus, SMALL, 0, 302)
   assert max(next(batches).max() for _ in range(40)) == 301
   with pytest.raises(ValueError, match=r'val\.bin: token 299'):
-    data.heldout_rows(corpus, 16, None, 299)
+    batches_lib.heldout_rows(corpus, 16, None, 299)
 
 
 class Flaky:

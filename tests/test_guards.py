@@ -11,12 +11,12 @@ import pytest
 import tiny
 
 from mhc import config as config_lib
-from mhc import data
 from mhc import guards
 from mhc import loop
 from mhc import step
 from mhc import train
 from mhc.config import dicts
+from mhc.data import batches
 from mhc.parallel import mesh as mesh_lib
 from mhc.runtime import files
 
@@ -202,7 +202,9 @@ def test_a_step_is_skipped_on_the_device(text):
   config = dicts.replace(TINY, data=dict(path=text), guards=policies)
   programs = step.build(config)
   batch = next(
-    data.train_batches(data.load(text), config.data, 0, config.model.vocab_size)
+    batches.train_batches(
+      batches.load(text), config.data, 0, config.model.vocab_size
+    )
   )
   tokens = mesh_lib.place(batch, programs.mesh, mesh_lib.BATCH)
   for factor, limit in ((math.nan, math.inf), (1.0, 1.0)):

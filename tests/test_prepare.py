@@ -9,11 +9,11 @@ from pyarrow import parquet
 import pytest
 
 from mhc import config
-from mhc import data
-from mhc import documents
-from mhc import prepare
-from mhc import tokenizer
-from mhc import tokens
+from mhc.data import batches
+from mhc.data import documents
+from mhc.data import token_dataset
+from mhc.data import tokenize_corpus
+from mhc.data import tokenizer
 
 TEXTS = [f'document {number} says {number * 37 % 11}\n' for number in range(90)]
 
@@ -44,37 +44,37 @@ def write(folder, kind):
 @pytest.mark.parametrize('kind', ['text', 'jsonl', 'parquet', 'array_record'])
 def test_every_format_gives_the_same_documents(tmp_path, kind):
   path = write(tmp_path / 'in', kind)
-  index = prepare.prepare(path, tmp_path / 'out', 'bytes')
+  index = tokenize_corpus.prepare(path, tmp_path / 'out', 'bytes')
   assert index['num_documents'] == 90
   assert index['num_bytes'] == sum(map(len, TEXTS))
   assert 0 < index['num_heldout_documents'] < 20
-  corpus = data.load(str(tmp_path / 'out'))
+  corpus = batches.load(str(tmp_path / 'out'))
   text = b''.join(
     corpus.tokenizer.decode(shard[:])
     for shard in (*corpus.train, *corpus.heldout)
   )
   assert sorted(text.decode().splitlines(True)) == sorted(TEXTS)
   # The same files without preparation hold out the same documents.
-  direct = data.load(path)
+  direct = batches.load(path)
   assert direct.num_heldout_documents == index['num_heldout_documents']
   assert direct.num_bytes == index['num_bytes']
 
 
 def test_a_learned_vocabulary_is_trained_on(tmp_path):
   path = write(tmp_path / 'in', 'jsonl')
-  index = prepare.prepare(path, tmp_path / 'out', 'train:280')
+  index = tokenize_corpus.prepare(path, tmp_path / 'out', 'train:280')
   assert index['tokenizer'] == 'tokenizer.json'
-  corpus = data.load(str(tmp_path / 'out'))
+  corpus = batches.load(str(tmp_path / 'out'))
   assert corpus.tokenizer.num_tokens == index['num_tokens']
   assert corpus.num_train_tokens < index['num_bytes']
-  rows = data.train_batches(corpus, config.DataConfig(seq_len=16), 0, 280)
+  rows = batches.train_batches(corpus, config.DataConfig(seq_len=16), 0, 280)
   row = next(rows)[0]
   assert row.max() < index['num_tokens']
   assert b'document' in corpus.tokenizer.decode(row)
   with pytest.raises(ValueError, match=r'vocab_size=270.*280 tokens'):
-    data.check_vocabulary(corpus, 270)
+    batches.check_vocabulary(corpus, 270)
   # An existing vocabulary, for other text.
-  again = prepare.prepare(
+  again = tokenize_corpus.prepare(
     path, tmp_path / 'again', str(tmp_path / 'out' / 'tokenizer.json')
   )
   assert again['train'] == index['train']
@@ -82,15 +82,15 @@ def test_a_learned_vocabulary_is_trained_on(tmp_path):
 
 def test_many_documents_are_streamed_with_the_same_split(tmp_path, monkeypatch):
   path = write(tmp_path / 'in', 'jsonl')
-  small = prepare.prepare(path, tmp_path / 'small', 'bytes')
-  monkeypatch.setattr(prepare, 'BATCH', 7)
-  monkeypatch.setattr(tokens, 'SHARD_TOKENS', 300)
-  large = prepare.prepare(path, tmp_path / 'large', 'bytes')
+  small = tokenize_corpus.prepare(path, tmp_path / 'small', 'bytes')
+  monkeypatch.setattr(tokenize_corpus, 'BATCH', 7)
+  monkeypatch.setattr(token_dataset, 'SHARD_TOKENS', 300)
+  large = tokenize_corpus.prepare(path, tmp_path / 'large', 'bytes')
   assert len(large['train']) > 5
-  for side in tokens.SIDES:
+  for side in token_dataset.SIDES:
     assert sum(small[side]) == sum(large[side])
-  corpus = data.load(str(tmp_path / 'large'))
-  rows = data.Rows(corpus.train, 20, 'text', 258)
+  corpus = batches.load(str(tmp_path / 'large'))
+  rows = batches.Rows(corpus.train, 20, 'text', 258)
   assert len(rows) == sum((count - 1) // 20 for count in large['train'])
   stacked = np.concatenate([rows[i][:-1] for i in range(len(rows))])
   kept = np.concatenate(
@@ -103,7 +103,7 @@ def test_copies_are_dropped_and_one_document_holds_out_its_end(tmp_path):
   file = tmp_path / 'one.jsonl'
   line = json.dumps({'text': 'é' * 300}) + '\n'
   file.write_text(line * 3 + json.dumps({'text': ' '}) + '\n')
-  index = prepare.prepare(str(file), tmp_path / 'out', 'bytes')
+  index = tokenize_corpus.prepare(str(file), tmp_path / 'out', 'bytes')
   assert index['num_bytes'] == 600
   assert index['heldout'] == [30 + 2]
 
@@ -113,37 +113,37 @@ def test_token_files_of_others_drop_in(tmp_path):
   values = np.arange(1000, dtype=np.uint16)
   values.tofile(tmp_path / 'train.bin')
   header = np.zeros(256, np.int32)
-  header[:3] = tokens.HEADER_MAGIC, 1, 1000
+  header[:3] = token_dataset.HEADER_MAGIC, 1, 1000
   (tmp_path / 'fine_val_0.bin').write_bytes(header.tobytes() + values.tobytes())
-  corpus = data.load(str(tmp_path))
+  corpus = batches.load(str(tmp_path))
   np.testing.assert_array_equal(corpus.train[0][:], values)
   np.testing.assert_array_equal(corpus.heldout[0][:], values)
   assert corpus.tokenizer is None
   with pytest.raises(ValueError, match=r'vocab_size=320.*1000 tokens'):
-    data.check_vocabulary(corpus, 320)
-  data.check_vocabulary(corpus, 1000)
+    batches.check_vocabulary(corpus, 320)
+  batches.check_vocabulary(corpus, 1000)
 
 
 def test_damage_is_named(tmp_path):
   path = write(tmp_path / 'in', 'text')
   out = tmp_path / 'out'
-  prepare.prepare(path, out, 'bytes')
+  tokenize_corpus.prepare(path, out, 'bytes')
   with pytest.raises(ValueError, match='holds tokens already'):
-    prepare.prepare(path, out, 'bytes')
+    tokenize_corpus.prepare(path, out, 'bytes')
   shard = out / 'train-00000.bin'
   shard.write_bytes(shard.read_bytes()[:-2])
   with pytest.raises(ValueError, match=r'bytes instead of .*make it again'):
-    tokens.read(out)
+    token_dataset.read(out)
   (out / 'index.json').write_text('{"format": "other"}')
   with pytest.raises(ValueError, match='mhc tokens 1'):
-    tokens.read(out)
+    token_dataset.read(out)
   # An interrupted preparation leaves no index and is started over.
   (out / 'index.json').unlink()
-  assert prepare.prepare(path, out, 'bytes')['num_documents'] == 90
+  assert tokenize_corpus.prepare(path, out, 'bytes')['num_documents'] == 90
   with pytest.raises(ValueError, match=r'not empty \(\d+.txt\)'):
-    prepare.prepare(path, tmp_path / 'in', 'bytes')
+    tokenize_corpus.prepare(path, tmp_path / 'in', 'bytes')
   with pytest.raises(ValueError, match='train:32768'):
-    prepare.prepare(path, tmp_path / 'new', 'train:many')
+    tokenize_corpus.prepare(path, tmp_path / 'new', 'train:many')
 
 
 @pytest.mark.parametrize(
@@ -173,10 +173,10 @@ def test_a_parquet_file_without_text(tmp_path):
 
 def test_bytes_a_token_follow_the_vocabulary(tmp_path):
   """What evaluate divides by: the bytes of text, marks not counted."""
-  index = prepare.prepare(
+  index = tokenize_corpus.prepare(
     write(tmp_path / 'in', 'text'), tmp_path / 'o', 'train:270'
   )
-  corpus = data.load(str(tmp_path / 'o'))
+  corpus = batches.load(str(tmp_path / 'o'))
   total = sum(
     corpus.tokenizer.num_bytes(shard[:])
     for shard in (*corpus.train, *corpus.heldout)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from mhc import tokenizer
+from mhc.data import tokenizer
 
 TEXTS = [
   'def f(x):\n    return x + 1\n',

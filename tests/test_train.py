@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tiny
 
-from mhc import data
 from mhc import evaluate
 from mhc import folder
 from mhc import train
+from mhc.data import batches
 from mhc.runtime import files
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
@@ -179,8 +179,8 @@ class Full:
     self.file, self.room = file, room
 
   def write(self, data):
-    self.room -= (taken := min(self.room, len(data)))
-    return self.file.write(data[:taken])
+    self.room -= (taken := min(self.room, len(batches)))
+    return self.file.write(batches[:taken])
 
   def __getattr__(self, name):
     return getattr(self.file, name)
@@ -213,7 +213,7 @@ def test_what_was_done_before_the_data_ended_is_saved(
   text, finished, tmp_path, monkeypatch
 ):
   workdir, _ = finished
-  rows = data.Rows.__getitem__
+  rows = batches.Rows.__getitem__
 
   def damaged(self, index):
     if len(losses(tmp_path / 'run')) == 6:
@@ -221,7 +221,7 @@ def test_what_was_done_before_the_data_ended_is_saved(
     return rows(self, index)
 
   with monkeypatch.context() as patch:
-    patch.setattr(data.Rows, '__getitem__', damaged)
+    patch.setattr(batches.Rows, '__getitem__', damaged)
     with pytest.raises(ValueError, match='block 3 is damaged'):
       train.train(with_text(text), tmp_path / 'run')
   saved = [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()]

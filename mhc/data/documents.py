@@ -19,7 +19,7 @@ import pathlib
 import sysconfig
 from typing import NamedTuple
 
-from mhc import damage
+from mhc.data import corruption
 from mhc.runtime import retry
 
 TEXT = 'text'
@@ -68,7 +68,7 @@ def files(path: str) -> dict[str, pathlib.Path]:
 
 
 def read(
-  name: str, file: pathlib.Path, log: damage.Log | None = None
+  name: str, file: pathlib.Path, log: corruption.Log | None = None
 ) -> Iterator[tuple[Document, int]]:
   """A file's documents, each with the bytes of the file that it took.
 
@@ -84,7 +84,7 @@ def read(
     '.parquet': _parquet,
     '.array_record': _array_record,
   }
-  log = log or damage.Log()
+  log = log or corruption.Log()
   yield from formats.get(file.suffix, _text)(name, file, log)
 
 
@@ -159,7 +159,7 @@ def _text(name, file, log):
   try:
     text = retry.call(file.read_bytes, file)
   except OSError as error:
-    log.meet(f'{file} cannot be read: {damage.reason(error)}', [name])
+    log.meet(f'{file} cannot be read: {corruption.reason(error)}', [name])
     return
   yield from _document(name, text, str(file), log, len(text))
 
@@ -176,13 +176,15 @@ def _json_lines(name, file, log):
         try:
           text = json.loads(line)[TEXT]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-          problem = f'not a JSON object with {TEXT!r}: {damage.reason(error)}'
+          problem = (
+            f'not a JSON object with {TEXT!r}: {corruption.reason(error)}'
+          )
           log.meet(f'{where}: {problem}', [name_])
           continue
         yield from _document(name_, text, where, log, len(line))
   except OSError as error:
     log.meet(
-      f'{file}, after line {number}, cannot be read: {damage.reason(error)}',
+      f'{file}, after line {number}, cannot be read: {corruption.reason(error)}',
       [f'{name}:{number + 1}'],
     )
 
@@ -204,7 +206,7 @@ def _parquet(name, file, log):
       for group in range(table.num_row_groups)
     ]
   except Exception as error:  # pyarrow has a class for each kind of damage
-    problem = damage.reason(error)
+    problem = corruption.reason(error)
     log.meet(f'{file} is not a Parquet file to be read: {problem}', [name])
     return
   if TEXT not in columns:
@@ -226,7 +228,7 @@ def _parquet(name, file, log):
           column = column.cast('large_binary')
         texts = column.to_pylist()
       except Exception as error:
-        problem = damage.reason(error)
+        problem = corruption.reason(error)
         if isinstance(error, StopIteration):
           problem = 'they are not there'
         log.meet(
@@ -259,7 +261,7 @@ def _array_record(name, file, log):
     count = reader.num_records()
     assert count, 'no records'
   except Exception as error:  # likewise; a damaged file may also seem empty
-    problem = damage.reason(error)
+    problem = corruption.reason(error)
     log.meet(f'{file} is not an ArrayRecord file to be read: {problem}', [name])
     return
   for number in range(1, count + 1):
@@ -267,7 +269,7 @@ def _array_record(name, file, log):
     try:
       text = reader.read()
     except Exception as error:
-      log.meet(f'{where} cannot be read: {damage.reason(error)}', [name_])
+      log.meet(f'{where} cannot be read: {corruption.reason(error)}', [name_])
       reader = reader_from(number)  # after an error it reads no more
       continue
     yield from _document(name_, text, where, log, size // count)

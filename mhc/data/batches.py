@@ -19,11 +19,11 @@ import grain
 import numpy as np
 
 from mhc import config as config_lib
-from mhc import damage
-from mhc import documents as documents_lib
-from mhc import shards as shards_lib
-from mhc import tokenizer as tokenizer_lib
-from mhc import tokens as tokens_lib
+from mhc.data import corruption
+from mhc.data import documents as documents_lib
+from mhc.data import token_dataset
+from mhc.data import token_file
+from mhc.data import tokenizer as tokenizer_lib
 from mhc.runtime import files
 
 # Other rows to try for one that is damaged.
@@ -35,15 +35,15 @@ class Corpus:
   """Token streams of both sides, in shards, and what they were made from."""
 
   name: str
-  train: tuple[shards_lib.Tokens, ...]
-  heldout: tuple[shards_lib.Tokens, ...]
+  train: tuple[token_file.Tokens, ...]
+  heldout: tuple[token_file.Tokens, ...]
   tokenizer: tokenizer_lib.Tokenizer | None  # None where nobody knows
   num_documents: int
   num_heldout_documents: int
   num_bytes: int
   sha256: str  # of all documents, in order of name
   num_skipped_before: int = 0  # when the tokens were prepared
-  log: damage.Log = dataclasses.field(default_factory=damage.Log)
+  log: corruption.Log = dataclasses.field(default_factory=corruption.Log)
 
   @property
   def num_skipped(self) -> int:
@@ -80,8 +80,8 @@ def load(path: str, on_damage: str = 'stop') -> Corpus:
     ValueError: no text in it; what is damaged or not UTF-8, if that is to stop
       the run, or if nothing else remains.
   """
-  log = damage.Log(on_damage)
-  if path and tokens_lib.holds(pathlib.Path(path)):
+  log = corruption.Log(on_damage)
+  if path and token_dataset.holds(pathlib.Path(path)):
     return _from_tokens(pathlib.Path(path), log)
   if path:
     name, documents = (
@@ -120,7 +120,7 @@ def load(path: str, on_damage: str = 'stop') -> Corpus:
 
 
 def _from_tokens(path, log):
-  folder = tokens_lib.read(path, log)
+  folder = token_dataset.read(path, log)
   return Corpus(
     name=folder.index['name'],
     train=folder.train,
@@ -167,7 +167,7 @@ def check_vocabulary(corpus: Corpus, vocab_size: int):
 def _largest(shard):
   try:
     return int(shard[:10_000_000].max(initial=0))
-  except damage.Skipped:
+  except corruption.Skipped:
     return 0
 
 
@@ -181,7 +181,7 @@ class Rows:
 
   def __init__(
     self,
-    shards: Sequence[shards_lib.Tokens],
+    shards: Sequence[token_file.Tokens],
     seq_len: int,
     name: str,
     num_tokens: int,
@@ -208,7 +208,7 @@ class Rows:
     for attempt in range(ATTEMPTS):
       try:
         return self._row(row)
-      except damage.Skipped:
+      except corruption.Skipped:
         digest = hashlib.sha1(f'{index} {attempt}'.encode()).digest()
         row = int.from_bytes(digest) % len(self)
     shard, _ = self._place(index)

@@ -15,7 +15,7 @@ import zlib
 
 import numpy as np
 
-from mhc import damage
+from mhc.data import corruption
 from mhc.runtime import files
 from mhc.runtime import retry
 
@@ -33,7 +33,7 @@ class Shard:
     dtype: str,
     offset: int,
     count: int,
-    log: damage.Log,
+    log: corruption.Log,
     digest: str | None = None,
   ):
     """`count` tokens from byte `offset`; `digest` is that of the CRCs.
@@ -80,7 +80,7 @@ class Shard:
   def _checked(self, block):
     """A whole block, as it was written if that is known."""
     if self._state[block] == BAD:
-      raise damage.Skipped
+      raise corruption.Skipped
     first, last = block * BLOCK, min((block + 1) * BLOCK, self._size)
     data = self._read(first, last)
     if self._digest and zlib.crc32(data) != self._crcs[block]:
@@ -95,7 +95,7 @@ class Shard:
       data = _opened(self).pread(self._offset + first, last - first)
       problem = 'is cut short'
     except OSError as error:
-      data, problem = b'', f'cannot be read: {damage.reason(error)}'
+      data, problem = b'', f'cannot be read: {corruption.reason(error)}'
     if len(data) < last - first:
       self._refuse((first + len(data)) // BLOCK, problem)
     return data
@@ -107,7 +107,7 @@ class Shard:
     try:
       data, problem = retry.call(file.read_bytes, file), 'not as it was written'
     except OSError as error:
-      data, problem = b'', f'unreadable ({damage.reason(error)})'
+      data, problem = b'', f'unreadable ({corruption.reason(error)})'
     if hashlib.sha256(data).hexdigest() != self._digest:
       # What agrees with what remains of it is good nevertheless.
       self._tell(f' cannot be checked in full, {file.name} is {problem}')
@@ -121,7 +121,7 @@ class Shard:
     self._state[block] = BAD
     first = self._offset + block * BLOCK
     self._tell(f', block {block} (from byte {first} on) {problem}')
-    raise damage.Skipped
+    raise corruption.Skipped
 
   def _tell(self, problem):
     problem = f'{self._file}{problem}'

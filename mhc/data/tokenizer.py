@@ -13,7 +13,7 @@ from typing import Literal
 from jaxtyping import Integer, UInt
 import numpy as np
 
-from mhc import damage
+from mhc.data import corruption
 from mhc.runtime import retry
 
 TRAINED_MARKS = ('<|start|>', '<|stop|>')
@@ -81,7 +81,7 @@ class BPE:
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(description)
     except Exception as error:  # the library raises nothing more specific
-      problem = damage.one_line(str(error))
+      problem = corruption.one_line(str(error))
       raise ValueError(
         f'{source} is not a tokenizer.json: {problem}; {WAY_OUT}'
       ) from None

@@ -6,11 +6,11 @@ import itertools
 import pathlib
 from typing import Any
 
-from mhc import damage
-from mhc import documents as documents_lib
-from mhc import shards as shards_lib
-from mhc import tokenizer as tokenizer_lib
-from mhc import tokens as tokens_lib
+from mhc.data import corruption
+from mhc.data import documents as documents_lib
+from mhc.data import token_dataset
+from mhc.data import token_file
+from mhc.data import tokenizer as tokenizer_lib
 from mhc.runtime import files as files_lib
 
 # Documents tokenised together, and enough of them to tell small corpora.
@@ -37,10 +37,10 @@ def prepare(
     OSError, ValueError: unusable files, tokenizer or folder.
   """
   files = documents_lib.files(path) if path else {}
-  total = sum(shards_lib.size_of(file) for file in files.values())
+  total = sum(token_file.size_of(file) for file in files.values())
   vocabulary = _vocabulary(files, total, tokenizer, on_damage)
-  log = damage.Log(on_damage)
-  tokens = tokens_lib.Writer(out, vocabulary)
+  log = corruption.Log(on_damage)
+  tokens = token_dataset.Writer(out, vocabulary)
   with files_lib.byte_bar(total, 'tokenise') as bar:
     documents = _distinct(_read(files, bar.update, log))
     first = list(itertools.islice(documents, BATCH))
@@ -50,7 +50,7 @@ def prepare(
     if len(first) < BATCH:
       # Few enough to make sure that both sides get some.
       for side, part in zip(
-        tokens_lib.SIDES,
+        token_dataset.SIDES,
         documents_lib.split(first, log.names),
         strict=True,
       ):
@@ -59,7 +59,9 @@ def prepare(
     else:
       rest = itertools.batched(documents, BATCH)
       for batch in itertools.chain([first], rest):
-        for side, heldout in zip(tokens_lib.SIDES, (False, True), strict=True):
+        for side, heldout in zip(
+          token_dataset.SIDES, (False, True), strict=True
+        ):
           part = [
             document.text
             for document in batch
@@ -84,7 +86,7 @@ def _vocabulary(files, total, tokenizer, on_damage):
   tokenizer_lib.library()  # before a bar is drawn
   with files_lib.byte_bar(min(total, VOCABULARY_BYTES), 'learn words') as bar:
     return tokenizer_lib.BPE.train(
-      _sample(_read(files, bar.update, damage.Log(on_damage))), int(number)
+      _sample(_read(files, bar.update, corruption.Log(on_damage))), int(number)
     )
 
 

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mhc import damage
-from mhc import shards as shards_lib
-from mhc import tokenizer as tokenizer_lib
+from mhc.data import corruption
+from mhc.data import token_file
+from mhc.data import tokenizer as tokenizer_lib
 from mhc.runtime import files as files_lib
 from mhc.runtime import retry
 
@@ -69,8 +69,8 @@ FIELDS = {
 class Folder(NamedTuple):
   """Token shards of both sides."""
 
-  train: tuple[shards_lib.Shard, ...]
-  heldout: tuple[shards_lib.Shard, ...]
+  train: tuple[token_file.Shard, ...]
+  heldout: tuple[token_file.Shard, ...]
   tokenizer: tokenizer_lib.Tokenizer | None
   index: dict[str, Any]
 
@@ -107,7 +107,7 @@ class Writer:
     counts, crcs = self._counts[side], self._crcs[side]
     if not counts or counts[-1] + len(tokens) > SHARD_TOKENS:
       counts.append(0)
-      crcs.append(shards_lib.Crcs())
+      crcs.append(token_file.Crcs())
     counts[-1] += len(tokens)
     data = tokens.astype(tokens.dtype.newbyteorder('<')).tobytes()
     crcs[-1].update(data)
@@ -162,7 +162,7 @@ def holds(path: pathlib.Path) -> bool:
   )
 
 
-def read(path: pathlib.Path, log: damage.Log | None = None) -> Folder:
+def read(path: pathlib.Path, log: corruption.Log | None = None) -> Folder:
   """Opens a folder's tokens.
 
   What is damaged in a token file stops the run or is skipped as `log` says (by
@@ -172,14 +172,14 @@ def read(path: pathlib.Path, log: damage.Log | None = None) -> Folder:
     ValueError: not finished, damaged, or of another format.
     OSError: a file that cannot be read.
   """
-  log = log or damage.Log()
+  log = log or corruption.Log()
   if not (path / 'index.json').exists():
     return _foreign(path, log)
   index = _index(path / 'index.json')
   digests = index.get('digests') or {}
   shards = {
     side: tuple(
-      shards_lib.Shard(
+      token_file.Shard(
         path / f'{side}-{number:05d}.bin', index['dtype'], 0, count, log, digest
       )
       for number, (count, digest) in enumerate(
@@ -222,7 +222,7 @@ def _index(file):
     if bad:
       raise ValueError(f'no usable {bad[0]}')
   except (ValueError, AttributeError, RecursionError) as error:
-    problem = damage.one_line(str(error))
+    problem = corruption.one_line(str(error))
     raise ValueError(
       f'{file} is damaged, {problem}: prepare the data again'
     ) from None
@@ -245,7 +245,7 @@ def _foreign(path, log):
   for side, files in (('train', train), ('heldout', heldout)):
     shards[side] = tuple(_foreign_shard(file, log) for file in files)
     for file in files:
-      text = f'{file.name} {shards_lib.size_of(file)}'
+      text = f'{file.name} {token_file.size_of(file)}'
       digest.update(text.encode(errors='replace'))
   return Folder(
     **shards,
@@ -263,16 +263,16 @@ def _foreign(path, log):
 
 
 def _foreign_shard(file, log):
-  size = shards_lib.size_of(file)
+  size = token_file.size_of(file)
   head = retry.File(file).pread(0, 12) if size >= HEADER_BYTES else b''
   magic, _, count = np.frombuffer(head, '<i4').tolist() or (0, 0, -1)
   if magic == HEADER_MAGIC and count >= 0:
-    return shards_lib.Shard(file, 'uint16', HEADER_BYTES, count, log)
+    return token_file.Shard(file, 'uint16', HEADER_BYTES, count, log)
   if magic == HEADER_MAGIC or count == (size - HEADER_BYTES) // 2:
     raise ValueError(
       f'{file} is damaged, its header is not one of llm.c: bring it again'
     )
-  return shards_lib.Shard(file, 'uint16', 0, size // 2, log)
+  return token_file.Shard(file, 'uint16', 0, size // 2, log)
 
 
 def _sha256(file):
