@@ -48,13 +48,13 @@ import command_line
 from mhc import config
 from mhc import connections
 from mhc import manifold
-from mhc import step
 from mhc.kernels import measure
 from mhc.kernels import schedule
 from mhc.kernels import shapes
 from mhc.model import recompute
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
+from mhc.training import step
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a row.')
 TOKENS = flags.DEFINE_integer('tokens', 4096, 'Tokens.', lower_bound=1)

@@ -10,7 +10,7 @@ import pathlib
 from absl import flags
 
 import command_line
-from mhc import evaluate
+from mhc.training import evaluate
 
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True

@@ -12,8 +12,8 @@ from absl import flags
 import numpy as np
 
 import command_line
-from mhc import folder
-from mhc import sample
+from mhc.training import generate as generate_lib
+from mhc.training import workdir as workdir_lib
 
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True
@@ -32,11 +32,11 @@ SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
 
 def main():
   workdir = pathlib.Path(WORKDIR.value)
-  model, bias, tokenizer = sample.restore(workdir)
+  model, bias, tokenizer = generate_lib.restore(workdir)
   prompt = np.concatenate(
     [[tokenizer.start], tokenizer.encode(PROMPT.value.encode())]
   )
-  drawn = sample.generate(
+  drawn = generate_lib.generate(
     model,
     bias,
     prompt,
@@ -58,7 +58,7 @@ def main():
   else:
     _print_all(tokenizer, drawn)
   length = len(prompt) + NUM_TOKENS.value
-  trained = folder.read_config(workdir).data.seq_len
+  trained = workdir_lib.read_config(workdir).data.seq_len
   if length > trained:
     print(
       f'note: rows of {trained} tokens were trained on; past them, up to '

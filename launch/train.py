@@ -11,8 +11,8 @@ from absl import flags
 
 import command_line
 from mhc import config as config_lib
-from mhc import train
 from mhc.runtime import multihost
+from mhc.training import run
 
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True
@@ -30,7 +30,7 @@ def main():
       '(gcsfuse), as launch/tpu_pod.sh and launch/gke_jobset.yaml do'
     )
   command_line.join()
-  summary = train.train(
+  summary = run.train(
     config,
     pathlib.Path(WORKDIR.value),
     deadline=command_line.deadline(),

@@ -3,12 +3,12 @@
 import json
 import pathlib
 
-from mhc import folder
-from mhc import train
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
 from mhc.data import batches
 from mhc.runtime import files
+from mhc.training import run
+from mhc.training import workdir as workdir_lib
 
 
 def train_all(
@@ -30,7 +30,7 @@ def train_all(
     for name, config in comparison.runs(panel).items()
   }
   for name, config in runs.items():
-    folder.check(workdir / name, config)
+    workdir_lib.check(workdir / name, config)
     batches.heldout_rows(
       batches.load_for(config),
       config.data.seq_len,
@@ -41,9 +41,9 @@ def train_all(
   text = json.dumps(dicts.to_dict(comparison), indent=2) + '\n'
   files.replace(workdir / 'comparison.json', text)
 
-  todo = [name for name in runs if train.read_summary(workdir / name) is None]
+  todo = [name for name in runs if run.read_summary(workdir / name) is None]
   print(f'{len(runs)} runs in {workdir}, {len(todo)} to do', flush=True)
   width = max(map(len, runs))
   for number, name in enumerate(todo, start=1):
     label = f'[{number:{len(str(len(todo)))}}/{len(todo)}] {name:{width}}'
-    train.train(runs[name], workdir / name, label, deadline)
+    run.train(runs[name], workdir / name, label, deadline)

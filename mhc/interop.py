@@ -55,14 +55,14 @@ import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
-from mhc import checkpoint
 from mhc import config as config_lib
-from mhc import folder as folder_lib
-from mhc import step
 from mhc.config import dicts
 from mhc.model import transformer
 from mhc.parallel import mesh as mesh_lib
 from mhc.runtime import files as files_lib
+from mhc.training import checkpoint
+from mhc.training import step
+from mhc.training import workdir as workdir_lib
 
 INDEX = 'model.safetensors.index.json'
 KINDS = ('mhc', 'mhc_single_pass')  # of which DeepSeek has tensors
@@ -202,7 +202,7 @@ def export(
   Raises:
     ValueError: no run, no checkpoint, or `out` is in use.
   """
-  config, out = folder_lib.read_config(workdir), out.absolute()
+  config, out = workdir_lib.read_config(workdir), out.absolute()
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise ValueError(f'{out} is in use: choose another --out')
   state = _restore(workdir, config)
@@ -225,7 +225,7 @@ def load(
   Raises:
     ValueError: the folder holds something else, or not all of it.
   """
-  config = folder_lib.read_config(folder)
+  config = workdir_lib.read_config(folder)
   files = [folder / 'model.safetensors']
   if (folder / INDEX).exists():
     weight_map = json.loads((folder / INDEX).read_text()).get('weight_map', {})

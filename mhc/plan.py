@@ -25,7 +25,6 @@ from mhc import config as config_lib
 from mhc import counts
 from mhc import gpus
 from mhc import hlo
-from mhc import step
 from mhc import traffic
 from mhc.config import dicts
 from mhc.kernels import chips
@@ -35,6 +34,7 @@ from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import executor
 from mhc.pipeline import table as table_lib
+from mhc.training import step
 
 Plan = dict[str, Any]
 

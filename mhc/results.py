@@ -18,10 +18,10 @@ import numpy as np
 
 from mhc import config as config_lib
 from mhc import events as events_lib
-from mhc import train
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
 from mhc.runtime import files
+from mhc.training import run as run_lib
 
 WINDOW = 25
 GRAD_SPIKE_FACTOR = 3.0
@@ -94,7 +94,7 @@ class Run:
 
 def read(folder: pathlib.Path, config: config_lib.Config) -> Run | None:
   """The run in `folder`, None if it has not finished."""
-  summary = train.read_summary(folder)
+  summary = run_lib.read_summary(folder)
   if summary is None:
     return None
   return Run(

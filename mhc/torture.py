@@ -23,11 +23,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from mhc import checkpoint
 from mhc import faults
-from mhc import folder
-from mhc import step as step_lib
 from mhc.runtime import files as files_lib
+from mhc.training import checkpoint
+from mhc.training import step as step_lib
+from mhc.training import workdir as workdir_lib
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[1] / 'launch'
 STEPS, SAVE_EVERY = 240, 12
@@ -154,7 +154,7 @@ class Run:
   def outcome(self) -> tuple[list[dict], step_lib.TrainState]:
     """Every step's numbers but times, and the last state."""
     lines = files_lib.read_lines(self.workdir / 'metrics.jsonl')
-    config = folder.read_config(self.workdir)
+    config = workdir_lib.read_config(self.workdir)
     one = dataclasses.replace(config.mesh, num_devices=1)
     programs = step_lib.build(dataclasses.replace(config, mesh=one))
     state = checkpoint.restore(self.workdir, programs.functions.canonical_state)

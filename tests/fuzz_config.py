@@ -52,14 +52,14 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from mhc import checkpoint
 from mhc import config as config_lib
-from mhc import step
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
 from mhc.data import batches as batches_lib
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
+from mhc.training import checkpoint
+from mhc.training import step
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SECONDS = 60

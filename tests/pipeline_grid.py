@@ -33,8 +33,8 @@ if __name__ == '__main__' and '--x64' in sys.argv:
   jnp.float32 = jnp.float64
 
 from mhc import config as config_lib
-from mhc import step
 from mhc.parallel import mesh as mesh_lib
+from mhc.training import step
 
 ROWS, TIME = 16, 6
 KINDS = ('residual', 'hc', 'mhc', 'mhc_single_pass')

@@ -28,12 +28,12 @@ if __name__ == '__main__':
 import jax
 import numpy as np
 
-from mhc import checkpoint
 from mhc import config
-from mhc import folder as folder_lib
-from mhc import train
 from mhc.config import dicts
 from mhc.runtime import files
+from mhc.training import checkpoint
+from mhc.training import run
+from mhc.training import workdir as workdir_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BOUND = 1e-5
@@ -103,7 +103,7 @@ def finish(process: subprocess.Popen, timeout: float) -> tuple[int, str, str]:
 
 def alone(workdir: pathlib.Path, changes: dict):
   """In this process, on its devices."""
-  train.train(dicts.replace(config.Config(), **changes), workdir)
+  run.train(dicts.replace(config.Config(), **changes), workdir)
 
 
 def half_way(folder: pathlib.Path, step: int) -> pathlib.Path:
@@ -248,7 +248,7 @@ def main():
       time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     status, _, error = finish(process, timeout=60)
-    config = folder_lib.read_config(workdir)
+    config = workdir_lib.read_config(workdir)
     with checkpoint.Checkpoints(workdir, config, reading=True) as saved:
       step = saved.steps()[0]
     said = f'SIGTERM: saved after step {step}.' in error

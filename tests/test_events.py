@@ -5,10 +5,10 @@ import json
 
 from mhc import config as config_lib
 from mhc import events
-from mhc import guards
 from mhc import page
 from mhc import plots
 from mhc import results
+from mhc.training import guards
 
 CONFIG = config_lib.Config(num_steps=200, checkpoint_every=60)
 GAIN = guards.Event(25, 'gain', 'composite gain', 151888.4, 10.0, 'log')

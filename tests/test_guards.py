@@ -11,14 +11,14 @@ import pytest
 import tiny
 
 from mhc import config as config_lib
-from mhc import guards
-from mhc import loop
-from mhc import step
-from mhc import train
 from mhc.config import dicts
 from mhc.data import batches
 from mhc.parallel import mesh as mesh_lib
 from mhc.runtime import files
+from mhc.training import guards
+from mhc.training import loop
+from mhc.training import run
+from mhc.training import step
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -189,7 +189,7 @@ def run(text, workdir, monkeypatch, bad=(), **settings):
 
   monkeypatch.setattr(loop.Loop, '_dispatch', watched)
   try:
-    train.train(config, workdir)
+    run.train(config, workdir)
   finally:
     events = files.read_lines(workdir / 'events.jsonl')
   lines = files.read_lines(workdir / 'metrics.jsonl')

@@ -18,16 +18,16 @@ import pytest
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
-from mhc import checkpoint
 from mhc import config
-from mhc import folder
 from mhc import hyper
 from mhc import interop
-from mhc import step
 from mhc import streams
 from mhc.config import dicts
 from mhc.model import transformer
 from mhc.parallel import mesh as mesh_lib
+from mhc.training import checkpoint
+from mhc.training import step
+from mhc.training import workdir as workdir_lib
 
 EPS, DIM, TOKENS = 1e-6, 6, 3
 DENSE = config.ModelConfig(
@@ -395,7 +395,7 @@ def test_other_layers_are_refused():
 def save_run(workdir, model, seed=0):
   """A run's folder with the random state as its checkpoint."""
   settings, state = random_state(model, seed)
-  folder.claim(workdir, settings)
+  workdir_lib.claim(workdir, settings)
   with checkpoint.Checkpoints(workdir, settings) as checkpoints:
     checkpoints.save(state, {})
   return settings, state

@@ -12,7 +12,6 @@ import pytest
 
 from mhc import config
 from mhc import plan
-from mhc import step
 from mhc.kernels import api
 from mhc.kernels import chips
 from mhc.kernels import measure
@@ -24,6 +23,7 @@ from mhc.kernels.pallas import sinkhorn
 from mhc.kernels.pallas import specs
 from mhc.kernels.pallas import tiling
 from mhc.parallel import mesh as mesh_lib
+from mhc.training import step
 
 
 def exact(function, arguments, cotangent):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mhc import config
-from mhc import step
 from mhc.kernels.pallas import tiling
 from mhc.parallel import mesh as mesh_lib
+from mhc.training import step
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mhc import config
-from mhc import optimizer
 from mhc.model import transformer
+from mhc.training import optimizer
 
 
 def rates(num_steps=100, **options):

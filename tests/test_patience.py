@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mhc import patience
+from mhc.training import orbax_workarounds
 
 
 def fail_beside(other, number=1):
@@ -21,7 +21,7 @@ def fail_beside(other, number=1):
     begun = asyncio.Event()
     await asyncio.gather(first(begun), *(other(begun) for _ in range(number)))
 
-  with patience.patient():
+  with orbax_workarounds.patient():
     loop = asyncio.new_event_loop()
   with pytest.raises(ValueError, match='first'), contextlib.closing(loop):
     loop.run_until_complete(company())
@@ -60,7 +60,7 @@ def test_only_the_first_error_is_heard(caplog):
 
 
 def test_what_hangs_is_given_up(monkeypatch):
-  monkeypatch.setattr(patience, 'SECONDS', 0.1)
+  monkeypatch.setattr(orbax_workarounds, 'SECONDS', 0.1)
 
   async def forever(begun):
     begun.set()
@@ -71,8 +71,8 @@ def test_what_hangs_is_given_up(monkeypatch):
 
 
 def test_loops_are_as_before_afterwards():
-  with patience.patient():
+  with orbax_workarounds.patient():
     pass
   loop = asyncio.new_event_loop()
   loop.close()
-  assert not isinstance(loop, patience.PatientLoop)
+  assert not isinstance(loop, orbax_workarounds.PatientLoop)

@@ -5,15 +5,15 @@ import dataclasses
 import jax
 import pytest
 
-from mhc import compiler
 from mhc import config
 from mhc import hlo
 from mhc import plan
 from mhc import plan_table
-from mhc import step
 from mhc import suggest
 from mhc.config import presets
 from mhc.parallel import mesh as mesh_lib
+from mhc.training import step
+from mhc.training import xla_options
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -118,9 +118,11 @@ def test_the_compiler_is_told_what_hides_transfers():
   """But not where somebody does not want it, or there is nothing to send."""
   mesh = mesh_lib.make_mesh(TINY.mesh, TINY.data, plan.devices('v5p:2x2x1'))
   told = step.compiler_options(TINY, mesh)
-  assert told == compiler.options('v5p', ahead=True)
-  assert set(compiler.AHEAD) < set(told)
-  assert not set(compiler.AHEAD) & set(compiler.options('v5p', ahead=False))
+  assert told == xla_options.options('v5p', ahead=True)
+  assert set(xla_options.AHEAD) < set(told)
+  assert not set(xla_options.AHEAD) & set(
+    xla_options.options('v5p', ahead=False)
+  )
   without = dataclasses.replace(TINY, mesh=config.MeshConfig(overlap=False))
   assert step.compiler_options(without, mesh) == {}
   one = mesh_lib.make_mesh(

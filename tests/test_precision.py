@@ -9,8 +9,8 @@ import pytest
 
 from mhc import config
 from mhc import precision
-from mhc import step
 from mhc.parallel import mesh as mesh_lib
+from mhc.training import step
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 

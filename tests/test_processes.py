@@ -8,10 +8,10 @@ kills one of two.
 import processes_full as full
 import pytest
 
-from mhc import evaluate
-from mhc import folder
 from mhc.runtime import files
 from mhc.runtime import multihost
+from mhc.training import evaluate
+from mhc.training import workdir as workdir_lib
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -62,8 +62,8 @@ def test_what_they_saved_goes_on_in_one_with_another_mesh(together, changes):
   full.alone(copy, full.merge(changes, other))
   assert max(full.difference(copy, together).values()) < full.BOUND
   # The folder says with what the run ended, and can be evaluated so.
-  assert folder.read_config(copy).mesh.pipe == 1
-  assert folder.read_config(together).mesh.pipe == 2
+  assert workdir_lib.read_config(copy).mesh.pipe == 1
+  assert workdir_lib.read_config(together).mesh.pipe == 2
   scores = evaluate.evaluate_checkpoint(copy, None, 8)
   last = files.read_lines(together / 'metrics.jsonl')[-1]
   assert scores['loss/heldout'] == pytest.approx(last['loss/heldout'], rel=1e-5)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mhc import config
-from mhc import sample
 from mhc.model import transformer
+from mhc.training import generate as generate_lib
 
 SMALL = config.ModelConfig(
   num_blocks=3,
@@ -81,7 +81,7 @@ def test_the_nucleus():
   logits = jnp.broadcast_to(jnp.log(probabilities), (4000, 4))
 
   def shares(temperature, top_p):
-    drawn = sample.choose(logits, jax.random.key(0), temperature, top_p)
+    drawn = generate_lib.choose(logits, jax.random.key(0), temperature, top_p)
     return np.bincount(drawn, minlength=4) / 4000
 
   np.testing.assert_allclose(shares(1.0, 1.0), probabilities, atol=0.03)
@@ -95,7 +95,7 @@ def test_the_nucleus():
 def test_generation_is_greedy_decoding_at_temperature_zero():
   model = network('mhc')
   prompt = np.array([256, 10, 20])
-  drawn = sample.generate(
+  drawn = generate_lib.generate(
     model, None, prompt, num_samples=2, num_tokens=4, temperature=0.0
   )
   drawn = np.stack(list(drawn), axis=1)
@@ -113,7 +113,7 @@ def test_a_seed_decides_the_draws():
   model = network('residual')
 
   def text(seed):
-    drawn = sample.generate(
+    drawn = generate_lib.generate(
       model, None, np.array([256]), num_samples=3, num_tokens=5, seed=seed
     )
     return np.stack(list(drawn))
@@ -132,7 +132,7 @@ def test_values_out_of_range():
     ({'top_p': 0.0}, 'top_p=0.0'),
     ({'top_p': 1.5}, 'top_p=1.5'),
   ):
-    drawn = sample.generate(
+    drawn = generate_lib.generate(
       model, None, np.array([1]), num_samples=1, num_tokens=1, **options
     )
     with pytest.raises(ValueError, match=message):
@@ -144,5 +144,5 @@ def test_serving_drops_nothing_and_ranks_by_affinity():
     SMALL,
     moe=dataclasses.replace(EXPERTS, dispatch='capacity', router='sinkhorn'),
   )
-  served = sample.serving(settings).moe
+  served = generate_lib.serving(settings).moe
   assert (served.dispatch, served.router) == ('dropless', 'bias')

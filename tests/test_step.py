@@ -11,10 +11,10 @@ import pytest
 import tiny
 
 from mhc import config
-from mhc import step
 from mhc.parallel import loss
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
+from mhc.training import step
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 

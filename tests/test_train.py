@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import tiny
 
-from mhc import evaluate
-from mhc import folder
-from mhc import train
 from mhc.data import batches
 from mhc.runtime import files
+from mhc.training import evaluate
+from mhc.training import run
+from mhc.training import workdir as workdir_lib
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
@@ -40,7 +40,7 @@ def losses(workdir):
 def finished(text, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('runs') / 'finished'
   with jax.numpy_dtype_promotion('standard'):
-    summary = train.train(with_text(text), workdir)
+    summary = run.train(with_text(text), workdir)
   return workdir, summary
 
 
@@ -62,7 +62,7 @@ def test_a_run_leaves_its_record(finished):
 def test_a_finished_run_is_not_run_again(finished, text):
   workdir, summary = finished
   before = (workdir / 'metrics.jsonl').stat().st_mtime_ns
-  assert train.train(with_text(text, tensorboard=True), workdir) == summary
+  assert run.train(with_text(text, tensorboard=True), workdir) == summary
   assert (workdir / 'metrics.jsonl').stat().st_mtime_ns == before
 
 
@@ -71,11 +71,11 @@ def test_other_settings_are_refused_and_nothing_is_written(finished, text):
   names = sorted(str(p) for p in workdir.rglob('*'))
   model = dataclasses.replace(TINY.model, num_blocks=2)
   with pytest.raises(ValueError, match=r'num_blocks=1, this one has 2'):
-    train.train(with_text(text, model=model), workdir)
+    run.train(with_text(text, model=model), workdir)
   with pytest.raises(ValueError, match='not empty'):
-    train.train(with_text(text), workdir.parent)
+    run.train(with_text(text), workdir.parent)
   with pytest.raises(ValueError, match='is a file'):
-    train.train(with_text(text), workdir / 'summary.json')
+    run.train(with_text(text), workdir / 'summary.json')
   assert sorted(str(p) for p in workdir.rglob('*')) == names
 
 
@@ -88,7 +88,7 @@ def test_a_state_that_cannot_be_gone_on_from(finished, text, tmp_path):
     shutil.rmtree(state / 'state')
   policy = asyncio.get_event_loop_policy()
   with pytest.raises(ValueError, match='no checkpoint that is whole'):
-    train.train(with_text(text), workdir)
+    run.train(with_text(text), workdir)
   assert asyncio.get_event_loop_policy() is policy
 
 
@@ -112,7 +112,7 @@ def test_held_out_loss_of_a_checkpoint_is_the_recorded_one(finished):
 
 
 def test_tensorboard_mirrors_the_scalars(text, tmp_path):
-  train.train(with_text(text, tensorboard=True), tmp_path / 'run')
+  run.train(with_text(text, tensorboard=True), tmp_path / 'run')
   (events,) = (tmp_path / 'run' / 'tensorboard').iterdir()
   assert b'loss/heldout' in events.read_bytes()
 
@@ -128,12 +128,12 @@ def test_gone_on_bit_for_bit(finished, text, tmp_path):
   *lines, _, _ = metrics.read_text().splitlines(keepends=True)
   metrics.write_text(''.join(lines) + '{"step": 11, "loss/tr')
 
-  resumed = train.train(with_text(text), workdir)
+  resumed = run.train(with_text(text), workdir)
   assert losses(workdir) == losses(uninterrupted)
   assert resumed['heldout_nats'] == summary['heldout_nats']
   probes = [
-    files.read_lines(folder / 'probes.jsonl')
-    for folder in (workdir, uninterrupted)
+    files.read_lines(workdir_lib / 'probes.jsonl')
+    for workdir_lib in (workdir, uninterrupted)
   ]
   assert probes[0] == probes[1]
 
@@ -151,7 +151,7 @@ def test_an_end_that_cannot_be_saved_is_not_one(
 
   monkeypatch.setattr(tempfile, 'mkdtemp', fail)
   with pytest.raises(OSError, match=r'step 12 could not be saved: make room'):
-    train.train(with_text(text), workdir)
+    run.train(with_text(text), workdir)
   assert not (workdir / 'summary.json').exists()
   assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['8']
   said = capsys.readouterr().err
@@ -206,7 +206,7 @@ def test_lines_wait_for_room_on_the_disk(tmp_path, capsys):
 def test_a_config_of_another_version_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{"num_step": 3}')
   with pytest.raises(ValueError, match=r'config\.json.*num_steps'):
-    folder.read_config(pathlib.Path(tmp_path))
+    workdir_lib.read_config(pathlib.Path(tmp_path))
 
 
 def test_what_was_done_before_the_data_ended_is_saved(
@@ -223,8 +223,8 @@ def test_what_was_done_before_the_data_ended_is_saved(
   with monkeypatch.context() as patch:
     patch.setattr(batches.Rows, '__getitem__', damaged)
     with pytest.raises(ValueError, match='block 3 is damaged'):
-      train.train(with_text(text), tmp_path / 'run')
+      run.train(with_text(text), tmp_path / 'run')
   saved = [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()]
   assert sorted(saved) == ['4', '6']
-  train.train(with_text(text), tmp_path / 'run')
+  run.train(with_text(text), tmp_path / 'run')
   assert losses(tmp_path / 'run') == losses(workdir)

@@ -32,13 +32,13 @@ import jax
 import orbax.checkpoint as ocp
 
 from mhc import config as config_lib
-from mhc import fingerprint
-from mhc import folder
-from mhc import patience
-from mhc import step as step_lib
 from mhc.config import dicts
 from mhc.runtime import files
 from mhc.runtime import multihost
+from mhc.training import checksum
+from mhc.training import orbax_workarounds
+from mhc.training import step as step_lib
+from mhc.training import workdir as workdir_lib
 
 FORMAT = 'mhc checkpoint 1'
 
@@ -64,7 +64,7 @@ def restore(
   """
   saved = None
   if (workdir / 'checkpoints').is_dir():
-    config = folder.read_config(workdir)
+    config = workdir_lib.read_config(workdir)
     with Checkpoints(workdir, config, reading=True) as checkpoints:
       saved = checkpoints.restore(abstract)
   if saved is None:
@@ -91,7 +91,7 @@ class Checkpoints:
     self._well = True  # so far, the last one
     self._open()
     self._closing = contextlib.ExitStack()
-    self._closing.enter_context(patience.patient())
+    self._closing.enter_context(orbax_workarounds.patient())
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -239,7 +239,7 @@ class Checkpoints:
       )
     args = {'record': ocp.args.JsonRestore()}
     record = _checked(self._load(step, args)['record'], where)
-    difference = folder.other_setting(record['config'], self._config)
+    difference = workdir_lib.other_setting(record['config'], self._config)
     if difference:
       raise ValueError(
         f'{where} is the state of a run with {difference}: it does not belong '
@@ -255,7 +255,7 @@ class Checkpoints:
         )
     args = {'state': ocp.args.StandardRestore(abstract)}
     state = step_lib.TrainState(*self._load(step, args)['state'])
-    for name, digits in fingerprint.of(state).items():
+    for name, digits in checksum.of(state).items():
       if digits != record['arrays'][name][2]:
         raise Damaged(f'{name} is not what was written')
     if int(state.step) != step:
@@ -264,7 +264,7 @@ class Checkpoints:
 
   def _load(self, step, args):
     try:
-      return patience.apart(
+      return orbax_workarounds.apart(
         lambda: self._manager.restore(step, args=ocp.args.Composite(**args))
       )
     except Exception as failure:  # of any class, see `_attempt`
@@ -325,7 +325,7 @@ def _shapes(tree):
 
 
 def _arrays(state):
-  digits = fingerprint.of(state)
+  digits = checksum.of(state)
   return {
     name: [*known, digits[name]] for name, known in _shapes(state).items()
   }

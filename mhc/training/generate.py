@@ -16,13 +16,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from mhc import checkpoint
 from mhc import config as config_lib
-from mhc import folder
-from mhc import step
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.model import transformer
 from mhc.parallel import mesh as mesh_lib
+from mhc.training import checkpoint
+from mhc.training import step
+from mhc.training import workdir as workdir_lib
 
 
 def choose(
@@ -122,7 +122,7 @@ def restore(
   Raises:
     ValueError: no run or no checkpoint in the folder.
   """
-  config = folder.read_config(workdir)
+  config = workdir_lib.read_config(workdir)
   config = dataclasses.replace(
     config,
     mesh=config_lib.MeshConfig(num_devices=1),

@@ -13,11 +13,7 @@ import pathlib
 
 import jax
 
-from mhc import checkpoint
 from mhc import config as config_lib
-from mhc import folder
-from mhc import loop
-from mhc import step as step_lib
 from mhc.config import dicts
 from mhc.data import batches as batches_lib
 from mhc.model import recompute
@@ -26,6 +22,10 @@ from mhc.parallel import mesh as mesh_lib
 from mhc.runtime import files
 from mhc.runtime import multihost
 from mhc.runtime import preemption
+from mhc.training import checkpoint
+from mhc.training import loop
+from mhc.training import step as step_lib
+from mhc.training import workdir as workdir_lib
 
 
 def train(
@@ -122,7 +122,7 @@ def train(
 
 def _claim(workdir, config, corpus):
   """Makes the folder this run's."""
-  folder.claim(workdir, config)
+  workdir_lib.claim(workdir, config)
   if corpus.tokenizer is not None and corpus.tokenizer.name != 'bytes':
     # So that the run can be sampled where its data are not.
     files.replace(workdir / 'tokenizer.json', corpus.tokenizer.description)

@@ -23,16 +23,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mhc import checkpoint
 from mhc import config as config_lib
-from mhc import evaluate
-from mhc import guards as guards_lib
-from mhc import step as step_lib
 from mhc.data import batches as batches_lib
 from mhc.parallel import mesh as mesh_lib
 from mhc.runtime import files
 from mhc.runtime import multihost
 from mhc.runtime import preemption
+from mhc.training import checkpoint
+from mhc.training import evaluate
+from mhc.training import guards as guards_lib
+from mhc.training import step as step_lib
 
 DUE = ('eval_every', 'probe_every', 'checkpoint_every')
 

@@ -19,10 +19,8 @@ from jax.sharding import NamedSharding
 import numpy as np
 import optax
 
-from mhc import compiler
 from mhc import config as config_lib
 from mhc import gains
-from mhc import optimizer as optimizer_lib
 from mhc.kernels import api
 from mhc.kernels import chips
 from mhc.model import moe
@@ -30,6 +28,8 @@ from mhc.model import transformer
 from mhc.parallel import loss
 from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import stage_layout
+from mhc.training import optimizer as optimizer_lib
+from mhc.training import xla_options
 
 Params = dict[str, Any]  # nested; leaves are float32 arrays
 
@@ -96,7 +96,7 @@ def compiler_options(config: config_lib.Config, mesh: Mesh) -> dict:
   kind = mesh.devices.flat[0].device_kind
   for generation, chip in chips.CHIPS.items():
     if chip.kind == kind and config.mesh.overlap and mesh.size > 1:
-      return compiler.options(generation, ahead=config.mesh.pipe == 1)
+      return xla_options.options(generation, ahead=config.mesh.pipe == 1)
   return {}
 
 

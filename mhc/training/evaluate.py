@@ -7,12 +7,12 @@ import pathlib
 import jax
 import numpy as np
 
-from mhc import checkpoint
-from mhc import folder
-from mhc import step as step_lib
 from mhc.data import batches
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.parallel import mesh as mesh_lib
+from mhc.training import checkpoint
+from mhc.training import step as step_lib
+from mhc.training import workdir as workdir_lib
 
 # Rows are scored in batches this many times the training batch.
 BATCHES = 4
@@ -63,7 +63,7 @@ def evaluate_checkpoint(
   Raises:
     ValueError, OSError: no run or no checkpoint there, unusable text.
   """
-  config = folder.read_config(workdir)
+  config = workdir_lib.read_config(workdir)
   if path is not None:
     config = dataclasses.replace(
       config, data=dataclasses.replace(config.data, path=path)
