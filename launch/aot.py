@@ -26,14 +26,14 @@ import jax
 
 import command_line
 from mhc import config as config_lib
-from mhc import counts
-from mhc import plan as plan_lib
-from mhc import plan_table
-from mhc import suggest
 from mhc.kernels import chips
 from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import draw
 from mhc.pipeline import table as table_lib
+from mhc.planner import counts
+from mhc.planner import plan as plan_lib
+from mhc.planner import search
+from mhc.planner import table as plan_table
 
 COUNT = flags.DEFINE_bool('count', False, 'Print the counts of --config.')
 TOPOLOGY = flags.DEFINE_string(
@@ -110,12 +110,12 @@ def _plan(config):
 
 def _suggest(config):
   number = len(plan_lib.devices(TOPOLOGY.value))
-  found = suggest.suggest(config, TOPOLOGY.value, number)
+  found = search.suggest(config, TOPOLOGY.value, number)
   if JSON.value:
     print(json.dumps([one._asdict() for one in found]))
     return
   hbm = chips.CHIPS[TOPOLOGY.value.partition(':')[0]].hbm
-  print(suggest.table(found, hbm))
+  print(search.table(found, hbm))
 
 
 if __name__ == '__main__':

@@ -48,12 +48,12 @@ import command_line
 from mhc import config
 from mhc import connections
 from mhc import manifold
-from mhc.kernels import measure
-from mhc.kernels import schedule
 from mhc.kernels import shapes
 from mhc.model import recompute
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
+from mhc.planner import bundles
+from mhc.planner import kernel_cost
 from mhc.training import step
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a row.')
@@ -69,7 +69,7 @@ GENERATIONS = flags.DEFINE_list(
   'generations', ['v5e', 'v5p', 'v6e', 'tpu7x'], 'TPUs, for kernels.'
 )
 OPERATIONS = flags.DEFINE_list(
-  'operations', list(measure.OPERATIONS), 'For kernels.'
+  'operations', list(kernel_cost.OPERATIONS), 'For kernels.'
 )
 IMPLEMENTATION = flags.DEFINE_enum(
   'implementation', None, ['xla', 'pallas', 'triton'], 'For bandwidth.'
@@ -104,16 +104,17 @@ def _bandwidth():
   for operation, width in itertools.product(operations, widths):
     operands = [
       0.1 * jnp.ones(shape.shape, shape.dtype)
-      for shape in measure.case(operation, width, num_tokens, n)
+      for shape in kernel_cost.case(operation, width, num_tokens, n)
     ]
     tensor = operands[0]
     for direction, function, arguments in _both_directions(
-      functools.partial(measure.run, operation, IMPLEMENTATION.value), operands
+      functools.partial(kernel_cost.run, operation, IMPLEMENTATION.value),
+      operands,
     ):
       seconds, copy = _time(function, arguments, tensor, ROUNDS.value)
-      elements = measure.lower_bound(operation, 'forward', n, width)
+      elements = kernel_cost.lower_bound(operation, 'forward', n, width)
       if direction != 'forward':
-        elements += measure.lower_bound(operation, 'backward', n, width)
+        elements += kernel_cost.lower_bound(operation, 'backward', n, width)
       rate = 2 * elements * num_tokens / seconds
       row = {
         'op': operation,
@@ -162,7 +163,7 @@ def _triton():
 
 
 def _kernels():
-  folder = schedule.folder()
+  folder = bundles.folder()
   widths = [int(width) for width in KERNEL_WIDTHS.value]
   if not JSON.value:
     print(
@@ -175,7 +176,7 @@ def _kernels():
       '| of HBM | plain JAX | its bytes |'
     )
     print('|---|---|---:|---|---:|---:|---:|---:|---:|---:|')
-  rows = measure.rows(OPERATIONS.value, widths, GENERATIONS.value, folder)
+  rows = kernel_cost.rows(OPERATIONS.value, widths, GENERATIONS.value, folder)
   for row in rows:
     if JSON.value:
       print(json.dumps(row), flush=True)
@@ -190,7 +191,7 @@ def _kernels():
       f'| {row["xla_bytes_per_token"] / row["bytes_per_token"]:.1f}x |',
       flush=True,
     )
-  schedule.empty(folder)
+  bundles.empty(folder)
   folder.rmdir()
 
 

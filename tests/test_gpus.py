@@ -6,8 +6,8 @@ import re
 import pytest
 
 from mhc import config
-from mhc import gpus
-from mhc import plan
+from mhc.planner import gpu_targets
+from mhc.planner import plan
 
 
 def test_names_of_gpus():
@@ -27,18 +27,18 @@ def test_the_gpus_of_a_machine():
   if any(importlib.util.find_spec(f'jax_cuda{i}_plugin') for i in (12, 13)):
     devices = plan.devices('h100:4')
     assert [device.platform for device in devices] == ['gpu'] * 4
-    assert devices[0].device_kind == gpus.GPUS['h100'].kind
+    assert devices[0].device_kind == gpu_targets.GPUS['h100'].kind
     return
   with pytest.raises(ValueError, match=r"h100:8.*'jax\[cuda13\]'"):
     plan.make(config.Config(), 'h100:8')
 
 
-@pytest.mark.parametrize('name', gpus.GPUS)
+@pytest.mark.parametrize('name', gpu_targets.GPUS)
 def test_what_the_compiler_is_told(name):
-  text = gpus.textproto(gpus.GPUS[name])
+  text = gpu_targets.textproto(gpu_targets.GPUS[name])
   assert text.count('{') == text.count('}')
   fields = dict(re.findall(r'^ +(\w+): (.*)$', text, re.MULTILINE))
-  gpu = gpus.GPUS[name]
+  gpu = gpu_targets.GPUS[name]
   assert fields['device_memory_size'] == str(gpu.hbm)
   assert fields['core_count'] == str(gpu.cores)
   assert fields['name'] == f'"{gpu.kind}"'

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 
 from mhc import config
-from mhc import plan
 from mhc.kernels import api
 from mhc.kernels import chips
-from mhc.kernels import measure
 from mhc.kernels import reference
-from mhc.kernels import schedule
 from mhc.kernels import shapes
 from mhc.kernels.pallas import launch
 from mhc.kernels.pallas import sinkhorn
 from mhc.kernels.pallas import specs
 from mhc.kernels.pallas import tiling
 from mhc.parallel import mesh as mesh_lib
+from mhc.planner import bundles
+from mhc.planner import kernel_cost
+from mhc.planner import plan
 from mhc.training import step
 
 
@@ -201,9 +201,9 @@ def test_what_the_kernels_cannot_serve(shape, dtype, reason, monkeypatch):
 )
 def test_the_kernels_compile_for_tpus(generation, dim):
   """All, both ways, and within the memory that `passes.memory` gives them."""
-  for operation in measure.OPERATIONS:
-    forward, both = measure.programs(
-      operation, measure.case(operation, dim), generation, None
+  for operation in kernel_cost.OPERATIONS:
+    forward, both = kernel_cost.programs(
+      operation, kernel_cost.case(operation, dim), generation, None
     )
     assert forward.compile().as_text().count('tpu_custom_call') == 1
     assert both.compile().as_text().count('tpu_custom_call') == 2
@@ -217,7 +217,7 @@ def test_bytes_through_memory():
     (specs.backward, (3 * 4 + 3) * 2560),
   ):
     call = make(sizes, 4096)
-    assert measure.elements_per_token(call, 4096) == elements
+    assert kernel_cost.elements_per_token(call, 4096) == elements
     # Coefficients, phi and its gradient are what is left.
     assert launch.moved(call) < 1.03 * 2 * elements * 4096
 
@@ -246,7 +246,7 @@ def test_bundles_of_nested_loops():
    0x5   : > { %q = scmp.ge.s32.totalorder %s2, 10 /* loop exit test */ }
    0x6   :  { %e = smov 0 }
   """
-  assert schedule.count_bundles(text) == 3 + 5 * 2
+  assert bundles.count_bundles(text) == 3 + 5 * 2
 
 
 def test_a_training_step_for_a_tpu_calls_the_kernels(optax_promotion):

@@ -9,12 +9,12 @@ import pipeline_grid as grid
 import pytest
 
 from mhc import config
-from mhc import hlo
-from mhc import plan
 from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import buffers
 from mhc.pipeline import executor
 from mhc.pipeline import table as table_lib
+from mhc.planner import hlo
+from mhc.planner import plan
 from mhc.training import step
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')

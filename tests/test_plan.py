@@ -6,12 +6,12 @@ import jax
 import pytest
 
 from mhc import config
-from mhc import hlo
-from mhc import plan
-from mhc import plan_table
-from mhc import suggest
 from mhc.config import presets
 from mhc.parallel import mesh as mesh_lib
+from mhc.planner import hlo
+from mhc.planner import plan
+from mhc.planner import search
+from mhc.planner import table as plan_table
 from mhc.training import step
 from mhc.training import xla_options
 
@@ -101,17 +101,17 @@ def test_what_does_not_fit_says_by_how_much():
 
 
 def test_suggestions_fit_and_are_sorted():
-  found = suggest.suggest(presets.paper('3b'), 'v5p:2x2x4', 16)
+  found = search.suggest(presets.paper('3b'), 'v5p:2x2x4', 16)
   assert [one.seconds for one in found] == sorted(one.seconds for one in found)
   assert all(one.bytes < 95 << 30 for one in found)
-  assert 'mesh.pipe=' in suggest.table(found, 95 << 30)
+  assert 'mesh.pipe=' in search.table(found, 95 << 30)
   # What is suggested can be asked for.
   settings = dict(found[0].settings)
   assert 16 % (settings['mesh.pipe'] * settings['mesh.expert']) == 0
   with pytest.raises(ValueError, match=r'nothing fits 4 devices.*of 16'):
-    suggest.suggest(presets.paper('27b'), 'v5e:2x2', 4)
+    search.suggest(presets.paper('27b'), 'v5e:2x2', 4)
   with pytest.raises(ValueError, match=r"'cpu'.*v5p"):
-    suggest.suggest(TINY, 'cpu', 8)
+    search.suggest(TINY, 'cpu', 8)
 
 
 def test_the_compiler_is_told_what_hides_transfers():

@@ -7,9 +7,9 @@ import jax
 import pytest
 
 from mhc import config
-from mhc import counts
 from mhc.config import presets
 from mhc.model import transformer
+from mhc.planner import counts
 
 
 @pytest.mark.parametrize(

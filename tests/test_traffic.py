@@ -9,11 +9,11 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from mhc import hlo
-from mhc import plan
-from mhc import torus
-from mhc import traffic
 from mhc.kernels import chips
+from mhc.planner import collectives
+from mhc.planner import hlo
+from mhc.planner import ici
+from mhc.planner import plan
 
 V5P = chips.CHIPS['v5p']
 # A microsecond of one link, and of compute.
@@ -28,7 +28,7 @@ def place(generation, *extents, cores=1):
   """A torus, and the numbers of its devices, which are in order."""
   places = np.array([at for at in np.ndindex(*extents) for _ in range(cores)])
   numbers = np.arange(len(places)).reshape(*extents, cores)
-  return torus.of(places, chips.CHIPS[generation]), numbers
+  return ici.of(places, chips.CHIPS[generation]), numbers
 
 
 def rows(numbers):
@@ -51,22 +51,22 @@ def test_rings_are_what_wraps():
 def test_the_span_of_a_group():
   at, numbers = place('v5p', 8, 4, 4)
   numbers = numbers[..., 0]
-  whole, half = torus.Span(2, 4, 1, True), torus.Span(0, 4, 1, False)
-  assert torus.spans(at, numbers[0, 0]) == (whole,)
-  assert torus.spans(at, numbers[:4, 0, 0]) == (half,)
-  assert torus.spans(at, numbers[:4, 0].ravel()) == (half, whole)
-  assert torus.spans(at, numbers[[6, 7, 0, 1], 0, 0]) == (half,)  # the seam
-  assert torus.spans(at, numbers[::2, 0, 0]) == (torus.Span(0, 4, 2, True),)
-  assert torus.spans(at, numbers[[0, 1, 3], 0, 0]) is None
-  assert torus.spans(at, np.array([0, 1, 4])) is None  # an L
-  assert torus.spans(at, np.array([5])) == ()
+  whole, half = ici.Span(2, 4, 1, True), ici.Span(0, 4, 1, False)
+  assert ici.spans(at, numbers[0, 0]) == (whole,)
+  assert ici.spans(at, numbers[:4, 0, 0]) == (half,)
+  assert ici.spans(at, numbers[:4, 0].ravel()) == (half, whole)
+  assert ici.spans(at, numbers[[6, 7, 0, 1], 0, 0]) == (half,)  # the seam
+  assert ici.spans(at, numbers[::2, 0, 0]) == (ici.Span(0, 4, 2, True),)
+  assert ici.spans(at, numbers[[0, 1, 3], 0, 0]) is None
+  assert ici.spans(at, np.array([0, 1, 4])) is None  # an L
+  assert ici.spans(at, np.array([5])) == ()
 
 
 def test_gathering_uses_every_link_of_the_group():
   at, numbers = place('v5p', 4, 4, 4)
 
   def seconds(at, groups):
-    return torus.gather(at, groups, BYTES).seconds / MEGA
+    return ici.gather(at, groups, BYTES).seconds / MEGA
 
   assert seconds(at, numbers.reshape(16, 4)) == pytest.approx(3 / 4 / 2)
   assert seconds(at, numbers.reshape(4, 16)) == pytest.approx(15 / 16 / 4)
@@ -79,36 +79,34 @@ def test_gathering_uses_every_link_of_the_group():
   assert seconds(line, numbers.reshape(2, 2)) == pytest.approx(1 / 2)
   assert seconds(line, numbers.reshape(1, 4)) == pytest.approx(3 / 4 / 2)
   # Three chips in an L pass thirds on, twice; 3 to 0 crosses what 0 to 1 does.
-  bent = torus.gather(line, np.array([[0, 1, 3]]), BYTES)
+  bent = ici.gather(line, np.array([[0, 1, 3]]), BYTES)
   assert bent.seconds / MEGA == pytest.approx(2 / 3)
 
 
 def test_devices_of_a_chip_share_its_links():
   at, numbers = place('tpu7x', 4, 4, 4, cores=2)
   chip = numbers.reshape(64, 2)
-  assert torus.gather(at, chip, BYTES) == torus.Use(0, frozenset())
-  both = torus.gather(at, numbers.reshape(16, 8), BYTES)
+  assert ici.gather(at, chip, BYTES) == ici.Use(0, frozenset())
+  both = ici.gather(at, numbers.reshape(16, 8), BYTES)
   assert both.seconds / MEGA == pytest.approx(3 / 4 / 2)
   each = rows(numbers.transpose(0, 1, 3, 2))
-  assert torus.gather(at, each, BYTES).seconds == pytest.approx(
-    2 * both.seconds
-  )
-  assert torus.send(at, shifts(each, 1), BYTES).seconds / MEGA == (
+  assert ici.gather(at, each, BYTES).seconds == pytest.approx(2 * both.seconds)
+  assert ici.send(at, shifts(each, 1), BYTES).seconds / MEGA == (
     pytest.approx(2)
   )
-  assert torus.send(at, chip, BYTES).seconds == 0
+  assert ici.send(at, chip, BYTES).seconds == 0
 
 
 def test_messages_share_the_links_on_their_way():
   at, numbers = place('v5p', 4, 4, 4)
   row = rows(numbers[..., 0])
   for hops, seconds, link in ((1, 1, (2, 0)), (2, 2, (2, 0)), (3, 1, (2, 1))):
-    use = torus.send(at, shifts(row, hops), BYTES)
+    use = ici.send(at, shifts(row, hops), BYTES)
     assert use.seconds / MEGA == pytest.approx(seconds)
     assert use.links == {link}
   # The way back of a line is free for the one that closes it.
   line, numbers = place('v5e', 4, 4, 1)
-  use = torus.send(line, shifts(numbers[:, :, 0, 0], 1), BYTES / 2)
+  use = ici.send(line, shifts(numbers[:, :, 0, 0], 1), BYTES / 2)
   assert use.seconds / MEGA == pytest.approx(1)
   assert use.links == {(1, 0), (1, 1)}
 
@@ -116,14 +114,14 @@ def test_messages_share_the_links_on_their_way():
 @pytest.mark.parametrize('size', [4, 8, 16])
 def test_an_exchange_on_rings_and_lines(size):
   ring, numbers = place('v5p', 4, 4, size)
-  use = torus.exchange(ring, rows(numbers[..., 0]), BYTES)
+  use = ici.exchange(ring, rows(numbers[..., 0]), BYTES)
   assert use.seconds / MEGA == pytest.approx(size / 8)
   assert use.links == {(2, 0), (2, 1)}
   # Of two dimensions the longer one.
-  plane = torus.exchange(ring, numbers.reshape(4, 4 * size), BYTES)
+  plane = ici.exchange(ring, numbers.reshape(4, 4 * size), BYTES)
   assert plane.seconds / MEGA == pytest.approx(size / 8)
   line, numbers = place('v5p', 2, 2, size)
-  use = torus.exchange(line, rows(numbers[..., 0]), BYTES)
+  use = ici.exchange(line, rows(numbers[..., 0]), BYTES)
   assert use.seconds / MEGA == pytest.approx(size / 4)
 
 
@@ -161,10 +159,10 @@ def mesh():
 
 
 def test_the_axes_of_a_mesh_lie_on_rings(mesh):
-  x, y, z = (torus.Span(dimension, 4, 1, True) for dimension in range(3))
-  assert traffic.rings(mesh, ('pipe',), V5P) == (z,)
-  assert traffic.rings(mesh, ('data',), V5P) == (x, y)
-  assert traffic.rings(mesh, ('pipe', 'data'), V5P) == (x, y, z)
+  x, y, z = (ici.Span(dimension, 4, 1, True) for dimension in range(3))
+  assert collectives.rings(mesh, ('pipe',), V5P) == (z,)
+  assert collectives.rings(mesh, ('data',), V5P) == (x, y)
+  assert collectives.rings(mesh, ('pipe', 'data'), V5P) == (x, y, z)
 
 
 PIPE = "replica_groups=mesh['data'=16,'pipe'=4] {'pipe'}"
@@ -193,11 +191,11 @@ def read(mesh, entry, *computations):
     '}',
   ]
   module = hlo.parse('\n'.join(text))
-  found = traffic.collectives(module, mesh, V5P)
+  found = collectives.collectives(module, mesh, V5P)
   cost = hlo.cost(module, (V5P.flops, V5P.bandwidth))
   compute = cost.cycles / V5P.clock + cost.kernel_seconds
-  assert traffic.step_seconds(module, mesh, V5P) == pytest.approx(
-    compute + traffic.uncovered_seconds(found)
+  assert collectives.step_seconds(module, mesh, V5P) == pytest.approx(
+    compute + collectives.uncovered_seconds(found)
   )
   return found
 
@@ -399,7 +397,7 @@ def test_loops_and_conditionals(mesh):
   assert (permute.name, permute.times) == ('s', 1)
   assert permute.covered / MEGA == pytest.approx(49 * 3)
   assert (gather.name, gather.times, gather.covered) == ('g', 49, 0)
-  assert traffic.uncovered_seconds(found) / MEGA == pytest.approx(49 * 3.75)
+  assert collectives.uncovered_seconds(found) / MEGA == pytest.approx(49 * 3.75)
 
 
 def test_kernels_cover(mesh):
@@ -473,7 +471,7 @@ def test_transfers_inside_of_a_loop_come_first(mesh):
 
 def test_totals_by_axis():
   def one(kind, axes, times, covered):
-    return traffic.Collective(
+    return collectives.Collective(
       'c', kind, axes, 100.0, times, 3.0, covered, frozenset()
     )
 
@@ -483,21 +481,21 @@ def test_totals_by_axis():
     one('all-reduce', ('data',), 1, 0.0),
     one('all-gather', ('data', 'pipe'), 1, 0.0),
   ]
-  assert traffic.by_axis(found) == {
+  assert collectives.by_axis(found) == {
     ('data',): {
-      'all-gather': traffic.Total(3, 300.0, 9.0, 4.0),
-      'all-reduce': traffic.Total(1, 100.0, 3.0, 3.0),
+      'all-gather': collectives.Total(3, 300.0, 9.0, 4.0),
+      'all-reduce': collectives.Total(1, 100.0, 3.0, 3.0),
     },
-    ('data', 'pipe'): {'all-gather': traffic.Total(1, 100.0, 3.0, 3.0)},
+    ('data', 'pipe'): {'all-gather': collectives.Total(1, 100.0, 3.0, 3.0)},
   }
-  assert traffic.uncovered_seconds(found) == 4 + 0 + 3 + 3
+  assert collectives.uncovered_seconds(found) == 4 + 0 + 3 + 3
 
 
 def test_a_real_schedule():
   """A scan that gathers over 'data' and hands on over 'pipe'."""
   devices = np.array(plan.devices('v5p:2x2x1')).reshape(2, 2)
   mesh = Mesh(devices, ('data', 'pipe'))
-  assert traffic.rings(mesh, ('pipe',), V5P) == (torus.Span(0, 2, 1, False),)
+  assert collectives.rings(mesh, ('pipe',), V5P) == (ici.Span(0, 2, 1, False),)
   trips, size = 5, 1024
 
   @jax.jit
@@ -526,8 +524,8 @@ def test_a_real_schedule():
     abstract((trips, size, size), P(None, 'data')),
   ).compile()
   module = hlo.parse(compiled.as_text())
-  found = traffic.collectives(module, mesh, V5P)
-  totals = traffic.by_axis(found)
+  found = collectives.collectives(module, mesh, V5P)
+  totals = collectives.by_axis(found)
   matrix = 2 * size * size
   assert totals['data',]['all-gather'][:2] == (trips, trips * matrix / 2)
   handed = totals['pipe',]['collective-permute']
@@ -542,6 +540,6 @@ def test_a_real_schedule():
   (permute,) = (one for one in found if one.kind == 'collective-permute')
   compute = hlo.cost(module).cycles / V5P.clock
   assert 0 < permute.covered < compute / trips
-  assert traffic.step_seconds(module, mesh, V5P) == pytest.approx(
+  assert collectives.step_seconds(module, mesh, V5P) == pytest.approx(
     compute + gathered.uncovered + handed.uncovered
   )

@@ -22,10 +22,6 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from mhc import config as config_lib
-from mhc import counts
-from mhc import gpus
-from mhc import hlo
-from mhc import traffic
 from mhc.config import dicts
 from mhc.kernels import chips
 from mhc.model import expert_parallel
@@ -34,6 +30,10 @@ from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import executor
 from mhc.pipeline import table as table_lib
+from mhc.planner import collectives
+from mhc.planner import counts
+from mhc.planner import gpu_targets
+from mhc.planner import hlo
 from mhc.training import step
 
 Plan = dict[str, Any]
@@ -48,8 +48,8 @@ def devices(topology: str) -> list[jax.Device]:
   if topology == 'cpu':
     return jax.devices('cpu')
   name, _, size = topology.partition(':')
-  if name in gpus.GPUS or (size.isdigit() and name not in chips.CHIPS):
-    return gpus.devices(topology)
+  if name in gpu_targets.GPUS or (size.isdigit() and name not in chips.CHIPS):
+    return gpu_targets.devices(topology)
   # What libtpu asks a TPU host for at start, and one of its kind at a time.
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
@@ -106,7 +106,7 @@ def make(config: config_lib.Config, topology: str) -> Plan:
     needed = _needed(str(error))
   count = counts.count(config.model, config.data.seq_len)
   name = topology.partition(':')[0]
-  chip, gpu = chips.CHIPS.get(name), gpus.GPUS.get(name)
+  chip, gpu = chips.CHIPS.get(name), gpu_targets.GPUS.get(name)
   hbm = (chip or gpu).hbm if chip or gpu else None
   number = mesh_lib.num_microbatches(
     config.mesh, config.data, mesh.size // config.mesh.pipe
@@ -225,8 +225,8 @@ def _scheduled(config, compiled, schedule, mesh, chip, plan):
   module = hlo.parse(compiled.as_text(), shares)
   cost = hlo.cost(module, (chip.flops, chip.bandwidth))
   compute = cost.cycles / chip.clock + cost.kernel_seconds
-  found = traffic.collectives(module, mesh, chip)
-  uncovered = traffic.uncovered_seconds(found)
+  found = collectives.collectives(module, mesh, chip)
+  uncovered = collectives.uncovered_seconds(found)
   seconds = compute + uncovered
   rate = config.tokens_per_step / seconds
   return {
@@ -236,7 +236,7 @@ def _scheduled(config, compiled, schedule, mesh, chip, plan):
       ' x '.join(axes) or 'none': {
         kind: total._asdict() for kind, total in kinds.items()
       }
-      for axes, kinds in traffic.by_axis(found).items()
+      for axes, kinds in collectives.by_axis(found).items()
     },
     'uncovered_comm_share': uncovered / seconds,
     'step_seconds': seconds,

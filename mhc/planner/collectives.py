@@ -37,9 +37,9 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 import numpy as np
 
-from mhc import hlo
-from mhc import torus as torus_lib
 from mhc.kernels import chips
+from mhc.planner import hlo
+from mhc.planner import ici
 
 KINDS = frozenset(
   {
@@ -76,7 +76,7 @@ class Collective(NamedTuple):
   times: float
   seconds: float
   covered: float
-  links: frozenset[torus_lib.Link]
+  links: frozenset[ici.Link]
 
   @property
   def uncovered(self) -> float:
@@ -173,18 +173,18 @@ def step_seconds(module: hlo.Module, mesh: Mesh, chip: chips.Chip) -> float:
 
 def rings(
   mesh: Mesh, axes: Sequence[str], chip: chips.Chip
-) -> tuple[torus_lib.Span, ...] | None:
+) -> tuple[ici.Span, ...] | None:
   """Where devices that differ along these axes lie; None if on no even grid."""
   numbers = np.arange(mesh.size).reshape(mesh.devices.shape)
   along = [mesh.axis_names.index(axis) for axis in axes]
   members = np.moveaxis(numbers, along, range(-len(along), 0))
   group = members.reshape(-1, math.prod(mesh.shape[axis] for axis in axes))[0]
-  return torus_lib.spans(_torus(mesh, chip), group)
+  return ici.spans(_torus(mesh, chip), group)
 
 
 def _torus(mesh, chip):
   places = [device.coords for device in mesh.devices.flat]
-  return torus_lib.of(np.array(places), chip)
+  return ici.of(np.array(places), chip)
 
 
 def _seconds(cost, chip):
@@ -295,10 +295,10 @@ def _measure(mesh, chip):
     """Axes, how many devices in a group, and the links' use by one byte."""
     groups = hlo.groups(devices, mesh.size)
     move = {
-      'all-to-all': torus_lib.exchange,
-      'collective-permute': torus_lib.send,
-      'ragged-all-to-all': torus_lib.exchange,
-    }.get(kind, torus_lib.gather)
+      'all-to-all': ici.exchange,
+      'collective-permute': ici.send,
+      'ragged-all-to-all': ici.exchange,
+    }.get(kind, ici.gather)
     return _axes(mesh, groups), groups.shape[1], move(torus, groups, 1.0)
 
   def measure(transfer: _Transfer) -> Collective:

@@ -25,7 +25,6 @@ import itertools
 from typing import Any, NamedTuple, get_args
 
 from mhc import config as config_lib
-from mhc import counts
 from mhc.config import dicts
 from mhc.kernels import chips
 from mhc.model import expert_parallel
@@ -33,6 +32,7 @@ from mhc.model import recompute
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import table as table_lib
+from mhc.planner import counts
 
 # Of the peak: what compiled steps of the paper's models reach in a tick.
 EFFICIENCY = 0.5

@@ -19,16 +19,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
-from mhc import hlo
-from mhc import plan
 from mhc.kernels import api
 from mhc.kernels import chips
-from mhc.kernels import schedule
 from mhc.kernels import shapes
 from mhc.kernels.pallas import launch
 from mhc.kernels.pallas import sinkhorn
 from mhc.kernels.pallas import specs
 from mhc.kernels.pallas import tiling
+from mhc.planner import bundles
+from mhc.planner import hlo
+from mhc.planner import plan
 
 OPERATIONS = ('sinkhorn', 'pre', 'advance', 'post', 'collapse')
 ITERATIONS = 20
@@ -162,15 +162,15 @@ def _both_directions(operation, dim, generation, folder):
   _, kernel = programs(operation, operands, generation, None)
   kernel.compile()
   counts = {
-    direction: schedule.bundles(folder, f'{operation}_{direction}')
+    direction: bundles.bundles(folder, f'{operation}_{direction}')
     for direction in ('forward', 'backward')
   }
-  schedule.empty(folder)
+  bundles.empty(folder)
   plain = [
     program.compile()
     for program in programs(operation, operands, generation, 'xla')
   ]
-  schedule.empty(folder)
+  bundles.empty(folder)
   accessed = [p.cost_analysis()['bytes accessed'] for p in plain]
   seconds = [
     hlo.cost(hlo.parse(p.as_text())).cycles / chip.clock for p in plain
