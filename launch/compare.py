@@ -10,9 +10,9 @@ import pathlib
 from absl import flags
 
 import command_line
-from mhc import compare
-from mhc import report
 from mhc.config import comparison as comparison_lib
+from mhc.experiments import report
+from mhc.experiments import run_all
 
 WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/compare', 'Folder of the comparison.'
@@ -28,7 +28,7 @@ def main():
   workdir = pathlib.Path(WORKDIR.value)
   if not REPORT_ONLY.value:
     comparison = command_line.config(comparison_lib.Comparison)
-    compare.train_all(comparison, workdir, command_line.deadline())
+    run_all.train_all(comparison, workdir, command_line.deadline())
   rows = report.render(workdir)
   print(report.summary(rows))
   print(f'\nreport: {workdir / "report.html"} (also report.md, results.json)')

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
-from mhc import claims
-from mhc import compare
 from mhc import config
-from mhc import report
-from mhc import results
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
+from mhc.experiments import claims
+from mhc.experiments import report
+from mhc.experiments import results
+from mhc.experiments import run_all
 
 KINDS = ('residual', 'hc', 'mhc', 'identity')
 BASE = config.Config(
@@ -47,7 +47,7 @@ def finished(text, tmp_path_factory):
   )
   comparison = comparison_lib.Comparison(base, {'small': PANEL})
   with jax.numpy_dtype_promotion('standard'):
-    compare.train_all(comparison, folder / 'work')
+    run_all.train_all(comparison, folder / 'work')
   report.render(folder / 'work')
   return comparison, folder / 'work'
 
@@ -124,7 +124,7 @@ def test_events_come_into_the_report_and_old_runs_have_none(finished, tmp_path):
 def test_a_second_comparison_trains_nothing(finished, capsys):
   comparison, workdir = finished
   files = {p: p.stat().st_mtime_ns for p in workdir.rglob('metrics.jsonl')}
-  compare.train_all(comparison, workdir)
+  run_all.train_all(comparison, workdir)
   assert '8 runs' in capsys.readouterr().out
   assert all(p.stat().st_mtime_ns == t for p, t in files.items())
 
@@ -134,7 +134,7 @@ def test_changed_settings_are_refused_before_training(finished):
   panels = {'small': dataclasses.replace(PANEL, clip_norm=0.5)}
   before = (workdir / 'comparison.json').read_text()
   with pytest.raises(ValueError, match=r'clip_norm=1.0, this one has 0.5'):
-    compare.train_all(
+    run_all.train_all(
       comparison_lib.Comparison(comparison.base, panels), workdir
     )
   assert (workdir / 'comparison.json').read_text() == before

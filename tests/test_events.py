@@ -4,10 +4,10 @@ import dataclasses
 import json
 
 from mhc import config as config_lib
-from mhc import events
-from mhc import page
-from mhc import plots
-from mhc import results
+from mhc.experiments import events
+from mhc.experiments import html
+from mhc.experiments import plots
+from mhc.experiments import results
 from mhc.training import guards
 
 CONFIG = config_lib.Config(num_steps=200, checkpoint_every=60)
@@ -135,13 +135,13 @@ def test_the_figure_shows_the_guards_before_the_loss():
 
 
 def test_a_page_folds_what_is_long(tmp_path):
-  table = page.Table(events.HEADER, events.lines(TOLD), numeric=False)
-  parts = [page.Heading(2, 'Events'), page.Fold('HC: 6 <events>', table)]
-  text = page.markdown(parts)
+  table = html.Table(events.HEADER, events.lines(TOLD), numeric=False)
+  parts = [html.Heading(2, 'Events'), html.Fold('HC: 6 <events>', table)]
+  text = html.markdown(parts)
   assert '<details><summary>HC: 6 &lt;events&gt;</summary>\n\n| step |' in text
   assert '| 120 | save | No space \\| left |  | not saved, went on |\n' in text
   assert text.endswith('|\n\n</details>\n')
-  text = page.html('Title', parts, tmp_path)
+  text = html.html('Title', parts, tmp_path)
   assert '<details><summary>HC: 6 &lt;events&gt;</summary><div' in text
   assert '<td>No space | left</td>' in text
   assert text.count('<details>') == text.count('</details>') == 1

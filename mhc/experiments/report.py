@@ -9,11 +9,11 @@ import pathlib
 
 import numpy as np
 
-from mhc import claims
-from mhc import events
-from mhc import page
-from mhc import plots
-from mhc import results
+from mhc.experiments import claims
+from mhc.experiments import events
+from mhc.experiments import html
+from mhc.experiments import plots
+from mhc.experiments import results
 from mhc.runtime import files
 
 TITLE = 'Residual designs compared'
@@ -41,12 +41,12 @@ def render(workdir: pathlib.Path) -> list[dict]:
   (workdir / 'results.json').write_text(
     json.dumps(files.jsonable(rows), indent=2) + '\n'
   )
-  (workdir / 'report.md').write_text(page.markdown(parts))
-  (workdir / 'report.html').write_text(page.html(TITLE, parts, workdir))
+  (workdir / 'report.md').write_text(html.markdown(parts))
+  (workdir / 'report.html').write_text(html.html(TITLE, parts, workdir))
   return rows
 
 
-def _loads(workdir, panels) -> list[page.Part]:
+def _loads(workdir, panels) -> list[html.Part]:
   """One figure across panels, where more than one has experts."""
   routed = {
     name: runs
@@ -60,8 +60,8 @@ def _loads(workdir, panels) -> list[page.Part]:
     workdir / 'figures' / 'expert_load.png', dpi=110
   )
   return [
-    page.Heading(2, 'Expert load of the panels'),
-    page.Picture(
+    html.Heading(2, 'Expert load of the panels'),
+    html.Picture(
       'figures/expert_load.png',
       'Largest expert load over the mean load of a batch; 1 is even. Thin: '
       'every step; thick: means of 25 steps.',
@@ -69,15 +69,15 @@ def _loads(workdir, panels) -> list[page.Part]:
   ]
 
 
-def _events(workdir, panels, rows) -> list[page.Part]:
-  parts: list[page.Part] = [
-    page.Heading(2, 'Events'),
+def _events(workdir, panels, rows) -> list[html.Part]:
+  parts: list[html.Part] = [
+    html.Heading(2, 'Events'),
     'What the guards saw in each run and did about it, and which states could '
     'not be saved (`events.jsonl`): an event is made when trouble begins, not '
     'again while it lasts. Guards of the loss look at every step, the others '
     'where a run is probed. Skipped updates are those among the steps that '
     'were not rolled back.',
-    page.Table(
+    html.Table(
       events.WATCHED, events.watched(rows, plots.LABELS), numeric=False
     ),
   ]
@@ -86,7 +86,7 @@ def _events(workdir, panels, rows) -> list[page.Part]:
     file = 'figures/events.png'
     figure.savefig(workdir / file, dpi=110)
     parts.append(
-      page.Picture(
+      html.Picture(
         file,
         'Training loss and the first event of each guard, in the run of each '
         'panel with most loss spikes. The dot is the first spike as the tables '
@@ -101,14 +101,14 @@ def _events(workdir, panels, rows) -> list[page.Part]:
         blocks, rate = run.setting
         number = len(run.events)
         parts.append(
-          page.Fold(
+          html.Fold(
             f'{name}: {plots.LABELS[run.kind]}, {blocks} blocks, learning rate '
             f'{rate:g}, seed {run.config.seed}: {number} '
             f'event{"s" * (number > 1)}',
-            page.Table(events.HEADER, events.lines(run.events), numeric=False),
+            html.Table(events.HEADER, events.lines(run.events), numeric=False),
           )
         )
-  if not any(isinstance(part, page.Fold) for part in parts):
+  if not any(isinstance(part, html.Fold) for part in parts):
     parts.append('No events.')
   return parts
 
@@ -139,12 +139,12 @@ def summary(rows: list[dict]) -> str:
   return '\n'.join(lines)
 
 
-def _introduction(comparison, panels, unfinished) -> list[page.Part]:
+def _introduction(comparison, panels, unfinished) -> list[html.Part]:
   first = next(run for runs in panels.values() for run in runs)
   corpus, model = first.summary['corpus'], first.config.model
   data = first.config.data
-  parts: list[page.Part] = [
-    page.Heading(1, TITLE),
+  parts: list[html.Part] = [
+    html.Heading(1, TITLE),
     'The same transformer, data order and initial weights; only the residual '
     'connection differs: **residual** (one stream), **HC** (Hyper-Connections, '
     'unconstrained mixing of n streams), **mHC** (mixing projected onto the '
@@ -180,8 +180,8 @@ def _ffn(model) -> str:
   )
 
 
-def _panel(workdir, name, title, runs, rows) -> list[page.Part]:
-  parts: list[page.Part] = [page.Heading(2, title)]
+def _panel(workdir, name, title, runs, rows) -> list[html.Part]:
+  parts: list[html.Part] = [html.Heading(2, title)]
   for setting in dict.fromkeys(run.setting for run in runs):
     blocks, rate = setting
     here = [run for run in runs if run.setting == setting]
@@ -200,7 +200,7 @@ def _panel(workdir, name, title, runs, rows) -> list[page.Part]:
     judged = claims.judge(selected)
     if judged:
       parts.append(
-        page.Table(
+        html.Table(
           ['The papers', 'Here', 'Verdict'],
           [[c.paper, c.here, c.verdict] for c in judged],
           numeric=False,
@@ -208,11 +208,11 @@ def _panel(workdir, name, title, runs, rows) -> list[page.Part]:
       )
     folder = pathlib.Path('figures') / f'{name}-b{blocks}-lr{rate:g}'
     for file, caption in plots.draw_all(here, workdir / folder).items():
-      parts.append(page.Picture(str(folder / file), caption))
+      parts.append(html.Picture(str(folder / file), caption))
   return parts
 
 
-def _table(rows) -> page.Table:
+def _table(rows) -> html.Table:
   """One line a kind: means over seeds, the loss with its range."""
   lines = []
   for kind in dict.fromkeys(row['variant'] for row in rows):
@@ -265,12 +265,12 @@ def _table(rows) -> page.Table:
   ]
   if all(row['load_max_over_mean'] is None for row in rows):
     header, lines = header[:-1], [line[:-1] for line in lines]
-  return page.Table(header, lines)
+  return html.Table(header, lines)
 
 
-def _notes() -> list[page.Part]:
+def _notes() -> list[html.Part]:
   return [
-    page.Heading(2, 'How to read this'),
+    html.Heading(2, 'How to read this'),
     'Losses are means over seeds, with the range of the held-out loss in '
     'parentheses; `gap` is to the plain residual of the same seed. Gains are '
     'the Amax gain magnitudes of the mHC paper (Sec. 3.1): the largest '

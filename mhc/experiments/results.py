@@ -17,9 +17,9 @@ import pathlib
 import numpy as np
 
 from mhc import config as config_lib
-from mhc import events as events_lib
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
+from mhc.experiments import events as events_lib
 from mhc.runtime import files
 from mhc.training import run as run_lib
 

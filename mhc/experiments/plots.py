@@ -11,8 +11,8 @@ from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
 
-from mhc import events as events_lib
-from mhc import results
+from mhc.experiments import events as events_lib
+from mhc.experiments import results
 
 # Okabe-Ito, readable with colour blindness; one colour a kind everywhere.
 COLORS = {
