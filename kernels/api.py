@@ -23,8 +23,8 @@ from jaxtyping import Array, Float
 
 from mhc.kernels import operands
 from mhc.kernels import platform as platform_lib
-from mhc.kernels.pallas import ops
-from mhc.kernels.xla import ops
+from mhc.kernels.pallas import ops as pallas
+from mhc.kernels.xla import ops as xla
 
 Implementation = Literal['xla', 'pallas', 'triton']
 
@@ -162,12 +162,12 @@ _PREFERENCES = {'tpu': ('pallas', 'xla')}
 def _module(name):
   if name == 'triton':
     try:
-      return importlib.import_module('mhc.kernels.triton.entries')
+      return importlib.import_module('mhc.kernels.triton.ops')
     except ImportError as error:
       raise NotImplementedError(
         f"the GPU kernels need pip install jax-triton 'triton<3.10' ({error})"
       ) from None
-  return {'xla': ops, 'pallas': ops}[name]
+  return {'xla': xla, 'pallas': pallas}[name]
 
 
 @functools.cache

@@ -287,7 +287,7 @@ def nobody(folder):
   if os.geteuid():
     yield
     return
-  for path in (workdir_lib, *pathlib.Path(workdir_lib).rglob('*')):
+  for path in (folder, *pathlib.Path(folder).rglob('*')):
     os.chown(path, 65534, 65534)
   os.seteuid(65534)
   try:

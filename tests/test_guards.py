@@ -17,7 +17,7 @@ from mhc.parallel import mesh as mesh_lib
 from mhc.runtime import files
 from mhc.training import guards
 from mhc.training import loop
-from mhc.training import run
+from mhc.training import run as run_lib
 from mhc.training import step
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
@@ -189,7 +189,7 @@ def run(text, workdir, monkeypatch, bad=(), **settings):
 
   monkeypatch.setattr(loop.Loop, '_dispatch', watched)
   try:
-    run.train(config, workdir)
+    run_lib.train(config, workdir)
   finally:
     events = files.read_lines(workdir / 'events.jsonl')
   lines = files.read_lines(workdir / 'metrics.jsonl')

@@ -272,8 +272,8 @@ def test_a_training_step_for_a_tpu_calls_the_kernels(optax_promotion):
   text = lowered.as_text()
   # A block has two sites: forward, recomputed, backward. The projection of a
   # block's last sub-layer is handed on, and not computed again.
-  specs = collections.Counter(re.findall(r'kernel_name = "(\w+)"', text))
-  assert specs == {
+  calls = collections.Counter(re.findall(r'kernel_name = "(\w+)"', text))
+  assert calls == {
     'advance_forward': 4,
     'advance_backward': 2,
     'sinkhorn_forward': 3,

@@ -132,8 +132,8 @@ def test_gone_on_bit_for_bit(finished, text, tmp_path):
   assert losses(workdir) == losses(uninterrupted)
   assert resumed['heldout_nats'] == summary['heldout_nats']
   probes = [
-    files.read_lines(workdir_lib / 'probes.jsonl')
-    for workdir_lib in (workdir, uninterrupted)
+    files.read_lines(folder / 'probes.jsonl')
+    for folder in (workdir, uninterrupted)
   ]
   assert probes[0] == probes[1]
 

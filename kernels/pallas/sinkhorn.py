@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mhc.kernels.xla import sinkhorn
+from mhc.kernels.xla import sinkhorn as xla
 
 TILE = (8, 128)  # tokens of a block, as a float32 register holds them
 TOKENS = TILE[0] * TILE[1]
@@ -66,36 +66,36 @@ sinkhorn.defvjp(_vjp_forward, _vjp_backward)
 
 
 def _forward(logits, out, *, num_iters, eps):
-  kernel, rows, columns = sinkhorn.start(eps, logits[...])
+  kernel, rows, columns = xla.start(eps, logits[...])
   rows, columns = jax.lax.fori_loop(
     0,
     num_iters - 1,
-    lambda _, carry: sinkhorn.iteration(eps, kernel, *carry),
-    (sinkhorn.row_step(eps, kernel, rows, columns), columns),
+    lambda _, carry: xla.iteration(eps, kernel, *carry),
+    (xla.row_step(eps, kernel, rows, columns), columns),
   )
-  out[...] = sinkhorn.scale(kernel, rows, columns)
+  out[...] = xla.scale(kernel, rows, columns)
 
 
 def _backward(logits, cotangent, out, row_log, column_log, *, num_iters, eps):
-  kernel, rows0, columns = sinkhorn.start(eps, logits[...])
+  kernel, rows0, columns = xla.start(eps, logits[...])
 
   def forward(number, carry):
     row_log[number], column_log[number] = carry
-    return sinkhorn.iteration(eps, kernel, *carry)
+    return xla.iteration(eps, kernel, *carry)
 
   def back(number, carry):
     grad, rows, columns = carry
     before = row_log[num_iters - 2 - number], column_log[num_iters - 2 - number]
-    grad = sinkhorn.row_adjoint(kernel, grad, rows, columns)
-    grad = sinkhorn.column_adjoint(kernel, grad, before[0], columns)
+    grad = xla.row_adjoint(kernel, grad, rows, columns)
+    grad = xla.column_adjoint(kernel, grad, before[0], columns)
     return grad, *before
 
-  first = (sinkhorn.row_step(eps, kernel, rows0, columns), columns)
+  first = (xla.row_step(eps, kernel, rows0, columns), columns)
   last = jax.lax.fori_loop(0, num_iters - 1, forward, first)
-  grad = cotangent[...] * sinkhorn.scale(kernel, *last)
+  grad = cotangent[...] * xla.scale(kernel, *last)
   carry = jax.lax.fori_loop(0, num_iters - 1, back, (grad, *last))
-  grad = sinkhorn.row_adjoint(kernel, *carry)
-  out[...] = sinkhorn.start_adjoint(eps, kernel, grad, rows0, carry[2])
+  grad = xla.row_adjoint(kernel, *carry)
+  out[...] = xla.start_adjoint(eps, kernel, grad, rows0, carry[2])
 
 
 def _call(kernel, name, arrays, scratch, work, interpret):

@@ -184,7 +184,8 @@ def _json_lines(name, file, log):
         yield from _document(name_, text, where, log, len(line))
   except OSError as error:
     log.meet(
-      f'{file}, after line {number}, cannot be read: {corruption.reason(error)}',
+      f'{file}, after line {number}, cannot be read: '
+      f'{corruption.reason(error)}',
       [f'{name}:{number + 1}'],
     )
 
