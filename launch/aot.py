@@ -24,7 +24,6 @@ import math
 from absl import flags
 import jax
 
-import command_line
 from mhc import config as config_lib
 from mhc.kernels import chips
 from mhc.parallel import mesh as mesh_lib
@@ -34,6 +33,7 @@ from mhc.planner import counts
 from mhc.planner import plan as plan_lib
 from mhc.planner import search
 from mhc.planner import table as plan_table
+from mhc.runtime import cli
 
 COUNT = flags.DEFINE_bool('count', False, 'Print the counts of --config.')
 TOPOLOGY = flags.DEFINE_string(
@@ -57,11 +57,11 @@ MICROBATCHES = flags.DEFINE_integer(
   'microbatches', None, 'For --draw_schedule; twice the stages by default.'
 )
 JSON = flags.DEFINE_bool('json', False, 'Print plans as JSON.')
-command_line.define_config('tiny.py')
+cli.define_config('tiny.py')
 
 
 def main():
-  config = command_line.config(config_lib.Config)
+  config = cli.config(config_lib.Config)
   if not (COUNT.value or TOPOLOGY.value or DRAW.value):
     raise ValueError(
       'nothing to print: give --count, --draw_schedule or a --topology such as '
@@ -119,4 +119,4 @@ def _suggest(config):
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

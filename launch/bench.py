@@ -44,7 +44,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import command_line
 from mhc import config
 from mhc import connections
 from mhc import manifold
@@ -54,6 +53,7 @@ from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.planner import bundles
 from mhc.planner import kernel_cost
+from mhc.runtime import cli
 from mhc.training import step
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a row.')
@@ -386,7 +386,7 @@ def _time(
 
 
 if __name__ == '__main__':
-  command_line.run(
+  cli.run(
     main,
     choices=(
       'connections',

@@ -9,10 +9,10 @@ import pathlib
 
 from absl import flags
 
-import command_line
 from mhc.config import comparison as comparison_lib
 from mhc.experiments import report
 from mhc.experiments import run_all
+from mhc.runtime import cli
 
 WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/compare', 'Folder of the comparison.'
@@ -20,19 +20,19 @@ WORKDIR = flags.DEFINE_string(
 REPORT_ONLY = flags.DEFINE_bool(
   'report_only', False, 'Render the report of the runs that have finished.'
 )
-command_line.define_config('compare.py')
-command_line.define_end()
+cli.define_config('compare.py')
+cli.define_end()
 
 
 def main():
   workdir = pathlib.Path(WORKDIR.value)
   if not REPORT_ONLY.value:
-    comparison = command_line.config(comparison_lib.Comparison)
-    run_all.train_all(comparison, workdir, command_line.deadline())
+    comparison = cli.config(comparison_lib.Comparison)
+    run_all.train_all(comparison, workdir, cli.deadline())
   rows = report.render(workdir)
   print(report.summary(rows))
   print(f'\nreport: {workdir / "report.html"} (also report.md, results.json)')
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

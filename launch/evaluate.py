@@ -9,7 +9,7 @@ import pathlib
 
 from absl import flags
 
-import command_line
+from mhc.runtime import cli
 from mhc.training import evaluate
 
 WORKDIR = flags.DEFINE_string(
@@ -31,4 +31,4 @@ def main():
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

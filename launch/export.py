@@ -10,8 +10,8 @@ import pathlib
 
 from absl import flags
 
-import command_line
 from mhc import interop
+from mhc.runtime import cli
 
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True
@@ -34,4 +34,4 @@ def main():
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

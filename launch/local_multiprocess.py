@@ -24,7 +24,7 @@ import threading
 
 from absl import flags
 
-import command_line
+from mhc.runtime import cli
 
 PROCESSES = flags.DEFINE_integer('processes', 2, 'How many.', lower_bound=1)
 DEVICES = flags.DEFINE_integer('devices', 1, 'Of each.', lower_bound=1)
@@ -130,4 +130,4 @@ def _free_port() -> int:
 
 
 if __name__ == '__main__':
-  command_line.run(main, words=True)
+  cli.run(main, words=True)

@@ -12,8 +12,8 @@ import pathlib
 
 from absl import flags
 
-import command_line
 from mhc.data import tokenize_corpus
+from mhc.runtime import cli
 
 PATH = flags.DEFINE_string(
   'path', '', "File, folder or pattern; '' for Python's standard library."
@@ -46,4 +46,4 @@ def main():
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

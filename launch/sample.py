@@ -11,7 +11,7 @@ import sys
 from absl import flags
 import numpy as np
 
-import command_line
+from mhc.runtime import cli
 from mhc.training import generate as generate_lib
 from mhc.training import workdir as workdir_lib
 
@@ -76,4 +76,4 @@ def _print_all(tokenizer, drawn):
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

@@ -9,31 +9,31 @@ import pathlib
 
 from absl import flags
 
-import command_line
 from mhc import config as config_lib
+from mhc.runtime import cli
 from mhc.runtime import multihost
 from mhc.training import run
 
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True
 )
-command_line.define_config('tiny.py')
-command_line.define_processes()
-command_line.define_end()
+cli.define_config('tiny.py')
+cli.define_processes()
+cli.define_end()
 
 
 def main():
-  config = command_line.config(config_lib.Config)
+  config = cli.config(config_lib.Config)
   if '://' in WORKDIR.value:
     raise ValueError(
       f'--workdir={WORKDIR.value} must be a folder: mount the bucket '
       '(gcsfuse), as launch/tpu_pod.sh and launch/gke_jobset.yaml do'
     )
-  command_line.join()
+  cli.join()
   summary = run.train(
     config,
     pathlib.Path(WORKDIR.value),
-    deadline=command_line.deadline(),
+    deadline=cli.deadline(),
   )
   if multihost.is_first():
     print(
@@ -48,4 +48,4 @@ def _bits(value):
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

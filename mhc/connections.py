@@ -38,7 +38,13 @@ from jaxtyping import Array, Bool, Float
 from mhc import config as config_lib
 from mhc import precision
 from mhc import streams
-from mhc.hyper import HC, MHC, Ahead, Context, Mappings, SinglePass, Sublayer
+from mhc.hyper import HC
+from mhc.hyper import MHC
+from mhc.hyper import Ahead
+from mhc.hyper import Context
+from mhc.hyper import Mappings
+from mhc.hyper import SinglePass
+from mhc.hyper import Sublayer
 from mhc.kernels import api
 
 

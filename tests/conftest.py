@@ -18,7 +18,6 @@ os.environ['XLA_FLAGS'] = (
 os.environ['TRITON_INTERPRET'] = '1'
 
 import pathlib
-import pkgutil
 import subprocess
 import sys
 
@@ -33,35 +32,34 @@ jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Settings check themselves, with messages that tests read; Triton compiles
 # source, which a hook would change; schedules are made of millions of calls.
-UNHOOKED = {'checks', 'comparison', 'config', 'plain', 'triton'}
-UNHOOKED |= {'handovers', 'orders', 'schedule'}
-install_import_hook(
-  [
-    f'{package}.{module.name}'
+UNHOOKED = (
+  'mhc.config',
+  'mhc.kernels.triton',
+  'mhc.pipeline.schedules',
+  'mhc.pipeline.table',
+  'mhc.pipeline.transfers',
+)
+
+
+def modules() -> list[str]:
+  """Every module of ours, by its full name; a package would stand for all."""
+  return [
+    '.'.join((package, *path.relative_to(ROOT / folder).with_suffix('').parts))
     for package, folder in (('mhc', 'mhc'), ('mhc.kernels', 'kernels'))
-    for module in pkgutil.iter_modules([str(ROOT / folder)])
-    if module.name not in UNHOOKED
-  ],
+    for path in sorted((ROOT / folder).rglob('*.py'))
+    if path.stem != '__init__'
+  ]
+
+
+install_import_hook(
+  [name for name in modules() if not name.startswith(UNHOOKED)],
   'beartype.beartype',
 )
 
 
-# Files of a minute or two go first, so that two workers end together.
-LONG = (
-  'test_compare',
-  'test_guards',
-  'test_kernels_train',
-  'test_launch',
-  'test_pipeline',
-  'test_processes',
-  'test_recompute',
-  'test_step',
-  'test_torture',
-)
-
-
 def pytest_collection_modifyitems(items):
-  items.sort(key=lambda item: item.path.stem not in LONG)
+  """Files of a minute or two go first, so that two workers end together."""
+  items.sort(key=lambda item: item.get_closest_marker('long') is None)
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""A run of seconds, for tests of what goes on around the model."""
+"""Settings that several tests share: `TINY_RUN` trains in seconds."""
 
 from mhc import config
 
-CONFIG = config.Config(
+TINY_RUN = config.Config(
   num_steps=12,
   mesh=config.MeshConfig(num_devices=2),
   model=config.ModelConfig(

@@ -2,9 +2,9 @@
 
 import re
 
-import fuzz_config as fuzz
 import jax
 import pytest
+from slow import fuzz_config as fuzz
 
 from mhc import config
 from mhc.config import dicts
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def test_settings_are_accepted_or_refused_in_one_line():
-  """The rest is `python tests/fuzz_config.py`, which runs them too."""
+  """The rest is `python tests/slow/fuzz_config.py`, which runs them too."""
   runner, outcomes = fuzz.Runner('check'), set()
   for number in range(60):
     one = fuzz.case(number, seed=1)

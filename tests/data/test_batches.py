@@ -153,5 +153,5 @@ def test_unusable_text_is_named(tmp_path):
 
 
 def test_the_default_corpus_is_not_in_the_repository():
-  root = pathlib.Path(batches_lib.__file__).parents[1]
+  root = pathlib.Path(batches_lib.__file__).parents[2]
   assert not list(root.glob('mhc/*.txt'))

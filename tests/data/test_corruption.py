@@ -6,11 +6,11 @@ import json
 import os
 
 from array_record.python import array_record_module
-import fuzz_data
 import numpy as np
 import pyarrow
 from pyarrow import parquet
 import pytest
+from slow import fuzz_data
 
 from mhc import config
 from mhc.data import batches as batches_lib
@@ -359,7 +359,7 @@ def test_a_file_is_read_at_any_place(tmp_path):
 
 
 def test_malformed_files_of_every_kind(tmp_path):
-  """A part of `python tests/fuzz_data.py`."""
+  """A part of `python tests/slow/fuzz_data.py`."""
   good = tmp_path / 'good'
   fuzz_data.make_good(good)
   outcomes = []

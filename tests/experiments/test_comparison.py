@@ -4,10 +4,10 @@ import dataclasses
 import json
 import shutil
 
+from example_configs import TINY_RUN
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from mhc import config
 from mhc.config import comparison as comparison_lib
@@ -17,10 +17,12 @@ from mhc.experiments import report
 from mhc.experiments import results
 from mhc.experiments import run_all
 
+pytestmark = pytest.mark.long
+
 KINDS = ('residual', 'hc', 'mhc', 'identity')
 BASE = config.Config(
   mesh=config.MeshConfig(num_devices=1),
-  model=tiny.CONFIG.model,
+  model=TINY_RUN.model,
   optimizer=config.OptimizerConfig(warmup_steps=2),
   data=config.DataConfig(seq_len=16),
   eval_every=10,

@@ -1,12 +1,12 @@
 """Does a run survive? Trains tiny ones under faults and counts.
 
-    python launch/torture.py                      # 50 trials, minutes
-    python launch/torture.py --trials=10 --faults=killed_in_save,flipped
-    python launch/torture.py --json
+    python tests/fault_injection                      # 50 trials, minutes
+    python tests/fault_injection --trials=10 --faults=killed_in_save,flipped
+    python tests/fault_injection --json
 
 Each trial is a training that something happens to, started again until it is
 finished, and compared bit for bit with one that nothing happened to; see
-mhc/torture.py. Folders of trials that were not survived stay for a look. A full
+harness.py. Folders of trials that were not survived stay for a look. A full
 disk is a small tmpfs, which takes the right to mount it.
 """
 
@@ -16,15 +16,15 @@ import sys
 import tempfile
 
 from absl import flags
+import harness
 
-import command_line
-from mhc import torture
+from mhc.runtime import cli
 from mhc.runtime import files
 
 TRIALS = flags.DEFINE_integer('trials', 50, 'How many.', lower_bound=1)
 SEED = flags.DEFINE_integer('seed', 0, 'Of what happens when.')
 FAULTS = flags.DEFINE_list(
-  'faults', None, f'Some of {", ".join(torture.FAULTS)}; all by default.'
+  'faults', None, f'Some of {", ".join(harness.FAULTS)}; all by default.'
 )
 JOBS = flags.DEFINE_integer('jobs', 2, 'Trials at a time.', lower_bound=1)
 WORKDIR = flags.DEFINE_string('workdir', None, 'Default: a temporary folder.')
@@ -32,16 +32,16 @@ JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 
 
 def main():
-  names = tuple(FAULTS.value or torture.FAULTS)
+  names = tuple(FAULTS.value or harness.FAULTS)
   for name in names:
-    if name not in torture.FAULTS:
+    if name not in harness.FAULTS:
       raise ValueError(
-        f'--faults={name}: must be some of {", ".join(torture.FAULTS)}'
+        f'--faults={name}: must be some of {", ".join(harness.FAULTS)}'
       )
   root = pathlib.Path(WORKDIR.value or tempfile.mkdtemp(prefix='torture-'))
   counts = {name: [0, 0] for name in names}
   with files.progress_bar(TRIALS.value, 0, 'torture') as bar:
-    for trial in torture.trials(
+    for trial in harness.trials(
       root, TRIALS.value, SEED.value, names, JOBS.value
     ):
       counts[trial.fault][0] += trial.survived
@@ -63,7 +63,7 @@ def main():
   else:
     print('| fault | survived | tried | what happens |\n|---|---:|---:|---|')
     for name, (good, number) in counts.items():
-      what = torture.FAULTS[name].__doc__.strip().rstrip('.')
+      what = harness.FAULTS[name].__doc__.strip().rstrip('.')
       print(f'| {name} | {good} | {number} | {what} |')
     print(f'| all | {survived} | {tried} | |')
   if survived < tried:
@@ -72,4 +72,4 @@ def main():
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  cli.run(main)

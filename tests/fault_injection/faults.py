@@ -1,8 +1,8 @@
-"""What can go wrong, made to go wrong: for launch/torture.py.
+"""What can go wrong, made to go wrong: for the trials of harness.py.
 
 To files (`truncate`, `flip`, `fill`), and to a process, which is started as
 
-    python -m mhc.faults nan launch/train.py --workdir=...
+    python faults.py nan launch/train.py --workdir=...
 
     nan      the loss and the gradient of a batch that holds a byte 1 are NaN
     clock    the time of day jumps by years, forth and back
@@ -93,5 +93,4 @@ def clock():
 if __name__ == '__main__':
   {'nan': nan, 'clock': clock}[sys.argv[1]]()
   sys.argv = sys.argv[2:]
-  sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
   runpy.run_path(sys.argv[0], run_name='__main__')

@@ -20,16 +20,16 @@ import sys
 import time
 from typing import NamedTuple
 
+import faults
 import jax
 import numpy as np
 
-from mhc import faults
 from mhc.runtime import files as files_lib
 from mhc.training import checkpoint
 from mhc.training import step as step_lib
 from mhc.training import workdir as workdir_lib
 
-LAUNCH = pathlib.Path(__file__).resolve().parents[1] / 'launch'
+LAUNCH = pathlib.Path(__file__).resolve().parents[2] / 'launch'
 STEPS, SAVE_EVERY = 240, 12
 SETTINGS = {
   'num_steps': STEPS,
@@ -283,7 +283,7 @@ def full_disk(run: Run, chance: random.Random) -> str:
 
 def nan_batch(run: Run, chance: random.Random) -> str:
   """Batches whose loss is NaN, and a SIGKILL: the updates are skipped."""
-  run.wrapper = ('-m', 'mhc.faults', 'nan')
+  run.wrapper = (faults.__file__, 'nan')
   said = killed(run, chance)
   run.finish()
   lines = files_lib.read_lines(run.workdir / 'metrics.jsonl')
@@ -296,7 +296,7 @@ def nan_batch(run: Run, chance: random.Random) -> str:
 
 def clock_jump(run: Run, chance: random.Random) -> str:
   """The time of day jumps by years, and a SIGTERM."""
-  run.wrapper = ('-m', 'mhc.faults', 'clock')
+  run.wrapper = (faults.__file__, 'clock')
   return terminated(run, chance)
 
 
@@ -384,7 +384,7 @@ def _references(root, names):
   for kind in dict.fromkeys(map(_kind, names)):
     run = Run(root / f'reference-{kind or "plain"}' / 'run', _text(root, kind))
     if kind == 'nan_batch':
-      run.wrapper = ('-m', 'mhc.faults', 'nan')
+      run.wrapper = (faults.__file__, 'nan')
     run.processes = 2 if kind == 'one_of_two' else 1
     run.finish()
     found[kind] = run.outcome()

@@ -1,35 +1,36 @@
-"""A trial of launch/torture.py, whose fifty are run by hand."""
+"""A trial of launch/harness.py, whose fifty are run by hand."""
 
 import random
 
+import faults
+import harness
 import pytest
 
-from mhc import faults
-from mhc import torture
+pytestmark = pytest.mark.long
 
 
 def test_a_run_survives(tmp_path):
   """SIGKILL, and then its newest state is damaged."""
-  (trial,) = torture.trials(tmp_path / 'torture', 1, 0, ('flipped',), jobs=1)
+  (trial,) = harness.trials(tmp_path / 'torture', 1, 0, ('flipped',), jobs=1)
   assert trial.fault == 'flipped'
   assert trial.survived, trial.said
 
 
 def test_what_is_not_survived_is_told(tmp_path):
   """A run that ends elsewhere, and one that does not come to its end."""
-  run = torture.Run(tmp_path / 'run' / 'run', tmp_path / 'no such text')
-  with pytest.raises(torture.Failure, match=r'status 2.*no such text'):
+  run = harness.Run(tmp_path / 'run' / 'run', tmp_path / 'no such text')
+  with pytest.raises(harness.Failure, match=r'status 2.*no such text'):
     run.finish()
   lines = [{'step': 1, 'loss/train': 2.0}]
   state = {'w': 1.0}
-  torture._compare((lines, state), (lines, state))
+  harness._compare((lines, state), (lines, state))
   for other in (
     ([{'step': 1, 'loss/train': 2.5}], state),
     (lines * 2, state),
     (lines, {'w': 2.0}),
   ):
-    with pytest.raises(torture.Failure):
-      torture._compare(other, (lines, state))
+    with pytest.raises(harness.Failure):
+      harness._compare(other, (lines, state))
 
 
 def test_files_are_damaged(tmp_path):

@@ -10,7 +10,10 @@ from mhc.kernels.pallas import tiling
 from mhc.parallel import mesh as mesh_lib
 from mhc.training import step
 
-pytestmark = pytest.mark.usefixtures('optax_promotion')
+pytestmark = [
+  pytest.mark.long,
+  pytest.mark.usefixtures('optax_promotion'),
+]
 
 TINY = config.Config(
   num_steps=10,

@@ -9,7 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.long
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = (
   '--config.num_steps=4',
   '--config.optimizer.warmup_steps=1',
@@ -168,7 +170,7 @@ import pathlib
 import sys
 sys.path.insert(0, {launch!r})
 import orbax.checkpoint as ocp
-import command_line
+from mhc.runtime import cli
 
 def main():
   folder = pathlib.Path({folder!r})
@@ -182,7 +184,7 @@ def main():
     raise {raised}
   print('saved?')
 
-command_line.run(main)
+cli.run(main)
 """
 
 

@@ -20,7 +20,7 @@ from kubeflow_trainer_api.models import jobset_v1alpha2_job_set
 import pytest
 import yaml
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 POD, SLURM, JOBSET = (
   ROOT / 'launch' / name
   for name in ('tpu_pod.sh', 'slurm.sbatch', 'gke_jobset.yaml')

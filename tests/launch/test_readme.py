@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-README = pathlib.Path(__file__).resolve().parents[1] / 'README.md'
+README = pathlib.Path(__file__).resolve().parents[2] / 'README.md'
 EXAMPLES = re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)
 
 CHECKS = ('assert out.shape == (2, 16, 64)', 'assert h.shape == (8, 4, 4)')

@@ -5,8 +5,8 @@ import re
 
 import jax
 import numpy as np
-import pipeline_grid as grid
 import pytest
+from slow import pipeline_grid as grid
 
 from mhc import config
 from mhc.parallel import mesh as mesh_lib
@@ -17,9 +17,12 @@ from mhc.planner import hlo
 from mhc.planner import plan
 from mhc.training import step
 
-pytestmark = pytest.mark.usefixtures('optax_promotion')
+pytestmark = [
+  pytest.mark.long,
+  pytest.mark.usefixtures('optax_promotion'),
+]
 
-# The rest of the grid is `python tests/pipeline_grid.py`.
+# The rest of the grid is `python tests/slow/pipeline_grid.py`.
 CASES = (
   grid.Case('residual', False, (1, 8, 1), 'interleaved'),
   grid.Case('hc', False, (4, 2, 1), '1f1b'),

@@ -1,19 +1,22 @@
 """Processes that train one run together, and what becomes of them all.
 
 Two train as one would, and from what they saved together one goes on alone with
-another mesh. tests/processes_full.py does so at length, and launch/torture.py
-kills one of two.
+another mesh. tests/slow/multi_process.py does so at length;
+tests/fault_injection kills one of two.
 """
 
-import processes_full as full
 import pytest
+from slow import multi_process as full
 
 from mhc.runtime import files
 from mhc.runtime import multihost
 from mhc.training import evaluate
 from mhc.training import workdir as workdir_lib
 
-pytestmark = pytest.mark.usefixtures('optax_promotion')
+pytestmark = [
+  pytest.mark.long,
+  pytest.mark.usefixtures('optax_promotion'),
+]
 
 STEPS, SAVED = 6, 3
 CHANGES = dict(

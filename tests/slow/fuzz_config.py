@@ -1,6 +1,6 @@
 """Random settings: one training step, or one line that says why not.
 
-    python tests/fuzz_config.py --configs 2000 --seed 0 --processes 1
+    python tests/slow/fuzz_config.py --configs 2000 --seed 0 --processes 1
 
 Changes one to four settings at a time of small models (dense, with experts, in
 a pipeline, both), most to plausible values, some to nonsense: other types, the
@@ -16,7 +16,7 @@ as well. A model is not tried if it is not refused but would take more than
 failures, each with a command that shows it; `--only=N` takes case N alone.
 What is refused takes three minutes; some 480 programs are compiled, those with
 a value that is new before the others, at 5 s of an idle core or more each, for
-as long as `--minutes`. tests/test_fuzz.py does less.
+as long as `--minutes`. tests/config/test_fuzz_config.py does less.
 """
 
 import argparse
@@ -58,10 +58,11 @@ from mhc.config import dicts
 from mhc.data import batches as batches_lib
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
+from mhc.runtime import cli
 from mhc.training import checkpoint
 from mhc.training import step
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SECONDS = 60
 # Bytes that a case may take by formula, and a child in all.
 ROOM, LIMIT = 2**29, 10 * 2**30
@@ -324,16 +325,9 @@ def from_flags(settings: dict[str, Any]) -> config_lib.Config:
   values = flags.FlagValues()
   with mock.patch.object(sys, 'argv', arguments):
     config_flags.DEFINE_config_file('config', flag_values=values)
-    _command_line()._check_names(arguments)
+    cli._check_names(arguments)
     values(arguments)
   return dicts.from_dict(config_lib.Config, values.config.to_dict())
-
-
-@functools.cache
-def _command_line():
-  with mock.patch.object(sys, 'path', [str(ROOT / 'launch'), *sys.path]):
-    import command_line
-  return command_line
 
 
 def unclear(message: str, changes: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Malformed data of every format: good batches, or one line that says why not.
 
-    python tests/fuzz_data.py --files 500 --seed 0
+    python tests/slow/fuzz_data.py --files 500 --seed 0
 
 Makes that many damaged copies of good data (text, JSON lines, Parquet,
 ArrayRecord, folders of tokens with and without digests, nanoGPT's and llm.c's
@@ -9,7 +9,7 @@ with data.on_damage 'stop' and 'skip'. Whatever ends neither in batches of
 tokens of the vocabulary nor in a ValueError or OSError of one line that names
 the place is a failure, as are a hang and a crash. Of tokens with digests no row
 may be another than was written. Some go through launch/train.py as well. Prints
-the counts, exit status 1 for failures; tests/test_damage.py does less.
+the counts, exit status 1 for failures; tests/data/test_corruption.py does less.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from mhc.data import batches as batches_lib
 from mhc.data import token_dataset
 from mhc.data import tokenize_corpus
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 POLICIES = ('stop', 'skip')
 VOCAB = 320
 SETTINGS = config.DataConfig(seq_len=32, batch_size=8)

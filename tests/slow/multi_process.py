@@ -1,6 +1,6 @@
 """Many processes against one, on a mesh of all three axes.
 
-    python tests/processes_full.py
+    python tests/slow/multi_process.py
 
 Trains mHC with experts for 20 steps on data 2 x pipe 2 x expert 2 devices that
 belong to one, two and four processes; all losses and gradient norms must be
@@ -8,7 +8,7 @@ within 1e-5 of the one process's. From the checkpoint that two of them saved
 together half-way, four go on with another mesh and one with yet another, to the
 same losses. Then what Gloo sums and scatters is compared with numpy, and
 SIGTERM has to end in a checkpoint. A line a check, exit status 1 if one fails;
-about ten minutes on two cores. tests/test_processes.py does less.
+about ten minutes on two cores. tests/runtime/test_multihost.py does less.
 """
 
 import os
@@ -35,7 +35,7 @@ from mhc.training import checkpoint
 from mhc.training import run
 from mhc.training import workdir as workdir_lib
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 BOUND = 1e-5
 TINY = dict(
   model=dict(

@@ -1,12 +1,12 @@
 """Gradients of every schedule, mesh and kind against one device.
 
-    python tests/pipeline_grid.py              float32, within 3e-5
-    python tests/pipeline_grid.py --x64        float64, within 1e-11
+    python tests/slow/pipeline_grid.py              float32, within 3e-5
+    python tests/slow/pipeline_grid.py --x64        float64, within 1e-11
 
 132 cases of a few seconds each, half an hour on two cores; a line a case, exit
 status 1 if one fails. `--only=TEXT` takes the cases whose line contains it.
-Buffers and idle devices are filled with NaN throughout. tests/test_pipeline.py
-runs some of the cases.
+Buffers and idle devices are filled with NaN throughout.
+tests/pipeline/test_executor.py runs some of the cases.
 """
 
 import argparse

@@ -4,11 +4,11 @@ import dataclasses
 import json
 import math
 
+from example_configs import TINY_RUN
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from mhc import config as config_lib
 from mhc.config import dicts
@@ -20,7 +20,10 @@ from mhc.training import loop
 from mhc.training import run as run_lib
 from mhc.training import step
 
-pytestmark = pytest.mark.usefixtures('optax_promotion')
+pytestmark = [
+  pytest.mark.long,
+  pytest.mark.usefixtures('optax_promotion'),
+]
 
 
 def of(kind='mhc', **policies):
@@ -156,7 +159,7 @@ def test_settings_that_cannot_be():
 
 
 TINY = dataclasses.replace(
-  tiny.CONFIG,
+  TINY_RUN,
   num_steps=30,
   eval_every=0,
   eval_sequences=4,

@@ -7,10 +7,10 @@ import pathlib
 import shutil
 import tempfile
 
+from example_configs import TINY_RUN
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from mhc.data import batches
 from mhc.runtime import files
@@ -20,7 +20,7 @@ from mhc.training import workdir as workdir_lib
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
 
-TINY = tiny.CONFIG
+TINY = TINY_RUN
 
 
 def with_text(text, **changes):

@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 
+from example_configs import TINY_RUN
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 
 from mhc import config
 from mhc.parallel import loss
@@ -16,12 +16,15 @@ from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.training import step
 
-pytestmark = pytest.mark.usefixtures('optax_promotion')
+pytestmark = [
+  pytest.mark.long,
+  pytest.mark.usefixtures('optax_promotion'),
+]
 
 TINY = config.Config(
   num_steps=10,
   mesh=config.MeshConfig(num_devices=8),
-  model=dataclasses.replace(tiny.CONFIG.model, num_blocks=2),
+  model=dataclasses.replace(TINY_RUN.model, num_blocks=2),
   # SGD-like: Adam would turn rounding of zero gradients into full steps.
   optimizer=config.OptimizerConfig(warmup_steps=2, eps=1.0),
   data=config.DataConfig(seq_len=12, batch_size=8),

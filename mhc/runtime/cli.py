@@ -30,7 +30,7 @@ from mhc.runtime import files
 from mhc.runtime import multihost
 from mhc.runtime import preemption
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 AGAIN = 'The same command goes on from here.'
 
 flags.DEFINE_bool('traceback', False, 'Show the traceback of a usage error.')
