@@ -1,17 +1,21 @@
-"""Which implementation of an operation runs where.
+"""The operations, and which implementation of them runs where.
 
-    'xla'      plain JAX, everywhere
-    'pallas'   the TPU kernels of this package; interpreted on other machines
-    'triton'   the GPU kernels of this package; to be asked for by name: they
-               compile for GPUs and agree with the reference in Triton's
-               interpreter, but have not run on a GPU yet
+    'xla'      plain JAX, on every platform
+    'pallas'   TPU kernels; interpreted on other machines
+    'triton'   GPU kernels, by name only: they compile for GPUs and agree with
+               the reference in Triton's interpreter, and have not run on a GPU
 
 None takes the fastest that the platform has and that can serve the call. The
 platform is that of the mesh around the call (`shard_map`, `jax.set_mesh`), so
 that a program that is compiled for a TPU from a CPU has its kernels; without a
 mesh it is that of the default device.
+
+Every operation raises ValueError for an implementation that does not exist, and
+NotImplementedError, with the reason, if the one that was named cannot serve the
+call.
 """
 
+from collections.abc import Callable
 import functools
 import importlib
 import typing
@@ -23,25 +27,26 @@ from jaxtyping import Array, Float
 
 from mhc.kernels import operands
 from mhc.kernels import platform as platform_lib
-from mhc.kernels.pallas import ops as pallas
-from mhc.kernels.xla import ops as xla
 
 Implementation = Literal['xla', 'pallas', 'triton']
+
+# The paper's Eq. 9: t_max = 20 iterations of exact divisions. DeepSeek-V4's
+# kernels add eps = 1e-6 to entries and divisors.
+SINKHORN_ITERS = 20
+SINKHORN_EPS = 0.0
+
+# By platform, the fastest first; others have plain JAX alone.
+_PREFERENCES = {'tpu': ('pallas', 'xla')}
 
 
 def sinkhorn(
   logits: Float[Array, 'n n t'],
-  num_iters: int,
-  eps: float,
+  num_iters: int = SINKHORN_ITERS,
+  eps: float = SINKHORN_EPS,
   implementation: Implementation | None = None,
 ) -> Float[Array, 'n n t']:
-  """`manifold.sinkhorn_project` with its exact gradient, tokens minor.
-
-  Raises:
-    ValueError: an implementation that does not exist.
-    NotImplementedError: the one that was named cannot serve the call, and why.
-  """
-  return _first_that_serves('sinkhorn', implementation, logits, num_iters, eps)
+  """`mhc.sinkhorn_project` of float32 logits, tokens minor."""
+  return _dispatch('sinkhorn', implementation)(logits, num_iters, eps)
 
 
 def pre(
@@ -53,9 +58,7 @@ def pre(
   implementation: Implementation | None = None,
 ) -> tuple[Float[Array, 't d'], Float[Array, 'k t']]:
   """`reference.pre`: what the sub-layer reads, and the projection z."""
-  return _first_that_serves(
-    'pre', implementation, x, phi, alpha, bias, norm_eps
-  )
+  return _dispatch('pre', implementation)(x, phi, alpha, bias, norm_eps)
 
 
 def post(
@@ -66,7 +69,7 @@ def post(
   implementation: Implementation | None = None,
 ) -> Float[Array, 't n d']:
   """`reference.post`: the streams behind a sub-layer; res=None stands for I."""
-  return _first_that_serves('post', implementation, x, y, post, res)
+  return _dispatch('post', implementation)(x, y, post, res)
 
 
 def advance(
@@ -81,9 +84,8 @@ def advance(
   implementation: Implementation | None = None,
 ) -> tuple[Float[Array, 't n d'], Float[Array, 't d'], Float[Array, 'k t']]:
   """`reference.advance`: `post`, then `pre` of the next sub-layer."""
-  return _first_that_serves(
-    'advance', implementation, x, y, post, res, phi, alpha, bias, norm_eps
-  )
+  serve = _dispatch('advance', implementation)
+  return serve(x, y, post, res, phi, alpha, bias, norm_eps)
 
 
 def collapse(
@@ -94,27 +96,30 @@ def collapse(
   implementation: Implementation | None = None,
 ) -> Float[Array, 't d']:
   """`reference.collapse`: the sum of the streams behind the last sub-layer."""
-  return _first_that_serves('collapse', implementation, x, y, post, res)
+  return _dispatch('collapse', implementation)(x, y, post, res)
 
 
-def fuses(implementation: Implementation | None) -> bool:
-  """Whether `advance` is one pass over the streams, by a kernel."""
-  names = _PREFERENCES.get(platform_lib.platform(), ('xla',))
-  return (implementation or names[0]) != 'xla'
+def defers_post(implementation: Implementation | None) -> bool:
+  """Whether `advance` is one pass over the streams, by a kernel.
+
+  Plain JAX gains nothing by that pass and would keep the streams twice for the
+  backward pass: there a sub-layer's output is written back at once.
+  """
+  return (implementation or _preferred()[0]) != 'xla'
 
 
 def check(
   implementation: str, x: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh
 ):
-  """Refuses an implementation that cannot serve streams x, [t, n, d].
+  """Checks that an implementation can serve streams x, [t, n, d], on a mesh.
 
   Raises:
-    ValueError: with the reason.
+    ValueError: it cannot, with the reason.
   """
   platform = mesh.devices.flat[0].platform
   try:
     if implementation in ('pallas', 'triton'):
-      _module(implementation)
+      _ops(implementation)
       operands.check(x)
     if implementation == 'triton' and platform != 'gpu':
       raise NotImplementedError(f'there is no GPU, but {platform}')
@@ -125,52 +130,59 @@ def check(
     ) from None
 
 
-def knows_axes(implementation: str, mesh: jax.sharding.Mesh) -> bool:
-  """Whether calls carry which axes of a mesh their operands vary over.
+def supports_vma(implementation: str, mesh: jax.sharding.Mesh) -> bool:
+  """Whether calls carry the mesh axes over which their operands vary.
 
-  jax-triton's do not, nor those of the interpreter that runs the TPU kernels
-  elsewhere: a `shard_map` around them must not check it.
+  Those of jax-triton do not, nor those of the interpreter that runs the TPU
+  kernels elsewhere: a `shard_map` around them must not check these axes.
   """
   platform = mesh.devices.flat[0].platform
   interpreted = implementation == 'pallas' and platform != 'tpu'
   return implementation != 'triton' and not interpreted
 
 
-def _first_that_serves(operation, implementation, *arguments):
+def _dispatch(operation, implementation) -> Callable:
+  """The function that serves an operation."""
   if implementation is None:
-    names = _PREFERENCES.get(platform_lib.platform(), ('xla',))
-  elif implementation in typing.get_args(Implementation):
-    names = (implementation,)
-  else:
+    names = _preferred()
+    if len(names) > 1:
+      return functools.partial(_first_that_serves, operation, names)
+    (implementation,) = names
+  if implementation not in typing.get_args(Implementation):
     raise ValueError(
       f'implementation={implementation!r} must be None or one of '
       f'{typing.get_args(Implementation)}'
     )
-  for name in names:
+  return getattr(_ops(implementation), operation)
+
+
+def _first_that_serves(operation, names, *arguments):
+  """Falls back from kernels to plain JAX, which serves every call."""
+  *kernels, last = names
+  for name in kernels:
     try:
-      return getattr(_module(name), operation)(*arguments)
+      return getattr(_ops(name), operation)(*arguments)
     except NotImplementedError as reason:
-      if implementation is not None:
-        raise
-      _note(f'{operation} runs without its {name} kernel: {reason}')
-  raise AssertionError('xla serves every call')
+      _warn_once(f'{operation} runs without its {name} kernel: {reason}')
+  return getattr(_ops(last), operation)(*arguments)
 
 
-_PREFERENCES = {'tpu': ('pallas', 'xla')}
+def _preferred() -> tuple[str, ...]:
+  return _PREFERENCES.get(platform_lib.platform(), ('xla',))
 
 
-def _module(name):
-  if name == 'triton':
-    try:
-      return importlib.import_module('mhc.kernels.triton.ops')
-    except ImportError as error:
-      raise NotImplementedError(
-        f"the GPU kernels need pip install jax-triton 'triton<3.10' ({error})"
-      ) from None
-  return {'xla': xla, 'pallas': pallas}[name]
+def _ops(implementation):
+  """The module of an implementation, loaded when it is first asked for."""
+  try:
+    return importlib.import_module(f'mhc.kernels.{implementation}.ops')
+  except ImportError as error:
+    if implementation != 'triton':
+      raise
+    raise NotImplementedError(
+      f"the GPU kernels need pip install jax-triton 'triton<3.10' ({error})"
+    ) from None
 
 
 @functools.cache
-def _note(message):
-  """Logs a message once."""
+def _warn_once(message):
   logging.warning(message)

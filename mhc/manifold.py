@@ -6,30 +6,30 @@ products stay in B_n, which is why a deep stack of them neither amplifies nor
 loses the mean of the residual streams.
 
 `sinkhorn_project` maps any real matrix L into it (Eq. 9): M = exp(L), then
-`num_iters` times: divide columns by their sums, divide rows by their sums.
-
-`scaling` holds the iteration itself.
+`num_iters` times: divide columns by their sums, divide rows by their sums. It
+is one operation with several implementations: the iteration and its adjoint
+stand in kernels/xla/sinkhorn.py, the kernels beside it.
 """
 
-import functools
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mhc.kernels.xla import sinkhorn
+from mhc import kernels
+from mhc.kernels.xla import sinkhorn as xla
 
 Backward = Literal['recompute', 'unrolled', 'implicit']
 
 
 def sinkhorn_project(
   logits: Float[Array, '...'],
-  num_iters: int = 20,
-  eps: float = 1e-6,
+  num_iters: int = kernels.SINKHORN_ITERS,
+  eps: float = kernels.SINKHORN_EPS,
   backward: Backward = 'recompute',
   *,
   axes: tuple[int, int] = (-2, -1),
+  implementation: kernels.Implementation | None = None,
 ) -> Float[Array, '...']:
   r"""Projects square matrices onto the doubly stochastic ones.
 
@@ -70,6 +70,9 @@ def sinkhorn_project(
     axes: the (row, column) dimensions. With `axes=(0, 1)` nothing is
       transposed and the remaining dimensions, tokens, lie on the minor
       axis, where vector units want them.
+    implementation: 'xla', 'pallas' (TPU) or 'triton' (GPU); None is the
+      fastest that the platform has, see `mhc.kernels`. The kernels have the
+      exact gradient, `backward='recompute'`, alone.
 
   Returns:
     float32, the shape of `logits`: the projected matrices.
@@ -77,6 +80,8 @@ def sinkhorn_project(
   Raises:
     ValueError: the dimensions at `axes` differ or are empty, or an argument is
       out of its range.
+    NotImplementedError: the implementation that was named cannot serve the
+      call, and why.
   """
   row_dim, col_dim = axes
   if logits.ndim < 2 or logits.shape[row_dim] != logits.shape[col_dim]:
@@ -91,22 +96,24 @@ def sinkhorn_project(
     raise ValueError(f'num_iters must be at least 1, got {num_iters}')
   if eps != 0 and not 1e-12 <= eps <= 1e-2:
     raise ValueError(f'eps must be 0 or from 1e-12 to 1e-2, got {eps}')
+  minor = jnp.moveaxis(logits.astype(jnp.float32), axes, (0, 1))
+  flat, eps = minor.reshape(size, size, -1), float(eps)
   match backward:
     case 'recompute':
-      project = _project_recompute
-    case 'unrolled':
-      project = _project_unrolled
-    case 'implicit':
-      project = _project_implicit
+      out = kernels.sinkhorn(flat, num_iters, eps, implementation)
+    case 'unrolled' | 'implicit':
+      if implementation not in (None, 'xla'):
+        raise NotImplementedError(
+          f'implementation={implementation!r} has no backward={backward!r}, '
+          "only 'recompute': leave one of the two out"
+        )
+      out = getattr(xla, backward)(flat, num_iters, eps)
     case _:
       raise ValueError(
         "backward must be 'recompute', 'unrolled' or 'implicit', "
         f'got {backward!r}'
       )
-  minor = jnp.moveaxis(logits.astype(jnp.float32), axes, (0, 1))
-  flat = minor.reshape(size, size, -1)
-  out = project(num_iters, float(eps), flat).reshape(minor.shape)
-  return jnp.moveaxis(out, (0, 1), axes)
+  return jnp.moveaxis(out.reshape(minor.shape), (0, 1), axes)
 
 
 def residuals(
@@ -119,96 +126,3 @@ def residuals(
   rows = jnp.max(jnp.abs(jnp.sum(matrices, axis=-1) - 1), axis=-1)
   columns = jnp.max(jnp.abs(jnp.sum(matrices, axis=-2) - 1), axis=-1)
   return rows, columns
-
-
-# On [n, n, t]: matrices in front, t of them on the minor axis.
-
-
-def _project(num_iters, eps, logits):
-  kernel, _, (rows, columns), _ = sinkhorn.divisors(num_iters, eps, logits)
-  return sinkhorn.scale(kernel, rows, columns)
-
-
-def _project_unrolled(num_iters, eps, logits):
-  """The definition, entry by entry."""
-  matrix = jax.nn.log_softmax(logits, axis=0)
-  if eps:
-    matrix = jnp.exp(matrix) + eps
-    matrix = matrix / (jnp.sum(matrix, axis=1, keepdims=True) + eps)
-  else:
-    matrix = jax.nn.softmax(matrix, axis=1)
-
-  def iterate(matrix, _):
-    matrix = matrix / (jnp.sum(matrix, axis=0, keepdims=True) + eps)
-    matrix = matrix / (jnp.sum(matrix, axis=1, keepdims=True) + eps)
-    return matrix, None
-
-  matrix, _ = jax.lax.scan(iterate, matrix, length=num_iters - 1)
-  return matrix
-
-
-_project_recompute = jax.custom_vjp(_project, nondiff_argnums=(0, 1))
-_project_implicit = jax.custom_vjp(_project, nondiff_argnums=(0, 1))
-
-
-def _recompute_fwd(num_iters, eps, logits):
-  return _project(num_iters, eps, logits), logits
-
-
-def _recompute_bwd(num_iters, eps, logits, g):
-  """The adjoint of the truncated iteration, walked back step by step."""
-  kernel, rows0, last, history = sinkhorn.divisors(num_iters, eps, logits)
-
-  def iterate(carry, before):
-    grad, (rows, columns) = carry
-    grad = sinkhorn.row_adjoint(kernel, grad, rows, columns)
-    grad = sinkhorn.column_adjoint(kernel, grad, before[0], columns)
-    return (grad, before), None
-
-  carry = (g * sinkhorn.scale(kernel, *last), last)
-  carry, _ = jax.lax.scan(iterate, carry, history, reverse=True)
-  grad, (rows, columns) = carry
-  grad = sinkhorn.row_adjoint(kernel, grad, rows, columns)
-  return (sinkhorn.start_adjoint(eps, kernel, grad, rows0, columns),)
-
-
-_project_recompute.defvjp(_recompute_fwd, _recompute_bwd)
-
-
-def _implicit_fwd(num_iters, eps, logits):
-  out = _project(num_iters, eps, logits)
-  return out, out
-
-
-def _implicit_bwd(num_iters, eps, out, g):
-  r"""Gradient at the fixed point P = diag(u) K diag(v).
-
-  dL = P * (G - a 1^T - 1 b^T) with a, b chosen so that dL has zero row and
-  column sums. With D the column sums of P (1 in the limit),
-
-      a + P b = rowsum(P * G),   P^T a + D b = colsum(P * G),
-      (D - P^T P) b = colsum(P * G) - P^T rowsum(P * G).
-
-  D - P^T P is positive semi-definite because P's rows sum to one. Its null
-  space holds 1, and more for reducible P, where the right-hand side vanishes:
-  11^T/n and a small ridge make it definite and keep the solution bounded.
-  """
-  del num_iters, eps
-  size = out.shape[0]
-  p = jnp.moveaxis(out, -1, 0)
-  weighted = p * jnp.moveaxis(g, -1, 0)
-  row_sums = jnp.sum(weighted, axis=2)[..., None]
-  column_sums = jnp.sum(weighted, axis=1)[..., None]
-  transposed = jnp.swapaxes(p, 1, 2)
-  eye = jnp.eye(size)[None]
-  system = eye * jnp.sum(p, axis=1)[..., None] - _matmul(transposed, p)
-  system = system + 1e-6 * eye + 1 / size
-  b = jnp.linalg.solve(system, column_sums - _matmul(transposed, row_sums))
-  a = row_sums - _matmul(p, b)
-  grad = weighted - p * (a + jnp.swapaxes(b, 1, 2))
-  return (jnp.moveaxis(grad, 0, -1),)
-
-
-_project_implicit.defvjp(_implicit_fwd, _implicit_bwd)
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)

@@ -1,6 +1,6 @@
-"""The operations in plain JAX, with the adjoints of `streams` and `manifold`.
+"""The operations in plain JAX, on every platform.
 
-What `reference` specifies; see there and in `dispatch` for the arguments.
+`mhc.kernels.reference` defines them and `mhc.kernels.api` has the arguments.
 Results are marked where they arise: what an operation hands to the next and
 what it keeps for its own gradient must be one tensor.
 """
@@ -8,13 +8,11 @@ what it keeps for its own gradient must be one tensor.
 import jax
 import jax.numpy as jnp
 
-from mhc import manifold
 from mhc import precision
-from mhc import streams
+from mhc.kernels.xla import sinkhorn as sinkhorn_lib
+from mhc.kernels.xla import streams
 
-
-def sinkhorn(logits, num_iters, eps):
-  return manifold.sinkhorn_project(logits, num_iters, eps, axes=(0, 1))
+sinkhorn = sinkhorn_lib.sinkhorn
 
 
 def pre(x, phi, alpha, bias, norm_eps):
