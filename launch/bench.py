@@ -232,7 +232,7 @@ def _recompute():
   unit = rows * length * base.dim * 4
   sublayers = 2 * base.num_blocks
   settings = [('none', 2, 'residual'), ('none', 2, 'mhc')]
-  best = recompute.best_every(sublayers, STREAMS.value)
+  best = recompute.optimal_interval(sublayers, STREAMS.value)
   settings += [('mhc', every, 'mhc') for every in (2, 4, 6, 8, 16, 32)]
   settings += [('mhc+block', best, 'mhc'), ('full', best, 'mhc')]
   if not JSON.value:

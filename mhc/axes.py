@@ -1,22 +1,28 @@
-"""Over which axes of a mesh a value varies, inside a `shard_map`.
+"""The axes of the mesh, and over which of them a value varies.
 
-JAX tracks it in types: operands of one operation must agree, and autodiff sums
-over devices where a value that is the same on all of them meets one that is
-not. Casting at a chosen place chooses where that sum is.
+Inside a `shard_map` JAX tracks in types over which axes a value differs between
+devices ("varying manual axes"): operands of one operation must agree, and
+autodiff sums over devices where a value that is the same on all of them meets
+one that is not. Casting at a chosen place chooses where that sum is.
 """
 
 import jax
 
+DATA = 'data'  # splits the batch, and one dimension of every matrix
+PIPE = 'pipe'  # splits the stack of blocks into stages
+EXPERT = 'expert'  # splits the batch, and the experts of a layer
+AXES = (DATA, PIPE, EXPERT)
 
-def over(x) -> frozenset[str]:
+
+def varying_axes(x) -> frozenset[str]:
   """The axes over which any leaf of x varies."""
   return frozenset().union(
     *(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(x))
   )
 
 
-def vary(x, axes):
-  """x, each leaf varying over `axes` and what it varies over already."""
+def cast_varying(x, axes):
+  """Casts each leaf of x to vary over `axes` as well."""
 
   def leaf(leaf):
     absent = tuple(sorted(frozenset(axes) - jax.typeof(leaf).mat.varying))
@@ -25,6 +31,14 @@ def vary(x, axes):
   return jax.tree.map(leaf, x)
 
 
-def together(*arrays):
-  """All of them varying over the same axes."""
-  return vary(arrays, over(arrays))
+def cast_varying_everywhere(x):
+  """Casts each leaf of x to one that may differ on any two devices."""
+  return cast_varying(x, AXES)
+
+
+def unify_varying(*arrays):
+  """Casts all of them to vary over the same axes."""
+  return cast_varying(arrays, varying_axes(arrays))
+
+
+over, vary, together = varying_axes, cast_varying, unify_varying

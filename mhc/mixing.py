@@ -26,8 +26,8 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from mhc import axes
+from mhc import kernels
 from mhc import manifold
-from mhc.kernels import api
 
 Mixing = Literal['sinkhorn', 'identity', 'permutations', 'kronecker', 'cayley']
 
@@ -63,19 +63,21 @@ def matrices(
   logits: Float[Array, 'k t'],
   n: int,
   *,
-  num_iters: int = 20,
-  eps: float = 0.0,
   backward: manifold.Backward = 'recompute',
-  implementation: api.Implementation | None = None,
+  implementation: kernels.Implementation | None = None,
+  **options,
 ) -> Float[Array, 'n n t']:
   """H_res of t tokens; the options are those of `sinkhorn_project`."""
   match mixing:
     case 'sinkhorn':
-      square = logits.reshape(n, n, -1)
-      if backward == 'recompute':
-        return api.sinkhorn(square, num_iters, eps, implementation)
+      # The kernels have no other gradient; then plain JAX projects.
+      exact = backward == 'recompute'
       return manifold.sinkhorn_project(
-        square, num_iters, eps, backward, axes=(0, 1)
+        logits.reshape(n, n, -1),
+        backward=backward,
+        axes=(0, 1),
+        implementation=implementation if exact else None,
+        **options,
       )
     case 'identity':
       return jnp.broadcast_to(jnp.eye(n)[..., None], (n, n, logits.shape[1]))

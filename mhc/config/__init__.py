@@ -1,3 +1,39 @@
-"""Every setting of a run, typed, with its default, checked where it is made."""
+"""Every setting of a run, typed, with its default, checked where it is made.
 
-from mhc.config.run import *  # noqa: F403
+A `Config` is what one training run is. Files in configs/ are short diffs
+against these defaults; `dicts` converts them to and from nested dicts.
+"""
+
+from mhc.config.model import KINDS
+from mhc.config.model import AttentionConfig
+from mhc.config.model import ConnectionConfig
+from mhc.config.model import Kind
+from mhc.config.model import ModelConfig
+from mhc.config.model import MoEConfig
+from mhc.config.run import Between
+from mhc.config.run import Config
+from mhc.config.run import DataConfig
+from mhc.config.run import GuardsConfig
+from mhc.config.run import Head
+from mhc.config.run import MeshConfig
+from mhc.config.run import OptimizerConfig
+from mhc.config.run import Policy
+from mhc.config.run import Schedule
+
+__all__ = [
+  'KINDS',
+  'AttentionConfig',
+  'Between',
+  'Config',
+  'ConnectionConfig',
+  'DataConfig',
+  'GuardsConfig',
+  'Head',
+  'Kind',
+  'MeshConfig',
+  'MoEConfig',
+  'ModelConfig',
+  'OptimizerConfig',
+  'Policy',
+  'Schedule',
+]

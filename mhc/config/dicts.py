@@ -9,6 +9,7 @@ import types
 import typing
 from typing import Any
 
+from mhc.config import aliases
 from mhc.config import checks
 
 
@@ -34,6 +35,8 @@ def from_dict[T](cls: type[T], values: Mapping[str, Any], path: str = '') -> T:
   hints = typing.get_type_hints(cls)
   arguments = {}
   for name, value in values.items():
+    name, value = aliases.current(path + name, value)
+    name = name.removeprefix(path)
     if name not in hints:
       raise ValueError(
         checks.unknown_name(path + name, [path + h for h in hints])

@@ -1,194 +1,13 @@
-"""Every setting with its type and default, checked where it is made.
-
-A `Config` is what one training run is. Files in configs/ are short diffs
-against these defaults; `plain` converts them to and from nested dicts.
-"""
+"""The settings of a training run: a `Config` is what one run is."""
 
 import dataclasses
-import typing
 from typing import Literal
 
 from mhc.config import checks
-from mhc.pipeline import table as table_lib
+from mhc.config.model import ModelConfig
 
-Kind = Literal[
-  'residual',
-  'hc',
-  'mhc',
-  'identity',
-  'mhc_lite',
-  'kromhc',
-  'orthogonal',
-  'mhc_single_pass',
-]
-KINDS: tuple[str, ...] = typing.get_args(Kind)
-
-
-@dataclasses.dataclass(frozen=True)
-class ConnectionConfig:
-  """The residual connection around every sub-layer."""
-
-  kind: Kind = 'mhc'
-  # n. The plain residual has one stream whatever is said here.
-  num_streams: int = 4
-  # How the streams become one before the last norm; 'mhc_single_pass' closes
-  # them by the read weights of its last sub-layer instead.
-  collapse: Literal['sum', 'mean', 'learned'] = 'mean'
-  sinkhorn_iters: int = 20
-  # 0 is the paper's Eq. 9, 1e-6 DeepSeek-V4's kernels.
-  sinkhorn_eps: float = 0.0
-  sinkhorn_backward: Literal['recompute', 'unrolled', 'implicit'] = 'recompute'
-  # The passes over the streams: 'xla', the TPU kernels ('pallas', interpreted
-  # elsewhere) or the GPU kernels ('triton'); 'auto' is the platform's fastest.
-  implementation: Literal['auto', 'xla', 'pallas', 'triton'] = 'auto'
-
-  def __post_init__(self):
-    checks.check_types(self)
-    checks.at_least(self, num_streams=1, sinkhorn_iters=1)
-    if self.sinkhorn_eps and not 1e-12 <= self.sinkhorn_eps <= 1e-2:
-      raise ValueError(
-        f'connection.sinkhorn_eps={self.sinkhorn_eps} must be 0 (the paper) '
-        'or from 1e-12 to 1e-2 (DeepSeek-V4: 1e-6)'
-      )
-    if self.kind == 'mhc_lite' and self.num_streams > 5:
-      raise ValueError(
-        f'connection.num_streams={self.num_streams} is too many for mhc_lite, '
-        'which weighs all n! permutations: use at most 5'
-      )
-    if self.kind == 'kromhc' and self.num_streams & (self.num_streams - 1):
-      raise ValueError(
-        f'connection.num_streams={self.num_streams} must be a power of two for '
-        'kromhc, a product of 2 x 2 matrices'
-      )
-    if self.kind == 'mhc_single_pass' and self.collapse == 'learned':
-      raise ValueError(
-        "connection.collapse='learned' would not be used: mhc_single_pass "
-        'closes the streams by the read weights of its last sub-layer'
-      )
-
-  @property
-  def streams(self) -> int:
-    return 1 if self.kind == 'residual' else self.num_streams
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-  """Multi-head latent attention (DeepSeek-V2)."""
-
-  num_heads: int = 2
-  head_dim: int = 32
-  rope_dim: int = 16
-  kv_rank: int = 32
-  # Queries through a latent vector of this size (q-LoRA), 0 for directly.
-  query_rank: int = 0
-  rope_theta: float = 10_000.0
-
-  def __post_init__(self):
-    checks.check_types(self)
-    checks.at_least(self, num_heads=1, head_dim=1, rope_dim=2, kv_rank=1)
-    if self.rope_dim % 2:
-      raise ValueError(
-        f'attention.rope_dim={self.rope_dim} must be even: RoPE turns pairs'
-      )
-    checks.not_negative(self, 'query_rank')
-    checks.at_least(self, rope_theta=1)  # else angles grow beyond float32
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-  """Mixture of experts in place of the FFN, as in DeepSeek-V3; 0 for none."""
-
-  num_experts: int = 0
-  experts_per_token: int = 2
-  num_shared: int = 1
-  # Hidden width of one expert.
-  expert_dim: int = 64
-  # The first blocks keep a dense FFN of width ffn_dim.
-  num_dense_blocks: int = 1
-  # 'bias' chooses by affinity and a bias that evens the load, 'sinkhorn' by
-  # affinities made doubly stochastic over tokens and experts, 'none' by
-  # affinity alone, whatever the load.
-  router: Literal['bias', 'sinkhorn', 'none'] = 'bias'
-  bias_speed: float = 0.001
-  # Weight of the sequence-wise auxiliary loss.
-  balance_loss: float = 0.0
-  dispatch: Literal['dropless', 'capacity'] = 'dropless'
-  # Slots over the mean load, for dispatch='capacity'.
-  capacity_factor: float = 1.25
-  # How tokens reach experts on other devices: 'gather' sends every token to all
-  # of them; 'ragged' and 'padded' to those of its experts, by ragged_all_to_all
-  # (not on CPUs) or in buffers of one size. 'auto' is 'gather' for as many
-  # devices as a token has experts, for more 'ragged' or, on CPUs, 'padded'.
-  transport: Literal['auto', 'ragged', 'padded', 'gather'] = 'auto'
-  # Rows of those buffers over the mean; what does not fit goes in another
-  # round, nothing is lost.
-  buffer_factor: float = 1.5
-
-  def __post_init__(self):
-    checks.check_types(self)
-    checks.at_least(
-      self,
-      num_experts=0,
-      experts_per_token=1,
-      num_shared=0,
-      expert_dim=1,
-      num_dense_blocks=0,
-    )
-    checks.not_negative(self, 'bias_speed', 'balance_loss')
-    checks.positive(self, 'capacity_factor', 'buffer_factor')
-    if 0 < self.num_experts < self.experts_per_token:
-      raise ValueError(
-        f'moe.experts_per_token={self.experts_per_token} is more than '
-        f'moe.num_experts={self.num_experts}'
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """A pre-norm transformer; a block is attention and FFN, two sub-layers."""
-
-  # 256 bytes, two document marks, padded to a multiple of 64.
-  vocab_size: int = 320
-  num_blocks: int = 4
-  dim: int = 64
-  ffn_dim: int = 128
-  norm_eps: float = 1e-20
-  # Of streams and activations; parameters and mappings are always float32.
-  dtype: Literal['float32', 'bfloat16'] = 'float32'
-  # What is computed again for the gradient, and once in how many sub-layers the
-  # streams are kept (0: the paper's optimum), see recompute.py. Recomputing
-  # whole blocks also saves time on a CPU, whose limit is the cache.
-  recompute: Literal['none', 'mhc', 'mhc+block', 'full'] = 'full'
-  recompute_every: int = 2
-  attention: AttentionConfig = AttentionConfig()
-  connection: ConnectionConfig = ConnectionConfig()
-  moe: MoEConfig = MoEConfig()
-
-  def __post_init__(self):
-    checks.check_types(self)
-    if self.moe.num_experts and self.moe.num_dense_blocks >= self.num_blocks:
-      raise ValueError(
-        f'moe.num_dense_blocks={self.moe.num_dense_blocks} leaves no block '
-        f'with experts: model.num_blocks={self.num_blocks}'
-      )
-    checks.at_least(self, vocab_size=258, num_blocks=1, dim=1, ffn_dim=1)
-    checks.not_negative(self, 'norm_eps', 'recompute_every')
-    if self.recompute_every % 2:
-      raise ValueError(
-        f'model.recompute_every={self.recompute_every} must be even: a block '
-        'has two sub-layers (0 for the optimum of the paper)'
-      )
-
-  @property
-  def stack(self) -> str:
-    """The stack of blocks that a pipeline is cut from."""
-    return 'moe_blocks' if self.moe.num_experts else 'dense_blocks'
-
-  @property
-  def num_moe_blocks(self) -> int:
-    if not self.moe.num_experts:
-      return 0
-    return self.num_blocks - self.moe.num_dense_blocks
+Schedule = Literal['gpipe', '1f1b', 'interleaved', 'wave_v', 'dualpipev']
+Head = Literal['last', 'vocab']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,23 +98,24 @@ class MeshConfig:
   pipe: int = 1
   # Devices that split the experts of a layer.
   expert: int = 1
-  # The order of the stages' work on microbatches, see schedule.py.
-  schedule: table_lib.Name = 'interleaved'
-  # Stages a device, for schedule='interleaved'; the other schedules fix it.
+  # The order of the stages' work on microbatches, see pipeline/schedules.py.
+  schedule: Schedule = 'interleaved'
+  # Virtual stages a device (Megatron: model chunks), for
+  # schedule='interleaved'; the other schedules fix it.
   chunks: int = 2
-  # Parts of a microbatch that a block computes side by side: the tokens of one
-  # travel to their experts while another is computed.
-  parts: int = 1
+  # Sub-batches of a microbatch that a block computes side by side: the tokens
+  # of one travel to their experts while another is computed.
+  num_sub_batches: int = 1
   # Who computes the logits: the device of the last stage, or all, each of its
   # part of the vocabulary.
-  head: table_lib.Head = 'last'
-  # Tells the TPU's compiler to send while it computes, see compiler.py.
+  head: Head = 'last'
+  # Tells the TPU's compiler to send while it computes, see xla_options.py.
   overlap: bool = True
 
   def __post_init__(self):
     checks.check_types(self)
     checks.not_negative(self, 'num_devices')
-    checks.at_least(self, pipe=1, expert=1, chunks=2, parts=1)
+    checks.at_least(self, pipe=1, expert=1, chunks=2, num_sub_batches=1)
     if self.num_devices % (self.pipe * self.expert):
       raise ValueError(
         f'mesh.num_devices={self.num_devices} is not a multiple of '
@@ -361,7 +181,7 @@ class Config:
   # Of the initial parameters and of the order of the data.
   seed: int = 0
   num_steps: int = 400
-  model: ModelConfig = ModelConfig()
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   optimizer: OptimizerConfig = OptimizerConfig()
   data: DataConfig = DataConfig()
   mesh: MeshConfig = MeshConfig()

@@ -22,7 +22,7 @@ from mhc.model import recompute
 BLOCK = 1024
 
 
-def attend(
+def causal_attention(
   query: Float[Array, 'b t h k'],
   key: Float[Array, 'b s h k'] | Float[Array, 'b s k'],
   value: Float[Array, 'b s h v'] | Float[Array, 'b s v'],
@@ -42,7 +42,7 @@ def attend(
     last = min(first + BLOCK, time)
     # With a traced start the mask alone says which keys are seen.
     seen = start + last if isinstance(start, int) else key.shape[1]
-    block = recompute.lean(_block, static_argnums=3)
+    block = recompute.checkpoint_cheap(_block, static_argnums=3)
     blocks.append(
       block(
         query[:, first:last],

@@ -1,25 +1,27 @@
-r"""Tokens to the devices of their experts, and the results back.
+r"""Expert parallelism: tokens travel to their experts, and results back.
 
-The experts of a layer are split over the p devices of the mesh axis `AXIS`, e
+The experts of a layer are split over the p devices of the mesh axis `EXPERT`, e
 of them each, and so are the tokens, s on a device, each with k experts.
-`dropless` computes in rounds: a queue of assignments gives its first rows, for
-which there is room in buffers of `buffer_factor` times the mean, then the next.
+Dropless dispatch computes in rounds: a queue of assignments sends its first
+rows, for which there is room in buffers of `buffer_factor` times the mean, then
+the next.
 There are as many rounds as the longest queue of the group needs, so that
 nothing is lost under any load and an even one takes one round. Only the first
 round keeps anything for its gradient.
 
-    padded   A device has a queue for each other and sends it q = factor s k / p
-             rows by `all_to_all`.
-    ragged   The same by `ragged_all_to_all`, which leaves unused rows at home;
-             not on CPUs.
-    gather   Every token goes to every device, which has one queue, of the
-             assignments to its experts, and adds up what they say.
+    all_to_all          A device has a queue for each other and sends it
+                        q = factor s k / p rows.
+    ragged_all_to_all   The same without the unused rows; not on CPUs.
+    all_gather          Every token goes to every device, which has one queue,
+                        of the assignments to its experts; their outputs are
+                        added up by a reduce-scatter.
 
 The first two send about 2 k (p - 1) / p rows a token and back, the last
 2 (p - 1), in rings that use every link of a torus, where all_to_all does not.
 
 With a capacity an expert has the same number of rows for each device's tokens
-(`gather`: for those of the group), the others are dropped.
+(`all_gather`: for those of the group), the others are dropped. An expert number
+past the last is no expert: nothing is sent, and the result is 0.
 """
 
 import functools
@@ -32,26 +34,28 @@ from jaxtyping import Array, Float, Int
 
 from mhc import axes
 from mhc import config as config_lib
-from mhc.kernels import platform
+from mhc.axes import EXPERT
+from mhc.kernels import platform as platform_lib
 from mhc.model import experts as experts_lib
 
-AXIS = experts_lib.AXIS
 # The scope of further rounds, by which they are found in the compiled program.
 OVERFLOW = 'overflow'
 
-Transport = Literal['padded', 'ragged', 'gather']
+Transport = Literal['all_to_all', 'ragged_all_to_all', 'all_gather']
 
 
 def transport(config: config_lib.MoEConfig, num_devices: int) -> Transport:
-  """What `auto` stands for: what sends least on the platform at hand."""
+  """The transport that is set; by default what sends least here."""
   if config.transport != 'auto':
     return config.transport
   if num_devices <= config.experts_per_token:
-    return 'gather'
-  return 'padded' if platform.platform() == 'cpu' else 'ragged'
+    return 'all_gather'
+  return (
+    'all_to_all' if platform_lib.platform() == 'cpu' else 'ragged_all_to_all'
+  )
 
 
-def apply(
+def dispatch_and_combine(
   config: config_lib.MoEConfig,
   x: Float[Array, 's d'],
   experts: Int[Array, 's k'],
@@ -68,25 +72,20 @@ def apply(
   Returns:
     the sum, and the share of assignments that were dropped.
   """
-  way = transport(config, jax.lax.axis_size(AXIS))
-  if way == 'gather':
-    return _gathered(config, x, experts, gates, weights)
+  way = transport(config, jax.lax.axis_size(EXPERT))
+  if way == 'all_gather':
+    return _by_all_gather(config, x, experts, gates, weights)
   if config.dispatch == 'dropless':
-    out = _sent(config, way == 'ragged', x, experts, gates, weights)
+    ragged = way == 'ragged_all_to_all'
+    out = _by_all_to_all(config, ragged, x, experts, gates, weights)
     return out, jnp.zeros(())
-  out, dropped = by_capacity(x, experts, weights, slots(config, experts))
-  return gated(out, gates), dropped
+  rows = experts_lib.expert_capacity(config, experts)
+  out, dropped = by_capacity(x, experts, weights, rows)
+  return experts_lib.combine(out, gates), dropped
 
 
-def gated(
-  out: Float[Array, 's k d'], gates: Float[Array, 's k']
-) -> Float[Array, 's d']:
-  """The sum over a token's experts."""
-  return jnp.sum(out * gates[..., None].astype(out.dtype), axis=1)
-
-
-class _Queues(NamedTuple):
-  """Of one device's assignments, sorted by expert, hence by device."""
+class _SendOrder(NamedTuple):
+  """One device's assignments, sorted by expert, hence by device."""
 
   order: Int[Array, 'sk']  # the assignment at each place in the queues
   device: Int[Array, 'sk']  # of each assignment's expert
@@ -96,9 +95,9 @@ class _Queues(NamedTuple):
   lengths: Int[Array, 'p']
 
 
-def _sent(config, ragged, x, experts, gates, weights):
-  """`dropless` by all_to_all."""
-  p, e = jax.lax.axis_size(AXIS), weights.gate.shape[0]
+def _by_all_to_all(config, ragged, x, experts, gates, weights):
+  """Dropless dispatch by one of the two all_to_all."""
+  p, e = jax.lax.axis_size(EXPERT), weights.gate.shape[0]
   (s, k), rows = experts.shape, experts.size
   flat = experts.reshape(-1)
   order = jnp.argsort(flat)
@@ -106,24 +105,24 @@ def _sent(config, ragged, x, experts, gates, weights):
   starts = jnp.cumsum(lengths) - lengths
   place = jnp.argsort(order)
   rank = place - starts[flat // e]
-  queues = _Queues(order, flat // e, rank, flat[order] % e, starts, lengths)
+  queues = _SendOrder(order, flat // e, rank, flat[order] % e, starts, lengths)
   # A token has at most min(k, e) of its experts on one device.
   longest = s * min(k, e)
   size = min(longest, max(1, math.ceil(config.buffer_factor * rows / p)))
   one_round = functools.partial(_send_round, size, ragged)
-  return _rounds(
+  return _all_rounds(
     one_round, size, longest, jnp.max(lengths), queues, (x, gates), weights
   )
 
 
 def _send_round(size, ragged, number, queues, inputs, weights):
-  """What the assignments say whose turn it is, [s, d]."""
+  """This round's contribution to every token's output, [s, d]."""
   x, gates = inputs
   (s, k), e = gates.shape, weights.gate.shape[0]
   first = number * size
-  turns = first + jnp.arange(size)[None]
-  used = turns < queues.lengths[:, None]
-  source = jnp.minimum(queues.starts[:, None] + turns, s * k - 1)
+  rank = first + jnp.arange(size)[None]
+  used = rank < queues.lengths[:, None]
+  source = jnp.minimum(queues.starts[:, None] + rank, s * k - 1)
   rows = jnp.where(used[..., None], x[queues.order[source] // k], 0)
   names = _all_to_all(jnp.where(used, queues.local[source], e))
   sent = jnp.clip(queues.lengths - first, 0, size)
@@ -142,18 +141,20 @@ def _send_round(size, ragged, number, queues, inputs, weights):
     partial=True,
   )
   out = back(out.reshape(rows.shape))
-  turn = queues.rank - first
-  here = (turn >= 0) & (turn < size)
-  out = out[queues.device, jnp.where(here, turn, 0)]
-  out = jnp.where(here[:, None], out, 0)
-  return gated(out.reshape(s, k, -1), gates)
+  place = queues.rank - first
+  in_this_round = (place >= 0) & (place < size)
+  # The device of no expert is past the last.
+  in_this_round &= queues.device < len(queues.lengths)
+  out = out[queues.device, jnp.where(in_this_round, place, 0)]
+  out = jnp.where(in_this_round[:, None], out, 0)
+  return experts_lib.combine(out.reshape(s, k, -1), gates)
 
 
-def _gathered(config, x, experts, gates, weights):
-  """By all_gather."""
-  gather = functools.partial(jax.lax.all_gather, axis_name=AXIS, tiled=True)
+def _by_all_gather(config, x, experts, gates, weights):
+  """Either dispatch by all_gather and reduce-scatter."""
+  gather = functools.partial(jax.lax.all_gather, axis_name=EXPERT, tiled=True)
   e = weights.gate.shape[0]
-  local = gather(experts) - e * jax.lax.axis_index(AXIS)
+  local = gather(experts) - e * jax.lax.axis_index(EXPERT)
   local = jnp.where((local < 0) | (local >= e), e, local)
   everyone = (gather(x), gather(gates))
   if config.dispatch == 'dropless':
@@ -163,47 +164,51 @@ def _gathered(config, x, experts, gates, weights):
     size = min(longest, math.ceil(config.buffer_factor * experts.size))
     one_round = functools.partial(_local_round, size)
     queue = (jnp.argsort(flat), flat, length)
-    out = _rounds(one_round, size, longest, length, queue, everyone, weights)
+    out = _all_rounds(
+      one_round, size, longest, length, queue, everyone, weights
+    )
     dropped = jnp.zeros(())
   else:
     out, dropped = experts_lib.capacity(
-      everyone[0], local, weights, slots(config, local)
+      everyone[0], local, weights, experts_lib.expert_capacity(config, local)
     )
-    out = gated(out, everyone[1])
-    dropped = jax.lax.psum(dropped, AXIS)
-  out = jax.lax.psum_scatter(out, AXIS, scatter_dimension=0, tiled=True)
+    out = experts_lib.combine(out, everyone[1])
+    dropped = jax.lax.psum(dropped, EXPERT)
+  out = jax.lax.psum_scatter(out, EXPERT, scatter_dimension=0, tiled=True)
   return out, dropped
 
 
 def _local_round(size, number, queue, inputs, weights):
-  """What this device's experts say to all tokens whose turn it is."""
+  """The outputs of this device's experts in a round, for all tokens."""
   (order, experts, length), (x, gates) = queue, inputs
   e, k = weights.gate.shape[0], gates.shape[1]
-  turns = number * size + jnp.arange(size)
-  used = turns < length
-  source = order[jnp.minimum(turns, len(order) - 1)]
+  rank = number * size + jnp.arange(size)
+  used = rank < length
+  source = order[jnp.minimum(rank, len(order) - 1)]
   names = jnp.where(used, experts[source], e)
   out = experts_lib.dropless(
     x[source // k], names[:, None], weights, partial=True
   )[:, 0]
   out = out.astype(jnp.float32) * gates.reshape(-1)[source][:, None]
   total = jnp.zeros(x.shape, jnp.float32)
-  total = axes.vary(total, axes.over(out)).at[source // k].add(out)
+  total = (
+    axes.cast_varying(total, axes.varying_axes(out)).at[source // k].add(out)
+  )
   return total.astype(x.dtype)
 
 
-def _rounds(one_round, size, longest, length, queues, inputs, weights):
+def _all_rounds(one_round, size, longest, length, queues, inputs, weights):
   """The sum over rounds of one_round(number, queues, inputs, weights)."""
   total = one_round(jnp.zeros((), jnp.int32), queues, inputs, weights)
   if longest > size:
-    most = jax.lax.pmax(length, AXIS)
-    number = axes.vary(-(-most // size), axes.over(total))
-    total = total + _further(one_round, number, queues, inputs, weights)
+    most = jax.lax.pmax(length, EXPERT)
+    number = axes.cast_varying(-(-most // size), axes.varying_axes(total))
+    total = total + _overflow_rounds(one_round, number, queues, inputs, weights)
   return total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _further(one_round, number, queues, inputs, weights):
+def _overflow_rounds(one_round, number, queues, inputs, weights):
   """The rounds 1 to number - 1; a loop of no trips under an even load."""
 
   def add(index, total):
@@ -213,11 +218,11 @@ def _further(one_round, number, queues, inputs, weights):
     return jax.lax.fori_loop(1, number, add, jnp.zeros_like(inputs[0]))
 
 
-def _further_fwd(one_round, *arguments):
-  return _further(one_round, *arguments), arguments
+def _overflow_forward(one_round, *arguments):
+  return _overflow_rounds(one_round, *arguments), arguments
 
 
-def _further_bwd(one_round, kept, g):
+def _overflow_backward(one_round, kept, g):
   number, queues, inputs, weights = kept
 
   def add(index, total):
@@ -231,55 +236,52 @@ def _further_bwd(one_round, kept, g):
     return None, None, *jax.lax.fori_loop(1, number, add, zeros)
 
 
-_further.defvjp(_further_fwd, _further_bwd)
+_overflow_rounds.defvjp(_overflow_forward, _overflow_backward)
 
 
 def by_capacity(
   x: Float[Array, 's d'],
   experts: Int[Array, 's k'],
   weights: experts_lib.Weights,
-  slots: int,
+  rows_per_expert: int,
 ) -> tuple[Float[Array, 's k d'], Float[Array, '']]:
-  """`experts.capacity` with `slots` rows an expert for each device's tokens."""
-  num_devices, num_local = jax.lax.axis_size(AXIS), weights.gate.shape[0]
+  """`experts.capacity` with the bound for each device's tokens."""
+  num_devices, num_local = jax.lax.axis_size(EXPERT), weights.gate.shape[0]
 
   def apply(buffer):
-    rows = _all_to_all(buffer.reshape(num_devices, num_local, slots, -1))
+    rows = _all_to_all(
+      buffer.reshape(num_devices, num_local, rows_per_expert, -1)
+    )
     rows = jnp.swapaxes(rows, 0, 1).reshape(num_local, -1, x.shape[1])
     out = experts_lib.batched(rows, weights)
-    out = out.reshape(num_local, num_devices, slots, -1)
+    out = out.reshape(num_local, num_devices, rows_per_expert, -1)
     return _all_to_all(jnp.swapaxes(out, 0, 1)).reshape(buffer.shape)
 
   num_experts = num_devices * num_local
-  return experts_lib.in_slots(x, experts, num_experts, slots, apply)
-
-
-def slots(config: config_lib.MoEConfig, experts: Int[Array, 's k']) -> int:
-  """An expert's rows for these tokens, of dispatch='capacity'.
-
-  No more than there are tokens, each of which chooses an expert once.
-  """
-  mean = experts.size / config.num_experts
-  return min(len(experts), math.ceil(config.capacity_factor * mean))
+  return experts_lib.with_capacity(
+    x, experts, num_experts, rows_per_expert, apply
+  )
 
 
 def _all_to_all(x):
   """x[i] of device j becomes x[j] of device i."""
-  return jax.lax.all_to_all(x, AXIS, 0, 0, tiled=True)
+  return jax.lax.all_to_all(x, EXPERT, 0, 0, tiled=True)
 
 
 def _ragged(rows, sent, received):
   """`_all_to_all` of the first sent[i] rows of each rows[i], the others 0."""
   num_devices, size, dim = rows.shape
   places = jnp.arange(num_devices, dtype=jnp.int32) * size
-  here = jnp.full(num_devices, jax.lax.axis_index(AXIS) * size, jnp.int32)
+  here = jnp.full(num_devices, jax.lax.axis_index(EXPERT) * size, jnp.int32)
   flat = rows.reshape(-1, dim)
   flat = jax.lax.ragged_all_to_all(
     flat,
-    axes.vary(jnp.zeros(flat.shape, flat.dtype), axes.over(flat)),
-    *axes.together(
+    axes.cast_varying(
+      jnp.zeros(flat.shape, flat.dtype), axes.varying_axes(flat)
+    ),
+    *axes.unify_varying(
       places, sent.astype(jnp.int32), here, received.astype(jnp.int32)
     ),
-    axis_name=AXIS,
+    axis_name=EXPERT,
   )
   return flat.reshape(rows.shape)

@@ -13,23 +13,24 @@ weights. Three ways to compute it:
 All three give the same result where nothing is dropped. An expert number past
 the last one stands for an expert that is elsewhere: its rows come back as 0.
 
-How tokens get to experts on other devices is in `exchange`.
+`expert_parallel` moves tokens to experts on other devices.
 """
 
 from collections.abc import Callable
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mhc.kernels import platform
+from mhc import config as config_lib
+from mhc.kernels import platform as platform_lib
 from mhc.model import layers
 from mhc.model import recompute
 
 BLOCK = 64
-AXIS = 'expert'  # of the mesh, over which the experts of a layer are split
 
 
 class Weights(NamedTuple):
@@ -59,7 +60,7 @@ def dropless(
     rows = jnp.where(here, rows, 0)
   # Not by lax.platform_dependent, which in the branches of a pipeline stays a
   # choice at run time, with buffers for both.
-  multiply = ragged if platform.platform() == 'tpu' else blocked
+  multiply = ragged if platform_lib.platform() == 'tpu' else blocked
   out = multiply(rows, sizes, weights)
   if partial:
     out = jnp.where(here, out, 0)
@@ -70,35 +71,55 @@ def capacity(
   x: Float[Array, 's d'],
   experts: Int[Array, 's k'],
   weights: Weights,
-  slots: int,
+  rows_per_expert: int,
 ) -> tuple[Float[Array, 's k d'], Float[Array, '']]:
-  """As `dropless` with `slots` rows an expert at most.
+  """As `dropless` with a bound on the rows of an expert.
 
   Returns:
-    the outputs, 0 where an assignment found no slot (later tokens lose), and
-    the share of such assignments.
+    the outputs, 0 for an assignment beyond the bound (later tokens lose), and
+    the fraction of such assignments.
   """
   apply = functools.partial(batched, weights=weights)
-  return in_slots(x, experts, weights.gate.shape[0], slots, apply)
+  num_experts = weights.gate.shape[0]
+  return with_capacity(x, experts, num_experts, rows_per_expert, apply)
 
 
-def in_slots(
+def with_capacity(
   x: Float[Array, 's d'],
   experts: Int[Array, 's k'],
   num_experts: int,
-  slots: int,
+  rows_per_expert: int,
   apply: Callable,
 ) -> tuple[Float[Array, 's k d'], Float[Array, '']]:
-  """`capacity` with the experts' function of [num_experts, slots, d] given."""
+  """`capacity` with the experts' function of [e, rows_per_expert, d] given."""
   order, sizes = _sort(experts, num_experts)
   rows = x[order // experts.shape[1]]
   group, rank = _places(sizes, len(rows))
-  late = (rank >= slots) & (group < num_experts)
-  place = jnp.where(late, num_experts * slots, group * slots + rank)
-  buffer = _placed(rows, place, num_experts, slots)
+  late = (rank >= rows_per_expert) & (group < num_experts)
+  end = num_experts * rows_per_expert
+  place = jnp.where(late, end, group * rows_per_expert + rank)
+  buffer = _placed(rows, place, num_experts, rows_per_expert)
   out = _taken(apply(buffer), place)
   dropped = jnp.mean(late.astype(jnp.float32))
   return _unsort(out, order, experts.shape), dropped
+
+
+def expert_capacity(
+  config: config_lib.MoEConfig, experts: Int[Array, 's k']
+) -> int:
+  """The rows that an expert has for these tokens, with dispatch='capacity'.
+
+  No more than there are tokens, each of which chooses an expert once.
+  """
+  mean = experts.size / config.num_experts
+  return min(len(experts), math.ceil(config.capacity_factor * mean))
+
+
+def combine(
+  out: Float[Array, 's k d'], gates: Float[Array, 's k']
+) -> Float[Array, 's d']:
+  """The gated sum over a token's experts."""
+  return jnp.sum(out * gates[..., None].astype(out.dtype), axis=1)
 
 
 def batched(

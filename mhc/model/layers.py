@@ -56,11 +56,14 @@ class SwiGLU(nnx.Module):
     self.down = Linear(hidden_dim, dim, rngs=rngs)
 
   def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
-    gate, up = recompute.inner(self.gate(x)), recompute.inner(self.up(x))
-    return self.down(recompute.inner(swiglu(gate, up)))
+    gate, up = (
+      recompute.name_inner(self.gate(x)),
+      recompute.name_inner(self.up(x)),
+    )
+    return self.down(recompute.name_inner(swiglu(gate, up)))
 
 
-@recompute.lean
+@recompute.checkpoint_cheap
 def swiglu(
   gate: Float[Array, '*b f'], up: Float[Array, '*b f']
 ) -> Float[Array, '*b f']:
@@ -68,7 +71,7 @@ def swiglu(
   return jax.nn.silu(gate) * up
 
 
-@functools.partial(recompute.lean, static_argnums=2)
+@functools.partial(recompute.checkpoint_cheap, static_argnums=2)
 def _rms_norm(x, gain, eps):
   """The gradient keeps x only, in its own dtype."""
   wide = x.astype(jnp.float32)

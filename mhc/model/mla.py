@@ -39,8 +39,8 @@ class Cache(NamedTuple):
   key_rope: Float[Array, '*l b s r']  # rotated
 
 
-class Attention(nnx.Module):
-  """MLA over [b, t, d]."""
+class MLA(nnx.Module):
+  """Latent attention over [b, t, d]."""
 
   def __init__(
     self,
@@ -66,17 +66,17 @@ class Attention(nnx.Module):
     c = self.config
     batch, time, _ = x.shape
     query, query_rope, latent, key_rope = self._project(x, 0)
-    up = recompute.inner(self.up(latent))
+    up = recompute.name_inner(self.up(latent))
     up = up.reshape(batch, time, c.num_heads, -1)
     key, value = jnp.split(up, 2, axis=-1)
     key_rope = jnp.broadcast_to(key_rope[:, :, None], query_rope.shape)
-    mixed = attention.attend(
+    mixed = attention.causal_attention(
       jnp.concatenate([query, query_rope], axis=-1),
       jnp.concatenate([key, key_rope], axis=-1),
       value,
       self.scale,
     )
-    return self.out(recompute.inner(mixed.reshape(batch, time, -1)))
+    return self.out(recompute.name_inner(mixed.reshape(batch, time, -1)))
 
   def decode(
     self, x: Float[Array, 'b t d'], cache: Cache, start: Int[Array, '']
@@ -103,7 +103,7 @@ class Attention(nnx.Module):
     up = up.reshape(c.kv_rank, c.num_heads, -1)
     to_key, to_value = jnp.split(up, 2, axis=-1)
     query = jnp.einsum('bthk,chk->bthc', query, to_key)
-    mixed = attention.attend(
+    mixed = attention.causal_attention(
       jnp.concatenate([query, query_rope], axis=-1),
       jnp.concatenate(cache, axis=-1),
       cache.latent,
@@ -118,12 +118,12 @@ class Attention(nnx.Module):
     c = self.config
     query = x
     if self.query_down is not None:
-      query = self.query_norm(recompute.inner(self.query_down(x)))
-    query = recompute.inner(self.query(query))
+      query = self.query_norm(recompute.name_inner(self.query_down(x)))
+    query = recompute.name_inner(self.query(query))
     query = query.reshape(*x.shape[:2], c.num_heads, -1)
     query, query_rope = jnp.split(query, [c.head_dim], axis=-1)
     latent, key_rope = jnp.split(
-      recompute.inner(self.down(x)), [c.kv_rank], axis=-1
+      recompute.name_inner(self.down(x)), [c.kv_rank], axis=-1
     )
     query_rope = rotate(query_rope, c.rope_theta, start)
     key_rope = rotate(key_rope[:, :, None], c.rope_theta, start)[:, :, 0]

@@ -64,12 +64,12 @@ class MoE(nnx.Module):
     self,
     x: Float[Array, 'b t d'],
     bias: Float[Array, 'e'],
-    active: Bool[Array, ''] | None = None,
+    is_real: Bool[Array, ''] | None = None,
   ) -> tuple[Float[Array, 'b t d'], Stats]:
     """The sum over each token's experts.
 
-    A layer that is not `active` spreads its tokens evenly, so as not to be
-    slower than the others, and counts none of them.
+    The tokens of a layer that is not real (padding of a pipeline's stage) go to
+    no expert, and are counted nowhere.
     """
     config = self.config
     tokens = x.reshape(-1, x.shape[-1])
@@ -82,23 +82,22 @@ class MoE(nnx.Module):
     )
     scores = precision.mark('router_scores', scores)
     chosen = self._select(scores, bias)
-    if active is not None:
-      evenly = (
-        jnp.arange(chosen.size).reshape(chosen.shape) % config.num_experts
-      )
-      chosen = jnp.where(active, chosen, evenly)
     gates = jnp.take_along_axis(scores, chosen, axis=1)
     gates = gates / jnp.sum(gates, axis=1, keepdims=True)
+    if is_real is not None:
+      chosen = jnp.where(is_real, chosen, config.num_experts)
 
     weights = experts_lib.Weights(
       *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
     )
     if weights.gate.shape[0] < config.num_experts:
-      out, dropped = expert_parallel.apply(
+      out, dropped = expert_parallel.dispatch_and_combine(
         config, tokens, chosen, gates, weights
       )
     else:
-      out, dropped = self._apply(weights, tokens, chosen, gates)
+      out, dropped = self._apply(
+        weights, tokens, chosen, gates, all_here=is_real is None
+      )
     out = out.reshape(x.shape)
     if self.shared is not None:
       out = out + self.shared(x)
@@ -109,21 +108,21 @@ class MoE(nnx.Module):
       dropped=dropped,
       balance_loss=_balance_loss(scores, chosen, x.shape[0]),
     )
-    if active is not None:
-      stats = jax.tree.map(lambda leaf: jnp.where(active, leaf, 0), stats)
     return out, stats
 
-  def _apply(self, weights, tokens, chosen, gates):
+  def _apply(self, weights, tokens, chosen, gates, all_here):
     """The gated sum over chosen experts, and the share of dropped ones."""
     config = self.config
     dropped = jnp.zeros(())
     match config.dispatch:
       case 'dropless':
-        out = experts_lib.dropless(tokens, chosen, weights)
+        out = experts_lib.dropless(
+          tokens, chosen, weights, partial=not all_here
+        )
       case 'capacity':
-        slots = expert_parallel.slots(config, chosen)
-        out, dropped = experts_lib.capacity(tokens, chosen, weights, slots)
-    return expert_parallel.gated(out, gates), dropped
+        capacity = experts_lib.expert_capacity(config, chosen)
+        out, dropped = experts_lib.capacity(tokens, chosen, weights, capacity)
+    return experts_lib.combine(out, gates), dropped
 
   def _select(self, scores, bias) -> Int[Array, 's k']:
     """The chosen experts; no gradient passes through the choice."""
@@ -132,14 +131,14 @@ class MoE(nnx.Module):
       case 'bias':
         ranking = scores + bias[None]
       case 'sinkhorn':
-        ranking = balanced(scores)
+        ranking = sinkhorn_scores(scores)
       case 'none':
         ranking = scores
     return jax.lax.top_k(ranking, self.config.experts_per_token)[1]
 
 
-def joined(parts: list[Stats | None]) -> Stats | None:
-  """Of equal parts of a batch, what the layer did with all of it."""
+def merge_stats(parts: list[Stats | None]) -> Stats | None:
+  """What a layer did with a batch, from what it did with equal parts of it."""
   if parts[0] is None:
     return None
   total = jax.tree.map(lambda *stats: sum(stats[1:], stats[0]), *parts)
@@ -148,7 +147,7 @@ def joined(parts: list[Stats | None]) -> Stats | None:
   )
 
 
-def balanced(scores: Float[Array, 's e']) -> Float[Array, 's e']:
+def sinkhorn_scores(scores: Float[Array, 's e']) -> Float[Array, 's e']:
   """Positive scores, scaled so that rows sum to 1 and columns to s / e."""
 
   def iterate(x, _):

@@ -18,8 +18,8 @@ so that L_r* = argmin n ceil(L / L_r) + (n + 2) L_r, about sqrt(n L / (n + 2))
     mhc+block   everything but the output of each sub-layer
     full        everything
 
-The tensors that a policy may keep are marked where they arise, with `output`
-and `inner`; see `precision.mark`.
+The tensors that a policy may keep are marked where they arise, with
+`name_output` and `name_inner`; see `precision.mark`.
 """
 
 from collections.abc import Callable
@@ -39,13 +39,13 @@ OUTPUT = 'sublayer_output'
 INNER = 'sublayer_inner'
 
 # Marks what a sub-layer returns, and what it would keep for its own gradient.
-output = functools.partial(precision.mark, OUTPUT)
-inner = functools.partial(precision.mark, INNER)
+name_output = functools.partial(precision.mark, OUTPUT)
+name_inner = functools.partial(precision.mark, INNER)
 
 # For parts of a layer that are cheaper to compute again than to keep, whatever
 # the policy: only what goes in is kept. In a loop's body, as all of ours are,
 # there is nothing that common-subexpression elimination could undo.
-lean = functools.partial(jax.checkpoint, prevent_cse=False)
+checkpoint_cheap = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def scan(body: Callable, carry, xs, *, policy: Policy, blocks: int) -> tuple:
@@ -91,24 +91,24 @@ def scan(body: Callable, carry, xs, *, policy: Policy, blocks: int) -> tuple:
   return carry, ys
 
 
-def kept(num_sublayers: int, num_streams: int, every: int) -> int:
+def peak_stream_units(num_sublayers: int, num_streams: int, every: int) -> int:
   """Eq. 20's peak: stream tensors of d numbers a token, for L_r = `every`."""
   starts = math.ceil(num_sublayers / every)
   return num_streams * starts + (num_streams + 2) * every
 
 
-def best_every(num_sublayers: int, num_streams: int) -> int:
+def optimal_interval(num_sublayers: int, num_streams: int) -> int:
   """L_r*: the number of sub-layers, whole blocks of two, that minimises it."""
   return min(
     range(2, num_sublayers + 1, 2),
-    key=lambda every: kept(num_sublayers, num_streams, every),
+    key=lambda every: peak_stream_units(num_sublayers, num_streams, every),
   )
 
 
-def interval(
+def recompute_interval(
   config: config_lib.ModelConfig, num_blocks: int | None = None
 ) -> int:
   """L_r of a model, or of a stage of `num_blocks`: as set, or the optimum."""
-  return config.recompute_every or best_every(
+  return config.recompute_every or optimal_interval(
     2 * (num_blocks or config.num_blocks), config.connection.streams
   )

@@ -17,31 +17,35 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mhc import config as config_lib
-from mhc import connections
+from mhc import functional
 from mhc import precision
 from mhc import streams
 from mhc.model import layers
 from mhc.model import mla
 from mhc.model import moe
 from mhc.model import recompute
+from mhc.model import residual
 
-# Makes the block at hand of a stack, by its name, from the part of it that the
-# device keeps.
-Whole = Callable[[str, nnx.Module], nnx.Module]
-States = list[connections.State]  # of the parts of a batch
-
-
-def _as_it_is(name, block):
-  del name
-  return block
+# From the name of a stack and the part of a block that the device keeps to the
+# whole block.
+GatherBlock = Callable[[str, nnx.Module], nnx.Module]
+States = list[residual.ResidualState]  # of the sub-batches
 
 
-class Aux(NamedTuple):
+class BlockAux(NamedTuple):
   """What a block returns beside the streams."""
 
-  contexts: tuple[connections.Context, connections.Context]
-  stats: moe.Stats | None  # with experts
+  contexts: tuple[functional.Context, functional.Context]
+  moe_stats: moe.Stats | None  # with experts
   cache: mla.Cache | None  # in decoding
+
+
+class StackAux(NamedTuple):
+  """What l blocks return beside the streams, each leaf [l, ...]."""
+
+  stream_stats: residual.StreamStats | None  # [l, 2, s, ...], if asked for
+  moe_stats: moe.Stats | None
+  cache: mla.Cache | None
 
 
 class Block(nnx.Module):
@@ -58,14 +62,14 @@ class Block(nnx.Module):
     dim, eps = config.dim, config.norm_eps
 
     def connection(sublayer):
-      return connections.make(
+      return residual.make_connection(
         config.connection, dim, 2 * index + sublayer, norm_eps=eps
       )
 
     self.config = config.connection
     self.attention_connection = connection(0)
     self.attention_norm = layers.RMSNorm(dim, eps)
-    self.attention = mla.Attention(config.attention, dim, eps, rngs=rngs)
+    self.attention = mla.MLA(config.attention, dim, eps, rngs=rngs)
     self.ffn_connection = connection(1)
     self.ffn_norm = layers.RMSNorm(dim, eps)
     if has_experts:
@@ -75,41 +79,42 @@ class Block(nnx.Module):
 
   def __call__(
     self,
-    state: connections.State,
+    state: residual.ResidualState,
     batch: tuple[int, int],
     router_bias: Float[Array, 'e'] | None,
     cache: mla.Cache | None = None,
     start: Int[Array, ''] | None = None,
-    active: Bool[Array, ''] | None = None,
-  ) -> tuple[connections.State, Aux]:
+    is_real: Bool[Array, ''] | None = None,
+  ) -> tuple[residual.ResidualState, BlockAux]:
     """One block on the streams [s, n, d] of s = b t tokens, batch = (b, t).
 
     With a cache, the tokens follow the `start` ones that it holds. A block that
-    is not active is computed, and leaves the streams as they are.
+    is not real, but fills a stage of a pipeline, leaves the streams as they
+    are.
     """
-    h, first = connections.enter(self.attention_connection, state)
-    first = connections.masked(first, active, state)
+    h, first = residual.begin_sublayer(
+      self.attention_connection, state, is_real
+    )
     normed = self.attention_norm(h).reshape(*batch, -1)
     if cache is None:
       y = self.attention(normed)
     else:
       y, cache = self.attention.decode(normed, cache, start)
-    y = recompute.output(
-      connections.silenced(y.reshape(h.shape), first, active)
+    y = recompute.name_output(y.reshape(h.shape))
+    h, second = residual.begin_sublayer(
+      self.ffn_connection, residual.PendingOutput(y, first), is_real
     )
-    h, second = self.ffn_connection.advance(y, first)
-    second = connections.masked(second, active, first)
     stats = None
     normed = self.ffn_norm(h).reshape(*batch, -1)
     if router_bias is None:
       y = self.ffn(normed)
     else:
-      y, stats = self.ffn(normed, router_bias, active)
-    y = recompute.output(
-      connections.silenced(y.reshape(h.shape), second, active)
+      y, stats = self.ffn(normed, router_bias, is_real)
+    y = recompute.name_output(y.reshape(h.shape))
+    state = residual.end_block(
+      self.config, self.ffn_connection, residual.PendingOutput(y, second)
     )
-    state = connections.leave(self.config, self.ffn_connection, y, second)
-    return state, Aux((first, second), stats, cache)
+    return state, BlockAux((first, second), stats, cache)
 
 
 class Transformer(nnx.Module):
@@ -158,17 +163,21 @@ class Transformer(nnx.Module):
     tokens: Int[Array, 'b t'],
     router_bias: Float[Array, 'l e'] | None = None,
     *,
-    parts: int = 1,
-    whole: Whole = _as_it_is,
+    num_sub_batches: int = 1,
+    gather_block: GatherBlock | None = None,
   ) -> tuple[Float[Array, 'b t v'], moe.Stats | None]:
     """The logits and each expert layer's `Stats`, stacked; None without.
 
-    The rows go through each block in `parts`, side by side, so that the tokens
-    of one can travel to their experts while another is computed.
+    The rows go through each block in sub-batches, side by side, so that the
+    tokens of one can travel to their experts while another is computed.
     """
-    states, auxes = self._run(tokens, router_bias, parts=parts, whole=whole)
-    stats = auxes[-1].stats
-    return self.logits(self.close(states), tokens.shape), stats
+    states, aux = self._embed(tokens, num_sub_batches), None
+    for stack, bias in self._stacks(router_bias):
+      states, aux = self._run_stack(
+        stack, bias, states, tokens.shape, gather_block=gather_block
+      )
+    h = self.collapse_and_norm(states)
+    return self.logits(h, tokens.shape), aux.moe_stats
 
   def decode(
     self,
@@ -183,84 +192,103 @@ class Transformer(nnx.Module):
     With experts the result is that of a whole row if what happens to a token
     does not depend on others: `router='bias'`, `dispatch='dropless'`.
     """
-    states, auxes = self._run(tokens, router_bias, cache=cache, start=start)
-    cache = jax.tree.map(
-      lambda *stacks: jnp.concatenate(stacks), *(aux.cache for aux in auxes)
-    )
-    return self.logits(self.close(states), tokens.shape), cache
+    states, caches, first = self._embed(tokens), [], 0
+    for stack, bias in self._stacks(router_bias):
+      last = first + _length(getattr(self, stack))
+      part = jax.tree.map(lambda leaf, a=first, b=last: leaf[a:b], cache)
+      states, aux = self._run_stack(
+        stack, bias, states, tokens.shape, cache=part, start=start
+      )
+      caches.append(aux.cache)
+      first = last
+    h = self.collapse_and_norm(states)
+    cache = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *caches)
+    return self.logits(h, tokens.shape), cache
 
   def empty_cache(self, batch_size: int, size: int) -> mla.Cache:
-    """For rows of up to `size` tokens, all blocks stacked."""
+    """A cache for rows of up to `size` tokens, all blocks stacked."""
     c, shape = self.config, (self.config.num_blocks, batch_size, size)
     return mla.Cache(
       jnp.zeros((*shape, c.attention.kv_rank), c.dtype),
       jnp.zeros((*shape, c.attention.rope_dim), c.dtype),
     )
 
-  def sites(
+  def stream_stats(
     self,
     tokens: Int[Array, 'b t'],
     router_bias: Float[Array, 'l e'] | None = None,
     *,
-    whole: Whole = _as_it_is,
-  ) -> connections.Site:
-    """[m, s, ...] of every sub-layer m, by depth, and token s = b t."""
-    _, auxes = self._run(tokens, router_bias, collect=True, whole=whole)
-    return jax.tree.map(
-      lambda *stacks: jnp.concatenate(
-        [stack.reshape(-1, *stack.shape[2:]) for stack in stacks]
-      ),
-      *(aux.contexts for aux in auxes),
-    )
+    gather_block: GatherBlock | None = None,
+  ) -> residual.StreamStats:
+    """[l, 2, s, ...] of both sub-layers of every block and token s = b t."""
+    states, found = self._embed(tokens), []
+    for stack, bias in self._stacks(router_bias):
+      states, aux = self._run_stack(
+        stack,
+        bias,
+        states,
+        tokens.shape,
+        collect=True,
+        gather_block=gather_block,
+      )
+      found.append(aux.stream_stats)
+    return jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *found)
 
-  def open(
+  def embed_and_expand(
     self,
     tokens: Int[Array, 'b t'],
     *,
-    parts: int = 1,
+    num_sub_batches: int = 1,
     collect: bool = False,
-  ) -> tuple[States, Aux | None]:
-    """What stands before `config.stack`: embedding and other blocks, if any."""
-    states, aux = self._embed(tokens, parts), None
+  ) -> tuple[States, StackAux | None]:
+    """What the first stage of a pipeline begins from.
+
+    The embedding and, where `config.stack` has experts, the dense blocks; with
+    `collect` their `stream_stats`.
+    """
+    states, aux = self._embed(tokens, num_sub_batches), None
     if self.config.stack == 'moe_blocks' and self.dense_blocks is not None:
-      states, aux = self._through(
+      states, aux = self._run_stack(
         'dense_blocks', None, states, tokens.shape, collect=collect
       )
-    return [connections.land(self.config.connection, s) for s in states], aux
+    connection = self.config.connection
+    return [residual.flush_pending_output(connection, s) for s in states], aux
 
-  def stage(
+  def run_stage(
     self,
     states: States,
     batch: tuple[int, int],
     router_bias: Float[Array, 'l e'] | None,
-    active: Bool[Array, 'l'] | None = None,
+    is_real: Bool[Array, 'l'] | None = None,
     *,
     collect: bool = False,
-  ) -> tuple[States, Aux]:
+  ) -> tuple[States, StackAux]:
     """The blocks of `config.stack`, one stage of a pipeline.
 
     Args:
-      states: what `open` or the stage before has returned, of tokens `batch`.
+      states: what `embed_and_expand` or the stage before has returned, of
+        tokens `batch`.
       router_bias: with experts, of these l blocks.
-      active: False for rows of padding (zeros); None for all True.
-      collect: as for `sites`, which are `aux.contexts` then.
+      is_real: False for rows of padding (zeros); None for all True.
+      collect: whether `aux.stream_stats` are asked for.
     """
     connection = self.config.connection
-    states, aux = self._through(
+    states = [residual.with_empty_pending_output(connection, s) for s in states]
+    states, aux = self._run_stack(
       self.config.stack,
       router_bias,
-      [connections.take_off(connection, s) for s in states],
+      states,
       batch,
-      active=active,
+      is_real=is_real,
       collect=collect,
     )
-    return [connections.land(connection, s) for s in states], aux
+    return [residual.flush_pending_output(connection, s) for s in states], aux
 
-  def close(self, states: States) -> Float[Array, 's d']:
+  def collapse_and_norm(self, states: States) -> Float[Array, 's d']:
     """The streams as one, normed: what the head reads."""
     connection = self.config.connection
     h = jnp.concatenate(
-      [connections.close_streams(connection, s, self.collapse) for s in states]
+      [residual.collapse_streams(connection, s, self.collapse) for s in states]
     )
     return self.norm(h)
 
@@ -270,92 +298,83 @@ class Transformer(nnx.Module):
     logits = self.head(h.reshape(*batch, -1)).astype(jnp.float32)
     return precision.mark('logits', logits)
 
-  def _embed(self, tokens, parts=1):
+  def _embed(self, tokens, num_sub_batches=1):
     x = self.embed(tokens, jnp.dtype(self.config.dtype))
     # Tokens in one dimension: connections reshape to that, and what keeps its
     # shape is kept once for the backward pass.
     return [
-      connections.open_streams(self.config.connection, part)
-      for part in jnp.split(x.reshape(-1, self.config.dim), parts)
+      residual.expand_streams(self.config.connection, part)
+      for part in jnp.split(x.reshape(-1, self.config.dim), num_sub_batches)
     ]
 
-  def _run(
-    self,
-    tokens,
-    router_bias,
-    *,
-    collect=False,
-    cache=None,
-    start=None,
-    parts=1,
-    whole=_as_it_is,
-  ):
-    """The last states, and the `Aux` of each stack of blocks."""
-    config = self.config
+  def _stacks(self, router_bias):
+    """The stacks in order of depth, with the biases of their routers."""
     if (router_bias is None) != (self.moe_blocks is None):
       raise ValueError('router_bias is for models with experts, and only those')
-    states = self._embed(tokens, parts)
-    auxes, num_dense = [], config.num_blocks - config.num_moe_blocks
-    for name, bias, part in (
-      ('dense_blocks', None, slice(num_dense)),
-      ('moe_blocks', router_bias, slice(num_dense, None)),
-    ):
-      if getattr(self, name) is None:
-        continue
-      states, aux = self._through(
-        name,
-        bias,
-        states,
-        tokens.shape,
-        cache=jax.tree.map(lambda leaf, part=part: leaf[part], cache),
-        start=start,
-        collect=collect,
-        whole=whole,
-      )
-      auxes.append(aux)
-    return states, auxes
+    both = ('dense_blocks', None), ('moe_blocks', router_bias)
+    return [one for one in both if getattr(self, one[0]) is not None]
 
-  def _through(
+  def _run_stack(
     self,
     name,
-    bias,
+    router_bias,
     states,
     batch,
     *,
     cache=None,
     start=None,
-    active=None,
+    is_real=None,
     collect=False,
-    whole=_as_it_is,
-  ):
-    """A stack of blocks; the contexts are `Site`s if they are collected."""
-    config, blocks = self.config, getattr(self, name)
-
+    gather_block=None,
+  ) -> tuple[States, StackAux]:
+    blocks = getattr(self, name)
     part = (batch[0] // len(states), batch[1])
 
-    def run(states, inputs):
-      block, bias, cache, active = inputs
-      block = whole(name, block)
-      states, auxes = zip(
-        *(block(state, part, bias, cache, start, active) for state in states),
-        strict=True,
-      )
-      sites = None
-      if collect:
-        # [2, s, ...]: the two sub-layers, and the tokens of all parts.
-        both = [[*map(connections.site, aux.contexts)] for aux in auxes]
-        stacked = [jax.tree.map(lambda *x: jnp.stack(x), *two) for two in both]
-        sites = jax.tree.map(
-          lambda *parts: jnp.concatenate(parts, axis=1), *stacked
-        )
-      stats = moe.joined([aux.stats for aux in auxes])
-      return [*states], Aux(sites, stats, auxes[0].cache)
+    def run_block(states, inputs):
+      block, *rest, is_real = inputs
+      if gather_block is not None:
+        block = gather_block(name, block)
+      both = [block(state, part, *rest, start, is_real) for state in states]
+      states, auxes = map(list, zip(*both, strict=True))
+      stats = moe.merge_stats([aux.moe_stats for aux in auxes])
+      found = _stream_stats(auxes) if collect else None
+      return states, StackAux(found, stats, auxes[0].cache)
 
-    length = len(jax.tree.leaves(blocks)[0])
     return recompute.scan(
-      run,
+      run_block,
       states,
-      (blocks, bias, cache, active),
-      policy=config.recompute,
-      blocks=recompute.interval(config, length) // 2,
+      (blocks, router_bias, cache, is_real),
+      policy=self.config.recompute,
+      blocks=recompute.recompute_interval(self.config, _length(blocks)) // 2,
     )
+
+
+def abstract(
+  config: config_lib.ModelConfig,
+) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+  """The graph and the nested shapes of the parameters; nothing is allocated."""
+  graphdef, state = nnx.split(
+    nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+  )
+  return graphdef, nnx.to_pure_dict(state)
+
+
+def abstract_router_bias(
+  config: config_lib.ModelConfig,
+) -> jax.ShapeDtypeStruct | None:
+  """The routers' biases of a model with experts, float32 [l, e]."""
+  if not config.num_moe_blocks:
+    return None
+  shape = (config.num_moe_blocks, config.moe.num_experts)
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _length(stack) -> int:
+  return len(jax.tree.leaves(stack)[0])
+
+
+def _stream_stats(auxes):
+  """[2, s, ...]: the two sub-layers, and the tokens of all sub-batches."""
+  both = [[*map(residual.stream_stats, aux.contexts)] for aux in auxes]
+  stacked = [jax.tree.map(lambda *x: jnp.stack(x), *two) for two in both]
+  return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *stacked)

@@ -3,7 +3,7 @@ r"""Bytes of a training step: by formula before it is compiled, and by XLA.
 What cannot fit is refused by them (`check`).
 
 A token's activations that are kept for the backward pass, with L sub-layers, n
-streams of d numbers and `recompute.kept` for Eq. 20, come as
+streams of d numbers and `recompute.peak_stream_units` for Eq. 20, come as
 
     streams   recompute 'none': (n + 2) L d, the streams, H_pre x and its norm
               of every sub-layer (2 L d for the plain residual); else Eq. 20
@@ -49,11 +49,11 @@ def activations(
   size = 2 if model.dtype == 'bfloat16' else 4
   num_blocks = num_blocks or model.num_blocks
   sublayers = 2 * num_blocks
-  every = recompute.interval(model, num_blocks)
+  every = recompute.recompute_interval(model, num_blocks)
   if model.recompute == 'none':
     streams = (n + 2 if n > 1 else 2) * sublayers
   else:
-    streams = recompute.kept(sublayers, n, every)
+    streams = recompute.peak_stream_units(sublayers, n, every)
   # The sum x + y of a plain residual needs no y for its gradient.
   outputs = 0 if n == 1 and model.recompute == 'none' else sublayers
   inner = [

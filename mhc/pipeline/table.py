@@ -40,12 +40,13 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from mhc import config
 from mhc.pipeline import schedules
 from mhc.pipeline import transfers
 
-Name = Literal['gpipe', '1f1b', 'interleaved', 'wave_v', 'dualpipev']
+Name = config.Schedule
 Placement = transfers.Placement
-Head = transfers.Head
+Head = config.Head
 Channel = tuple[Literal['act', 'grad'], int]
 
 stage_of = transfers.stage_of

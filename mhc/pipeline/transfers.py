@@ -16,8 +16,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from mhc import config
+
 Placement = Literal['linear', 'loop', 'vshape']
-Head = Literal['last', 'vocab']
 Index = tuple[int, ...]
 
 SIDES = {1: 'right', -1: 'left', 0: 'self'}
@@ -88,7 +89,7 @@ class Handover(NamedTuple):
 def handovers(
   placement: Placement,
   num_devices: int,
-  head: Head,
+  head: config.Head,
   f: np.ndarray,
   b: np.ndarray,
 ) -> Iterator[Handover]:

@@ -106,7 +106,9 @@ def _candidates(config, num_devices) -> Iterator:
     microbatches,
     (2, 3, 4),
     get_args(table_lib.Name),
-    sorted({2, 4, recompute.best_every(2 * config.model.num_blocks, streams)}),
+    sorted(
+      {2, 4, recompute.optimal_interval(2 * config.model.num_blocks, streams)}
+    ),
   ):
     # What a setting does not act on is tried once.
     if chunks > 2 and (pipe == 1 or schedule != 'interleaved'):

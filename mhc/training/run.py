@@ -132,7 +132,7 @@ def _memory_line(config, programs):
   """What the recompute policy is predicted to keep, beside XLA's own count."""
   predicted = memory.predicted(config, programs.mesh.size)
   parts = ', '.join(f'{k} {v / 2**20:.1f}' for k, v in predicted.items())
-  every = recompute.interval(config.model)
+  every = recompute.recompute_interval(config.model)
   return (
     f'recompute={config.model.recompute}, streams kept every {every} '
     f'sub-layers; a device holds, in MiB: activations '

@@ -18,7 +18,7 @@ SETTINGS = config.AttentionConfig(
 
 
 def test_matches_a_loop_over_queries():
-  layer = mla.Attention(SETTINGS, 16, 1e-20, rngs=nnx.Rngs(0))
+  layer = mla.MLA(SETTINGS, 16, 1e-20, rngs=nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(1), (1, 7, 16))
   got = np.asarray(layer(x))[0]
 
@@ -74,7 +74,10 @@ def test_blocks_of_queries_are_one_softmax(shared, monkeypatch):
 
   def run():
     out, pull_back = jax.vjp(
-      lambda *args: attention_lib.attend(*args, 0.5), query, key, value
+      lambda *args: attention_lib.causal_attention(*args, 0.5),
+      query,
+      key,
+      value,
     )
     return out, *pull_back(cotangent)
 
@@ -89,7 +92,9 @@ def test_long_rows_never_make_all_logits():
   shape = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.bfloat16)
 
   def loss(*args):
-    return jnp.sum(attention_lib.attend(*args, 1.0).astype(jnp.float32))
+    return jnp.sum(
+      attention_lib.causal_attention(*args, 1.0).astype(jnp.float32)
+    )
 
   text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).as_text()
   assert '1024x4096xf32' in text
@@ -99,7 +104,7 @@ def test_long_rows_never_make_all_logits():
 @pytest.mark.parametrize('query_rank', [0, 5])
 def test_decoding_keeps_the_latent_and_gives_the_same(query_rank):
   settings = dataclasses.replace(SETTINGS, query_rank=query_rank)
-  layer = mla.Attention(settings, 16, 1e-20, rngs=nnx.Rngs(0))
+  layer = mla.MLA(settings, 16, 1e-20, rngs=nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(1), (2, 7, 16))
   want = layer(x)
   cache = mla.Cache(jnp.zeros((2, 9, 6)), jnp.zeros((2, 9, 4)))
@@ -114,7 +119,7 @@ def test_decoding_keeps_the_latent_and_gives_the_same(query_rank):
 def test_query_compression_has_its_parameters():
   def count(query_rank):
     settings = dataclasses.replace(SETTINGS, query_rank=query_rank)
-    layer = mla.Attention(settings, 16, 1e-20, rngs=nnx.Rngs(0))
+    layer = mla.MLA(settings, 16, 1e-20, rngs=nnx.Rngs(0))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(layer)))
 
   heads = 2 * (8 + 4)

@@ -112,7 +112,9 @@ def test_the_sinkhorn_router_evens_the_load_at_once():
   _, skewed = apply(moe_layer, x, jnp.zeros(6))
   assert skewed.load.max() / skewed.load.mean() > 3
   assert stats.load.max() / stats.load.mean() < 2
-  shares = moe.balanced(jax.random.uniform(jax.random.key(0), (60, 6)) + 0.1)
+  shares = moe.sinkhorn_scores(
+    jax.random.uniform(jax.random.key(0), (60, 6)) + 0.1
+  )
   np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-5)
   np.testing.assert_allclose(shares.sum(0), 10, rtol=1e-3)
 

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.long
   [(60, 6, 76), (36, 4, 60), (24, 4, 48)],
 )
 def test_equation_20(num_sublayers, every, peak):
-  assert recompute.best_every(num_sublayers, 4) == every
-  assert recompute.kept(num_sublayers, 4, every) == peak
+  assert recompute.optimal_interval(num_sublayers, 4) == every
+  assert recompute.peak_stream_units(num_sublayers, 4, every) == peak
   continuous = (4 * num_sublayers / 6) ** 0.5
   assert abs(every - continuous) < 2
 
@@ -52,7 +52,7 @@ def test_without_recomputation_mhc_adds_n_plus_2_tensors_a_sublayer():
 def test_the_plan_saves_the_stream_tensors_that_the_formula_says():
   """none keeps (n + 2) L, the plan Eq. 20; outputs and F's own are the same."""
   saved = temporary_units('none') - temporary_units('mhc')
-  predicted = (4 + 2) * 32 - recompute.kept(32, 4, 4)
+  predicted = (4 + 2) * 32 - recompute.peak_stream_units(32, 4, 4)
   assert predicted == 136
   assert saved == pytest.approx(predicted, rel=0.2)
 
@@ -66,7 +66,7 @@ def test_each_policy_keeps_less():
 
 
 def test_the_best_interval_is_at_or_beside_the_papers():
-  assert recompute.best_every(32, 4) == 4
+  assert recompute.optimal_interval(32, 4) == 4
   measured = {every: temporary_units('mhc', every) for every in (2, 4, 8)}
   assert min(measured, key=measured.get) in (2, 4)
   assert measured[8] > measured[4]

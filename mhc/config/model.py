@@ -1,0 +1,189 @@
+"""The settings of a model: connections, attention, experts, the whole."""
+
+import dataclasses
+import typing
+from typing import Literal
+
+from mhc.config import checks
+
+Kind = Literal[
+  'residual',
+  'hc',
+  'mhc',
+  'identity',
+  'mhc_lite',
+  'kromhc',
+  'orthogonal',
+  'mhc_single_pass',
+]
+KINDS: tuple[str, ...] = typing.get_args(Kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectionConfig:
+  """The residual connection around every sub-layer."""
+
+  kind: Kind = 'mhc'
+  # n. The plain residual has one stream whatever is said here.
+  num_streams: int = 4
+  # How the streams become one before the last norm; 'mhc_single_pass' closes
+  # them by the read weights of its last sub-layer instead.
+  collapse: Literal['sum', 'mean', 'learned'] = 'mean'
+  sinkhorn_iters: int = 20
+  # 0 is the paper's Eq. 9, 1e-6 DeepSeek-V4's kernels.
+  sinkhorn_eps: float = 0.0
+  sinkhorn_backward: Literal['recompute', 'unrolled', 'implicit'] = 'recompute'
+  # The passes over the streams: 'xla', the TPU kernels ('pallas', interpreted
+  # elsewhere) or the GPU kernels ('triton'); 'auto' is the platform's fastest.
+  implementation: Literal['auto', 'xla', 'pallas', 'triton'] = 'auto'
+
+  def __post_init__(self):
+    checks.check_types(self)
+    checks.at_least(self, num_streams=1, sinkhorn_iters=1)
+    if self.sinkhorn_eps and not 1e-12 <= self.sinkhorn_eps <= 1e-2:
+      raise ValueError(
+        f'connection.sinkhorn_eps={self.sinkhorn_eps} must be 0 (the paper) '
+        'or from 1e-12 to 1e-2 (DeepSeek-V4: 1e-6)'
+      )
+    if self.kind == 'mhc_lite' and self.num_streams > 5:
+      raise ValueError(
+        f'connection.num_streams={self.num_streams} is too many for mhc_lite, '
+        'which weighs all n! permutations: use at most 5'
+      )
+    if self.kind == 'kromhc' and self.num_streams & (self.num_streams - 1):
+      raise ValueError(
+        f'connection.num_streams={self.num_streams} must be a power of two for '
+        'kromhc, a product of 2 x 2 matrices'
+      )
+    if self.kind == 'mhc_single_pass' and self.collapse == 'learned':
+      raise ValueError(
+        "connection.collapse='learned' would not be used: mhc_single_pass "
+        'closes the streams by the read weights of its last sub-layer'
+      )
+
+  @property
+  def streams(self) -> int:
+    return 1 if self.kind == 'residual' else self.num_streams
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+  """Multi-head latent attention (DeepSeek-V2)."""
+
+  num_heads: int = 2
+  head_dim: int = 32
+  rope_dim: int = 16
+  kv_rank: int = 32
+  # Queries through a latent vector of this size (q-LoRA), 0 for directly.
+  query_rank: int = 0
+  rope_theta: float = 10_000.0
+
+  def __post_init__(self):
+    checks.check_types(self)
+    checks.at_least(self, num_heads=1, head_dim=1, rope_dim=2, kv_rank=1)
+    if self.rope_dim % 2:
+      raise ValueError(
+        f'attention.rope_dim={self.rope_dim} must be even: RoPE turns pairs'
+      )
+    checks.not_negative(self, 'query_rank')
+    checks.at_least(self, rope_theta=1)  # else angles grow beyond float32
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """Mixture of experts in place of the FFN, as in DeepSeek-V3; 0 for none."""
+
+  num_experts: int = 0
+  experts_per_token: int = 2
+  num_shared: int = 1
+  # Hidden width of one expert.
+  expert_dim: int = 64
+  # The first blocks keep a dense FFN of width ffn_dim.
+  num_dense_blocks: int = 1
+  # 'bias' chooses by affinity and a bias that evens the load, 'sinkhorn' by
+  # affinities made doubly stochastic over tokens and experts, 'none' by
+  # affinity alone, whatever the load.
+  router: Literal['bias', 'sinkhorn', 'none'] = 'bias'
+  bias_speed: float = 0.001
+  # Weight of the sequence-wise auxiliary loss.
+  balance_loss: float = 0.0
+  dispatch: Literal['dropless', 'capacity'] = 'dropless'
+  # Slots over the mean load, for dispatch='capacity'.
+  capacity_factor: float = 1.25
+  # The collective by which tokens reach experts on other devices: 'all_gather'
+  # sends every token to all of them; 'ragged_all_to_all' (not on CPUs) and
+  # 'all_to_all' (in buffers of one size) to those of its experts. 'auto' is
+  # 'all_gather' for as many devices as a token has experts or fewer, else
+  # 'ragged_all_to_all' or, on CPUs, 'all_to_all'.
+  transport: Literal[
+    'auto', 'all_gather', 'all_to_all', 'ragged_all_to_all'
+  ] = 'auto'
+  # Rows of those buffers over the mean; what does not fit goes in another
+  # round, nothing is lost.
+  buffer_factor: float = 1.5
+
+  def __post_init__(self):
+    checks.check_types(self)
+    checks.at_least(
+      self,
+      num_experts=0,
+      experts_per_token=1,
+      num_shared=0,
+      expert_dim=1,
+      num_dense_blocks=0,
+    )
+    checks.not_negative(self, 'bias_speed', 'balance_loss')
+    checks.positive(self, 'capacity_factor', 'buffer_factor')
+    if 0 < self.num_experts < self.experts_per_token:
+      raise ValueError(
+        f'moe.experts_per_token={self.experts_per_token} is more than '
+        f'moe.num_experts={self.num_experts}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A pre-norm transformer; a block is attention and FFN, two sub-layers."""
+
+  # 256 bytes, two document marks, padded to a multiple of 64.
+  vocab_size: int = 320
+  num_blocks: int = 4
+  dim: int = 64
+  ffn_dim: int = 128
+  norm_eps: float = 1e-20
+  # Of streams and activations; parameters and mappings are always float32.
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  # What is computed again for the gradient, and once in how many sub-layers the
+  # streams are kept (0: the paper's optimum), see recompute.py. Recomputing
+  # whole blocks also saves time on a CPU, whose limit is the cache.
+  recompute: Literal['none', 'mhc', 'mhc+block', 'full'] = 'full'
+  recompute_every: int = 2
+  attention: AttentionConfig = AttentionConfig()
+  connection: ConnectionConfig = ConnectionConfig()
+  moe: MoEConfig = MoEConfig()
+
+  def __post_init__(self):
+    checks.check_types(self)
+    if self.moe.num_experts and self.moe.num_dense_blocks >= self.num_blocks:
+      raise ValueError(
+        f'moe.num_dense_blocks={self.moe.num_dense_blocks} leaves no block '
+        f'with experts: model.num_blocks={self.num_blocks}'
+      )
+    checks.at_least(self, vocab_size=258, num_blocks=1, dim=1, ffn_dim=1)
+    checks.not_negative(self, 'norm_eps', 'recompute_every')
+    if self.recompute_every % 2:
+      raise ValueError(
+        f'model.recompute_every={self.recompute_every} must be even: a block '
+        'has two sub-layers (0 for the optimum of the paper)'
+      )
+
+  @property
+  def stack(self) -> str:
+    """The stack of blocks that a pipeline is cut from."""
+    return 'moe_blocks' if self.moe.num_experts else 'dense_blocks'
+
+  @property
+  def num_moe_blocks(self) -> int:
+    if not self.moe.num_experts:
+      return 0
+    return self.num_blocks - self.moe.num_dense_blocks
