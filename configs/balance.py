@@ -12,8 +12,7 @@ starts at 1.6 and ends at 1.4; without balancing it stays about 4.
 import ml_collections
 
 from mhc.config import comparison as comparison_lib
-from mhc.config import dicts
-from mhc.config import presets
+from mhc.config import dicts, presets
 
 TITLES = {
   'bias': 'Loss-free balancing by a bias',

@@ -12,8 +12,7 @@ the experts' load.
 import ml_collections
 
 from mhc.config import comparison as comparison_lib
-from mhc.config import dicts
-from mhc.config import presets
+from mhc.config import dicts, presets
 
 
 def get_config(size: str = '3m') -> ml_collections.ConfigDict:

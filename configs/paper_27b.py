@@ -9,8 +9,7 @@ print losses.
 
 import ml_collections
 
-from mhc.config import dicts
-from mhc.config import presets
+from mhc.config import dicts, presets
 
 
 def get_config(kind: str = 'mhc') -> ml_collections.ConfigDict:

@@ -15,14 +15,16 @@ if __name__ != 'mhc.kernels':
     '(pip install -e .) and import mhc.kernels'
   )
 
-from mhc.kernels.api import SINKHORN_EPS
-from mhc.kernels.api import SINKHORN_ITERS
-from mhc.kernels.api import Implementation
-from mhc.kernels.api import advance
-from mhc.kernels.api import collapse
-from mhc.kernels.api import post
-from mhc.kernels.api import pre
-from mhc.kernels.api import sinkhorn
+from mhc.kernels.api import (
+  SINKHORN_EPS,
+  SINKHORN_ITERS,
+  Implementation,
+  advance,
+  collapse,
+  post,
+  pre,
+  sinkhorn,
+)
 
 __all__ = [
   'SINKHORN_EPS',

@@ -26,7 +26,6 @@ import jax
 
 from mhc import config as config_lib
 from mhc.kernels import chips
-from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import draw
 from mhc.pipeline import table as table_lib
 from mhc.planner import counts
@@ -84,7 +83,7 @@ def main():
 def _draw(mesh):
   pipe = mesh.pipe
   number = MICROBATCHES.value or 2 * mesh.chunks * pipe
-  drawn = mesh_lib.schedule_of(mesh, number)
+  drawn = table_lib.for_mesh(mesh, number)
   draw.save(drawn, DRAW.value)
   print(
     f'{mesh.schedule}, {pipe} devices, {number} microbatches: '
@@ -94,7 +93,7 @@ def _draw(mesh):
 
 
 def _plan(config):
-  plan = plan_lib.make(config, TOPOLOGY.value)
+  plan = plan_lib.plan_step(config, TOPOLOGY.value)
   against = [name for name in AGAINST.value if name]
   if config.model.connection.kind == 'residual':
     against = []

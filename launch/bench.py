@@ -50,7 +50,7 @@ from mhc import manifold
 from mhc.kernels import shapes
 from mhc.model import recompute
 from mhc.parallel import memory
-from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import partition
 from mhc.planner import bundles
 from mhc.planner import kernel_cost
 from mhc.runtime import cli
@@ -312,8 +312,8 @@ def _step_times(guarded, free):
   shape = (free.data.batch_size, free.data.seq_len + 1)
   batch = rng.integers(0, 256, shape, np.int32)
   mesh = made[1].mesh
-  tokens = mesh_lib.place(batch, mesh, mesh_lib.BATCH)
-  row = mesh_lib.place(batch[:1, :-1], mesh, mesh_lib.WHOLE)
+  tokens = partition.put(batch, mesh, partition.BATCH)
+  row = partition.put(batch[:1, :-1], mesh, partition.REPLICATED)
   samples = [], [], []
   for number in range(ROUNDS.value + 2):
     for which in range(3):
@@ -321,8 +321,8 @@ def _step_times(guarded, free):
       if which == 2:
         jax.block_until_ready(made[1].probe(states[1], row))
       else:
-        states[which], metrics = made[which].train_step(
-          states[which], tokens, made[which].controls()
+        states[which], metrics = made[which].train(
+          states[which], tokens, made[which].inputs()
         )
         jax.block_until_ready(metrics)
       if number >= 2:

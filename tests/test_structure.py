@@ -16,7 +16,7 @@ ORDER = (
     'compiler',
     'damage',
     'gpus',
-    'handovers',
+    'transfers',
     'orders',
     'patience',
     'processes',

@@ -6,8 +6,7 @@ import types
 from typing import Literal
 
 from mhc import config as config_lib
-from mhc.config import checks
-from mhc.config import dicts
+from mhc.config import checks, dicts
 
 
 @dataclasses.dataclass(frozen=True)

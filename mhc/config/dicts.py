@@ -9,8 +9,7 @@ import types
 import typing
 from typing import Any
 
-from mhc.config import aliases
-from mhc.config import checks
+from mhc.config import aliases, checks
 
 
 def to_dict(config) -> Any:

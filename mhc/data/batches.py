@@ -24,7 +24,7 @@ from mhc.data import documents as documents_lib
 from mhc.data import token_dataset
 from mhc.data import token_file
 from mhc.data import tokenizer as tokenizer_lib
-from mhc.runtime import files
+from mhc.runtime import console
 
 # Other rows to try for one that is damaged.
 ATTEMPTS = 100
@@ -43,7 +43,9 @@ class Corpus:
   num_bytes: int
   sha256: str  # of all documents, in order of name
   num_skipped_before: int = 0  # when the tokens were prepared
-  log: corruption.Log = dataclasses.field(default_factory=corruption.Log)
+  log: corruption.SkipLog = dataclasses.field(
+    default_factory=corruption.SkipLog
+  )
 
   @property
   def num_skipped(self) -> int:
@@ -80,7 +82,7 @@ def load(path: str, on_damage: str = 'stop') -> Corpus:
     ValueError: no text in it; what is damaged or not UTF-8, if that is to stop
       the run, or if nothing else remains.
   """
-  log = corruption.Log(on_damage)
+  log = corruption.SkipLog(on_damage)
   if path and token_dataset.holds(pathlib.Path(path)):
     return _from_tokens(pathlib.Path(path), log)
   if path:
@@ -100,7 +102,7 @@ def load(path: str, on_damage: str = 'stop') -> Corpus:
     why = log.summary() or 'every file is empty'
     raise ValueError(f'data.path={path!r} holds no text: {why}')
   if log.count:
-    files.note(log.summary())
+    console.print_line(log.summary())
   train, heldout = documents_lib.split(documents, log.names)
   digest = hashlib.sha256()
   for document in documents:

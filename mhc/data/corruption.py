@@ -8,7 +8,7 @@ import errno
 import itertools
 
 SHOWN = 3
-WAY_OUT = (
+HINT = (
   "repair it or make it again, or set data.on_damage='skip' (prepare_data.py "
   '--on_damage=skip) to leave out what is damaged'
 )
@@ -35,7 +35,7 @@ class Skipped(Exception):
   """What was asked for is damaged and left out."""
 
 
-class Log:
+class SkipLog:
   """What was left out; with policy 'stop' nothing ever is."""
 
   def __init__(self, policy: str = 'stop'):
@@ -44,7 +44,7 @@ class Log:
     self.names: list[str] = []
     self._places = []
 
-  def meet(self, problem: str, names: Iterable[str] = ()):
+  def report(self, problem: str, names: Iterable[str] = ()):
     """Takes note of a problem with the documents of these names.
 
     Raises:
@@ -52,7 +52,7 @@ class Log:
     """
     problem = one_line(problem)
     if self.policy == 'stop':
-      raise ValueError(f'{problem}; {WAY_OUT}')
+      raise ValueError(f'{problem}; {HINT}')
     self.count += 1
     if len(self._places) < SHOWN:
       self._places.append(problem)

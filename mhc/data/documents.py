@@ -46,7 +46,7 @@ def files(path: str) -> dict[str, pathlib.Path]:
   elif root.is_dir():
     found = {
       str(file.relative_to(root)): file
-      for file in retry.call(lambda: list(_walk(root)), root)
+      for file in retry.with_retries(lambda: list(_walk(root)), root)
       if not any(p.startswith('.') for p in file.relative_to(root).parts)
     }
   else:
@@ -56,7 +56,7 @@ def files(path: str) -> dict[str, pathlib.Path]:
   found = {
     name: file
     for name, file in found.items()
-    if retry.call(file.is_file, file)
+    if retry.with_retries(file.is_file, file)
     or (file.is_symlink() and not file.exists())
   }
   if not found:
@@ -68,7 +68,7 @@ def files(path: str) -> dict[str, pathlib.Path]:
 
 
 def read(
-  name: str, file: pathlib.Path, log: corruption.Log | None = None
+  name: str, file: pathlib.Path, log: corruption.SkipLog | None = None
 ) -> Iterator[tuple[Document, int]]:
   """A file's documents, each with the bytes of the file that it took.
 
@@ -84,7 +84,7 @@ def read(
     '.parquet': _parquet,
     '.array_record': _array_record,
   }
-  log = log or corruption.Log()
+  log = log or corruption.SkipLog()
   yield from formats.get(file.suffix, _text)(name, file, log)
 
 
@@ -157,9 +157,9 @@ def _walk(root):
 
 def _text(name, file, log):
   try:
-    text = retry.call(file.read_bytes, file)
+    text = retry.with_retries(file.read_bytes, file)
   except OSError as error:
-    log.meet(f'{file} cannot be read: {corruption.reason(error)}', [name])
+    log.report(f'{file} cannot be read: {corruption.reason(error)}', [name])
     return
   yield from _document(name, text, str(file), log, len(text))
 
@@ -179,11 +179,11 @@ def _json_lines(name, file, log):
           problem = (
             f'not a JSON object with {TEXT!r}: {corruption.reason(error)}'
           )
-          log.meet(f'{where}: {problem}', [name_])
+          log.report(f'{where}: {problem}', [name_])
           continue
         yield from _document(name_, text, where, log, len(line))
   except OSError as error:
-    log.meet(
+    log.report(
       f'{file}, after line {number}, cannot be read: '
       f'{corruption.reason(error)}',
       [f'{name}:{number + 1}'],
@@ -197,7 +197,7 @@ def _parquet(name, file, log):
   except ImportError:
     raise ValueError(f'{file}: Parquet needs pip install pyarrow') from None
   try:
-    size = retry.call(file.stat, file).st_size
+    size = retry.with_retries(file.stat, file).st_size
     table = parquet.ParquetFile(
       retry.stream(file), page_checksum_verification=True
     )
@@ -208,10 +208,10 @@ def _parquet(name, file, log):
     ]
   except Exception as error:  # pyarrow has a class for each kind of damage
     problem = corruption.reason(error)
-    log.meet(f'{file} is not a Parquet file to be read: {problem}', [name])
+    log.report(f'{file} is not a Parquet file to be read: {problem}', [name])
     return
   if TEXT not in columns:
-    log.meet(f'{file} has no column {TEXT!r}, only {columns}', [name])
+    log.report(f'{file} has no column {TEXT!r}, only {columns}', [name])
     return
   each = size // max(1, sum(counts))
   end = 0
@@ -232,7 +232,7 @@ def _parquet(name, file, log):
         problem = corruption.reason(error)
         if isinstance(error, StopIteration):
           problem = 'they are not there'
-        log.meet(
+        log.report(
           f'{file}, rows {number + 1} to {end}, cannot be read: {problem}',
           (f'{name}:{row + 1}' for row in range(number, end)),
         )
@@ -257,20 +257,22 @@ def _array_record(name, file, log):
     return reader
 
   try:
-    size = retry.call(file.stat, file).st_size
+    size = retry.with_retries(file.stat, file).st_size
     reader = reader_from(0)
     count = reader.num_records()
     assert count, 'no records'
   except Exception as error:  # likewise; a damaged file may also seem empty
     problem = corruption.reason(error)
-    log.meet(f'{file} is not an ArrayRecord file to be read: {problem}', [name])
+    log.report(
+      f'{file} is not an ArrayRecord file to be read: {problem}', [name]
+    )
     return
   for number in range(1, count + 1):
     name_, where = f'{name}:{number}', f'{file}, record {number}'
     try:
       text = reader.read()
     except Exception as error:
-      log.meet(f'{where} cannot be read: {corruption.reason(error)}', [name_])
+      log.report(f'{where} cannot be read: {corruption.reason(error)}', [name_])
       reader = reader_from(number)  # after an error it reads no more
       continue
     yield from _document(name_, text, where, log, size // count)
@@ -290,7 +292,7 @@ def _document(name, text, where, log, size):
   else:
     yield Document(name, text), size
     return
-  log.meet(f'{where}{problem}', [name])
+  log.report(f'{where}{problem}', [name])
 
 
 def _clean(text: bytes) -> bool:

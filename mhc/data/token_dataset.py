@@ -162,7 +162,7 @@ def holds(path: pathlib.Path) -> bool:
   )
 
 
-def read(path: pathlib.Path, log: corruption.Log | None = None) -> Folder:
+def read(path: pathlib.Path, log: corruption.SkipLog | None = None) -> Folder:
   """Opens a folder's tokens.
 
   What is damaged in a token file stops the run or is skipped as `log` says (by
@@ -172,7 +172,7 @@ def read(path: pathlib.Path, log: corruption.Log | None = None) -> Folder:
     ValueError: not finished, damaged, or of another format.
     OSError: a file that cannot be read.
   """
-  log = log or corruption.Log()
+  log = log or corruption.SkipLog()
   if not (path / 'index.json').exists():
     return _foreign(path, log)
   index = _index(path / 'index.json')
@@ -208,7 +208,7 @@ def read(path: pathlib.Path, log: corruption.Log | None = None) -> Folder:
 
 def _index(file):
   try:
-    index = json.loads(retry.call(file.read_bytes, file))
+    index = json.loads(retry.with_retries(file.read_bytes, file))
     if not isinstance(index, dict) or index.get('format') != FORMAT:
       raise ValueError(f'not an object whose format is {FORMAT!r}')
     index.setdefault('num_skipped', 0)
@@ -276,7 +276,7 @@ def _foreign_shard(file, log):
 
 
 def _sha256(file):
-  return hashlib.sha256(retry.call(file.read_bytes, file)).hexdigest()
+  return hashlib.sha256(retry.with_retries(file.read_bytes, file)).hexdigest()
 
 
 def _ours(name):

@@ -16,7 +16,7 @@ import zlib
 import numpy as np
 
 from mhc.data import corruption
-from mhc.runtime import files
+from mhc.runtime import console
 from mhc.runtime import retry
 
 BLOCK = 2**17  # bytes
@@ -33,7 +33,7 @@ class Shard:
     dtype: str,
     offset: int,
     count: int,
-    log: corruption.Log,
+    log: corruption.SkipLog,
     digest: str | None = None,
   ):
     """`count` tokens from byte `offset`; `digest` is that of the CRCs.
@@ -105,7 +105,10 @@ class Shard:
     """Of all blocks; -1, which is none, where there are too few."""
     file = self._file.with_suffix('.crc')
     try:
-      data, problem = retry.call(file.read_bytes, file), 'not as it was written'
+      data, problem = (
+        retry.with_retries(file.read_bytes, file),
+        'not as it was written',
+      )
     except OSError as error:
       data, problem = b'', f'unreadable ({corruption.reason(error)})'
     if hashlib.sha256(data).hexdigest() != self._digest:
@@ -125,9 +128,11 @@ class Shard:
 
   def _tell(self, problem):
     problem = f'{self._file}{problem}'
-    self._log.meet(problem)
+    self._log.report(problem)
     if self._log.count.bit_count() == 1:
-      files.note(f'DAMAGED DATA: {problem}; {self._log.count} left out so far')
+      console.print_line(
+        f'DAMAGED DATA: {problem}; {self._log.count} left out so far'
+      )
 
 
 Tokens = np.ndarray | Shard
@@ -161,6 +166,6 @@ class Crcs:
 def size_of(file: pathlib.Path) -> int:
   """Bytes of a file, 0 where there is none."""
   try:
-    return retry.call(file.stat, file).st_size
+    return retry.with_retries(file.stat, file).st_size
   except FileNotFoundError:
     return 0

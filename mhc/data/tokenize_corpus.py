@@ -39,7 +39,7 @@ def prepare(
   files = documents_lib.files(path) if path else {}
   total = sum(token_file.size_of(file) for file in files.values())
   vocabulary = _vocabulary(files, total, tokenizer, on_damage)
-  log = corruption.Log(on_damage)
+  log = corruption.SkipLog(on_damage)
   tokens = token_dataset.Writer(out, vocabulary)
   with files_lib.byte_bar(total, 'tokenise') as bar:
     documents = _distinct(_read(files, bar.update, log))
@@ -86,7 +86,8 @@ def _vocabulary(files, total, tokenizer, on_damage):
   tokenizer_lib.library()  # before a bar is drawn
   with files_lib.byte_bar(min(total, VOCABULARY_BYTES), 'learn words') as bar:
     return tokenizer_lib.BPE.train(
-      _sample(_read(files, bar.update, corruption.Log(on_damage))), int(number)
+      _sample(_read(files, bar.update, corruption.SkipLog(on_damage))),
+      int(number),
     )
 
 

@@ -207,7 +207,7 @@ def load(source: Literal['bytes'] | str | pathlib.Path) -> Tokenizer:
   """
   if source == 'bytes':
     return Bytes()
-  data = retry.call(pathlib.Path(source).read_bytes, source)
+  data = retry.with_retries(pathlib.Path(source).read_bytes, source)
   return BPE(data.decode(errors='replace'), str(source))
 
 

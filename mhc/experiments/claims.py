@@ -12,16 +12,16 @@ import numpy as np
 
 
 class Claim(NamedTuple):
-  paper: str
-  here: str
-  shows: bool
+  claimed: str
+  measured: str
+  reproduced: bool
 
   @property
   def verdict(self) -> str:
-    return 'shows' if self.shows else 'does not show here'
+    return 'shows' if self.reproduced else 'does not show here'
 
 
-def judge(rows: Sequence[dict]) -> list[Claim]:
+def evaluate(rows: Sequence[dict]) -> list[Claim]:
   """The claims that the kinds among `rows` allow to be judged."""
   by_kind: dict[str, list[dict]] = {}
   for row in rows:

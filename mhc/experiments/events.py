@@ -11,7 +11,7 @@ from mhc import config as config_lib
 from mhc.runtime import files
 
 HEADER = ['step', 'guard', 'what was seen', 'bound', 'what was done']
-WATCHED = [
+SUMMARY_HEADER = [
   'panel',
   'connection',
   'runs',
@@ -37,7 +37,7 @@ def read(folder: pathlib.Path) -> list[dict] | None:
   return files.read_lines(file) if file.exists() else None
 
 
-def first(events: Sequence[dict]) -> dict[str, dict]:
+def first_alerts(events: Sequence[dict]) -> dict[str, dict]:
   """Guard -> its first event, in the order of the steps."""
   found = {}
   for event in sorted(events, key=lambda event: event['step']):
@@ -46,7 +46,7 @@ def first(events: Sequence[dict]) -> dict[str, dict]:
   return found
 
 
-def undone(events: Sequence[dict]) -> list[tuple[int, float]]:
+def rolled_back_spikes(events: Sequence[dict]) -> list[tuple[int, float]]:
   """(step, loss) of the spikes that a run went back from."""
   return [
     (event['step'], event['value'])
@@ -55,7 +55,7 @@ def undone(events: Sequence[dict]) -> list[tuple[int, float]]:
   ]
 
 
-def numbers(
+def counts(
   events: list[dict] | None, metrics: list[dict], config: config_lib.Config
 ) -> dict:
   """What a run's row says of its events."""
@@ -77,13 +77,15 @@ def numbers(
   return row if events is not None else dict.fromkeys(row)
 
 
-def lines(events: Sequence[dict]) -> list[list[str]]:
+def table_rows(events: Sequence[dict]) -> list[list[str]]:
   """One a event, under HEADER."""
   return [_line(event) for event in events]
 
 
-def watched(rows: Sequence[dict], labels: dict[str, str]) -> list[list[str]]:
-  """One line a panel and kind, sums over its runs, under WATCHED."""
+def summary_table(
+  rows: Sequence[dict], labels: dict[str, str]
+) -> list[list[str]]:
+  """One line a panel and kind, sums over its runs, under SUMMARY_HEADER."""
   groups: dict[tuple, list[dict]] = {}
   for row in rows:
     groups.setdefault((row['panel'], row['variant']), []).append(row)

@@ -31,22 +31,22 @@ class Table(NamedTuple):
   numeric: bool = True
 
 
-class Fold(NamedTuple):
+class Details(NamedTuple):
   """A table of text to be opened by whoever wants it."""
 
   title: str
   table: Table
 
 
-class Picture(NamedTuple):
+class Figure(NamedTuple):
   path: str  # relative to the report
   caption: str
 
 
-Part = Heading | Table | Fold | Picture | str  # str is a paragraph
+Block = Heading | Table | Details | Figure | str  # str is a paragraph
 
 
-def markdown(parts: list[Part]) -> str:
+def markdown(parts: list[Block]) -> str:
   blocks = []
   for part in parts:
     match part:
@@ -54,13 +54,13 @@ def markdown(parts: list[Part]) -> str:
         blocks.append('#' * level + ' ' + text)
       case Table():
         blocks.append(_markdown_table(part))
-      case Fold(title, table):
+      case Details(title, table):
         blocks += [
           f'<details><summary>{escape(title)}</summary>',
           _markdown_table(table),
           '</details>',
         ]
-      case Picture(path, caption):
+      case Figure(path, caption):
         blocks.append(f'![{caption}]({path})\n\n*{caption}*')
       case text:
         blocks.append(text)
@@ -76,7 +76,7 @@ def _markdown_table(table: Table) -> str:
   )
 
 
-def html(title: str, parts: list[Part], folder: pathlib.Path) -> str:
+def html(title: str, parts: list[Block], folder: pathlib.Path) -> str:
   """Of one file, with the pictures of `folder` in it."""
   blocks = []
   for part in parts:
@@ -85,12 +85,12 @@ def html(title: str, parts: list[Part], folder: pathlib.Path) -> str:
         blocks.append(f'<h{level}>{escape(text)}</h{level}>')
       case Table():
         blocks.append(_html_table(part))
-      case Fold(title, table):
+      case Details(title, table):
         blocks.append(
           f'<details><summary>{escape(title)}</summary>'
           f'{_html_table(table)}</details>'
         )
-      case Picture(path, caption):
+      case Figure(path, caption):
         data = base64.b64encode((folder / path).read_bytes()).decode()
         caption = escape(caption)
         blocks.append(

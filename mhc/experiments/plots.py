@@ -234,7 +234,7 @@ def first_events(panels: dict[str, list[results.Run]]) -> Figure | None:
   for axis, (name, run) in zip(axes, spiky.items(), strict=True):
     steps, values = run.series('loss/train')
     axis.plot(steps, values, color=COLORS[run.kind], linewidth=1.2)
-    for guard, event in events_lib.first(run.events).items():
+    for guard, event in events_lib.first_alerts(run.events).items():
       color, style = MARKS.get(guard, ('black', ':'))
       axis.axvline(
         event['step'],
@@ -244,7 +244,7 @@ def first_events(panels: dict[str, list[results.Run]]) -> Figure | None:
         label=f'step {event["step"]}: guard {guard}',
       )
     points = {'linestyle': '', 'color': COLORS[run.kind], 'zorder': 4}
-    undone = events_lib.undone(run.events)
+    undone = events_lib.rolled_back_spikes(run.events)
     if undone:
       label = f'step {undone[0][0]}: first of {len(undone)} rolled back'
       axis.plot(*zip(*undone, strict=True), marker='x', label=label, **points)
@@ -266,14 +266,14 @@ def first_events(panels: dict[str, list[results.Run]]) -> Figure | None:
 
 
 def _num_spikes(run):
-  return run.loss_spikes + len(events_lib.undone(run.events))
+  return run.loss_spikes + len(events_lib.rolled_back_spikes(run.events))
 
 
 def mappings(by_kind: ByKind) -> Figure | None:
   kinds = [kind for kind in by_kind if kind not in ('residual', 'identity')]
   if not kinds:
     return None
-  depth = 2 * by_kind[kinds[0]][0].setting[0]
+  depth = 2 * by_kind[kinds[0]][0].comparison_key[0]
   half = depth // 2
   titles = [f'H_{i}' for i in (1, half, depth)]
   titles += [

@@ -46,7 +46,7 @@ def render(workdir: pathlib.Path) -> list[dict]:
   return rows
 
 
-def _loads(workdir, panels) -> list[html.Part]:
+def _loads(workdir, panels) -> list[html.Block]:
   """One figure across panels, where more than one has experts."""
   routed = {
     name: runs
@@ -61,7 +61,7 @@ def _loads(workdir, panels) -> list[html.Part]:
   )
   return [
     html.Heading(2, 'Expert load of the panels'),
-    html.Picture(
+    html.Figure(
       'figures/expert_load.png',
       'Largest expert load over the mean load of a batch; 1 is even. Thin: '
       'every step; thick: means of 25 steps.',
@@ -69,8 +69,8 @@ def _loads(workdir, panels) -> list[html.Part]:
   ]
 
 
-def _events(workdir, panels, rows) -> list[html.Part]:
-  parts: list[html.Part] = [
+def _events(workdir, panels, rows) -> list[html.Block]:
+  parts: list[html.Block] = [
     html.Heading(2, 'Events'),
     'What the guards saw in each run and did about it, and which states could '
     'not be saved (`events.jsonl`): an event is made when trouble begins, not '
@@ -78,7 +78,9 @@ def _events(workdir, panels, rows) -> list[html.Part]:
     'where a run is probed. Skipped updates are those among the steps that '
     'were not rolled back.',
     html.Table(
-      events.WATCHED, events.watched(rows, plots.LABELS), numeric=False
+      events.SUMMARY_HEADER,
+      events.summary_table(rows, plots.LABELS),
+      numeric=False,
     ),
   ]
   figure = plots.first_events(panels)
@@ -86,7 +88,7 @@ def _events(workdir, panels, rows) -> list[html.Part]:
     file = 'figures/events.png'
     figure.savefig(workdir / file, dpi=110)
     parts.append(
-      html.Picture(
+      html.Figure(
         file,
         'Training loss and the first event of each guard, in the run of each '
         'panel with most loss spikes. The dot is the first spike as the tables '
@@ -98,17 +100,19 @@ def _events(workdir, panels, rows) -> list[html.Part]:
   for name, runs in panels.items():
     for run in runs:
       if run.events:
-        blocks, rate = run.setting
+        blocks, rate = run.comparison_key
         number = len(run.events)
         parts.append(
-          html.Fold(
+          html.Details(
             f'{name}: {plots.LABELS[run.kind]}, {blocks} blocks, learning rate '
             f'{rate:g}, seed {run.config.seed}: {number} '
             f'event{"s" * (number > 1)}',
-            html.Table(events.HEADER, events.lines(run.events), numeric=False),
+            html.Table(
+              events.HEADER, events.table_rows(run.events), numeric=False
+            ),
           )
         )
-  if not any(isinstance(part, html.Fold) for part in parts):
+  if not any(isinstance(part, html.Details) for part in parts):
     parts.append('No events.')
   return parts
 
@@ -139,11 +143,11 @@ def summary(rows: list[dict]) -> str:
   return '\n'.join(lines)
 
 
-def _introduction(comparison, panels, unfinished) -> list[html.Part]:
+def _introduction(comparison, panels, unfinished) -> list[html.Block]:
   first = next(run for runs in panels.values() for run in runs)
   corpus, model = first.summary['corpus'], first.config.model
   data = first.config.data
-  parts: list[html.Part] = [
+  parts: list[html.Block] = [
     html.Heading(1, TITLE),
     'The same transformer, data order and initial weights; only the residual '
     'connection differs: **residual** (one stream), **HC** (Hyper-Connections, '
@@ -180,11 +184,11 @@ def _ffn(model) -> str:
   )
 
 
-def _panel(workdir, name, title, runs, rows) -> list[html.Part]:
-  parts: list[html.Part] = [html.Heading(2, title)]
-  for setting in dict.fromkeys(run.setting for run in runs):
+def _panel(workdir, name, title, runs, rows) -> list[html.Block]:
+  parts: list[html.Block] = [html.Heading(2, title)]
+  for setting in dict.fromkeys(run.comparison_key for run in runs):
     blocks, rate = setting
-    here = [run for run in runs if run.setting == setting]
+    here = [run for run in runs if run.comparison_key == setting]
     config = here[0].config
     clip = config.optimizer.clip_norm
     seeds = dict.fromkeys(str(run.config.seed) for run in here)
@@ -197,7 +201,7 @@ def _panel(workdir, name, title, runs, rows) -> list[html.Part]:
     )
     selected = [r for r in rows if (r['blocks'], r['lr']) == setting]
     parts.append(_table(selected))
-    judged = claims.judge(selected)
+    judged = claims.evaluate(selected)
     if judged:
       parts.append(
         html.Table(
@@ -208,7 +212,7 @@ def _panel(workdir, name, title, runs, rows) -> list[html.Part]:
       )
     folder = pathlib.Path('figures') / f'{name}-b{blocks}-lr{rate:g}'
     for file, caption in plots.draw_all(here, workdir / folder).items():
-      parts.append(html.Picture(str(folder / file), caption))
+      parts.append(html.Figure(str(folder / file), caption))
   return parts
 
 
@@ -268,7 +272,7 @@ def _table(rows) -> html.Table:
   return html.Table(header, lines)
 
 
-def _notes() -> list[html.Part]:
+def _notes() -> list[html.Block]:
   return [
     html.Heading(2, 'How to read this'),
     'Losses are means over seeds, with the range of the held-out loss in '

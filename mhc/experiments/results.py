@@ -43,7 +43,7 @@ class Run:
     return self.config.model.connection.kind
 
   @property
-  def setting(self) -> tuple[int, float]:
+  def comparison_key(self) -> tuple[int, float]:
     """What runs of a panel must share to be compared: (blocks, rate)."""
     return self.config.model.num_blocks, self.config.optimizer.learning_rate
 
@@ -94,7 +94,7 @@ class Run:
 
 def read(folder: pathlib.Path, config: config_lib.Config) -> Run | None:
   """The run in `folder`, None if it has not finished."""
-  summary = run_lib.read_summary(folder)
+  summary = workdir_lib.read_summary(folder)
   if summary is None:
     return None
   return Run(
@@ -137,12 +137,12 @@ def read_comparison(
 def rows(panel: str, runs: list[Run]) -> list[dict]:
   """One row a run; ratios and gaps are to the plain residual beside it."""
   baselines = {
-    (run.setting, run.config.seed): run
+    (run.comparison_key, run.config.seed): run
     for run in runs
     if run.kind == 'residual'
   }
   return [
-    _row(panel, run, baselines.get((run.setting, run.config.seed)))
+    _row(panel, run, baselines.get((run.comparison_key, run.config.seed)))
     for run in runs
   ]
 
@@ -150,7 +150,7 @@ def rows(panel: str, runs: list[Run]) -> list[dict]:
 def _row(panel, run, baseline):
   grad_norm = run.series('grad/global_norm')[1]
 
-  def against(value):
+  def ratio_to_baseline(value):
     return None if baseline is None else value(run) / value(baseline)
 
   gap = None
@@ -160,8 +160,8 @@ def _row(panel, run, baseline):
     'panel': panel,
     'variant': run.kind,
     'seed': run.config.seed,
-    'blocks': run.setting[0],
-    'lr': run.setting[1],
+    'blocks': run.comparison_key[0],
+    'lr': run.comparison_key[1],
     'steps': run.config.num_steps,
     'train_nats': float(np.mean(run.series('loss/train')[1][-WINDOW:])),
     'heldout_nats': run.summary['heldout_nats'],
@@ -174,13 +174,13 @@ def _row(panel, run, baseline):
     'grad_norm_max': float(grad_norm.max()),
     'grad_spikes': run.grad_spikes,
     'loss_spikes': run.loss_spikes,
-    **events_lib.numbers(run.events, run.metrics, run.config),
+    **events_lib.counts(run.events, run.metrics, run.config),
     'load_max_over_mean': run.final_load,
     'step_time_s': run.step_seconds,
-    'step_time_ratio': against(lambda r: r.step_seconds),
-    'peak_bytes_ratio': against(lambda r: r.summary['peak_bytes']),
+    'step_time_ratio': ratio_to_baseline(lambda r: r.step_seconds),
+    'peak_bytes_ratio': ratio_to_baseline(lambda r: r.summary['peak_bytes']),
     'params': run.summary['num_params'],
-    'params_ratio': against(lambda r: r.summary['num_params']),
+    'params_ratio': ratio_to_baseline(lambda r: r.summary['num_params']),
   }
 
 

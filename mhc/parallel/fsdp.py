@@ -12,30 +12,29 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mhc.parallel import mesh as mesh_lib
-
-# The leaf names of matrices that are used in the activations' dtype. The
-# router's is not, see `precision`.
-CAST = ('weight', 'gate', 'up', 'down', 'table')
+from mhc.axes import AXES, DATA
+from mhc.model import parameters
 
 
-def gather(params, specs, dtype):
-  """Whole matrices, of parameters that lie by `specs`; differentiable.
+def gather(params, specs, dtype, *, above: tuple[str, ...] = ()):
+  """All-gathers the matrices of parameters that lie by `specs`; differentiable.
 
   Args:
     params: a tree of names, float32; inside a `shard_map`.
     specs: of its leaves. Dimensions that a `jax.lax.scan` has taken away are to
       be taken off them.
     dtype: of the activations, which matrices are used in.
+    above: the names on the path from the root of the parameters to this tree.
 
   Returns:
     the tree; leaves that are not split are as they were.
   """
 
   def leaf(path, x, spec):
-    if mesh_lib.DATA not in spec or jax.lax.axis_size(mesh_lib.DATA) == 1:
+    if DATA not in spec or jax.lax.axis_size(DATA) == 1:
       return x
-    return _gather(x, spec.index(mesh_lib.DATA), used_dtype(path, dtype))
+    names = (*above, *parameters.path_names(path))
+    return _gather(x, spec.index(DATA), used_dtype(names, dtype))
 
   return jax.tree_util.tree_map_with_path(leaf, params, specs)
 
@@ -49,31 +48,28 @@ def scatter(grads, specs):
   """
 
   def leaf(x, spec):
-    if mesh_lib.DATA in spec:
-      x = _scatter(x, spec.index(mesh_lib.DATA))
-    return over_others(x, spec)
+    if DATA in spec:
+      x = _scatter(x, spec.index(DATA))
+    return psum_replicated(x, spec)
 
   return jax.tree.map(leaf, grads, specs)
 
 
-def over_others(x: jax.Array, spec) -> jax.Array:
-  """The sum over the axes that do not split x."""
-  axes = tuple(axis for axis in mesh_lib.AXES if axis not in spec)
+def psum_replicated(x: jax.Array, spec) -> jax.Array:
+  """The sum over the axes on which x is replicated."""
+  axes = tuple(axis for axis in AXES if axis not in spec)
   return jax.lax.psum(x, axes) if axes else x
 
 
-def used_dtype(path, dtype):
-  """The dtype that a parameter, by its path in a tree, is used in."""
-  names = [entry.key for entry in path]
-  cast = names[-1] in CAST and 'router' not in names
-  return jnp.dtype(dtype) if cast else jnp.dtype(jnp.float32)
+def used_dtype(names: tuple[str, ...], dtype):
+  """The dtype that a parameter, by the names on its path, is used in."""
+  _, row = parameters.locate(names)
+  return jnp.dtype(dtype if row.used_in == 'activation' else jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x, dim, dtype):
-  return jax.lax.all_gather(
-    x.astype(dtype), mesh_lib.DATA, axis=dim, tiled=True
-  )
+  return jax.lax.all_gather(x.astype(dtype), DATA, axis=dim, tiled=True)
 
 
 def _gather_fwd(x, dim, dtype):
@@ -89,6 +85,4 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def _scatter(x, dim):
-  return jax.lax.psum_scatter(
-    x, mesh_lib.DATA, scatter_dimension=dim, tiled=True
-  )
+  return jax.lax.psum_scatter(x, DATA, scatter_dimension=dim, tiled=True)

@@ -15,7 +15,6 @@ streams of d numbers and `recompute.peak_stream_units` for Eq. 20, come as
 Mappings (2n + n^2 float32 numbers a sub-layer) and norms' scales are left out.
 """
 
-import functools
 import math
 import os
 
@@ -27,11 +26,13 @@ import optax
 
 from mhc import config as config_lib
 from mhc.config import dicts
+from mhc.model import parameters
 from mhc.model import recompute
 from mhc.model import transformer
 from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import partition
 from mhc.pipeline import stage_layout
-from mhc.pipeline import table as table_lib
+from mhc.pipeline import table
 
 SIZES = (
   *('vocab_size', 'num_blocks', 'dim', 'ffn_dim', 'num_heads', 'head_dim'),
@@ -82,19 +83,19 @@ def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
   and gradients, that wait in the slots of the schedule.
   """
   model, data, mesh = config.model, config.data, config.mesh
-  ways = num_devices // mesh.pipe
-  rows = data.microbatch_size or data.batch_size // ways
+  dp_size = num_devices // mesh.pipe
+  rows = data.microbatch_size or data.batch_size // dp_size
   tokens = rows * data.seq_len
   if mesh.pipe == 1:
     kinds = activations(model)
   else:
-    stages = stage_layout.of(model, mesh)
-    kinds = activations(model, stages.rows)
-    number = mesh_lib.num_microbatches(mesh, data, ways)
-    table = mesh_lib.schedule_of(mesh, number)
+    layout = stage_layout.for_model(model, mesh)
+    kinds = activations(model, layout.layers_per_stage)
+    number = mesh_lib.num_microbatches(mesh, data, dp_size)
+    schedule = table.for_mesh(mesh, number)
     size = 2 if model.dtype == 'bfloat16' else 4
     state = size * model.connection.streams * model.dim
-    kinds['stages'] = table_lib.peak_states(table) * state
+    kinds['stages'] = table.peak_states(schedule) * state
     if mesh.head == 'vocab':
       kinds['logits'] //= mesh.pipe
   return {name: size * tokens for name, size in kinds.items()}
@@ -142,16 +143,12 @@ def _room(mesh):
 def _state(config, mesh):
   """Bytes of a device: parameters, gradients, moments (Muon's is one)."""
   model = config.model
-  shapes = nnx.to_pure_dict(
-    nnx.state(
-      nnx.eval_shape(lambda: transformer.Transformer(model, rngs=nnx.Rngs(0)))
-    )
-  )
+  _, shapes = transformer.abstract(model)
   copies = 3 if config.optimizer.name == 'muon' else 4
 
   def leaf(path, shape):
-    names = mesh_lib.names(path)
-    axes = mesh_lib.spec(names, model.stack, config.mesh.head)
+    names = parameters.path_names(path)
+    axes = partition.spec(names, model.stack, config.mesh.head)
     ways = math.prod(mesh.shape[axis] for axis in axes if axis)
     return math.prod(shape.shape) * copies * 4 // ways
 
@@ -172,16 +169,12 @@ def compile_gradient(
   model: config_lib.ModelConfig, batch_size: int, seq_len: int
 ) -> jax.stages.Compiled:
   """The gradient of a model's loss alone, without an update or devices."""
-  create = functools.partial(transformer.Transformer, model)
-  graphdef, params = nnx.split(nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0))))
-  bias = None
-  if model.num_moe_blocks:
-    shape = (model.num_moe_blocks, model.moe.num_experts)
-    bias = jax.ShapeDtypeStruct(shape, jnp.float32)
+  graphdef, params = transformer.abstract(model)
+  bias = transformer.abstract_router_bias(model)
   tokens = jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32)
 
   def loss(params, bias, tokens):
-    logits = nnx.merge(graphdef, params)(tokens, bias)
+    logits = nnx.merge(graphdef, nnx.State(params))(tokens, bias)
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
     return jnp.mean(nats)
 

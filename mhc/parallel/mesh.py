@@ -1,9 +1,8 @@
-"""The mesh and how arrays lie on it.
+"""The mesh, and the arithmetic of a batch that it shares.
 
-Three axes. `data` and `expert` split the batch. `pipe` splits the stack of
-blocks into stages (`layout`), `expert` the experts of a layer. `data` splits
-one dimension of every matrix of parameters, and of what the optimiser keeps for
-it; the matrix is put together where it is used (`fsdp`). `spec` is the table.
+Three axes (`axes`): `data` and `expert` split the batch, `pipe` the stack of
+blocks into stages, `expert` the experts of a layer, and `data` one dimension of
+every matrix. `partition` says how arrays lie on it.
 """
 
 from collections.abc import Sequence
@@ -12,71 +11,15 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 import numpy as np
 
-from mhc import axes as axes_lib
 from mhc import config as config_lib
-from mhc.model import experts
-from mhc.pipeline import table as table_lib
+from mhc.axes import AXES
+from mhc.pipeline import table
 
-P = PartitionSpec
-DATA = 'data'
-PIPE = 'pipe'
-EXPERT = experts.AXIS
-AXES = (DATA, PIPE, EXPERT)
-BATCH = P((DATA, EXPERT))
-WHOLE = P()
-ROWS = P(PIPE)  # of the stack of blocks
 # A pipeline's table is written out.
 MOST_MICROBATCHES = 2**14
-
-
-def spec(
-  path: tuple[str, ...], stack: str = 'moe_blocks', head: str = 'last'
-) -> PartitionSpec:
-  """How a parameter, or its optimiser state, lies.
-
-  Args:
-    path: its names in the tree, from the root.
-    stack: the blocks that a pipeline is cut from; all of its devices have the
-      others.
-    head: 'vocab' splits the logits' matrix over PIPE too.
-  """
-  match path:
-    case (*_, 'moe_blocks', 'ffn', 'gate' | 'up' | 'down'):
-      return P(PIPE, EXPERT, DATA)
-    case (*_, 'embed', 'table'):
-      return P(None, DATA)
-    case (*_, 'head', 'weight'):
-      return P(DATA, PIPE) if head == 'vocab' else P(DATA)
-    case ('router_bias',):
-      return P(PIPE)
-  split = DATA if path and path[-1] in ('weight', 'phi') else None
-  for blocks in ('dense_blocks', 'moe_blocks'):
-    if blocks in path:
-      return P(PIPE if blocks == stack else None, split)
-  return P(split)
-
-
-def specs(tree, mesh: Mesh, stack: str, head: str):
-  """`spec` of every leaf of parameters or of a train state.
-
-  A dimension that does not divide over its axis is not split.
-  """
-
-  def leaf(path, value):
-    axes = spec(names(path), stack, head)
-    return P(
-      *(
-        axis if axis and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(axes, value.shape, strict=False)
-      )
-    )
-
-  return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def make_mesh(
@@ -113,14 +56,14 @@ def make_mesh(
       f'mesh.expert={config.expert}), but there are {len(devices)} '
       f'{devices[0].platform} device(s)'
     )
-  ways = number // config.pipe
-  if data.batch_size % ways:
+  dp_size = number // config.pipe
+  if data.batch_size % dp_size:
     raise ValueError(
-      f'data.batch_size={data.batch_size} does not divide over {ways} device(s)'
-      f': mesh.num_devices={number} over mesh.pipe={config.pipe}'
+      f'data.batch_size={data.batch_size} does not divide over {dp_size} '
+      f'device(s): mesh.num_devices={number} over mesh.pipe={config.pipe}'
     )
-  num_microbatches(config, data, ways)
-  shape = (ways // config.expert, config.pipe, config.expert)
+  num_microbatches(config, data, dp_size)
+  shape = (dp_size // config.expert, config.pipe, config.expert)
   if devices[0].platform == 'tpu' and number == len(devices) > 1:
     # Axes onto the torus.
     array = mesh_utils.create_device_mesh(
@@ -138,59 +81,46 @@ def make_mesh(
 
 
 def num_microbatches(
-  config: config_lib.MeshConfig, data: config_lib.DataConfig, ways: int
+  config: config_lib.MeshConfig, data: config_lib.DataConfig, dp_size: int
 ) -> int:
-  """Into how many parts a device takes its rows, of a batch split `ways`.
+  """The parts in which a device takes its rows of a batch split `dp_size` ways.
 
   Raises:
     ValueError: they do not come out even, or are too few or too many for the
       schedule.
   """
-  share = data.batch_size // ways
+  share = data.batch_size // dp_size
   size = data.microbatch_size or share
   if share % size:
     raise ValueError(
       f'data.microbatch_size={size} does not divide a '
       f"device's share of the batch: {data.batch_size} rows over "
-      f'{ways} device(s) are {share} (mesh.num_devices={ways * config.pipe} '
-      f'over mesh.pipe={config.pipe})'
+      f'{dp_size} device(s) are {share} '
+      f'(mesh.num_devices={dp_size * config.pipe} over mesh.pipe={config.pipe})'
     )
-  if size % config.parts:
+  if size % config.num_sub_batches:
     raise ValueError(
-      f'mesh.parts={config.parts} does not divide the {size} row(s) of a '
-      'microbatch (data.microbatch_size)'
+      f'mesh.num_sub_batches={config.num_sub_batches} does not divide the '
+      f'{size} row(s) of a microbatch (data.microbatch_size)'
     )
   number = share // size
   if config.pipe > 1:
-    least = table_lib.minimum_microbatches(config.schedule, config.pipe)
+    least = table.minimum_microbatches(config.schedule, config.pipe)
     if number < least:
       raise ValueError(
         f'mesh.schedule={config.schedule!r} needs at least {least} '
         f'microbatches on mesh.pipe={config.pipe} devices, got {number}: '
-        f'data.batch_size={data.batch_size} over {ways} device(s) are {share} '
-        f'rows, data.microbatch_size={size} of them at a time'
+        f'data.batch_size={data.batch_size} over {dp_size} device(s) are '
+        f'{share} rows, data.microbatch_size={size} of them at a time'
       )
     if number > MOST_MICROBATCHES:
       raise ValueError(
-        f'data.batch_size={data.batch_size} over {ways} device(s), '
+        f'data.batch_size={data.batch_size} over {dp_size} device(s), '
         f'data.microbatch_size={size} rows at a time, are {number} '
         f'microbatches: a pipeline (mesh.pipe={config.pipe}) takes at most '
         f'{MOST_MICROBATCHES}'
       )
   return number
-
-
-def schedule_of(
-  config: config_lib.MeshConfig, number: int
-) -> table_lib.Schedule:
-  """Of the mesh's pipeline, for a device's `number` of microbatches."""
-  return table_lib.build(
-    config.schedule,
-    config.pipe,
-    number,
-    num_chunks=config.chunks,
-    head=config.head,
-  )
 
 
 def microbatches(
@@ -199,28 +129,3 @@ def microbatches(
   """A device's rows in the parts that it takes at a time."""
   size = data.microbatch_size or len(tokens)
   return tokens.reshape(-1, size, tokens.shape[1])
-
-
-def place(tree, mesh: Mesh, spec: PartitionSpec):
-  """Puts arrays, of which every process has the whole, onto the mesh."""
-  sharding = NamedSharding(mesh, spec)
-
-  def leaf(value):
-    value = np.asarray(value)
-    return jax.make_array_from_callback(
-      value.shape, sharding, lambda index: value[index]
-    )
-
-  return jax.tree.map(leaf, tree)
-
-
-def varying(tree):
-  """Inside a `shard_map`: leaves as ones that may differ on any two devices."""
-
-  return axes_lib.vary(tree, AXES)
-
-
-def names(path) -> tuple[str, ...]:
-  """Of the nodes on a path into a tree, whatever kind they are."""
-  keys = jax.tree_util.keystr(path, simple=True, separator='/')
-  return tuple(keys.split('/'))

@@ -17,9 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mhc import axes
-from mhc.parallel import mesh as mesh_lib
-
-PIPE = mesh_lib.PIPE
+from mhc.axes import PIPE
 
 
 @jax.custom_vjp
@@ -48,9 +46,9 @@ def _forward(h, weight, targets):
   value = jnp.take_along_axis(logits, column[:, None], axis=1)[:, 0]
   total, value = jax.lax.psum((total, jnp.where(here, value, 0)), PIPE)
   nats = jnp.log(total) + top - value
-  over = axes.over((h, weight, targets))
-  kept = axes.vary((top, total), over)
-  return axes.vary(nats, over), (h, weight, targets, product, *kept)
+  over = axes.varying_axes((h, weight, targets))
+  kept = axes.cast_varying((top, total), over)
+  return axes.cast_varying(nats, over), (h, weight, targets, product, *kept)
 
 
 def _backward(kept, g):
@@ -61,7 +59,11 @@ def _backward(kept, g):
   hit = (is_target & here[:, None]).astype(share.dtype)
   q = ((share - hit) * g[:, None]).astype(h.dtype)
   dh = jax.lax.psum(q @ weight.astype(h.dtype).T, PIPE)
-  return axes.vary(dh, axes.over(h)), (h.T @ q).astype(weight.dtype), None
+  return (
+    axes.cast_varying(dh, axes.varying_axes(h)),
+    (h.T @ q).astype(weight.dtype),
+    None,
+  )
 
 
 cross_entropy.defvjp(_forward, _backward)

@@ -3,30 +3,29 @@
 import jax
 import jax.numpy as jnp
 
-from mhc.parallel import mesh as mesh_lib
+from mhc import axes
+from mhc.axes import PIPE
 from mhc.pipeline import transfers
 
-PIPE = mesh_lib.PIPE
 
-
-def rows(schedule):
+def table_rows(schedule):
   """The table, to scan over."""
   return {name: jnp.asarray(column) for name, column in schedule.table.items()}
 
 
-def mine(row):
-  """Of a row of the table, this device's part; what is for all stays."""
+def device_row(row):
+  """A row of the table as this device sees it: its own entry of each column."""
   device = jax.lax.axis_index(PIPE)
   return {
-    name: take(column, device) if column.ndim else column
+    name: index(column, device) if column.ndim else column
     for name, column in row.items()
   }
 
 
-def from_last(tree, schedule):
-  """What the last stage's device has, on every device."""
+def broadcast_from_last(tree, schedule):
+  """The tree of the last stage's device, on every device."""
   here = is_last(schedule)
-  return mesh_lib.varying(
+  return axes.cast_varying_everywhere(
     jax.tree.map(
       lambda leaf: jax.lax.psum(jnp.where(here, leaf, 0), PIPE), tree
     )
@@ -39,7 +38,7 @@ def is_last(schedule):
   return jax.lax.axis_index(PIPE) == last
 
 
-def send(tree, kind, schedule):
+def permute(tree, kind, schedule):
   """The transfers of one kind: shift -> what arrives by it."""
   size = schedule.num_devices
   return {
@@ -54,39 +53,47 @@ def send(tree, kind, schedule):
   }
 
 
-def store(buffer, kind, my, own, arrived, schedule):
+def store_received(buffer, kind, my, own, arrived, schedule):
   """Puts what arrived, or stays on this device, where the table says."""
   for shift, name in transfers.SIDES.items():
-    column = f'{kind}_{name}'
+    column = f'recv_{kind}_{name}'
     if (schedule.table[column] >= 0).any():
-      buffer = put(buffer, my[column], arrived[shift] if shift else own)
+      buffer = write_slot(buffer, my[column], arrived[shift] if shift else own)
   return buffer
 
 
-def put(buffer, slot, value):
+def write_slot(buffer, slot, value):
   """buffer[slot] = value, nothing for slot -1."""
 
   def leaf(buffer, value):
     place = jnp.maximum(slot, 0)
-    old = take(buffer, place)
+    old = index(buffer, place)
     new = jnp.where(slot >= 0, value, old)
     return jax.lax.dynamic_update_index_in_dim(buffer, new, place, 0)
 
   return jax.tree.map(leaf, buffer, value)
 
 
-def slot(buffer, slot):
-  """buffer[slot], of slot -1 whatever it may be."""
-  return jax.tree.map(lambda leaf: take(leaf, jnp.maximum(slot, 0)), buffer)
+def read_slot(buffer, slot):
+  """buffer[slot]; for slot -1 anything."""
+  return jax.tree.map(lambda leaf: index(leaf, jnp.maximum(slot, 0)), buffer)
 
 
-def take(leaf, index):
-  return jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
+def index(leaf, number):
+  return jax.lax.dynamic_index_in_dim(leaf, number, 0, keepdims=False)
 
 
-def full(shapes, value, *extra):
+def unused(shapes, *extra):
+  """Arrays that are written before they are read, or never read.
+
+  Their values must not matter: tests put NaN here.
+  """
+  return filled(shapes, 0, *extra)
+
+
+def filled(shapes, value, *extra):
   """Arrays of one value, with the dimensions `extra` in front."""
-  return mesh_lib.varying(
+  return axes.cast_varying_everywhere(
     jax.tree.map(
       lambda leaf: jnp.full((*extra, *leaf.shape), value, leaf.dtype), shapes
     )

@@ -141,7 +141,7 @@ def forward(placement: str, shape: Shape) -> np.ndarray:
   return start * shape.chunks + chunk * length + (m - start) + device
 
 
-class Order(NamedTuple):
+class ScheduleSpec(NamedTuple):
   """What a schedule's name stands for."""
 
   placement: Literal['linear', 'loop', 'vshape']
@@ -150,12 +150,12 @@ class Order(NamedTuple):
   rounds: int = 0  # of P microbatches that it needs
 
 
-ORDERS = {
-  'gpipe': Order('linear', 1, gpipe),
-  '1f1b': Order('linear', 1, one_f_one_b),
-  'interleaved': Order('loop', None, interleaved),
-  'wave_v': Order('vshape', 2, wave_v),
-  'dualpipev': Order('vshape', 2, dualpipev, rounds=2),
+SCHEDULES = {
+  'gpipe': ScheduleSpec('linear', 1, gpipe),
+  '1f1b': ScheduleSpec('linear', 1, one_f_one_b),
+  'interleaved': ScheduleSpec('loop', None, interleaved),
+  'wave_v': ScheduleSpec('vshape', 2, wave_v),
+  'dualpipev': ScheduleSpec('vshape', 2, dualpipev, rounds=2),
 }
 
 

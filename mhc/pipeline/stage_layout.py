@@ -1,8 +1,8 @@
 """Which device of a pipeline holds which transformer block.
 
-A stack of L blocks is cut into p v stages, v on each of p devices. In order of
-depth the stack is canonical: so it is initialised, and so it lies in a
-checkpoint. While it trains it is placed: row
+A stack of L blocks is cut into p v stages, v on each of p devices. It is
+initialised, and lies in a checkpoint, in order of depth. It trains in the order
+of the pipeline: row
 
     (device * v + chunk) * r + position      of p v r rows,
 
@@ -26,8 +26,8 @@ from mhc.pipeline import table as table_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-  """Of `num_blocks` stacked blocks, `num_before` others standing before them.
+class StageLayout:
+  """The layout of `num_blocks` stacked blocks behind `num_before` others.
 
   Raises:
     ValueError: some stage would be left without a block.
@@ -53,7 +53,7 @@ class Layout:
 
   @functools.cached_property
   def stages(self) -> tuple[int, ...]:
-    """Stacked blocks of every stage."""
+    """The number of stacked blocks of every stage."""
     number, before = self.num_devices * self.num_chunks, self.num_before
     longest = -(-(self.num_blocks + before) // number)
     stages = [max(0, longest - before)] + [longest] * (number - 1)
@@ -65,15 +65,17 @@ class Layout:
     return tuple(stages)
 
   @property
-  def rows(self) -> int:
-    """Of one stage."""
+  def layers_per_stage(self) -> int:
+    """Rows of one stage, padding included."""
     return max(self.stages)
 
   @functools.cached_property
-  def order(self) -> np.ndarray:
-    """The canonical index of every placed row, -1 for padding; int32."""
+  def depth_index(self) -> np.ndarray:
+    """The depth of every row's block, -1 for padding; int32."""
     starts = np.cumsum((0, *self.stages))
-    order = np.full((self.num_devices, self.num_chunks, self.rows), -1)
+    order = np.full(
+      (self.num_devices, self.num_chunks, self.layers_per_stage), -1
+    )
     for device in range(self.num_devices):
       for chunk in range(self.num_chunks):
         stage = table_lib.stage_of(
@@ -84,40 +86,44 @@ class Layout:
     return order.reshape(-1).astype(np.int32)
 
   @property
-  def is_canonical(self) -> bool:
-    return np.array_equal(self.order, np.arange(self.num_blocks))
+  def is_depth_order(self) -> bool:
+    return np.array_equal(self.depth_index, np.arange(self.num_blocks))
 
-  def place(self, stack: jax.Array) -> jax.Array:
-    """[l, ...] in order of depth -> rows."""
-    if self.is_canonical:
+  def to_pipeline_order(self, stack: jax.Array) -> jax.Array:
+    """[l, ...] in order of depth -> rows of the pipeline."""
+    if self.is_depth_order:
       return stack
     # Rows past the end read as zeros.
-    order = np.where(self.order < 0, self.num_blocks, self.order)
+    order = np.where(self.depth_index < 0, self.num_blocks, self.depth_index)
     return jnp.take(
       stack, order, axis=0, mode='fill', fill_value=0, unique_indices=False
     )
 
-  def canonical(self, stack: jax.Array) -> jax.Array:
+  def to_depth_order(self, stack: jax.Array) -> jax.Array:
     """Rows -> [l, ...] in order of depth."""
-    if self.is_canonical:
+    if self.is_depth_order:
       return stack
-    return jnp.take(stack, np.argsort(self.order)[-self.num_blocks :], axis=0)
+    return jnp.take(
+      stack, np.argsort(self.depth_index)[-self.num_blocks :], axis=0
+    )
 
 
-def of(model: config_lib.ModelConfig, mesh: config_lib.MeshConfig) -> Layout:
-  """Where the blocks of a model's stack are.
+def for_model(
+  model: config_lib.ModelConfig, mesh: config_lib.MeshConfig
+) -> StageLayout:
+  """The layout of a model's stack on a mesh.
 
   Raises:
     ValueError: there are more stages than blocks.
   """
   num_blocks = model.num_moe_blocks or model.num_blocks
   if mesh.pipe == 1:
-    return Layout(num_blocks)
-  order = schedules.ORDERS[mesh.schedule]
-  return Layout(
+    return StageLayout(num_blocks)
+  spec = schedules.SCHEDULES[mesh.schedule]
+  return StageLayout(
     num_blocks,
     model.num_blocks - num_blocks,
     mesh.pipe,
-    order.chunks or mesh.chunks,
-    order.placement,
+    spec.chunks or mesh.chunks,
+    spec.placement,
   )

@@ -4,26 +4,26 @@ P devices hold V stages each; M microbatches pass all stages forward (F) and
 then backward (B). B takes the input that F took and computes the stage again:
 what is held between them is one stage input. A tick, on every device:
 
-    1. gradients that were sent in the last tick arrive       rg_*
+    1. gradients that were sent in the last tick arrive       recv_grad_*
     2. at most one F                                          f_*
     3. its output travels
-    4. the head of one microbatch, on all devices together    h_*
+    4. the head of one microbatch, on all devices together    head_*
     5. at most one B                                          b_*
-    6. the activation that travelled is stored                ra_*
+    6. the activation that travelled is stored                recv_act_*
 
-Columns are int32 [T, P] (h_*: [T]), -1 for nothing, flags 0:
+Columns are int32 [T, P] (head_*: [T]), -1 for nothing, flags 0:
 
     f_chunk f_mb f_slot       F's chunk, microbatch, slot of its input; stage 0
                               has no slot, it embeds
     f_first f_last            1 for the first stage, the last stage
     b_chunk b_mb b_slot b_first b_last      the same of B
-    b_gslot                   slot of the gradient that came; the last has none
-    b_hslot                   the last stage's, of the head's gradient
-    ra_right ra_left ra_self  slot for what comes with the channel of shift +1,
-                              of shift -1, from the device itself
-    rg_right rg_left rg_self  the same of gradients
-    h_mb h_slot               the head's microbatch, slot of its gradient on the
-                              last stage's device
+    b_grad_slot               slot of the gradient that came; the last has none
+    b_head_slot               the last stage's, of the head's gradient
+    recv_act_right, _left, _self    slot for what comes with the channel of
+                              shift +1, of shift -1, from the device itself
+    recv_grad_right, _left, _self   the same of gradients
+    head_mb head_slot         the head's microbatch, slot of its gradient on
+                              the last stage's device
 
 With head = 'last' the last stage has no F: its forward pass, the head and the
 loss are part of its B. With head = 'vocab' the vocabulary lies across all
@@ -52,11 +52,15 @@ Channel = tuple[Literal['act', 'grad'], int]
 stage_of = transfers.stage_of
 
 FLAGS = ('f_first', 'f_last', 'b_first', 'b_last')
-COMMON = ('h_mb', 'h_slot')
+COMMON = ('head_mb', 'head_slot')
 COLUMNS = (
   *('f_chunk', 'f_mb', 'f_slot', 'b_chunk', 'b_mb', 'b_slot'),
-  *('b_gslot', 'b_hslot', *FLAGS, *COMMON),
-  *(f'{r}_{side}' for r in ('ra', 'rg') for side in transfers.SIDES.values()),
+  *('b_grad_slot', 'b_head_slot', *FLAGS, *COMMON),
+  *(
+    f'{r}_{side}'
+    for r in ('recv_act', 'recv_grad')
+    for side in transfers.SIDES.values()
+  ),
 )
 
 
@@ -95,7 +99,7 @@ class Schedule:
 
 def minimum_microbatches(name: str, num_devices: int) -> int:
   """The fewest microbatches that the schedule is defined for."""
-  return max(1, _order(name).rounds * num_devices)
+  return max(1, _spec(name).rounds * num_devices)
 
 
 @functools.cache
@@ -120,24 +124,24 @@ def build(
   Raises:
     ValueError: for a name, a head or sizes that there is no schedule for.
   """
-  order = _order(name)
+  spec = _spec(name)
   if head not in get_args(Head):
     raise ValueError(f"head must be 'last' or 'vocab', got {head!r}")
   _check_sizes(num_devices, num_microbatches)
   fewest = minimum_microbatches(name, num_devices)
   if num_microbatches < fewest:
     raise ValueError(
-      f'schedule {name} needs at least {order.rounds}P = {fewest} microbatches '
+      f'schedule {name} needs at least {spec.rounds}P = {fewest} microbatches '
       f'on {num_devices} devices, got {num_microbatches}'
     )
-  if order.chunks is None and num_chunks < 2:
+  if spec.chunks is None and num_chunks < 2:
     raise ValueError(
       f'schedule {name} needs at least 2 stages a device, got {num_chunks}'
     )
   shape = schedules.Shape(
-    num_devices, order.chunks or num_chunks, num_microbatches, head == 'vocab'
+    num_devices, spec.chunks or num_chunks, num_microbatches, head == 'vocab'
   )
-  return _tabulate(name, order.placement, head, shape, *order.ticks(shape))
+  return _tabulate(name, spec.placement, head, shape, *spec.ticks(shape))
 
 
 @functools.cache
@@ -157,6 +161,17 @@ def build_forward(
   shape = schedules.Shape(num_devices, num_chunks, num_microbatches)
   f = schedules.forward(placement, shape)
   return _tabulate('forward', placement, 'last', shape, f, np.full_like(f, -1))
+
+
+def for_mesh(mesh: config.MeshConfig, num_microbatches: int) -> Schedule:
+  """The schedule of a mesh's pipeline for a device's microbatches."""
+  return build(
+    mesh.schedule,
+    mesh.pipe,
+    num_microbatches,
+    num_chunks=mesh.chunks,
+    head=mesh.head,
+  )
 
 
 def peak_states(schedule: Schedule) -> int:
@@ -235,7 +250,7 @@ def validate(schedule: Schedule) -> None:
     'head': schedule.num_head_slots,
   }
   slots, channels, tenants = [], set(), collections.defaultdict(list)
-  for handed in transfers.handovers(*shape, f, b):
+  for handed in transfers.all_transfers(*shape, f, b):
     column, at = handed.stored
     slot = int(table[column][at])
     assert 0 <= slot < room[handed.what], (
@@ -267,15 +282,15 @@ def validate(schedule: Schedule) -> None:
         f'tick {tick}{where}: {column} is {found[tick, *device]}, '
         f'must be {array[tick, *device]}'
       )
-  assert schedule.num_ticks == len(expected['h_mb']), 'ticks are miscounted'
+  assert schedule.num_ticks == len(expected['head_mb']), 'ticks are miscounted'
   assert channels == {*schedule.channels}, f'channels in use: {channels}'
 
 
-def _order(name: str) -> schedules.Order:
-  if name not in schedules.ORDERS:
-    known = ', '.join(schedules.ORDERS)
+def _spec(name: str) -> schedules.ScheduleSpec:
+  if name not in schedules.SCHEDULES:
+    known = ', '.join(schedules.SCHEDULES)
     raise ValueError(f'schedule must be one of {known}, got {name!r}')
-  return schedules.ORDERS[name]
+  return schedules.SCHEDULES[name]
 
 
 def _check_sizes(num_devices: int, num_microbatches: int):
@@ -288,11 +303,11 @@ def _check_sizes(num_devices: int, num_microbatches: int):
 
 
 def _tabulate(name, placement, head, shape, f, b) -> Schedule:
-  """Gives every handover the first slot that is free, in order of time.
+  """Gives every transfer the first slot that is free, in order of time.
 
-  So there are as many slots as there are ever handovers at a time.
+  So there are as many slots as there are ever transfers at a time.
   """
-  handed = [*transfers.handovers(placement, shape.devices, head, f, b)]
+  handed = [*transfers.all_transfers(placement, shape.devices, head, f, b)]
   slots = [0] * len(handed)
   free_from = {
     what: [[] for _ in range(shape.devices)] for what in ('act', 'grad', 'head')
@@ -316,7 +331,7 @@ def _tabulate(name, placement, head, shape, f, b) -> Schedule:
     num_chunks=shape.chunks,
     num_microbatches=shape.microbatches,
     head=head,
-    num_ticks=len(table['h_mb']),
+    num_ticks=len(table['head_mb']),
     num_slots=act,
     num_grad_slots=grad,
     num_head_slots=loss,
@@ -326,7 +341,7 @@ def _tabulate(name, placement, head, shape, f, b) -> Schedule:
 
 
 def _fill(placement, num_devices, head, f, b, slots) -> dict[str, np.ndarray]:
-  """The table of operations in ticks f and b, [S, M], and (handover, slot)s."""
+  """The table of operations in ticks f and b, [S, M], and (transfer, slot)s."""
   num_ticks = 1 + int(max(f.max(), b.max()))
   table = {}
   for column in COLUMNS:
@@ -343,7 +358,7 @@ def _fill(placement, num_devices, head, f, b, slots) -> dict[str, np.ndarray]:
       table[f'{kind}_first'][at] = s == 0
       table[f'{kind}_last'][at] = s == last
   if head == 'vocab':
-    table['h_mb'][f[last]] = np.arange(f.shape[1])
+    table['head_mb'][f[last]] = np.arange(f.shape[1])
   for handed, slot in slots:
     for column, at in (handed.stored, *handed.read):
       table[column][at] = slot

@@ -54,7 +54,7 @@ def shift(placement: Placement, num_devices: int, stage: int) -> int:
   return int(num_devices > 1)
 
 
-class Handover(NamedTuple):
+class Transfer(NamedTuple):
   """A slot's use, from the end of tick `start` to the end of tick `end`.
 
   Attributes:
@@ -86,13 +86,13 @@ class Handover(NamedTuple):
     )
 
 
-def handovers(
+def all_transfers(
   placement: Placement,
   num_devices: int,
   head: config.Head,
   f: np.ndarray,
   b: np.ndarray,
-) -> Iterator[Handover]:
+) -> Iterator[Transfer]:
   """All of a pipeline whose operations are in ticks f and b, [S, M]."""
   last = len(f) - 1
   where = places(placement, num_devices, len(f) // num_devices)
@@ -103,9 +103,9 @@ def handovers(
     tick_f, tick_b = f[s][m], b[s][m]
     if s > 0:
       side, start = shift(placement, num_devices, s - 1), f[s - 1][m]
-      yield Handover(
+      yield Transfer(
         *('act', s, m, device, side, start, max(tick_f, tick_b)),
-        stored=(f'ra_{SIDES[side]}', (start, device)),
+        stored=(f'recv_act_{SIDES[side]}', (start, device)),
         read=[
           (column, (tick, device))
           for column, tick in (('f_slot', tick_f), ('b_slot', tick_b))
@@ -114,15 +114,15 @@ def handovers(
       )
     if s < last and tick_b >= 0:
       side, start = -shift(placement, num_devices, s), b[s + 1][m]
-      yield Handover(
+      yield Transfer(
         *('grad', s, m, device, side, start, tick_b),
-        stored=(f'rg_{SIDES[side]}', (start + 1, device)),
-        read=[('b_gslot', (tick_b, device))],
+        stored=(f'recv_grad_{SIDES[side]}', (start + 1, device)),
+        read=[('b_grad_slot', (tick_b, device))],
       )
     if s == last and head == 'vocab':
       # It is stored before the tick's B has read what it reads.
-      yield Handover(
+      yield Transfer(
         *('head', s, m, device, 0, tick_f - 1, tick_b),
-        stored=('h_slot', (tick_f,)),
-        read=[('b_hslot', (tick_b, device))],
+        stored=('head_slot', (tick_f,)),
+        read=[('b_head_slot', (tick_b, device))],
       )

@@ -1,7 +1,7 @@
 r"""What a compiled TPU step sends between devices, read off its scheduled HLO.
 
 Of g devices, each of which puts in B bytes, the most that one sends or receives
-and what `torus` then does with them:
+and what `ici` then does with them:
 
     all-gather            B (g-1)       gathers g B
     reduce-scatter        B (g-1)/g     the same backwards: gathers B
@@ -12,11 +12,11 @@ and what `torus` then does with them:
                                         one has room to spare
     collective-permute    B             sends B
 
-Where the compiler split a transfer into a start and a done, it is covered by
+Where the compiler split a transfer into a start and a done, it is overlapped by
 what is scheduled between them in the same computation, loops, conditionals and
 kernels in full:
 
-    uncovered = sum of times * max(0, seconds - covered)
+    exposed = sum of times * max(0, seconds - overlapped)
 
 A second of compute covers one second of a link (a dimension and a direction):
 of transfers in flight over the same one, the one that is awaited first takes
@@ -64,7 +64,7 @@ class Collective(NamedTuple):
     times: how often a step runs it: the trips of the loops around it. Of a
       conditional only the most expensive branch is there, with its share.
     seconds: on the links, once.
-    covered: seconds of compute while it is in flight, once, that no other
+    overlapped: seconds of compute while it is in flight, once, that no other
       transfer needs; 0 if it is synchronous.
     links: that it uses.
   """
@@ -75,13 +75,13 @@ class Collective(NamedTuple):
   bytes: float
   times: float
   seconds: float
-  covered: float
+  overlapped: float
   links: frozenset[ici.Link]
 
   @property
-  def uncovered(self) -> float:
+  def exposed(self) -> float:
     """Seconds that devices wait for it, once."""
-    return max(0.0, self.seconds - self.covered)
+    return max(0.0, self.seconds - self.overlapped)
 
 
 class Total(NamedTuple):
@@ -90,7 +90,7 @@ class Total(NamedTuple):
   count: float = 0
   bytes: float = 0
   seconds: float = 0
-  uncovered: float = 0
+  exposed: float = 0
 
 
 class _Transfer(NamedTuple):
@@ -128,7 +128,7 @@ def collectives(
       inner, times = _inner(module, costs, instruction)
       for one in within(inner) if inner else ():
         found[index].append(one._replace(times=times * one.times))
-        hidden = times * one.times * min(one.seconds, one.covered)
+        hidden = times * one.times * min(one.seconds, one.overlapped)
         _occupy(busy[index], one.links, hidden)
       transfer = _transfer(module, shapes, instruction)
       if transfer:
@@ -137,8 +137,8 @@ def collectives(
           awaited.append((_done(module, body, index), index))
     for done, start in sorted(awaited):
       (one,), window = found[start], slice(start + 1, done)
-      covered = _cover(one, compute[window], busy[window])
-      found[start] = [one._replace(covered=covered)]
+      overlapped = _cover(one, compute[window], busy[window])
+      found[start] = [one._replace(overlapped=overlapped)]
     return [one for some in found for one in some]
 
   return within(module.entry)
@@ -152,22 +152,22 @@ def by_axis(
   for one in collectives:
     kinds = totals.setdefault(one.axes, {})
     before = kinds.get(one.kind, Total())
-    each = (1, one.bytes, one.seconds, one.uncovered)
+    each = (1, one.bytes, one.seconds, one.exposed)
     kinds[one.kind] = Total(
       *(a + one.times * b for a, b in zip(before, each, strict=True))
     )
   return totals
 
 
-def uncovered_seconds(collectives: Iterable[Collective]) -> float:
+def exposed_seconds(collectives: Iterable[Collective]) -> float:
   """Of a step, in which devices wait for links."""
-  return sum((one.times * one.uncovered for one in collectives), 0.0)
+  return sum((one.times * one.exposed for one in collectives), 0.0)
 
 
 def step_seconds(module: hlo.Module, mesh: Mesh, chip: chips.Chip) -> float:
   """Of the schedule's compute, and of waiting for links."""
   cost = hlo.cost(module, (chip.flops, chip.bandwidth))
-  waiting = uncovered_seconds(collectives(module, mesh, chip))
+  waiting = exposed_seconds(collectives(module, mesh, chip))
   return _seconds(cost, chip) + waiting
 
 
@@ -184,7 +184,7 @@ def rings(
 
 def _torus(mesh, chip):
   places = [device.coords for device in mesh.devices.flat]
-  return ici.of(np.array(places), chip)
+  return ici.make_torus(np.array(places), chip)
 
 
 def _seconds(cost, chip):
@@ -195,12 +195,14 @@ def _inner(module, costs, instruction):
   """The computation that control flow runs, and how often; '' for others."""
   match instruction.opcode:
     case 'while':
-      times = hlo.trips(module, instruction) * hlo.share(module, instruction)
+      times = hlo.trips(module, instruction) * hlo.branch_frequency(
+        module, instruction
+      )
       return hlo.called(instruction, 'body'), times
     case 'conditional':
       branches = hlo.branches(instruction)
       most = max(branches, key=lambda name: hlo.total(costs[name]))
-      return most, hlo.share(module, instruction)
+      return most, hlo.branch_frequency(module, instruction)
     case 'call':
       return hlo.called(instruction, 'to_apply'), 1
   return '', 0
@@ -213,14 +215,14 @@ def _occupy(busy, links, seconds):
 
 def _cover(one, compute, busy):
   """Compute that no link of its needs for another; takes what it needs."""
-  covered, need = 0.0, one.seconds
+  overlapped, need = 0.0, one.seconds
   for seconds, taken in zip(compute, busy, strict=True):
     others = max((taken.get(link, 0) for link in one.links), default=0)
     free = max(0.0, seconds - others)
-    covered += free
+    overlapped += free
     _occupy(taken, one.links, min(need, free))
     need -= min(need, free)
-  return covered
+  return overlapped
 
 
 def _transfer(module, shapes, instruction) -> _Transfer | None:
@@ -287,7 +289,7 @@ def _channel(module, instruction):
 
 
 def _measure(mesh, chip):
-  """The function from a transfer to its Collective, not yet covered."""
+  """The function from a transfer to its Collective, not yet overlapped."""
   torus = _torus(mesh, chip)
 
   @functools.cache
@@ -295,10 +297,10 @@ def _measure(mesh, chip):
     """Axes, how many devices in a group, and the links' use by one byte."""
     groups = hlo.groups(devices, mesh.size)
     move = {
-      'all-to-all': ici.exchange,
-      'collective-permute': ici.send,
-      'ragged-all-to-all': ici.exchange,
-    }.get(kind, ici.gather)
+      'all-to-all': ici.all_to_all,
+      'collective-permute': ici.permute,
+      'ragged-all-to-all': ici.all_to_all,
+    }.get(kind, ici.all_gather)
     return _axes(mesh, groups), groups.shape[1], move(torus, groups, 1.0)
 
   def measure(transfer: _Transfer) -> Collective:
@@ -315,7 +317,7 @@ def _measure(mesh, chip):
       bytes=transfer.size * sent,
       times=1,
       seconds=transfer.size * moved * byte.seconds,
-      covered=0.0,
+      overlapped=0.0,
       links=byte.links,
     )
 

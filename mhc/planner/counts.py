@@ -5,12 +5,14 @@ connections included; active leaves out the experts that a token does not visit
 and one of the two vocabulary matrices.
 """
 
-from flax import nnx
+import collections
+
+import jax
 
 from mhc import config as config_lib
+from mhc.model import parameters
 from mhc.model import transformer
 from mhc.parallel import memory
-from mhc.parallel import mesh as mesh_lib
 
 
 def count(
@@ -25,33 +27,22 @@ def count(
       attention, and reading, mixing and writing the streams.
     activation_bytes_per_token: kept for the backward pass, see `memory`.
   """
-  abstract = nnx.eval_shape(
-    lambda: transformer.Transformer(config, rngs=nnx.Rngs(0))
-  )
-  sizes = {
-    tuple(str(key) for key in path): leaf.size
-    for path, leaf in nnx.to_flat_state(nnx.state(abstract))
-  }
-
-  def total(wanted):
-    return sum(size for path, size in sizes.items() if wanted(path))
-
-  idle = 0
+  _, params = transformer.abstract(config)
+  sizes = collections.Counter()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    row = parameters.row(path)
+    sizes[row.counted] += leaf.size
+    if 'connection' in row.path or row.path.startswith('collapse'):
+      sizes['connections'] += leaf.size
+  used = 0
   if config.moe.num_experts:
-    routed = total(lambda path: mesh_lib.EXPERT in mesh_lib.spec(path))
-    share = config.moe.num_experts - config.moe.experts_per_token
-    idle = routed * share // config.moe.num_experts
-  everything = total(lambda path: True)
-  active = everything - idle - total(lambda path: path[0] == 'embed')
+    unused = config.moe.num_experts - config.moe.experts_per_token
+    used = sizes['routed'] - sizes['routed'] * unused // config.moe.num_experts
+  active = sizes['token'] + used
   return {
-    'total_params': everything,
+    'total_params': sizes['token'] + sizes['routed'] + sizes['lookup'],
     'active_params': active,
-    'connection_params': total(
-      lambda path: (
-        path[0] == 'collapse'
-        or any(name.endswith('_connection') for name in path)
-      )
-    ),
+    'connection_params': sizes['connections'],
     'flops_per_token': 6 * active
     + 3 * _attention_flops(config, seq_len)
     + 3 * _stream_flops(config),

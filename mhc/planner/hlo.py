@@ -81,16 +81,16 @@ class Module(NamedTuple):
 
   computations: dict[str, list[Instruction]]
   entry: str
-  shares: Mapping[str, float] = types.MappingProxyType({})
+  frequencies: Mapping[str, float] = types.MappingProxyType({})
 
 
 def parse(
-  text: str, shares: Mapping[str, float] = types.MappingProxyType({})
+  text: str, frequencies: Mapping[str, float] = types.MappingProxyType({})
 ) -> Module:
   """Reads `compiled.as_text()`.
 
-  `shares` says how often a conditional takes its most expensive branch, and a
-  loop its trips: by the `jax.named_scope` around it, 1 for others.
+  `frequencies` says how often a conditional takes its most expensive branch, and
+  a loop its trips: by the `jax.named_scope` around it, 1 for others.
   """
   computations, entry, body = {}, '', []
   for line in text.splitlines():
@@ -101,7 +101,7 @@ def parse(
         entry = name
     elif line.startswith('  ') and ' = ' in line:
       body.append(_instruction(line))
-  return Module(computations, entry, shares)
+  return Module(computations, entry, frequencies)
 
 
 def cost(
@@ -116,7 +116,8 @@ def costs(
 ) -> dict[str, list[Cost]]:
   """Of each instruction, in the computations that control flow runs.
 
-  A loop costs its trips, a conditional its most expensive branch; see `share`.
+  A loop costs its trips, a conditional its most expensive branch; see
+  `branch_frequency`.
   """
   found = {}
 
@@ -130,11 +131,13 @@ def costs(
     match instruction.opcode:
       case 'while':
         body = of(called(instruction, 'body'))
-        times = trips(module, instruction) * share(module, instruction)
+        times = trips(module, instruction) * branch_frequency(
+          module, instruction
+        )
         return Cost().plus(body, times)
       case 'conditional':
         most = max(map(of, branches(instruction)))
-        return Cost().plus(most, share(module, instruction))
+        return Cost().plus(most, branch_frequency(module, instruction))
       case 'call' | 'async-start':
         return of(called(instruction, 'to_apply|calls'))
     return _single(module, instruction, arrays, peak)
@@ -147,12 +150,12 @@ def total(costs: Iterable[Cost]) -> Cost:
   return functools.reduce(Cost.plus, costs, Cost())
 
 
-def share(module: Module, control: Instruction) -> float:
+def branch_frequency(module: Module, control: Instruction) -> float:
   """How often a loop, or a conditional's costly branch, runs; see `parse`."""
   # The scope directly around it: .../scope/cond. What is inside of it, such as
   # the loop .../scope/cond/branch_1_fun/while, runs whenever it does.
   found = re.search(r'op_name="[^"]*?([^"/]+)/[^"/]+"', control.attributes)
-  return module.shares.get(found.group(1), 1.0) if found else 1.0
+  return module.frequencies.get(found.group(1), 1.0) if found else 1.0
 
 
 def branches(conditional: Instruction) -> list[str]:

@@ -50,17 +50,17 @@ class Torus(NamedTuple):
   """Where the devices of a mesh are.
 
   Attributes:
-    places: [devices, dimensions], of the chip of each, in the mesh's order.
-    extents: of the slice, in chips.
+    coords: [devices, dimensions], of the chip of each, in the mesh's order.
+    slice_shape: the slice's dimensions in chips.
     rings: which dimensions close.
-    sharing: devices of a chip.
+    devices_per_chip: two where a chip has two cores of its own.
     speed: L, of a link.
   """
 
-  places: np.ndarray
-  extents: tuple[int, ...]
+  coords: np.ndarray
+  slice_shape: tuple[int, ...]
   rings: tuple[bool, ...]
-  sharing: int
+  devices_per_chip: int
   speed: float
 
 
@@ -73,35 +73,37 @@ class Span(NamedTuple):
   ring: bool
 
 
-class Use(NamedTuple):
-  """Of links: for how long the busiest one, and which ones."""
+class LinkUse(NamedTuple):
+  """For how long the busiest link is in use, and which links are."""
 
   seconds: float
   links: frozenset[Link]
 
 
-def of(
-  places: Int[np.ndarray, 'devices dimensions'], chip: chips.Chip
+def make_torus(
+  coords: Int[np.ndarray, 'devices dimensions'], chip: chips.Chip
 ) -> Torus:
   """The smallest slice with chips at these coordinates, one for each device."""
-  places = places - places.min(axis=0)
-  extents = tuple(int(extent) + 1 for extent in places.max(axis=0))
+  coords = coords - coords.min(axis=0)
+  slice_shape = tuple(int(extent) + 1 for extent in coords.max(axis=0))
   if chip.links == 6:
-    rings = (all(extent % CUBE == 0 for extent in extents),) * len(extents)
+    rings = (all(extent % CUBE == 0 for extent in slice_shape),) * len(
+      slice_shape
+    )
   else:
-    rings = tuple(extent == RING for extent in extents)
-  sharing = int(np.unique(places, axis=0, return_counts=True)[1].max())
-  return Torus(places, extents, rings, sharing, chip.link)
+    rings = tuple(extent == RING for extent in slice_shape)
+  devices_per_chip = int(np.unique(coords, axis=0, return_counts=True)[1].max())
+  return Torus(coords, slice_shape, rings, devices_per_chip, chip.link)
 
 
 def spans(
   torus: Torus, group: Int[np.ndarray, ' members']
 ) -> tuple[Span, ...] | None:
   """The dimensions in which a group extends; None if it is no even grid."""
-  places = np.unique(torus.places[group], axis=0)
+  coords = np.unique(torus.coords[group], axis=0)
   found, number = [], 1
-  for dimension, extent in enumerate(torus.extents):
-    values = np.unique(places[:, dimension])
+  for dimension, extent in enumerate(torus.slice_shape):
+    values = np.unique(coords[:, dimension])
     number *= len(values)
     if len(values) == 1:
       continue
@@ -113,10 +115,10 @@ def spans(
     if len(set(gaps)) > 1:
       return None
     found.append(Span(dimension, len(values), gaps[0], ring))
-  return tuple(found) if number == len(places) else None
+  return tuple(found) if number == len(coords) else None
 
 
-def gather(torus: Torus, groups: Groups, size: float) -> Use:
+def all_gather(torus: Torus, groups: Groups, size: float) -> LinkUse:
   """Gathers `size` bytes to every device of each group, which are alike.
 
   A group that is no grid passes them on from each to the next.
@@ -126,19 +128,21 @@ def gather(torus: Torus, groups: Groups, size: float) -> Use:
   if found is None:
     following = np.roll(groups, -1, axis=1)
     pairs = np.stack([groups.ravel(), following.ravel()], axis=1)
-    use = send(torus, pairs, size / len(group))
+    use = permute(torus, pairs, size / len(group))
     return use._replace(seconds=(len(group) - 1) * use.seconds)
   if not found:
-    return Use(0.0, frozenset())
+    return LinkUse(0.0, frozenset())
   number = np.prod([span.size for span in found])
-  others = torus.sharing * number / len(group)  # groups on the same chips
+  others = (
+    torus.devices_per_chip * number / len(group)
+  )  # groups on the same chips
   speed = sum((2 if s.ring else 1) / s.stride for s in found) * torus.speed
   seconds = others * size * (1 - 1 / number) / speed
   links = {(span.dimension, way) for span in found for way in (0, 1)}
-  return Use(float(seconds), frozenset(links))
+  return LinkUse(float(seconds), frozenset(links))
 
 
-def exchange(torus: Torus, groups: Groups, size: float) -> Use:
+def all_to_all(torus: Torus, groups: Groups, size: float) -> LinkUse:
   """Each device sends `size` bytes, an equal part to each of its group."""
   number = groups.shape[1]
   sources = np.repeat(groups, number, axis=1).ravel()
@@ -151,7 +155,7 @@ def exchange(torus: Torus, groups: Groups, size: float) -> Use:
   )
 
 
-def send(torus: Torus, pairs: Pairs, size: float) -> Use:
+def permute(torus: Torus, pairs: Pairs, size: float) -> LinkUse:
   """`size` bytes from the first to the second of every pair, in one message."""
   sources, targets = pairs.T
   return _use(torus, _loads(torus, sources, targets, size, 0))
@@ -160,14 +164,14 @@ def send(torus: Torus, pairs: Pairs, size: float) -> Use:
 def _use(torus, loads):
   busy = loads.max(axis=-1)
   links = {(int(d), int(way)) for d, way in np.argwhere(busy)}
-  return Use(float(busy.max()) / torus.speed, frozenset(links))
+  return LinkUse(float(busy.max()) / torus.speed, frozenset(links))
 
 
 def _loads(torus, sources, targets, size, way_if_equal):
   """[dimensions, ways, chips] bytes over the link that so leaves a chip."""
-  loads = np.zeros((len(torus.extents), 2, *torus.extents))
-  here, ends = torus.places[sources], torus.places[targets]
-  for dimension, extent in enumerate(torus.extents):
+  loads = np.zeros((len(torus.slice_shape), 2, *torus.slice_shape))
+  here, ends = torus.coords[sources], torus.coords[targets]
+  for dimension, extent in enumerate(torus.slice_shape):
     distance = ends[:, dimension] - here[:, dimension]
     if torus.rings[dimension]:
       distance = distance % extent
@@ -179,4 +183,4 @@ def _loads(torus, sources, targets, size, way_if_equal):
       for way, moves in enumerate((distance > step, -distance > step)):
         np.add.at(loads[dimension, way], tuple(at[moves].T), size)
     here[:, dimension] = ends[:, dimension]
-  return loads.reshape(len(torus.extents), 2, -1)
+  return loads.reshape(len(torus.slice_shape), 2, -1)

@@ -6,9 +6,9 @@ devices of this process, a TPU slice such as 'v5p:2x2x1' or 'v6e:4x4', or the
 GPUs of one machine such as 'h100:8'. Only TPU compilers say how long things
 take, so that for others a plan is about memory.
 
-Of the compiled step `hlo` adds up what is computed and `traffic` what is sent.
-In a pipeline the devices wait for each other, so that a tick lasts as long as
-its longest stage; `pipeline.shares` says how often there is one.
+`hlo` adds up what the compiled step computes and `collectives` what it sends. In
+a pipeline the devices wait for each other, so that a tick lasts as long as its
+longest stage; `executor.branch_frequencies` says how often there is one.
 """
 
 import math
@@ -19,22 +19,24 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from mhc import config as config_lib
+from mhc.axes import DATA
 from mhc.config import dicts
 from mhc.kernels import chips
 from mhc.model import expert_parallel
+from mhc.model import parameters
 from mhc.parallel import fsdp
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
+from mhc.parallel.placement import Placement
 from mhc.pipeline import executor
 from mhc.pipeline import table as table_lib
 from mhc.planner import collectives
 from mhc.planner import counts
 from mhc.planner import gpu_targets
 from mhc.planner import hlo
-from mhc.training import step
+from mhc.training import step as step_lib
 
 Plan = dict[str, Any]
 
@@ -66,7 +68,7 @@ def devices(topology: str) -> list[jax.Device]:
     ) from None
 
 
-def make(config: config_lib.Config, topology: str) -> Plan:
+def plan_step(config: config_lib.Config, topology: str) -> Plan:
   """Compiles the update for a topology.
 
   Returns:
@@ -85,8 +87,8 @@ def make(config: config_lib.Config, topology: str) -> Plan:
     bytes_moved, compute_seconds: of the compiler's schedule, loops in full: its
       cycles, and for kernels their roofline; here and below of TPUs only.
     collectives: by axes of the mesh and kind: count, bytes, seconds (on the
-      links) and uncovered seconds, of a step.
-    uncovered_comm_share: of step_seconds.
+      links) and exposed seconds, of a step.
+    exposed_comm_fraction: of step_seconds.
     step_seconds: compute_seconds and what waits for links.
     tokens_per_second, mfu: from it.
 
@@ -94,12 +96,12 @@ def make(config: config_lib.Config, topology: str) -> Plan:
     ValueError: an unknown topology, or a batch that it cannot share.
   """
   mesh = mesh_lib.make_mesh(config.mesh, config.data, devices(topology))
-  functions = step.functions(config, mesh)
+  step = step_lib.Step(Placement(config, mesh))
   start = time.perf_counter()
-  lowered = functions.lower()
+  lowered = step.lower()
   compiled, needed = None, math.nan
   try:
-    compiled = lowered.compile(step.compiler_options(config, mesh))
+    compiled = lowered.compile(step_lib.compiler_options(step.placement))
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
@@ -108,12 +110,10 @@ def make(config: config_lib.Config, topology: str) -> Plan:
   name = topology.partition(':')[0]
   chip, gpu = chips.CHIPS.get(name), gpu_targets.GPUS.get(name)
   hbm = (chip or gpu).hbm if chip or gpu else None
-  number = mesh_lib.num_microbatches(
-    config.mesh, config.data, mesh.size // config.mesh.pipe
-  )
+  number = step.placement.num_microbatches
   schedule = None
   if config.mesh.pipe > 1:
-    schedule = mesh_lib.schedule_of(config.mesh, number)
+    schedule = table_lib.for_mesh(config.mesh, number)
   plan = {
     'topology': topology,
     'devices': mesh.size,
@@ -133,7 +133,7 @@ def make(config: config_lib.Config, topology: str) -> Plan:
     'bytes_moved': None,
     'compute_seconds': None,
     'collectives': None,
-    'uncovered_comm_share': None,
+    'exposed_comm_fraction': None,
     'step_seconds': None,
     'tokens_per_second': None,
     'mfu': None,
@@ -142,9 +142,7 @@ def make(config: config_lib.Config, topology: str) -> Plan:
     analysis = compiled.memory_analysis()
     plan |= {
       'bytes_per_device': analysis.peak_memory_in_bytes,
-      'by_category': categories(
-        config, functions, mesh, analysis.peak_memory_in_bytes
-      ),
+      'by_category': categories(step, analysis.peak_memory_in_bytes),
     }
     if gpu:  # whose compiler places whatever it is given
       plan['fits'] = plan['bytes_per_device'] <= hbm
@@ -169,21 +167,19 @@ def overheads(
   }
   return {
     f'overhead_vs_{name}': plan['step_seconds']
-    / make(dicts.replace(config, model=dict(connection=other[name])), topology)[
-      'step_seconds'
-    ]
+    / plan_step(
+      dicts.replace(config, model=dict(connection=other[name])), topology
+    )['step_seconds']
     - 1
     for name in names
   }
 
 
-def categories(
-  config: config_lib.Config, functions: step.Functions, mesh: Mesh, total: int
-) -> dict[str, int]:
+def categories(step: step_lib.Step, total: int) -> dict[str, int]:
   """Bytes of a device, `total`, by what they are; all but the last are counted.
 
   parameters, optimiser: what the device keeps of them.
-  whole_matrices, gradients: put together and summed up for a step, of a
+  gathered_params, gradients: put together and summed up for a step, of a
     pipeline's device; without a pipeline they are among the temporaries.
   stages: the slots of the schedule.
   temporaries: what the compiler needs beside these.
@@ -195,22 +191,23 @@ def categories(
       for leaf in jax.tree.leaves(tree)
     )
 
-  state = functions.abstract_state
+  state, config = step.abstract_state, step.placement.config
   found = {
     'parameters': kept(state.params),
     'optimiser': kept((state.opt_state, state.router_bias, state.step)),
   }
   if config.mesh.pipe > 1:
-    whole = gradients = 0
+    gathered = gradients = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
       size = math.prod(leaf.sharding.shard_shape(leaf.shape))
-      if mesh_lib.DATA in leaf.sharding.spec:
-        size *= mesh.shape[mesh_lib.DATA]
-      whole += size * fsdp.used_dtype(path, config.model.dtype).itemsize
+      if DATA in leaf.sharding.spec:
+        size *= step.mesh.shape[DATA]
+      names = parameters.path_names(path)
+      gathered += size * fsdp.used_dtype(names, config.model.dtype).itemsize
       gradients += 4 * size
-    stages = memory.predicted(config, mesh.size)['stages']
+    stages = memory.predicted(config, step.mesh.size)['stages']
     found |= {
-      'whole_matrices': whole,
+      'gathered_params': gathered,
       'gradients': gradients,
       'stages': stages,
     }
@@ -219,15 +216,15 @@ def categories(
 
 def _scheduled(config, compiled, schedule, mesh, chip, plan):
   """What the compiler's schedule says."""
-  shares = {expert_parallel.OVERFLOW: 0.0}
+  frequencies = {expert_parallel.OVERFLOW: 0.0}
   if schedule:
-    shares |= executor.shares(schedule)
-  module = hlo.parse(compiled.as_text(), shares)
+    frequencies |= executor.branch_frequencies(schedule)
+  module = hlo.parse(compiled.as_text(), frequencies)
   cost = hlo.cost(module, (chip.flops, chip.bandwidth))
   compute = cost.cycles / chip.clock + cost.kernel_seconds
   found = collectives.collectives(module, mesh, chip)
-  uncovered = collectives.uncovered_seconds(found)
-  seconds = compute + uncovered
+  exposed = collectives.exposed_seconds(found)
+  seconds = compute + exposed
   rate = config.tokens_per_step / seconds
   return {
     'bytes_moved': cost.bytes,
@@ -238,7 +235,7 @@ def _scheduled(config, compiled, schedule, mesh, chip, plan):
       }
       for axes, kinds in collectives.by_axis(found).items()
     },
-    'uncovered_comm_share': uncovered / seconds,
+    'exposed_comm_fraction': exposed / seconds,
     'step_seconds': seconds,
     'tokens_per_second': rate,
     'mfu': rate * plan['flops_per_token'] / (chip.flops * mesh.size),

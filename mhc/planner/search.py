@@ -105,7 +105,7 @@ def _candidates(config, num_devices) -> Iterator:
     powers,
     microbatches,
     (2, 3, 4),
-    get_args(table_lib.Name),
+    get_args(config_lib.Schedule),
     sorted(
       {2, 4, recompute.optimal_interval(2 * config.model.num_blocks, streams)}
     ),
@@ -120,7 +120,7 @@ def _candidates(config, num_devices) -> Iterator:
     settings = {
       'mesh.pipe': pipe,
       'mesh.expert': expert,
-      'mesh.parts': 2 if expert > 1 and rows % 2 == 0 else 1,
+      'mesh.num_sub_batches': 2 if expert > 1 and rows % 2 == 0 else 1,
       'data.microbatch_size': rows,
       'model.recompute_every': every,
     }
@@ -166,13 +166,13 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   compute /= EFFICIENCY * chip.flops * num_devices
   bubble = 0.0
   if pipe > 1:
-    bubble = table_lib.bubble(mesh_lib.schedule_of(mesh, number))
+    bubble = table_lib.bubble(table_lib.for_mesh(mesh, number))
 
   experts = 0.0
-  if expert > 1 and mesh.parts == 1:
+  if expert > 1 and mesh.num_sub_batches == 1:
     way = expert_parallel.transport(model.moe, expert)
     k = model.moe.experts_per_token
-    sent = expert - 1 if way == 'gather' else k * (expert - 1) / expert
+    sent = expert - 1 if way == 'all_gather' else k * (expert - 1) / expert
     layers = model.num_moe_blocks / pipe
     rows = tokens * pipe / num_devices
     each = 2 * sent * rows * model.dim * wire * layers

@@ -38,12 +38,12 @@ def table(plan: dict[str, Any]) -> str:
         row(
           f'{kind} over {axes}',
           f'{total["count"]:,.0f} times, {_size(total["bytes"])}, '
-          f'{total["seconds"]:.3g} s, {total["uncovered"]:.3g} s not hidden',
+          f'{total["seconds"]:.3g} s, {total["exposed"]:.3g} s exposed',
           'estimated',
         )
     row('seconds of compute', f'{plan["compute_seconds"]:.4g}', 'estimated')
-    share = plan['uncovered_comm_share']
-    row('communication not hidden', f'{share:.1%} of a step', 'estimated')
+    share = plan['exposed_comm_fraction']
+    row('communication exposed', f'{share:.1%} of a step', 'estimated')
     row('seconds a step', f'{plan["step_seconds"]:.4g}', 'estimated')
     row('tokens a second', f'{plan["tokens_per_second"]:,.0f}', 'estimated')
     row('model FLOPs utilisation', f'{plan["mfu"]:.1%}', 'estimated')

@@ -24,9 +24,8 @@ from absl import logging
 import jax
 from ml_collections import config_flags
 
-from mhc.config import checks
-from mhc.config import dicts
-from mhc.runtime import files
+from mhc.config import checks, dicts
+from mhc.runtime import console
 from mhc.runtime import multihost
 from mhc.runtime import preemption
 
@@ -161,7 +160,7 @@ def _guarded(main):
     main()
   except (Exception, KeyboardInterrupt) as error:
     status = _explain(error)
-    ended = isinstance(error, multihost.Refused | multihost.Stopped)
+    ended = isinstance(error, multihost.RunRefused | multihost.RunStopped)
     if multihost.count() > 1 and not ended:
       # The others wait for this process in a computation; as Python ends it
       # would wait for them.
@@ -195,15 +194,15 @@ def _leave(status):
 def _explain(error) -> int:
   """Says why this process ends; returns its exit status."""
   match error:
-    case multihost.Stopped():
+    case multihost.RunStopped():
       if multihost.is_first():
-        files.note(f'{error}. {AGAIN}')
+        console.print_line(f'{error}. {AGAIN}')
       if error.status is None:
         return flags.FLAGS.stop_status
       return error.status
     case KeyboardInterrupt():
       if multihost.is_first():
-        files.note(f'\nInterrupted. {AGAIN}')
+        console.print_line(f'\nInterrupted. {AGAIN}')
       return 130
     case ValueError() | OSError() if not flags.FLAGS.traceback:
       _complain(str(error))
@@ -266,4 +265,4 @@ def _complain(message: str):
     given = re.search('\0--?process_id[=\0]([0-9]+)', '\0'.join(sys.argv))
     number = given and given[1]
   where = '' if number is None else f' in process {number}'
-  files.note(f'error{where}: {line}')
+  console.print_line(f'error{where}: {line}')

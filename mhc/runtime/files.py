@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: JSON lines, TensorBoard, the progress bar."""
+"""The records of a run: JSON lines, files replaced in one piece, TensorBoard."""
 
 from collections.abc import Mapping
 import contextlib
@@ -7,10 +7,10 @@ import json
 import math
 import os
 import pathlib
-import sys
 
 import numpy as np
-import tqdm
+
+from mhc.runtime import console
 
 
 class JsonLines:
@@ -47,14 +47,16 @@ class JsonLines:
       with contextlib.suppress(OSError):
         self._file.truncate(self._size)
       if first:
-        note(f'NOT WRITTEN: {self._name}: {error}. Its lines wait for room.')
+        console.print_line(
+          f'NOT WRITTEN: {self._name}: {error}. Its lines wait for room.'
+        )
       return
     self._size += written
     self._waiting = b''
 
   def close(self):
     if self._waiting:
-      note(f'NOT WRITTEN: the last lines of {self._name}')
+      console.print_line(f'NOT WRITTEN: the last lines of {self._name}')
     self._file.close()
 
 
@@ -91,54 +93,6 @@ class TensorBoard:
 
   def close(self):
     self._writer.close()
-
-
-def progress_bar(
-  total: int, done: int, label: str, shown: bool = True
-) -> tqdm.tqdm:
-  """Steps with time left; one line every 15 s where there is no terminal."""
-  return _bar(
-    disable=not shown,
-    total=total,
-    initial=done,
-    desc=label,
-    unit='step',
-    bar_format='{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} '
-    '[{elapsed}<{remaining}]{postfix}',
-  )
-
-
-def byte_bar(total: int, label: str) -> tqdm.tqdm:
-  """Bytes of files with time left; `total` 0 for unknown."""
-  return _bar(total=total or None, desc=label, unit='B', unit_scale=True)
-
-
-def note(text: str):
-  """A line for whoever watches, above the progress bar."""
-  # In one piece, which other processes' lines do not fall into.
-  tqdm.tqdm.write(f'{text}\n', file=sys.stderr, end='')
-
-
-def _bar(**options) -> tqdm.tqdm:
-  terminal = sys.stderr.isatty()
-  return tqdm.tqdm(
-    **options,
-    mininterval=0.2 if terminal else 15,
-    maxinterval=0.5 if terminal else 30,
-    dynamic_ncols=terminal,
-    file=sys.stderr if terminal else _Lines(),
-    ncols=None if terminal else 110,
-  )
-
-
-class _Lines:
-  """stderr for a log: what would overwrite a line starts a new one."""
-
-  def write(self, text: str):
-    sys.stderr.write(text.replace('\r', '\n'))
-
-  def flush(self):
-    sys.stderr.flush()
 
 
 def _line(values: Mapping) -> str:

@@ -16,11 +16,11 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 
-class Refused(ValueError):
+class RunRefused(ValueError):
   """Why the run cannot go on, raised by every process at the same point."""
 
 
-class Stopped(Exception):
+class RunStopped(Exception):
   """The run was asked to end and is saved after a step, in every process."""
 
   def __init__(self, why: str, step: int, status: int | None = None):
@@ -41,7 +41,7 @@ def is_first() -> bool:
   return index() == 0
 
 
-def gather(text: str) -> list[str]:
+def all_gather_text(text: str) -> list[str]:
   """What every process says, in their order."""
   if count() == 1:
     return [text]
@@ -55,17 +55,17 @@ def gather(text: str) -> list[str]:
   ]
 
 
-def from_first(value: Any) -> Any:
+def broadcast_from_first(value: Any) -> Any:
   """The first process's value, of what JSON can say."""
-  return json.loads(gather(json.dumps(value) if is_first() else '')[0])
+  return json.loads(all_gather_text(json.dumps(value) if is_first() else '')[0])
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_together() -> Iterator[None]:
   """A mistake of the user's that any process meets in the block ends them all.
 
   Raises:
-    Refused: in every process, for a ValueError or OSError in one.
+    RunRefused: in every process, for a ValueError or OSError in one.
   """
   failure = None
   try:
@@ -74,22 +74,22 @@ def together() -> Iterator[None]:
     if count() == 1:
       raise
     failure = error
-  said = gather(f' {failure}' if failure else '')
+  said = all_gather_text(f' {failure}' if failure else '')
   if failure:
-    raise Refused(str(failure)) from failure
+    raise RunRefused(str(failure)) from failure
   for number, text in enumerate(said):
     if text:
-      raise Refused(f'process {number} cannot go on:{text}')
+      raise RunRefused(f'process {number} cannot go on:{text}')
 
 
-def check_same(values: Mapping[str, Any]):
-  """Raises Refused if a value is another one in another process."""
+def assert_same(values: Mapping[str, Any]):
+  """Raises RunRefused if a value is another one in another process."""
   mine = {name: repr(value) for name, value in values.items()}
-  said = [json.loads(text) for text in gather(json.dumps(mine))]
+  said = [json.loads(text) for text in all_gather_text(json.dumps(mine))]
   for number, other in enumerate(said):
     for name, value in said[0].items():
       if other.get(name) != value:
-        raise Refused(
+        raise RunRefused(
           f'{name} is {value} in process 0 and {other.get(name)} in process '
           f'{number}: all must be started alike'
         )

@@ -21,7 +21,7 @@ from mhc.runtime import multihost
 UNITS = {'': 1.0, 's': 1.0, 'm': 60.0, 'h': 3600.0}
 
 
-class Interrupts:
+class StopSignal:
   """While it is entered, signals ask instead of ending the process."""
 
   def __init__(self, deadline: float | None = None):
@@ -40,7 +40,7 @@ class Interrupts:
       if handler is not None:  # not one of C++, which Python cannot put back
         signal.signal(number, handler)
 
-  def stopping(self, step: int) -> multihost.Stopped | None:
+  def stopping(self, step: int) -> multihost.RunStopped | None:
     """Why to save and stop after this step; the same in all processes.
 
     To be asked after every step.
@@ -55,12 +55,12 @@ class Interrupts:
       if not self._before:
         # In the place of JAX's handler, which all have heard by now.
         self._listen(signal.SIGTERM)
-      return multihost.Stopped('SIGTERM', step)
+      return multihost.RunStopped('SIGTERM', step)
     if self._asked is not None:
       status = 130 if self._asked == signal.SIGINT else None
-      return multihost.Stopped(self._asked.name, step, status)
+      return multihost.RunStopped(self._asked.name, step, status)
     if late:
-      return multihost.Stopped('the time is up', step)
+      return multihost.RunStopped('the time is up', step)
     return None
 
   def _listen(self, *numbers):

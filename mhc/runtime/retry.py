@@ -14,8 +14,8 @@ import time
 import tqdm
 
 # Seconds before each new attempt, about a minute altogether.
-WAITS = (0.5, 1, 2, 4, 8, 16, 32)
-PASSING = {
+BACKOFF_SECONDS = (0.5, 1, 2, 4, 8, 16, 32)
+TRANSIENT_ERRNOS = {
   errno.EAGAIN,
   errno.EBUSY,
   errno.ECONNABORTED,
@@ -39,7 +39,7 @@ PASSING = {
 sleep = time.sleep  # a test puts another one here
 
 
-def call[T](function: Callable[[], T], what: str | pathlib.Path) -> T:
+def with_retries[T](function: Callable[[], T], what: str | pathlib.Path) -> T:
   """`function()`, called again after errors that may pass.
 
   Each new attempt is announced.
@@ -47,12 +47,12 @@ def call[T](function: Callable[[], T], what: str | pathlib.Path) -> T:
   Raises:
     OSError: another error, or one that did not pass, with `what` as its file.
   """
-  waits = iter(WAITS)
+  waits = iter(BACKOFF_SECONDS)
   while True:
     try:
       return function()
     except OSError as error:
-      wait = next(waits, None) if error.errno in PASSING else None
+      wait = next(waits, None) if error.errno in TRANSIENT_ERRNOS else None
       if wait is None:
         if error.errno is not None and error.filename is None:
           error.filename = str(what)
@@ -75,7 +75,7 @@ class File(io.RawIOBase):
 
   def pread(self, first: int, size: int) -> bytes:
     """Bytes from `first` on: `size` of them, less only at the file's end."""
-    return call(lambda: self._pread(first, size), self._path)
+    return with_retries(lambda: self._pread(first, size), self._path)
 
   def readable(self) -> bool:
     return True
@@ -91,7 +91,7 @@ class File(io.RawIOBase):
       case os.SEEK_CUR:
         offset += self._place
       case os.SEEK_END:
-        offset += call(self._path.stat, self._path).st_size
+        offset += with_retries(self._path.stat, self._path).st_size
     if offset < 0:
       raise ValueError(f'{self._path} has no byte {offset}')
     self._place = offset

@@ -33,11 +33,12 @@ import orbax.checkpoint as ocp
 
 from mhc import config as config_lib
 from mhc.config import dicts
+from mhc.runtime import console
 from mhc.runtime import files
 from mhc.runtime import multihost
 from mhc.training import checksum
 from mhc.training import orbax_workarounds
-from mhc.training import step as step_lib
+from mhc.training import state as state_lib
 from mhc.training import workdir as workdir_lib
 
 FORMAT = 'mhc checkpoint 1'
@@ -48,22 +49,44 @@ class Damaged(Exception):
 
 
 class Saved(NamedTuple):
-  """A state, canonical, and what else was saved with it."""
+  """A state in order of depth, and what else was saved with it."""
 
-  state: step_lib.TrainState
+  state: state_lib.TrainState
   extra: dict[str, Any]
 
 
+def restore_model(
+  workdir: pathlib.Path, device: jax.Device | None = None
+) -> state_lib.TrainState:
+  """The newest whole state of a run but for the optimiser's, on one device.
+
+  A third of the bytes of a state are read, and no step is built.
+
+  Args:
+    workdir: the run's folder, which is not changed.
+    device: by default the first one.
+
+  Raises:
+    ValueError: no run is there, it has no state yet, or none that is whole.
+  """
+  config = workdir_lib.read_config(workdir)
+  return restore(workdir, state_lib.abstract_model(config.model, device))
+
+
 def restore(
-  workdir: pathlib.Path, abstract: step_lib.TrainState
-) -> step_lib.TrainState:
+  workdir: pathlib.Path, abstract: state_lib.TrainState
+) -> state_lib.TrainState:
   """The newest whole state of the run in `workdir`, which is not changed.
+
+  Args:
+    workdir: the run's folder.
+    abstract: as for `Checkpoints.restore`.
 
   Raises:
     ValueError: it has none yet, or none that is whole.
   """
   saved = None
-  if (workdir / 'checkpoints').is_dir():
+  if (workdir / workdir_lib.CHECKPOINTS).is_dir():
     config = workdir_lib.read_config(workdir)
     with Checkpoints(workdir, config, reading=True) as checkpoints:
       saved = checkpoints.restore(abstract)
@@ -85,10 +108,10 @@ class Checkpoints:
   ):
     """`failed` hears of each state that could not be written, and why."""
     self._workdir, self._config = workdir.absolute(), config
-    self._states = self._workdir / 'checkpoints'
+    self._states = self._workdir / workdir_lib.CHECKPOINTS
     self._reading, self._failed = reading, failed
     self._writing: int | None = None
-    self._well = True  # so far, the last one
+    self._last_save_ok = True  # so far, the last one
     self._open()
     self._closing = contextlib.ExitStack()
     self._closing.enter_context(orbax_workarounds.patient())
@@ -105,8 +128,8 @@ class Checkpoints:
     """Of the states there are, the newest first."""
     return sorted(self._manager.all_steps(), reverse=True)
 
-  def save(self, state: step_lib.TrainState, extra: Mapping[str, Any]):
-    """Begins to save a canonical state under the number of updates done.
+  def save(self, state: state_lib.TrainState, extra: Mapping[str, Any]):
+    """Begins to save a state in order of depth, under the number of updates done.
 
     What could not be written is said, to the user and to `failed`; the run goes
     on, and tries again when it saves the next time.
@@ -133,13 +156,14 @@ class Checkpoints:
     """Until the last state is written; whether it was."""
     if self._writing is not None:
       self._attempt(self._written)
-    return self._well
+    return self._last_save_ok
 
-  def restore(self, abstract: step_lib.TrainState) -> Saved | None:
+  def restore(self, abstract: state_lib.TrainState) -> Saved | None:
     """The newest whole state; None if none was ever saved.
 
     Args:
-      abstract: of a canonical state, with the shardings to restore to.
+      abstract: of a state in order of depth, with the shardings to restore to;
+      without opt_state the optimiser's is not read.
 
     Raises:
       ValueError: one that is not damaged but of another run or version, one
@@ -183,7 +207,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self._states, options=options)
 
   def _begin(self, step, args):
-    with multihost.together():
+    with multihost.raise_together():
       # Threads of Orbax would wait ten minutes for a folder it cannot make.
       if multihost.is_first():
         os.rmdir(tempfile.mkdtemp(dir=self._states))
@@ -198,11 +222,11 @@ class Checkpoints:
     step = self._writing
     try:
       action()
-      self._well = True
+      self._last_save_ok = True
     except Exception as error:  # what storage and Orbax raise has many classes
-      self._writing, self._well = None, False
+      self._writing, self._last_save_ok = None, False
       reason = _one_line(error)
-      files.note(
+      console.print_line(
         f'NOT SAVED: the state after step {step}: {reason}. Training goes on; '
         f'the last one on disk is {max(self._finished(), default="none")}.'
       )
@@ -247,15 +271,20 @@ class Checkpoints:
       )
     ours = _shapes(abstract)
     theirs = {name: known[:2] for name, known in record['arrays'].items()}
+    if abstract.opt_state is None:
+      theirs = {n: v for n, v in theirs.items() if n.split('.')[0] != 'opt_state'}
     for name in theirs | ours:
       if ours.get(name) != theirs.get(name):
         raise ValueError(
           f'{where} holds {name}={theirs.get(name)}, this model and optimiser '
           f'have {ours.get(name)}: it does not belong here'
         )
-    args = {'state': ocp.args.StandardRestore(abstract)}
-    state = step_lib.TrainState(*self._load(step, args)['state'])
-    for name, digits in checksum.of(state).items():
+    args = {'state': _restore_args(abstract)}
+    loaded = self._load(step, args)['state']
+    if not isinstance(loaded, dict):
+      loaded = dict(zip(state_lib.TrainState._fields, loaded, strict=True))
+    state = abstract._replace(**loaded)
+    for name, digits in checksum.tree_checksums(state).items():
       if digits != record['arrays'][name][2]:
         raise Damaged(f'{name} is not what was written')
     if int(state.step) != step:
@@ -278,31 +307,31 @@ class Checkpoints:
   def _set_aside(self, step, reason):
     source = self._states / str(step)
     if self._reading:
-      files.note(f'{source} is damaged ({reason}) and passed over.')
+      console.print_line(f'{source} is damaged ({reason}) and passed over.')
       return
     if multihost.is_first():
-      aside = self._workdir / 'damaged'
+      aside = self._workdir / workdir_lib.DAMAGED
       aside.mkdir(exist_ok=True)
       names = (str(step), *(f'{step}-{number}' for number in range(2, 10**6)))
       target = next(aside / n for n in names if not (aside / n).exists())
       source.rename(target)
-      files.note(
+      console.print_line(
         f'{source} is damaged ({reason}): moved to {target}; the one before it '
         'is taken.'
       )
     self._failed(step, f'damaged: {reason}')
-    multihost.gather('')  # until it is done
+    multihost.all_gather_text('')  # until it is done
     self._manager.reload()
 
 
-def state_bytes(abstract: step_lib.TrainState) -> int:
+def state_bytes(abstract: state_lib.TrainState) -> int:
   return sum(
     math.prod(leaf.shape) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(abstract)
   )
 
 
-def check_room(workdir: pathlib.Path, abstract: step_lib.TrainState):
+def check_room(workdir: pathlib.Path, abstract: state_lib.TrainState):
   """Raises OSError if the disk of `workdir` has no room for a state."""
   free, need = shutil.disk_usage(workdir).free, state_bytes(abstract)
   if free < need:
@@ -310,6 +339,18 @@ def check_room(workdir: pathlib.Path, abstract: step_lib.TrainState):
       f'{workdir} has {free / 2**20:,.0f} MiB free and a checkpoint takes '
       f'{need / 2**20:,.0f}: make room or choose another --workdir'
     )
+
+
+def _restore_args(abstract):
+  """All of a state or, without the optimiser's, the parts that there are."""
+  if abstract.opt_state is not None:
+    return ocp.args.StandardRestore(abstract)
+  item = {n: tree for n, tree in abstract._asdict().items() if tree is not None}
+  return ocp.args.PyTreeRestore(
+    item=item,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+    partial_restore=True,
+  )
 
 
 def _shapes(tree):
@@ -325,7 +366,7 @@ def _shapes(tree):
 
 
 def _arrays(state):
-  digits = checksum.of(state)
+  digits = checksum.tree_checksums(state)
   return {
     name: [*known, digits[name]] for name, known in _shapes(state).items()
   }

@@ -3,7 +3,7 @@ r"""A number for the bits of an array that does not depend on how it is spread.
 With the array's elements as unsigned integers u_i of 32 bits (wider ones as
 several, narrower ones widened) at their index i in row-major order,
 
-    fingerprint = sum_i mix(u_i + mix(i + salt))  mod 2^32
+    checksum = sum_i mix(u_i + mix(i + salt))  mod 2^32
 
 for two salts, where `mix` is a bijection of 32 bits in which every bit of the
 input reaches every bit of the output (murmur3's finaliser). Sums of integers
@@ -26,7 +26,7 @@ import numpy as np
 SALTS = (0x9E3779B9, 0x7F4A7C15)
 
 
-def of(tree: Any) -> dict[str, str]:
+def tree_checksums(tree: Any) -> dict[str, str]:
   """Path -> 16 hexadecimal digits, of every array of a tree.
 
   The arrays may be spread over processes; all must call it.
@@ -45,7 +45,8 @@ def of(tree: Any) -> dict[str, str]:
 @functools.cache
 def _program(whole):
   return jax.jit(
-    lambda leaves: jnp.stack([*map(one, leaves)]), out_shardings=whole
+    lambda leaves: jnp.stack([*map(array_checksum, leaves)]),
+    out_shardings=whole,
   )
 
 
@@ -56,8 +57,8 @@ def _whole(sharding):
   return None
 
 
-def one(x: Array) -> UInt32[Array, '2']:
-  """The fingerprint of an array of any number of dimensions and type."""
+def array_checksum(x: Array) -> UInt32[Array, '2']:
+  """The checksum of an array of any number of dimensions and type."""
   words = _words(x)
   index = _index(words.shape)
   return jnp.stack(

@@ -9,8 +9,9 @@ import numpy as np
 
 from mhc.data import batches
 from mhc.data import tokenizer as tokenizer_lib
-from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import partition
 from mhc.training import checkpoint
+from mhc.training import state as state_lib
 from mhc.training import step as step_lib
 from mhc.training import workdir as workdir_lib
 
@@ -19,8 +20,8 @@ BATCHES = 4
 
 
 def evaluate(
-  programs: step_lib.Programs,
-  state: step_lib.TrainState,
+  step: step_lib.Step,
+  state: state_lib.TrainState,
   rows: np.ndarray,
   batch_size: int,
   tokenizer: tokenizer_lib.Tokenizer | None,
@@ -37,8 +38,8 @@ def evaluate(
     batch = rows[start : start + size]
     missing = size - len(batch)
     padded = np.pad(batch, ((0, missing), (0, 0)))
-    tokens = mesh_lib.place(padded, programs.mesh, mesh_lib.BATCH)
-    scores = jax.device_get(programs.row_nats(state, tokens))
+    tokens = partition.put(padded, step.mesh, partition.BATCH)
+    scores = jax.device_get(step.token_losses(state, tokens))
     nats += float(scores[: len(batch)].sum(dtype=np.float64))
   targets = rows[:, 1:]
   bits = math.nan
@@ -72,13 +73,12 @@ def evaluate_checkpoint(
   rows = batches.heldout_rows(
     corpus, config.data.seq_len, num_rows or None, config.model.vocab_size
   )
-  programs = step_lib.build(config)
-  state = programs.place(
-    checkpoint.restore(workdir, programs.functions.canonical_state)
-  )
+  step = step_lib.build(config)
+  abstract = step.saved_state._replace(opt_state=None)
+  state = step.to_pipeline_order(checkpoint.restore(workdir, abstract))
   return {
     'step': int(state.step),
-    **evaluate(programs, state, rows, config.data.batch_size, corpus.tokenizer),
+    **evaluate(step, state, rows, config.data.batch_size, corpus.tokenizer),
     'rows': len(rows),
     'corpus': corpus.name,
     'corpus_sha256': corpus.sha256,

@@ -25,7 +25,7 @@ from mhc.training import step
 from mhc.training import workdir as workdir_lib
 
 
-def choose(
+def sample_token(
   logits: Float[Array, 'b v'], key: jax.Array, temperature: float, top_p: float
 ) -> Int[Array, 'b']:
   """One token a row; see above."""
@@ -55,7 +55,7 @@ def generate(
   """Continues a prompt `num_samples` times.
 
   Args:
-    model: as trained; see `serving` for models with experts.
+    model: as trained; see `inference_config` for models with experts.
     router_bias: its router's, with experts.
     prompt: at least one token.
     num_samples, num_tokens: how many continuations, how long.
@@ -83,7 +83,7 @@ def generate(
   def run(params, tokens, cache, start, key):
     decode = nnx.merge(graphdef, params).decode
     logits, cache = decode(tokens, cache, start, router_bias)
-    return choose(logits[:, -1], key, temperature, top_p), cache
+    return sample_token(logits[:, -1], key, temperature, top_p), cache
 
   cache = model.empty_cache(num_samples, len(prompt) + num_tokens)
   tokens = jnp.tile(jnp.asarray(prompt, jnp.int32)[None], (num_samples, 1))
@@ -101,7 +101,7 @@ def generate(
     tokens = following[:, None].astype(jnp.int32)
 
 
-def serving(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
+def inference_config(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
   """The model as it can run token by token.
 
   What a token's experts are must not depend on other tokens: nothing is
@@ -123,23 +123,10 @@ def restore(
     ValueError: no run or no checkpoint in the folder.
   """
   config = workdir_lib.read_config(workdir)
-  config = dataclasses.replace(
-    config,
-    mesh=config_lib.MeshConfig(num_devices=1),
-    data=dataclasses.replace(config.data, microbatch_size=0),
-  )
-  mesh = mesh_lib.make_mesh(config.mesh, config.data)
-  state = checkpoint.restore(
-    workdir, step.functions(config, mesh).canonical_state
-  )
-  abstract = nnx.eval_shape(
-    lambda: transformer.Transformer(serving(config.model), rngs=nnx.Rngs(0))
-  )
-  graphdef, _ = nnx.split(abstract)
-  model = nnx.merge(graphdef, nnx.State(state.params))
-  vocabulary = workdir / 'tokenizer.json'
+  state = checkpoint.restore_model(workdir)
+  graphdef, _ = transformer.abstract(inference_config(config.model))
   return (
-    model,
+    nnx.merge(graphdef, nnx.State(state.params)),
     state.router_bias,
-    tokenizer_lib.load(vocabulary if vocabulary.exists() else 'bytes'),
+    tokenizer_lib.load(workdir_lib.tokenizer_source(workdir)),
   )

@@ -34,7 +34,7 @@ from mhc import config as config_lib
 
 # Kinds whose H_res should have the row and column sums of a permutation.
 STOCHASTIC = frozenset(config_lib.KINDS) - {'hc', 'orthogonal'}
-STRENGTH = ('log', 'skip_step', 'rollback', 'stop')
+SEVERITY = ('log', 'skip_step', 'rollback', 'stop')
 # The window says nothing before it holds as many losses.
 LEAST = 16
 
@@ -61,7 +61,7 @@ class Event(NamedTuple):
 
 
 @dataclasses.dataclass
-class Memory:
+class GuardState:
   """What a guard knows of the steps before; saved with the state."""
 
   losses: list[float] = dataclasses.field(default_factory=list)
@@ -69,11 +69,17 @@ class Memory:
   limits: list[float | None] = dataclasses.field(
     default_factory=lambda: [None, None]
   )
-  troubled: list[str] = dataclasses.field(default_factory=list)
-  apart: bool = False  # whether the streams have differed
+  active_alerts: list[str] = dataclasses.field(default_factory=list)
+  streams_have_differed: bool = False  # whether the streams have differed
   skipped: int = 0  # updates in a row that were not made
   rollbacks: int = 0
   rate: float = 1.0  # factor on the learning rate
+
+  @classmethod
+  def from_saved(cls, state: Mapping[str, Any]) -> 'GuardState':
+    """From a checkpoint, with the names of before for one release."""
+    old = {'apart': 'streams_have_differed', 'troubled': 'active_alerts'}
+    return cls(**{old.get(name, name): value for name, value in state.items()})
 
 
 class Guards:
@@ -81,13 +87,13 @@ class Guards:
 
   def __init__(self, config: config_lib.Config):
     self._config, self._kind = config.guards, config.model.connection.kind
-    self.memory = Memory()
+    self.memory = GuardState()
 
   def state(self) -> dict[str, Any]:
     return dataclasses.asdict(self.memory)
 
   def restore(self, state: Mapping[str, Any]):
-    self.memory = Memory(**state)
+    self.memory = GuardState.from_saved(state)
 
   def loss_limit(self) -> float:
     """Of the next step: a loss above is a spike. To be asked once a step."""
@@ -104,10 +110,12 @@ class Guards:
     if math.isfinite(loss):
       name, value = ('gradient norm', norm)
     found = [
-      self._edge(
+      self._alert_on_rise(
         step, 'nonfinite', name, value, math.inf, not math.isfinite(value)
       ),
-      self._edge(step, 'loss_spike', 'loss above', loss, limit, loss > limit),
+      self._alert_on_rise(
+        step, 'loss_spike', 'loss above', loss, limit, loss > limit
+      ),
     ]
     if math.isfinite(loss):
       memory.losses = [*memory.losses, loss][-config.spike_window :]
@@ -136,7 +144,7 @@ class Guards:
     config, memory = self._config, self.memory
     gain, cosine, growth = seen['gain'], seen['cosine'], seen['growth']
     found = [
-      self._edge(
+      self._alert_on_rise(
         step,
         'gain',
         'composite gain',
@@ -144,7 +152,7 @@ class Guards:
         config.gain_bound,
         not gain <= config.gain_bound,
       ),
-      self._edge(
+      self._alert_on_rise(
         step,
         'streams',
         'growth of the streams',
@@ -155,20 +163,20 @@ class Guards:
     ]
     if self._kind != 'residual':
       found.append(
-        self._edge(
+        self._alert_on_rise(
           step,
           'streams',
           'cosine of the streams',
           cosine,
           config.cosine_bound,
-          memory.apart and cosine > config.cosine_bound,
+          memory.streams_have_differed and cosine > config.cosine_bound,
         )
       )
-      memory.apart |= cosine < config.cosine_bound
+      memory.streams_have_differed |= cosine < config.cosine_bound
     if self._kind in STOCHASTIC:
       residual = seen['residual']
       found.append(
-        self._edge(
+        self._alert_on_rise(
           step,
           'sinkhorn',
           'residual of H_res',
@@ -193,18 +201,22 @@ class Guards:
         'events.jsonl for what is wrong'
       )
     rate = self.memory.rate * self._config.rollback_rate
-    self.memory = Memory(**(state or {}))
+    self.memory = GuardState.from_saved(state or {})
     self.memory.rollbacks, self.memory.rate = number, rate
 
-  def _edge(self, step, guard, metric, value, bound, trouble) -> Event | None:
+  def _alert_on_rise(
+    self, step, guard, metric, value, bound, trouble
+  ) -> Event | None:
     """An event if there is trouble that there was not before."""
-    troubled = self.memory.troubled
+    active_alerts = self.memory.active_alerts
     if not trouble:
-      self.memory.troubled = [name for name in troubled if name != metric]
+      self.memory.active_alerts = [
+        name for name in active_alerts if name != metric
+      ]
       return None
-    if metric in troubled:
+    if metric in active_alerts:
       return None
-    self.memory.troubled = [*troubled, metric]
+    self.memory.active_alerts = [*active_alerts, metric]
     policy = getattr(self._config, guard)
     return Event(step, guard, metric, float(value), float(bound), policy)
 
@@ -224,6 +236,6 @@ def measures(profile: Mapping[str, Any]) -> dict[str, float]:
   }
 
 
-def strongest(events: list[Event]) -> str:
+def most_severe(events: list[Event]) -> str:
   """The policy to follow; '' without events."""
-  return max((e.policy for e in events), key=STRENGTH.index, default='')
+  return max((e.policy for e in events), key=SEVERITY.index, default='')

@@ -5,14 +5,9 @@ the device does not wait for the host; where something is due after a step
 (evaluation, a probe, a state to save), before. What guards decide depends on
 neither, see `guards`.
 
-    metrics.jsonl    a line a step: loss, gradient norm, rate, time; held-out
-                     loss and what guards watch where they were measured
-    probes.jsonl     gains, streams and mean matrices of H_res on one held-out
-                     row
-    events.jsonl     trouble: what a guard saw and did, what could not be saved
-
-A line belongs to the run as it went on: those of steps that were rolled back,
-or repeated after a kill, are dropped, but for events.
+Lines of metrics, probes and events (`workdir`) belong to the run as it went on:
+those of steps that were rolled back, or repeated after a kill, are dropped, but
+for events.
 """
 
 import math
@@ -25,7 +20,8 @@ import numpy as np
 
 from mhc import config as config_lib
 from mhc.data import batches as batches_lib
-from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import partition
+from mhc.runtime import console
 from mhc.runtime import files
 from mhc.runtime import multihost
 from mhc.runtime import preemption
@@ -53,26 +49,26 @@ class Loop:
     self,
     config: config_lib.Config,
     workdir: pathlib.Path,
-    programs: step_lib.Programs,
+    step: step_lib.Step,
     batches,
     heldout: np.ndarray,
     corpus: batches_lib.Corpus,
     label: str,
   ):
-    self._config, self._workdir, self._programs = config, workdir, programs
+    self._config, self._workdir, self._compiled = config, workdir, step
     self._batches, self._heldout = batches, heldout
     self._corpus = corpus
     self._guards = guards_lib.Guards(config)
     self._sinks, self._events = {}, None
     self._num_events = 0
     self._noticed = []  # before there was a file for it
-    self._known = self._controls = None
+    self._last_inputs = self._inputs = None
     self._position = None  # in the data, after the last step's batch
-    self._back_to = None  # the step of the last rollback's state
+    self._rolled_back_to = None  # the step of the last rollback's state
     self._checkpoints = checkpoint.Checkpoints(
       workdir, config, failed=self._not_saved
     )
-    self._bar = files.progress_bar(
+    self._bar = console.progress_bar(
       config.num_steps, 0, label, shown=multihost.is_first()
     )
     try:
@@ -89,7 +85,7 @@ class Loop:
     self._num_events, self._noticed = extra['events'] if extra else 0, []
     if multihost.is_first():
       self._events = files.JsonLines(
-        self._workdir / 'events.jsonl', most=self._num_events
+        self._workdir / workdir_lib.EVENTS, most=self._num_events
       )
     for step, values in noticed:
       self._event(step, **values)
@@ -104,7 +100,7 @@ class Loop:
     self._bar.close()
     self._checkpoints.__exit__()
 
-  def run(self, asked: preemption.Interrupts) -> dict[str, float]:
+  def run(self, asked: preemption.StopSignal) -> dict[str, float]:
     """To the end of the run; the numbers of its last step.
 
     Raises:
@@ -120,7 +116,7 @@ class Loop:
         self._end_without_data(pending)
         raise
       if before is not None:
-        values, events = self._look(before)
+        values, events = self._fetch_metrics(before)
         if self._rolled_back(events, before):
           pending = None
           continue
@@ -128,18 +124,18 @@ class Loop:
       stopped = asked.stopping(self._step)
       if self._step == self._config.num_steps:
         stopped = None
-      if not (stopped or any(map(self._due, DUE))):
+      if not (stopped or any(map(self._is_due, DUE))):
         continue
-      values, events = self._look(pending)
-      if self._due('eval_every'):
+      values, events = self._fetch_metrics(pending)
+      if self._is_due('eval_every'):
         values |= self._evaluated()
-      if self._due('probe_every'):
-        events += self._probed(values)
+      if self._is_due('probe_every'):
+        events += self._run_probe(values)
       before, pending = pending, None
       if self._rolled_back(events, before):
         continue
       self._record(before.step, values)
-      if stopped or self._due('checkpoint_every'):
+      if stopped or self._is_due('checkpoint_every'):
         self._save()
       if stopped:
         self._must_be_saved(str(stopped))
@@ -148,7 +144,7 @@ class Loop:
     # A run that was killed after its last save has nothing left to do.
     return values or self._evaluated()
 
-  def _due(self, name) -> bool:
+  def _is_due(self, name) -> bool:
     every = getattr(self._config, name)
     last = self._step == self._config.num_steps
     return last or bool(every and self._step % every == 0)
@@ -156,16 +152,16 @@ class Loop:
   def _dispatch(self) -> Pending:
     skips = self._config.guards.loss_spike == 'skip_step'
     batch = next(self._batches)
-    limit, mesh = self._guards.loss_limit(), self._programs.mesh
+    limit, mesh = self._guards.loss_limit(), self._compiled.mesh
     self._step += 1
-    tokens = mesh_lib.place(batch, mesh, mesh_lib.BATCH)
+    tokens = partition.put(batch, mesh, partition.BATCH)
     known = (limit if skips else math.inf, self._guards.memory.rate)
-    if known != self._known:
-      self._known = known
-      self._controls = self._programs.controls(*known)
+    if known != self._last_inputs:
+      self._last_inputs = known
+      self._inputs = self._compiled.inputs(*known)
     with jax.transfer_guard('disallow'):
-      self._state, metrics = self._programs.train_step(
-        self._state, tokens, self._controls
+      self._state, metrics = self._compiled.train(
+        self._state, tokens, self._inputs
       )
     self._position = self._batches.get_state()
     return Pending(self._step, limit, self._position, metrics)
@@ -176,12 +172,12 @@ class Loop:
     if self._position is None or multihost.count() > 1:
       return
     if pending is not None:
-      values, _ = self._look(pending)
+      values, _ = self._fetch_metrics(pending)
       self._record(pending.step, values)
     self._save()
     self._checkpoints.wait()
 
-  def _look(self, pending):
+  def _fetch_metrics(self, pending):
     """The numbers of a step, once it is done, and what guards say of them."""
     fetched = jax.device_get(pending.metrics)
     values = {name: float(value) for name, value in fetched.items()}
@@ -195,18 +191,18 @@ class Loop:
 
   def _evaluated(self):
     return evaluate.evaluate(
-      self._programs,
+      self._compiled,
       self._state,
       self._heldout,
       self._config.data.batch_size,
       self._corpus.tokenizer,
     )
 
-  def _probed(self, values) -> list[guards_lib.Event]:
+  def _run_probe(self, values) -> list[guards_lib.Event]:
     """Adds what a probe measures to the values of the step."""
     row = self._heldout[:1, :-1]
-    row = mesh_lib.place(row, self._programs.mesh, mesh_lib.WHOLE)
-    profile = jax.device_get(self._programs.probe(self._state, row))
+    row = partition.put(row, self._compiled.mesh, partition.REPLICATED)
+    profile = jax.device_get(self._compiled.probe(self._state, row))
     if 'probes' in self._sinks:
       self._sinks['probes'].write(self._step, profile)
     values['mhc/gain_fwd_max'] = float(profile['composite_fwd'].max())
@@ -242,27 +238,27 @@ class Loop:
     Raises:
       guards.Stop: it is to end here.
     """
-    policy = guards_lib.strongest(events)
+    policy = guards_lib.most_severe(events)
     for event in events:
       if multihost.is_first():
-        files.note(f'guard: {event}')
+        console.print_line(f'guard: {event}')
       self._event(**event._asdict())
     if policy == 'stop':
       raise guards_lib.Stop(f'stopped by a guard: {events[-1]}')
     if policy != 'rollback':
       return False
-    if self._back_to is not None:
-      self._checkpoints.discard(self._back_to)
+    if self._rolled_back_to is not None:
+      self._checkpoints.discard(self._rolled_back_to)
     extra = self._restore()
     self._guards.roll_back(extra and extra['guards'])
-    self._back_to = self._step
+    self._rolled_back_to = self._step
     # On with the data after the trouble.
     self._batches.set_state(pending.position)
     self._event(
       pending.step, guard='rollback', metric='back to step', value=self._step
     )
     if multihost.is_first():
-      files.note(
+      console.print_line(
         f'guard: back to step {self._step}, on with the data after step '
         f'{pending.step}'
       )
@@ -270,12 +266,12 @@ class Loop:
 
   def _restore(self) -> dict[str, Any] | None:
     """Takes the newest state, or a fresh one; what else was saved with it."""
-    programs = self._programs
-    saved = self._checkpoints.restore(programs.functions.canonical_state)
+    compiled = self._compiled
+    saved = self._checkpoints.restore(compiled.saved_state)
     if saved is None:
-      self._state = programs.init(self._config.seed)
+      self._state = compiled.init(self._config.seed)
     else:
-      self._state = programs.place(saved.state)
+      self._state = compiled.to_pipeline_order(saved.state)
     self._step = int(self._state.step)
     self._bar.n = self._bar.initial = self._step
     self._bar.refresh()
@@ -292,11 +288,11 @@ class Loop:
     return saved and saved.extra
 
   def _save(self):
-    multihost.check_same(
+    multihost.assert_same(
       {'the number of records left out of the data': self._corpus.log.count}
     )
     self._checkpoints.save(
-      self._programs.canonical(self._state),
+      self._compiled.to_depth_order(self._state),
       {
         'data': self._position,
         'guards': self._guards.state(),

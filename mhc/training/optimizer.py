@@ -7,16 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mhc import config as config_lib
-
-# The leaf names of parameters without weight decay: norm gains and the static
-# biases and gating factors of the connections (DeepSeek-V4, arXiv 2606.19348,
-# Sec. 2.4; V4.1). The connections' projections phi and theta decay as other
-# matrices do.
-UNDECAYED = ('gain', 'alpha', 'bias', 'bias_pre', 'bias_post', 'bias_res')
-
-
-# The leaf names of matrices that Muon updates, but for the head's.
-MATRICES = ('weight', 'phi', 'theta_res', 'gate', 'up', 'down')
+from mhc.model import parameters
 
 # Muon's updates are scaled to this root mean square, about AdamW's, so that one
 # learning rate serves both (Moonlight, arXiv 2502.16982, Sec. 2.2).
@@ -54,13 +45,10 @@ def make(
 
 
 def labels(params) -> dict:
-  """The tree of 'muon' and 'adamw' (DeepSeek-V4, Sec. 2.4)."""
-
-  def leaf(path, _):
-    is_matrix = path[-1].key in MATRICES and path[0].key != 'head'
-    return 'muon' if is_matrix else 'adamw'
-
-  return jax.tree_util.tree_map_with_path(leaf, params)
+  """The tree of 'muon' and 'adamw', as `parameters` has them."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: parameters.row(path).optimizer, params
+  )
 
 
 def learning_rate(
@@ -87,8 +75,6 @@ def learning_rate(
 
 def decayed(params) -> dict:
   """The tree of booleans: does weight decay act on this parameter?"""
-
-  def leaf(path, _):
-    return path[-1].key not in UNDECAYED
-
-  return jax.tree_util.tree_map_with_path(leaf, params)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: parameters.row(path).decays, params
+  )

@@ -1,11 +1,7 @@
-"""One run in one folder, from its last checkpoint to its summary.
+"""One run in one folder (`workdir`), from its last checkpoint to its summary.
 
-    summary.json     written last: what the run was and how it ended
-    tokenizer.json   the vocabulary, if it is not bytes
-
-Its files beside those of `folder`, `checkpoint` and `loop`. Of many processes
-(`processes`) each does all of this, and the first one writes the files; the
-folder must be one that all of them see.
+With many processes (`multihost`) each does all of this, and the first one
+writes the files; the folder must be one that all of them see.
 """
 
 import json
@@ -19,6 +15,7 @@ from mhc.data import batches as batches_lib
 from mhc.model import recompute
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
+from mhc.runtime import console
 from mhc.runtime import files
 from mhc.runtime import multihost
 from mhc.runtime import preemption
@@ -47,7 +44,7 @@ def train(
     guards.Stop: a guard ended it.
   """
   first = multihost.is_first()
-  with multihost.together():
+  with multihost.raise_together():
     corpus, vocab_size = batches_lib.load_for(config), config.model.vocab_size
     batches = batches_lib.train_batches(
       corpus, config.data, config.seed, vocab_size
@@ -56,51 +53,50 @@ def train(
       corpus, config.data.seq_len, config.eval_sequences, vocab_size
     )
     mesh = mesh_lib.make_mesh(config.mesh, config.data)
-    step_lib.check(config, mesh)
+    placement.Placement(config, mesh)  # what its devices cannot do
     memory.check(config, mesh)
-  multihost.check_same(
+  multihost.assert_same(
     {'the text': corpus.sha256, 'jax': jax.__version__, **dicts.leaves(config)}
   )
-  with multihost.together():
+  with multihost.raise_together():
     if first:
       _claim(workdir, config, corpus)
-  with multihost.together():
-    if not (workdir / 'config.json').exists():
+  with multihost.raise_together():
+    if not (workdir / workdir_lib.CONFIG).exists():
       raise ValueError(
         f'{workdir} is not the folder that process 0 writes to: all processes '
         'must see the same --workdir'
       )
-    summary = read_summary(workdir) if first else None
-  summary = multihost.from_first(summary)
+    summary = workdir_lib.read_summary(workdir) if first else None
+  summary = multihost.broadcast_from_first(summary)
   if summary is not None:
     return summary
 
-  programs = step_lib.build(config)
-  with multihost.together():
+  step = step_lib.build(config)
+  with multihost.raise_together():
     if first:
-      checkpoint.check_room(workdir, programs.functions.canonical_state)
+      checkpoint.check_room(workdir, step.saved_state)
   # Compiles the update, which all do at the same time.
-  line = _memory_line(config, programs)
+  line = _memory_line(config, step)
   if first:
-    files.note(line)
+    console.print_line(line)
   with (
-    preemption.Interrupts(deadline) as asked,
+    preemption.StopSignal(deadline) as asked,
     loop.Loop(
-      config, workdir, programs, batches, heldout, corpus, label
+      config, workdir, step, batches, heldout, corpus, label
     ) as running,
   ):
     values = running.run(asked)
 
   summary = {
     'num_params': sum(
-      leaf.size
-      for leaf in jax.tree.leaves(programs.functions.canonical_state.params)
+      leaf.size for leaf in jax.tree.leaves(step.saved_state.params)
     ),
     'predicted_activation_bytes': sum(
-      memory.predicted(config, programs.mesh.size).values()
+      memory.predicted(config, step.mesh.size).values()
     ),
-    'temp_bytes': programs.memory.temp_size_in_bytes,
-    'peak_bytes': memory.peak_bytes(programs.memory),
+    'temp_bytes': step.memory.temp_size_in_bytes,
+    'peak_bytes': memory.peak_bytes(step.memory),
     'heldout_nats': values['loss/heldout'],
     'heldout_bits_per_byte': values['loss/heldout_bits_per_byte'],
     'tokens': config.num_steps * config.tokens_per_step,
@@ -108,41 +104,35 @@ def train(
     * config.tokens_per_step
     / corpus.num_train_tokens,
     'corpus': corpus.summary(),
-    'num_devices': programs.mesh.size,
+    'num_devices': step.mesh.size,
     'num_processes': multihost.count(),
     'device': jax.devices()[0].device_kind,
     'jax': jax.__version__,
   }
-  with multihost.together():
+  with multihost.raise_together():
     if first:
       text = json.dumps(files.jsonable(summary), indent=2) + '\n'
-      files.replace(workdir / 'summary.json', text)
+      files.replace(workdir / workdir_lib.SUMMARY, text)
   return summary
 
 
 def _claim(workdir, config, corpus):
   """Makes the folder this run's."""
-  workdir_lib.claim(workdir, config)
+  workdir_lib.initialize(workdir, config)
   if corpus.tokenizer is not None and corpus.tokenizer.name != 'bytes':
     # So that the run can be sampled where its data are not.
-    files.replace(workdir / 'tokenizer.json', corpus.tokenizer.description)
+    files.replace(workdir / workdir_lib.TOKENIZER, corpus.tokenizer.description)
 
 
-def _memory_line(config, programs):
+def _memory_line(config, step):
   """What the recompute policy is predicted to keep, beside XLA's own count."""
-  predicted = memory.predicted(config, programs.mesh.size)
+  predicted = memory.predicted(config, step.mesh.size)
   parts = ', '.join(f'{k} {v / 2**20:.1f}' for k, v in predicted.items())
   every = recompute.recompute_interval(config.model)
   return (
     f'recompute={config.model.recompute}, streams kept every {every} '
     f'sub-layers; a device holds, in MiB: activations '
     f'{sum(predicted.values()) / 2**20:.1f} by formula ({parts}), temporaries '
-    f'{programs.memory.temp_size_in_bytes / 2**20:.1f} by XLA, peak '
-    f'{memory.peak_bytes(programs.memory) / 2**20:.1f}'
+    f'{step.memory.temp_size_in_bytes / 2**20:.1f} by XLA, peak '
+    f'{memory.peak_bytes(step.memory) / 2**20:.1f}'
   )
-
-
-def read_summary(workdir: pathlib.Path) -> dict | None:
-  """The summary of a finished run, None for an unfinished one."""
-  file = workdir / 'summary.json'
-  return json.loads(file.read_text()) if file.exists() else None

@@ -1,8 +1,18 @@
-"""The folder of a run, which is that run's alone: its settings.
+"""The folder of a run, which is that run's alone: its files, and who reads them.
 
-    config.json      the settings, of `FREE` the latest
+    config.json         the settings; the latest of those that may change
+    tokenizer.json      the vocabulary, if it is not bytes
+    metrics.jsonl       a line a step: loss, gradient norm, rate, time; held-out
+                        loss and what guards watch where they were measured
+    probes.jsonl        gains, streams and mean matrices of H_res on one row
+    events.jsonl        what guards saw and did, what could not be saved
+    checkpoints/STEP    the states, see `checkpoint`
+    damaged/STEP        states that were not what was written
+    tensorboard/        a mirror of the metrics, if asked for
+    summary.json        written last: what the run was and how it ended
 
-The folder's other files are those of `checkpoint` and `train`.
+To read a run takes no more than this file; its parameters,
+`checkpoint.restore_model`.
 """
 
 from collections.abc import Mapping
@@ -11,13 +21,18 @@ import pathlib
 from typing import Any
 
 from mhc import config as config_lib
+from mhc.config import aliases
 from mhc.config import dicts
 from mhc.runtime import files
+
+CONFIG, SUMMARY, TOKENIZER = 'config.json', 'summary.json', 'tokenizer.json'
+METRICS, PROBES, EVENTS = 'metrics.jsonl', 'probes.jsonl', 'events.jsonl'
+CHECKPOINTS, DAMAGED = 'checkpoints', 'damaged'
 
 # Settings that may change when a run goes on, beside those of the mesh: none
 # enters the computation, but the last for what depends on the tokens that are
 # taken together.
-FREE = (
+MUTABLE_ON_RESUME = (
   'eval_every',
   'probe_every',
   'checkpoint_every',
@@ -35,7 +50,7 @@ def check(workdir: pathlib.Path, config: config_lib.Config):
   Raises:
     ValueError: the folder holds something else, or a run with other settings.
   """
-  if (workdir / 'config.json').exists():
+  if (workdir / CONFIG).exists():
     difference = other_setting(dicts.leaves(read_config(workdir)), config)
     if difference:
       raise ValueError(
@@ -50,22 +65,26 @@ def check(workdir: pathlib.Path, config: config_lib.Config):
 
 
 def other_setting(old: Mapping[str, Any], config: config_lib.Config) -> str:
-  """Which setting, not one of `FREE`, an `old` run had another value of; ''."""
-  ours, old = files.jsonable(dicts.leaves(config)), files.jsonable(old)
+  """The first setting in which an `old` run differs, '' for none.
+
+  Those of `MUTABLE_ON_RESUME`, of the mesh and of guards do not count.
+  """
+  ours = files.jsonable(dicts.leaves(config))
+  old = dict(aliases.current(*item) for item in files.jsonable(old).items())
   for name, new in ours.items():
-    free = name in FREE or name.startswith(('mesh.', 'guards.'))
+    free = name in MUTABLE_ON_RESUME or name.startswith(('mesh.', 'guards.'))
     # What an earlier version did not have yet it had by default.
     if not free and name in old and old[name] != new:
       return f'{name}={old[name]!r}, this one has {new!r}'
   return ''
 
 
-def claim(workdir: pathlib.Path, config: config_lib.Config):
+def initialize(workdir: pathlib.Path, config: config_lib.Config):
   """Makes `workdir` the folder of this run, once `check` has passed."""
   check(workdir, config)
   workdir.mkdir(parents=True, exist_ok=True)
   text = json.dumps(dicts.to_dict(config), indent=2) + '\n'
-  files.replace(workdir / 'config.json', text)
+  files.replace(workdir / CONFIG, text)
 
 
 def read_config(workdir: pathlib.Path) -> config_lib.Config:
@@ -74,10 +93,22 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
   Raises:
     ValueError: there is none, or it is from another version.
   """
-  file = workdir / 'config.json'
+  file = workdir / CONFIG
   try:
     return dicts.from_dict(config_lib.Config, json.loads(file.read_text()))
   except FileNotFoundError:
     raise ValueError(f'{workdir} holds no run: no {file}') from None
   except (ValueError, TypeError) as error:
     raise ValueError(f'{file} is not a readable config: {error}') from None
+
+
+def read_summary(workdir: pathlib.Path) -> dict | None:
+  """The summary of a finished run, None for an unfinished one."""
+  file = workdir / SUMMARY
+  return json.loads(file.read_text()) if file.exists() else None
+
+
+def tokenizer_source(workdir: pathlib.Path) -> pathlib.Path | str:
+  """What `tokenizer.load` takes for the run's vocabulary."""
+  file = workdir / TOKENIZER
+  return file if file.exists() else 'bytes'

@@ -39,7 +39,7 @@ mesh.expert
 mesh.head
 mesh.num_devices
 mesh.overlap
-mesh.parts
+mesh.num_sub_batches
 mesh.pipe
 mesh.schedule
 model.attention.head_dim

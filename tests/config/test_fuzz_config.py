@@ -118,7 +118,7 @@ def test_a_pipeline_of_more_microbatches_than_its_table_holds():
 def test_more_stages_than_there_is_memory_for():
   message = 'mesh.pipe=2 pipeline devices with 1000000000 stage.*num_blocks=2'
   with pytest.raises(ValueError, match=message):
-    stage_layout.Layout(2, 0, 2, 10**9, 'loop')
+    stage_layout.StageLayout(2, 0, 2, 10**9, 'loop')
 
 
 def test_flags_and_dicts_agree():

@@ -91,7 +91,7 @@ def test_what_remains_of_a_parquet_file_is_kept(tmp_path):
   flip(file, file.read_bytes().index(b'document 40'))
   with pytest.raises(ValueError, match='rows 31 to 60, cannot be read'):
     list(documents.read('a', file))
-  log = corruption.Log('skip')
+  log = corruption.SkipLog('skip')
   got = [document for document, _ in documents.read('a', file, log)]
   names = [f'a:{number}' for number in (*range(1, 31), *range(61, 91))]
   assert [document.name for document in got] == names
@@ -109,7 +109,7 @@ def test_what_remains_of_an_array_record_file_is_kept(tmp_path):
     out.write(b'\xff' if number == 9 else f'record {number} '.encode() * 20)
   out.close()
   flip(file, 100)
-  log = corruption.Log('skip')
+  log = corruption.SkipLog('skip')
   got = [document.name for document, _ in documents.read('a', file, log)]
   assert got == [f'a:{number}' for number in range(2, 51) if number != 10]
   assert log.names == ['a:1', 'a:10']
@@ -323,11 +323,11 @@ def test_what_does_not_pass_ends_within_a_minute(tmp_path, slept):
 
   for number in (errno.ENOENT, errno.EACCES, errno.ENOSPC):
     with pytest.raises(OSError, match='here'):
-      retry.call(fail(number), 'here')
+      retry.with_retries(fail(number), 'here')
   assert slept == []
   with pytest.raises(OSError, match=r"error: 'here'"):
-    retry.call(fail(errno.EIO), 'here')
-  assert slept == list(retry.WAITS)
+    retry.with_retries(fail(errno.EIO), 'here')
+  assert slept == list(retry.BACKOFF_SECONDS)
   assert 45 < sum(slept) < 90
 
 
@@ -336,7 +336,7 @@ def test_a_file_system_that_is_gone_is_not_damage(
   folder, monkeypatch, slept, number
 ):
   """Unlike a bad sector."""
-  errors = [number] * (1 + len(retry.WAITS))
+  errors = [number] * (1 + len(retry.BACKOFF_SECONDS))
   monkeypatch.setattr(retry.os, 'pread', Flaky(os.pread, *errors))
   if number == errno.ESTALE:
     with pytest.raises(OSError, match=r'Stale .*\.bin'):

@@ -201,7 +201,7 @@ def row(kind, seed=0, **values):
 
 
 def verdicts(rows):
-  return {claim.paper: claim.shows for claim in claims.judge(rows)}
+  return {claim.claimed: claim.reproduced for claim in claims.evaluate(rows)}
 
 
 def test_claims_follow_the_rows():

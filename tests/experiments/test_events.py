@@ -26,7 +26,7 @@ TOLD = [
 
 
 def test_lines_say_what_was_seen_and_done():
-  assert events.lines(TOLD) == [
+  assert events.table_rows(TOLD) == [
     ['25', 'gain', 'composite gain 1.519e+05', '10', 'logged'],
     ['82', 'loss_spike', 'loss 4.62', '4.5', 'rolled back'],
     ['82', 'rollback', 'back to step 60', '', 'on with the data after'],
@@ -39,7 +39,7 @@ def test_lines_say_what_was_seen_and_done():
 
 
 def test_first_events():
-  found = events.first(TOLD)
+  found = events.first_alerts(TOLD)
   assert {guard: event['step'] for guard, event in found.items()} == {
     'gain': 25,
     'loss_spike': 82,
@@ -48,7 +48,7 @@ def test_first_events():
 
 def test_numbers():
   metrics = [{'step': i, 'optimizer/skipped': float(i == 9)} for i in range(20)]
-  assert events.numbers(TOLD, [*metrics, {'step': 20}], CONFIG) == {
+  assert events.counts(TOLD, [*metrics, {'step': 20}], CONFIG) == {
     'events': {'gain': 2, 'loss_spike': 1, 'rollback': 1, 'save': 2},
     'rollbacks': 1,
     'skipped_updates': 1,
@@ -56,13 +56,13 @@ def test_numbers():
     'saves_due': 4,  # after 60, 120, 180 and 200
     'damaged_states': 1,
   }
-  quiet = events.numbers([], [], CONFIG)
+  quiet = events.counts([], [], CONFIG)
   assert quiet['events'] == {}
   assert quiet['rollbacks'] == 0
   for every, due in ((0, 1), (200, 1), (100, 2), (300, 1)):
     config = dataclasses.replace(CONFIG, checkpoint_every=every)
-    assert events.numbers([], [], config)['saves_due'] == due
-  assert set(events.numbers(None, [], CONFIG).values()) == {None}
+    assert events.counts([], [], config)['saves_due'] == due
+  assert set(events.counts(None, [], CONFIG).values()) == {None}
 
 
 def row(kind, told, seed=0):
@@ -73,7 +73,7 @@ def row(kind, told, seed=0):
     gain_fwd_max=2.0 + seed,
     gain_bwd_max=1.5,
     loss_spikes=3,
-    **events.numbers(told, [], CONFIG),
+    **events.counts(told, [], CONFIG),
   )
 
 
@@ -86,13 +86,13 @@ def test_what_is_watched():
     row('hc', None, seed=2),
   ]
   hc = 'gain 3, save 2, loss_spike 1, rollback 1'
-  lines = events.watched(rows, plots.LABELS)
+  lines = events.summary_table(rows, plots.LABELS)
   assert [' | '.join(line) for line in lines] == [
     'stress | residual | 1 | not recorded | 2 | 3 |  |  |  | ',
     'stress | mHC | 1 | none | 2 | 3 | 0 | 0 | 0 / 4 | 0',
     f'stress | HC | 3 | {hc} | 4 | 9 | 1 | 0 | 1 / 8 | 1',
   ]
-  assert {len(line) for line in lines} == {len(events.WATCHED)}
+  assert {len(line) for line in lines} == {len(events.SUMMARY_HEADER)}
 
 
 def test_events_are_read(tmp_path):
@@ -135,8 +135,8 @@ def test_the_figure_shows_the_guards_before_the_loss():
 
 
 def test_a_page_folds_what_is_long(tmp_path):
-  table = html.Table(events.HEADER, events.lines(TOLD), numeric=False)
-  parts = [html.Heading(2, 'Events'), html.Fold('HC: 6 <events>', table)]
+  table = html.Table(events.HEADER, events.table_rows(TOLD), numeric=False)
+  parts = [html.Heading(2, 'Events'), html.Details('HC: 6 <events>', table)]
   text = html.markdown(parts)
   assert '<details><summary>HC: 6 &lt;events&gt;</summary>\n\n| step |' in text
   assert '| 120 | save | No space \\| left |  | not saved, went on |\n' in text

@@ -19,7 +19,7 @@ from absl import flags
 import harness
 
 from mhc.runtime import cli
-from mhc.runtime import files
+from mhc.runtime import console
 
 TRIALS = flags.DEFINE_integer('trials', 50, 'How many.', lower_bound=1)
 SEED = flags.DEFINE_integer('seed', 0, 'Of what happens when.')
@@ -40,14 +40,14 @@ def main():
       )
   root = pathlib.Path(WORKDIR.value or tempfile.mkdtemp(prefix='torture-'))
   counts = {name: [0, 0] for name in names}
-  with files.progress_bar(TRIALS.value, 0, 'torture') as bar:
+  with console.progress_bar(TRIALS.value, 0, 'torture') as bar:
     for trial in harness.trials(
       root, TRIALS.value, SEED.value, names, JOBS.value
     ):
       counts[trial.fault][0] += trial.survived
       counts[trial.fault][1] += 1
       verdict = 'survived' if trial.survived else 'LOST'
-      files.note(
+      console.print_line(
         f'{trial.number:3} {trial.fault:16} {verdict} ({trial.seconds:.0f} s): '
         f'{trial.said}'
       )

@@ -18,6 +18,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from mhc import axes
+
 YEAR = 365 * 86400.0
 
 
@@ -57,7 +59,6 @@ def fill(folder: pathlib.Path) -> pathlib.Path:
 def nan():
   """See above."""
   from mhc.parallel import loss
-  from mhc.parallel import mesh as mesh_lib
 
   def poisoned(build):
     def built(*args, **kwargs):
@@ -66,7 +67,7 @@ def nan():
       def loss_and_grads(params, router_bias, tokens):
         nats, grads, load = local.loss_and_grads(params, router_bias, tokens)
         found = jnp.sum(tokens == 1, dtype=jnp.int32)
-        found = jax.lax.psum(found, (mesh_lib.DATA, mesh_lib.EXPERT))
+        found = jax.lax.psum(found, (axes.DATA, axes.EXPERT))
         factor = jnp.where(found > 0, jnp.nan, 1.0)
         scaled = functools.partial(jnp.multiply, factor)
         return scaled(nats), jax.tree.map(scaled, grads), load

@@ -26,6 +26,7 @@ import numpy as np
 
 from mhc.runtime import files as files_lib
 from mhc.training import checkpoint
+from mhc.training import state as state_lib
 from mhc.training import step as step_lib
 from mhc.training import workdir as workdir_lib
 
@@ -151,13 +152,13 @@ class Run:
     if status or not (self.workdir / 'summary.json').exists():
       raise Failure(f'started again, it ended with status {status}: {self.log}')
 
-  def outcome(self) -> tuple[list[dict], step_lib.TrainState]:
+  def outcome(self) -> tuple[list[dict], state_lib.TrainState]:
     """Every step's numbers but times, and the last state."""
     lines = files_lib.read_lines(self.workdir / 'metrics.jsonl')
     config = workdir_lib.read_config(self.workdir)
     one = dataclasses.replace(config.mesh, num_devices=1)
     programs = step_lib.build(dataclasses.replace(config, mesh=one))
-    state = checkpoint.restore(self.workdir, programs.functions.canonical_state)
+    state = checkpoint.restore(self.workdir, programs.saved_state)
     kept = [
       {k: v for k, v in line.items() if not k.startswith('time/')}
       for line in lines

@@ -23,6 +23,7 @@ from mhc import hyper
 from mhc import interop
 from mhc import streams
 from mhc.config import dicts
+from mhc.model import parameters
 from mhc.model import transformer
 from mhc.parallel import mesh as mesh_lib
 from mhc.training import checkpoint
@@ -260,7 +261,7 @@ def test_round_trips_of_a_layer_and_a_head_are_exact(n):
 
 def same(got, want):
   got, want = (
-    {mesh_lib.names(p): leaf for p, leaf in leaves}
+    {parameters.path_names(p): leaf for p, leaf in leaves}
     for leaves in map(jax.tree_util.tree_leaves_with_path, (got, want))
   )
   assert set(got) == set(want)
@@ -316,7 +317,7 @@ def test_a_models_connections_travel(model, names):
     lambda path, ours, theirs: (
       ours
       if {'collapse', 'attention_connection', 'ffn_connection'}
-      & set(mesh_lib.names(path))
+      & set(parameters.path_names(path))
       else theirs
     ),
     state.params,
@@ -395,7 +396,7 @@ def test_other_layers_are_refused():
 def save_run(workdir, model, seed=0):
   """A run's folder with the random state as its checkpoint."""
   settings, state = random_state(model, seed)
-  workdir_lib.claim(workdir, settings)
+  workdir_lib.initialize(workdir, settings)
   with checkpoint.Checkpoints(workdir, settings) as checkpoints:
     checkpoints.save(state, {})
   return settings, state

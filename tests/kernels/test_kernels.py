@@ -186,7 +186,7 @@ def test_what_the_kernels_cannot_serve(shape, dtype, reason, monkeypatch):
   with pytest.raises(NotImplementedError, match=reason):
     api.post(x, y, post, res, 'pallas')
   monkeypatch.setitem(api._PREFERENCES, 'cpu', ('pallas', 'xla'))
-  api._note.cache_clear()
+  api._warn_once.cache_clear()
   messages = []
   monkeypatch.setattr(api.logging, 'warning', messages.append)
   for _ in range(2):

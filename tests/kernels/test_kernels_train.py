@@ -7,7 +7,7 @@ import pytest
 
 from mhc import config
 from mhc.kernels.pallas import tiling
-from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import partition
 from mhc.training import step
 
 pytestmark = [
@@ -41,8 +41,8 @@ def losses(implementation):
   found = []
   for seed in range(3):
     tokens = np.random.default_rng(seed).integers(0, 256, (4, 13), np.int32)
-    tokens = mesh_lib.place(tokens, programs.mesh, mesh_lib.BATCH)
-    state, metrics = programs.train_step(state, tokens, programs.controls())
+    tokens = partition.put(tokens, programs.mesh, partition.BATCH)
+    state, metrics = programs.train(state, tokens, programs.inputs())
     found.append(float(metrics['loss/train']))
   return found
 

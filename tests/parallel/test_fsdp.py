@@ -8,16 +8,15 @@ import optax
 
 from mhc import axes
 from mhc.parallel import fsdp
-from mhc.parallel import mesh as mesh_lib
 from mhc.parallel import vocab_parallel
 
 
 def mesh_of(**sizes):
-  shape = [sizes.get(axis, 1) for axis in mesh_lib.AXES]
+  shape = [sizes.get(axis, 1) for axis in axes.AXES]
   number = int(np.prod(shape))
   return jax.make_mesh(
     tuple(shape),
-    mesh_lib.AXES,
+    axes.AXES,
     axis_types=(jax.sharding.AxisType.Auto,) * 3,
     devices=jax.devices()[:number],
   )
@@ -45,8 +44,8 @@ def test_gradients_of_gathered_matrices_are_summed_in_float32():
       assert whole['a']['weight'].shape == (6, 8)
       return loss(whole, x)
 
-    grads = jax.grad(gathered)(mesh_lib.varying(params))
-    return jax.tree.map(fsdp.over_others, grads, specs)
+    grads = jax.grad(gathered)(axes.cast_varying_everywhere(params))
+    return jax.tree.map(fsdp.psum_replicated, grads, specs)
 
   got = jax.jit(
     jax.shard_map(
@@ -67,7 +66,7 @@ def test_scatter_gives_each_device_its_part_of_the_sum():
   values = {'weight': jnp.arange(8.0), 'gain': jnp.arange(3.0)}
 
   def local(values):
-    values = mesh_lib.varying(values)
+    values = axes.cast_varying_everywhere(values)
     number = jax.lax.axis_index('data').astype(jnp.float32)
     return fsdp.scatter(jax.tree.map(lambda v: v * number, values), specs)
 
@@ -108,13 +107,13 @@ def test_the_cross_entropy_of_a_split_vocabulary():
 
   def split(h, weight):
     def local(h, weight, targets, g):
-      args = mesh_lib.varying((h, weight))
+      args = axes.cast_varying_everywhere((h, weight))
       nats, pull = jax.vjp(
         lambda *a: vocab_parallel.cross_entropy(*a, targets), *args
       )
-      dh, dw = pull(mesh_lib.varying(g))
-      same = lambda x: jax.lax.pmean(x, mesh_lib.AXES)
-      return same(nats), same(dh), fsdp.over_others(dw, P(None, 'pipe'))
+      dh, dw = pull(axes.cast_varying_everywhere(g))
+      same = lambda x: jax.lax.pmean(x, axes.AXES)
+      return same(nats), same(dh), fsdp.psum_replicated(dw, P(None, 'pipe'))
 
     return jax.shard_map(
       local,

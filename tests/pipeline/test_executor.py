@@ -10,6 +10,7 @@ from slow import pipeline_grid as grid
 
 from mhc import config
 from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import partition
 from mhc.pipeline import buffers
 from mhc.pipeline import executor
 from mhc.pipeline import table as table_lib
@@ -27,7 +28,15 @@ CASES = (
   grid.Case('residual', False, (1, 8, 1), 'interleaved'),
   grid.Case('hc', False, (4, 2, 1), '1f1b'),
   grid.Case('mhc_single_pass', False, (1, 4, 1), 'wave_v', 'vocab'),
-  grid.Case('mhc', True, (2, 2, 2), 'interleaved', 'vocab', 'gather', parts=2),
+  grid.Case(
+    'mhc',
+    True,
+    (2, 2, 2),
+    'interleaved',
+    'vocab',
+    'all_gather',
+    num_sub_batches=2,
+  ),
   grid.Case('mhc', True, (1, 2, 4), 'dualpipev', 'last', 'padded'),
 )
 
@@ -54,18 +63,18 @@ def test_losses_and_mappings_are_those_of_one_device():
   for mesh in (config.MeshConfig(num_devices=1), grid.config(case).mesh):
     programs = step.build(dataclasses.replace(grid.config(case), mesh=mesh))
     state = programs.init(0)
-    again = programs.place(programs.canonical(state))
+    again = programs.to_pipeline_order(programs.to_depth_order(state))
     for a, b in zip(*map(jax.tree.leaves, (state, again)), strict=True):
       np.testing.assert_array_equal(a, b)
     rng = np.random.default_rng(1)
     rows = rng.integers(0, 256, (2 * grid.ROWS, grid.TIME + 1), np.int32)
-    tokens = mesh_lib.place(rows, programs.mesh, mesh_lib.BATCH)
-    one = mesh_lib.place(rows[:1, :-1], programs.mesh, mesh_lib.WHOLE)
+    tokens = partition.put(rows, programs.mesh, partition.BATCH)
+    one = partition.put(rows[:1, :-1], programs.mesh, partition.REPLICATED)
     profile = programs.probe(state, one)
     results.append(
       jax.device_get(
         (
-          programs.row_nats(state, tokens),
+          programs.token_losses(state, tokens),
           profile['composite_fwd'],
           profile['mean'],
         )
@@ -178,7 +187,7 @@ def test_an_empty_slot_takes_nothing():
     (dict(pipe=2, num_devices=6), {}, r'batch_size=16.* 3 device'),
     (dict(pipe=3, num_devices=4), {}, r'num_devices=4.*mesh.pipe=3'),
     (dict(pipe=16), {}, r'num_devices=16.*8 cpu'),
-    (dict(pipe=2, parts=2), {}, r'mesh.parts=2.*1 row'),
+    (dict(pipe=2, parts=2), {}, r'mesh.num_sub_batches=2.*1 row'),
     (dict(pipe=3, head='vocab'), {}, r'vocab_size=320.*mesh.pipe=3'),
   ],
 )

@@ -196,16 +196,16 @@ def play(built):
       y[d] = np.sin(weights[stage] * into)
       if row['f_last'][d]:
         outputs[m] = y[d]
-    if row['h_mb'] >= 0:
-      assert outputs[int(row['h_mb'])] == y[last]
-      heads[row['h_slot']] = y[last]
+    if row['head_mb'] >= 0:
+      assert outputs[int(row['head_mb'])] == y[last]
+      heads[row['head_slot']] = y[last]
     for d in np.flatnonzero(row['b_chunk'] >= 0).tolist():
       stage, m = of(d, int(row['b_chunk'][d])), int(row['b_mb'][d])
       into = x[m] if row['b_first'][d] else acts[d, row['b_slot'][d]]
       if not row['b_last'][d]:
-        dy = grads[d, row['b_gslot'][d]]
+        dy = grads[d, row['b_grad_slot'][d]]
       elif built.head == 'vocab':
-        dy = heads[row['b_hslot'][d]]
+        dy = heads[row['b_head_slot'][d]]
       else:
         dy = np.sin(weights[stage] * into)
       d_product = dy * np.cos(weights[stage] * into)
@@ -264,10 +264,10 @@ def test_head_of_the_vocabulary(name):
   for p in (1, 2, 4, 8):
     built = table_lib.build(name, p, 16, head='vocab')
     table = built.table
-    has_head = table['h_mb'] >= 0
+    has_head = table['head_mb'] >= 0
     last_f = table['f_last'] == 1
     np.testing.assert_array_equal(has_head, last_f.any(axis=1))
-    np.testing.assert_array_equal(table['h_mb'][has_head], np.arange(16))
+    np.testing.assert_array_equal(table['head_mb'][has_head], np.arange(16))
     assert built.num_head_slots == (16 if name == 'gpipe' else 1)
     plain_head = table_lib.build(name, p, 16)
     assert plain_head.num_head_slots == 0
@@ -387,7 +387,7 @@ def test_validation_says_what_is_wrong():
   other = (slot + 1) % built.num_slots
   # Stage 1 keeps the inputs of microbatches 0 and 1 at once.
   first = int(built.table['f_slot'][1, 1])
-  entries = (('ra_right', (1, 1)), ('f_slot', (2, 1)), ('b_slot', (6, 1)))
+  entries = (('recv_act_right', (1, 1)), ('f_slot', (2, 1)), ('b_slot', (6, 1)))
   for changes, message in (
     ([('b_chunk', (6, 0), -1)], 'B of stage 0, microbatch 0, is in no tick'),
     (
@@ -405,7 +405,7 @@ def test_validation_says_what_is_wrong():
     ([('f_chunk', (0, 0), 1)], 'tick 0, device 0: F of chunk 1 of 1'),
     ([('f_mb', (0, 0), 8)], 'tick 0, device 0: F of microbatch 8 of 8'),
     (
-      [('ra_right', (1, 1), other)],
+      [('recv_act_right', (1, 1), other)],
       f'tick 1: act for stage 1, microbatch 1: is stored in slot {other}, but '
       f'f_slot of tick 2 is {slot}',
     ),
@@ -420,12 +420,13 @@ def test_validation_says_what_is_wrong():
       f'{first}, which is read until tick 5',
     ),
     (
-      [('rg_left', (4, 2), -1)],
-      'tick 4: grad for stage 2, microbatch 0: rg_left is -1, of 1 slots',
+      [('recv_grad_left', (4, 2), -1)],
+      'tick 4: grad for stage 2, microbatch 0: '
+      'recv_grad_left is -1, of 1 slots',
     ),
     (
-      [('ra_left', (3, 2), 0)],
-      'tick 3, device 2: ra_left is 0, must be -1',
+      [('recv_act_left', (3, 2), 0)],
+      'tick 3, device 2: recv_act_left is 0, must be -1',
     ),
     ([('f_first', (0, 0), 0)], 'f_first is 0, must be 1'),
   ):
@@ -444,8 +445,8 @@ def test_validation_of_sizes():
   ):
     with pytest.raises(AssertionError, match=message):
       table_lib.validate(damaged(built, **fields))
-  fewer = {k: v for k, v in built.table.items() if k != 'ra_self'}
-  with pytest.raises((AssertionError, KeyError), match='ra_self'):
+  fewer = {k: v for k, v in built.table.items() if k != 'recv_act_self'}
+  with pytest.raises((AssertionError, KeyError), match='recv_act_self'):
     table_lib.validate(dataclasses.replace(built, table=fewer))
 
 

@@ -28,7 +28,7 @@ def place(generation, *extents, cores=1):
   """A torus, and the numbers of its devices, which are in order."""
   places = np.array([at for at in np.ndindex(*extents) for _ in range(cores)])
   numbers = np.arange(len(places)).reshape(*extents, cores)
-  return ici.of(places, chips.CHIPS[generation]), numbers
+  return ici.make_torus(places, chips.CHIPS[generation]), numbers
 
 
 def rows(numbers):
@@ -45,7 +45,7 @@ def test_rings_are_what_wraps():
   assert place('v5p', 4, 4, 8)[0].rings == (True, True, True)
   assert place('v5p', 2, 4, 4)[0].rings == (False, False, False)
   assert place('v5e', 16, 8, 1)[0].rings == (True, False, False)
-  assert place('tpu7x', 4, 4, 4, cores=2)[0].sharing == 2
+  assert place('tpu7x', 4, 4, 4, cores=2)[0].devices_per_chip == 2
 
 
 def test_the_span_of_a_group():
@@ -66,7 +66,7 @@ def test_gathering_uses_every_link_of_the_group():
   at, numbers = place('v5p', 4, 4, 4)
 
   def seconds(at, groups):
-    return ici.gather(at, groups, BYTES).seconds / MEGA
+    return ici.all_gather(at, groups, BYTES).seconds / MEGA
 
   assert seconds(at, numbers.reshape(16, 4)) == pytest.approx(3 / 4 / 2)
   assert seconds(at, numbers.reshape(4, 16)) == pytest.approx(15 / 16 / 4)
@@ -79,34 +79,36 @@ def test_gathering_uses_every_link_of_the_group():
   assert seconds(line, numbers.reshape(2, 2)) == pytest.approx(1 / 2)
   assert seconds(line, numbers.reshape(1, 4)) == pytest.approx(3 / 4 / 2)
   # Three chips in an L pass thirds on, twice; 3 to 0 crosses what 0 to 1 does.
-  bent = ici.gather(line, np.array([[0, 1, 3]]), BYTES)
+  bent = ici.all_gather(line, np.array([[0, 1, 3]]), BYTES)
   assert bent.seconds / MEGA == pytest.approx(2 / 3)
 
 
 def test_devices_of_a_chip_share_its_links():
   at, numbers = place('tpu7x', 4, 4, 4, cores=2)
   chip = numbers.reshape(64, 2)
-  assert ici.gather(at, chip, BYTES) == ici.Use(0, frozenset())
-  both = ici.gather(at, numbers.reshape(16, 8), BYTES)
+  assert ici.all_gather(at, chip, BYTES) == ici.LinkUse(0, frozenset())
+  both = ici.all_gather(at, numbers.reshape(16, 8), BYTES)
   assert both.seconds / MEGA == pytest.approx(3 / 4 / 2)
   each = rows(numbers.transpose(0, 1, 3, 2))
-  assert ici.gather(at, each, BYTES).seconds == pytest.approx(2 * both.seconds)
-  assert ici.send(at, shifts(each, 1), BYTES).seconds / MEGA == (
+  assert ici.all_gather(at, each, BYTES).seconds == pytest.approx(
+    2 * both.seconds
+  )
+  assert ici.permute(at, shifts(each, 1), BYTES).seconds / MEGA == (
     pytest.approx(2)
   )
-  assert ici.send(at, chip, BYTES).seconds == 0
+  assert ici.permute(at, chip, BYTES).seconds == 0
 
 
 def test_messages_share_the_links_on_their_way():
   at, numbers = place('v5p', 4, 4, 4)
   row = rows(numbers[..., 0])
   for hops, seconds, link in ((1, 1, (2, 0)), (2, 2, (2, 0)), (3, 1, (2, 1))):
-    use = ici.send(at, shifts(row, hops), BYTES)
+    use = ici.permute(at, shifts(row, hops), BYTES)
     assert use.seconds / MEGA == pytest.approx(seconds)
     assert use.links == {link}
   # The way back of a line is free for the one that closes it.
   line, numbers = place('v5e', 4, 4, 1)
-  use = ici.send(line, shifts(numbers[:, :, 0, 0], 1), BYTES / 2)
+  use = ici.permute(line, shifts(numbers[:, :, 0, 0], 1), BYTES / 2)
   assert use.seconds / MEGA == pytest.approx(1)
   assert use.links == {(1, 0), (1, 1)}
 
@@ -114,14 +116,14 @@ def test_messages_share_the_links_on_their_way():
 @pytest.mark.parametrize('size', [4, 8, 16])
 def test_an_exchange_on_rings_and_lines(size):
   ring, numbers = place('v5p', 4, 4, size)
-  use = ici.exchange(ring, rows(numbers[..., 0]), BYTES)
+  use = ici.all_to_all(ring, rows(numbers[..., 0]), BYTES)
   assert use.seconds / MEGA == pytest.approx(size / 8)
   assert use.links == {(2, 0), (2, 1)}
   # Of two dimensions the longer one.
-  plane = ici.exchange(ring, numbers.reshape(4, 4 * size), BYTES)
+  plane = ici.all_to_all(ring, numbers.reshape(4, 4 * size), BYTES)
   assert plane.seconds / MEGA == pytest.approx(size / 8)
   line, numbers = place('v5p', 2, 2, size)
-  use = ici.exchange(line, rows(numbers[..., 0]), BYTES)
+  use = ici.all_to_all(line, rows(numbers[..., 0]), BYTES)
   assert use.seconds / MEGA == pytest.approx(size / 4)
 
 
@@ -195,7 +197,7 @@ def read(mesh, entry, *computations):
   cost = hlo.cost(module, (V5P.flops, V5P.bandwidth))
   compute = cost.cycles / V5P.clock + cost.kernel_seconds
   assert collectives.step_seconds(module, mesh, V5P) == pytest.approx(
-    compute + collectives.uncovered_seconds(found)
+    compute + collectives.exposed_seconds(found)
   )
   return found
 
@@ -256,13 +258,13 @@ def test_a_collective_of_each_kind(
     f'ROOT %done = {SHAPE} call-done(%u)',
   ]
   sparse = computation('sparse', f'ROOT %i = {SHAPE} {kind}(%p), {rest}')
-  for entry, covered in ((alone, 0), (split, 2), (called, 2)):
+  for entry, overlapped in ((alone, 0), (split, 2), (called, 2)):
     (one,) = read(mesh, entry, FUSED, sparse)
     assert (one.name, one.kind, one.axes) == ('c', kind, axes)
     assert one.bytes == pytest.approx(sent * BYTES)
     assert one.times == 1
     assert one.seconds / MEGA == pytest.approx(microseconds)
-    assert one.covered / MEGA == pytest.approx(covered)
+    assert one.overlapped / MEGA == pytest.approx(overlapped)
 
 
 def test_a_ragged_exchange_fills_the_smaller_side(mesh):
@@ -303,7 +305,7 @@ def test_a_fused_reduction_and_slice_is_a_reduce_scatter(mesh):
     ],
     body,
   )
-  assert (one.name, one.kind, one.covered) == ('f', 'reduce-scatter', 0)
+  assert (one.name, one.kind, one.overlapped) == ('f', 'reduce-scatter', 0)
   assert one.seconds / MEGA == pytest.approx(3 / 4 / 2)
 
 
@@ -349,7 +351,7 @@ def test_a_collective_in_steps_of_fusions(mesh):
   )
   assert [one.name for one in found] == ['s1', 's2']
   # The second needs 1.5 of its 4.
-  assert [one.covered / MEGA for one in found] == pytest.approx([2 + 2.5, 4])
+  assert [one.overlapped / MEGA for one in found] == pytest.approx([2 + 2.5, 4])
 
 
 LOOP = (
@@ -395,9 +397,9 @@ def test_loops_and_conditionals(mesh):
   )
   permute, gather = found
   assert (permute.name, permute.times) == ('s', 1)
-  assert permute.covered / MEGA == pytest.approx(49 * 3)
-  assert (gather.name, gather.times, gather.covered) == ('g', 49, 0)
-  assert collectives.uncovered_seconds(found) / MEGA == pytest.approx(49 * 3.75)
+  assert permute.overlapped / MEGA == pytest.approx(49 * 3)
+  assert (gather.name, gather.times, gather.overlapped) == ('g', 49, 0)
+  assert collectives.exposed_seconds(found) / MEGA == pytest.approx(49 * 3.75)
 
 
 def test_kernels_cover(mesh):
@@ -411,7 +413,7 @@ def test_kernels_cover(mesh):
       f'%d = {SHAPE} collective-permute-done(%s)',
     ],
   )
-  assert one.covered / MEGA == pytest.approx(2)
+  assert one.overlapped / MEGA == pytest.approx(2)
 
 
 def two_in_flight(second, *order):
@@ -431,7 +433,7 @@ def test_transfers_over_the_same_links_share_what_covers_them(mesh):
   """The gather needs 1.5 of the ring that the permute needs 1 of."""
   same = f'({SHAPE}, {SHAPE}) all-gather-start(%x), {PIPE}'
   other = f'({SHAPE}, {SHAPE}) all-gather-start(%x), {DATA}'
-  for second, order, covered in (
+  for second, order, overlapped in (
     # Awaited first, the permute has all, and leaves 0.5 and 1.
     (same, ('s1', 's2', 'a', 'd1', 'b', 'd2'), (1.5, 0.5 + 1)),
     # The gather takes 1.5, and leaves 1.
@@ -443,8 +445,8 @@ def test_transfers_over_the_same_links_share_what_covers_them(mesh):
     (other, ('s1', 's2', 'a', 'd2', 'b', 'd1'), (2.5, 1.5)),
   ):
     found = read(mesh, two_in_flight(second, *order), FUSED)
-    cover = {one.name: one.covered / MEGA for one in found}
-    assert (cover['s1'], cover['s2']) == pytest.approx(covered)
+    cover = {one.name: one.overlapped / MEGA for one in found}
+    assert (cover['s1'], cover['s2']) == pytest.approx(overlapped)
 
 
 def test_transfers_inside_of_a_loop_come_first(mesh):
@@ -465,14 +467,14 @@ def test_transfers_inside_of_a_loop_come_first(mesh):
     LOOP,
     body,
   )
-  assert inside.covered / MEGA == pytest.approx(2)
-  assert outside.covered / MEGA == pytest.approx(7 * (2 - 0.5))
+  assert inside.overlapped / MEGA == pytest.approx(2)
+  assert outside.overlapped / MEGA == pytest.approx(7 * (2 - 0.5))
 
 
 def test_totals_by_axis():
-  def one(kind, axes, times, covered):
+  def one(kind, axes, times, overlapped):
     return collectives.Collective(
-      'c', kind, axes, 100.0, times, 3.0, covered, frozenset()
+      'c', kind, axes, 100.0, times, 3.0, overlapped, frozenset()
     )
 
   found = [
@@ -488,7 +490,7 @@ def test_totals_by_axis():
     },
     ('data', 'pipe'): {'all-gather': collectives.Total(1, 100.0, 3.0, 3.0)},
   }
-  assert collectives.uncovered_seconds(found) == 4 + 0 + 3 + 3
+  assert collectives.exposed_seconds(found) == 4 + 0 + 3 + 3
 
 
 def test_a_real_schedule():
@@ -535,11 +537,11 @@ def test_a_real_schedule():
   gathered = totals['data',]['all-gather']
   assert gathered.seconds == pytest.approx(trips * matrix / 2 / V5P.link)
   # By default TPU compilers hide permutes, and no gather on a v5p.
-  assert gathered.uncovered == gathered.seconds
-  assert handed.uncovered < 0.9 * handed.seconds
+  assert gathered.exposed == gathered.seconds
+  assert handed.exposed < 0.9 * handed.seconds
   (permute,) = (one for one in found if one.kind == 'collective-permute')
   compute = hlo.cost(module).cycles / V5P.clock
-  assert 0 < permute.covered < compute / trips
+  assert 0 < permute.overlapped < compute / trips
   assert collectives.step_seconds(module, mesh, V5P) == pytest.approx(
-    compute + gathered.uncovered + handed.uncovered
+    compute + gathered.exposed + handed.exposed
   )

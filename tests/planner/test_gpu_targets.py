@@ -30,7 +30,7 @@ def test_the_gpus_of_a_machine():
     assert devices[0].device_kind == gpu_targets.GPUS['h100'].kind
     return
   with pytest.raises(ValueError, match=r"h100:8.*'jax\[cuda13\]'"):
-    plan.make(config.Config(), 'h100:8')
+    plan.plan_step(config.Config(), 'h100:8')
 
 
 @pytest.mark.parametrize('name', gpu_targets.GPUS)

@@ -37,7 +37,7 @@ TINY = config.Config(
 @pytest.fixture(scope='module')
 def sliced():
   with jax.numpy_dtype_promotion('standard'):  # for optax
-    return plan.make(TINY, 'v5e:2x2')
+    return plan.plan_step(TINY, 'v5e:2x2')
 
 
 def test_a_tpu_slice(sliced):
@@ -54,11 +54,11 @@ def test_a_tpu_slice(sliced):
   assert sliced['bubble'] == 0
   assert 1e-5 < sliced['compute_seconds'] < sliced['step_seconds'] < 1
   assert sliced['bytes_moved'] > 12 * sliced['total_params'] / 4
-  assert 0 < sliced['uncovered_comm_share'] < 1
+  assert 0 < sliced['exposed_comm_fraction'] < 1
   # Matrices are put together block by block, forward and backward.
   gathers = sliced['collectives']['data']['all-gather']
   assert gathers['count'] >= 8
-  assert gathers['uncovered'] <= gathers['seconds']
+  assert gathers['exposed'] <= gathers['seconds']
   assert sliced['mfu'] == pytest.approx(
     sliced['tokens_per_second'] * sliced['flops_per_token'] / (4 * 197e12)
   )
@@ -70,7 +70,7 @@ def test_a_tpu_slice(sliced):
 
 def test_loops_count_in_full(sliced):
   """Twice the blocks in the same loops: XLA's total stays, ours grows."""
-  deeper = plan.make(
+  deeper = plan.plan_step(
     dataclasses.replace(
       TINY, model=dataclasses.replace(TINY.model, num_blocks=8)
     ),
@@ -81,7 +81,7 @@ def test_loops_count_in_full(sliced):
 
 
 def test_the_cpu_is_a_topology():
-  result = plan.make(TINY, 'cpu')
+  result = plan.plan_step(TINY, 'cpu')
   assert result['step_seconds'] is None
   assert result['bytes_per_device'] > 0
   assert 'seconds a step' not in plan_table.table(result)
@@ -94,7 +94,7 @@ def test_what_does_not_fit_says_by_how_much():
     model=dataclasses.replace(TINY.model, vocab_size=2**20),
     data=dataclasses.replace(TINY.data, batch_size=64, seq_len=512),
   )
-  result = plan.make(wide, 'v5e:2x2')
+  result = plan.plan_step(wide, 'v5e:2x2')
   assert not result['fits']
   assert result['bytes_per_device'] > result['hbm_bytes']
   assert 'too much' in plan_table.table(result)
@@ -133,9 +133,9 @@ def test_the_compiler_is_told_what_hides_transfers():
 
 def test_impossible_topologies():
   with pytest.raises(ValueError, match=r"'v5q:2x2'.*v5p:2x2x1"):
-    plan.make(TINY, 'v5q:2x2')
+    plan.plan_step(TINY, 'v5q:2x2')
   with pytest.raises(ValueError, match=r'num_devices=8.*4 tpu'):
-    plan.make(
+    plan.plan_step(
       dataclasses.replace(TINY, mesh=config.MeshConfig(num_devices=8)),
       'v5e:2x2',
     )

@@ -107,10 +107,10 @@ def test_the_launcher_leaves_no_one_behind(tmp_path):
 
 def test_one_process_agrees_with_itself():
   assert (multihost.index(), multihost.count()) == (0, 1)
-  assert multihost.gather('ä') == ['ä']
-  assert multihost.from_first({'a': [1, None]}) == {'a': [1, None]}
-  multihost.check_same({'a': 1})
-  with pytest.raises(OSError, match='full'), multihost.together():
+  assert multihost.all_gather_text('ä') == ['ä']
+  assert multihost.broadcast_from_first({'a': [1, None]}) == {'a': [1, None]}
+  multihost.assert_same({'a': 1})
+  with pytest.raises(OSError, match='full'), multihost.raise_together():
     raise OSError('full')
   assert not multihost.stopping(1)
 
@@ -118,12 +118,14 @@ def test_one_process_agrees_with_itself():
 def test_processes_that_differ_are_named(monkeypatch):
   """With what two others would have said."""
   said = ['{"seed": "0", "jax": "1"}', '{"seed": "0", "jax": "2"}']
-  monkeypatch.setattr(multihost, 'gather', lambda _: said)
-  with pytest.raises(multihost.Refused, match=r'jax is 1 .* 2 in process 1'):
-    multihost.check_same({})
-  monkeypatch.setattr(multihost, 'gather', lambda _: ['', ' no such file'])
+  monkeypatch.setattr(multihost, 'all_gather_text', lambda _: said)
+  with pytest.raises(multihost.RunRefused, match=r'jax is 1 .* 2 in process 1'):
+    multihost.assert_same({})
+  monkeypatch.setattr(
+    multihost, 'all_gather_text', lambda _: ['', ' no such file']
+  )
   with (
-    pytest.raises(multihost.Refused, match=r'process 1 .*no such file'),
-    multihost.together(),
+    pytest.raises(multihost.RunRefused, match=r'process 1 .*no such file'),
+    multihost.raise_together(),
   ):
     pass

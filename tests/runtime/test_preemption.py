@@ -15,7 +15,7 @@ from mhc.runtime import preemption
 
 def test_a_signal_asks_and_a_second_one_ends(capfd):
   before = signal.getsignal(signal.SIGTERM)
-  with preemption.Interrupts() as asked:
+  with preemption.StopSignal() as asked:
     assert asked.stopping(3) is None
     os.kill(os.getpid(), signal.SIGTERM)
     stopped = asked.stopping(4)
@@ -25,13 +25,13 @@ def test_a_signal_asks_and_a_second_one_ends(capfd):
     assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
   assert signal.getsignal(signal.SIGTERM) == before
   assert 'a second signal ends at once' in capfd.readouterr().err
-  with preemption.Interrupts() as asked:
+  with preemption.StopSignal() as asked:
     os.kill(os.getpid(), signal.SIGINT)
     assert asked.stopping(1).status == 130
 
 
 def test_the_time_is_up():
-  with preemption.Interrupts(time.monotonic() + 0.05) as asked:
+  with preemption.StopSignal(time.monotonic() + 0.05) as asked:
     assert asked.stopping(1) is None
     time.sleep(0.06)
     assert str(asked.stopping(2)) == 'the time is up: saved after step 2'
@@ -57,7 +57,7 @@ def test_many_processes_hear_of_it_by_jax(monkeypatch, capfd):
   monkeypatch.setattr(multihost, 'count', lambda: 2)
   monkeypatch.setattr(multihost, 'stopping', lambda step: step == 5)
   monkeypatch.setattr(os, 'kill', lambda *what: told.append(what))
-  with preemption.Interrupts(time.monotonic() - 1) as asked:
+  with preemption.StopSignal(time.monotonic() - 1) as asked:
     assert asked.stopping(4) is None
     assert signal.getsignal(signal.SIGTERM) == before
     assert asked.stopping(5).step == 5

@@ -58,6 +58,7 @@ from mhc.config import dicts
 from mhc.data import batches as batches_lib
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import partition
 from mhc.runtime import cli
 from mhc.training import checkpoint
 from mhc.training import step
@@ -165,7 +166,7 @@ PLAUSIBLE = {
   'mesh.pipe': (1, 2, 3, 4, 8),
   'mesh.expert': (1, 2, 3, 4),
   'mesh.chunks': (2, 3, 4),
-  'mesh.parts': (1, 2, 4),
+  'mesh.num_sub_batches': (1, 2, 4),
   'guards.spike_window': (16, 64),
   'guards.rollback_rate': (0.5, 1.0),
   'checkpoint_every': (0, 10, 20),
@@ -173,7 +174,8 @@ PLAUSIBLE = {
 }
 # What is changed together.
 GROUPS = (
-  'model.moe mesh.expert mesh.num_devices mesh.parts model.num_blocks '
+  'model.moe mesh.expert mesh.num_devices mesh.num_sub_batches '
+  'model.num_blocks '
   'data.batch_size data.microbatch_size',
   'mesh model.num_blocks data.batch_size data.microbatch_size '
   'model.moe.num_dense_blocks model.vocab_size',
@@ -471,12 +473,12 @@ class Runner:
       step._build.cache_clear()
       jax.clear_caches()
     with jax.transfer_guard('allow'):
-      tokens = mesh_lib.place(batch, mesh, mesh_lib.BATCH)
+      tokens = partition.put(batch, mesh, partition.BATCH)
       state = programs.init(config.seed)
-      jax.eval_shape(programs.row_nats, state, tokens)
-      row = mesh_lib.place(heldout[:1, :-1], mesh, mesh_lib.WHOLE)
+      jax.eval_shape(programs.token_losses, state, tokens)
+      row = partition.put(heldout[:1, :-1], mesh, partition.REPLICATED)
       jax.eval_shape(programs.probe, state, row)
-      state, metrics = programs.train_step(state, tokens, programs.controls())
+      state, metrics = programs.train(state, tokens, programs.inputs())
       loss = float(metrics['loss/train'])
     assert np.isfinite(loss), f'the first loss is {loss}'
     if not _is_wild(config):

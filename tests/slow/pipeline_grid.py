@@ -34,6 +34,7 @@ if __name__ == '__main__' and '--x64' in sys.argv:
 
 from mhc import config as config_lib
 from mhc.parallel import mesh as mesh_lib
+from mhc.training import state as state_lib
 from mhc.training import step
 
 ROWS, TIME = 16, 6
@@ -112,7 +113,7 @@ def config(
       expert=expert,
       schedule=case.schedule,
       head=case.head,
-      parts=case.parts,
+      num_sub_batches=case.num_sub_batches,
     ),
   )
 
@@ -144,7 +145,7 @@ def gradient(settings: config_lib.Config) -> dict:
 
   @jax.jit
   def run(params, bias, tokens):
-    state = step.TrainState(0, params, (), bias)
+    state = state_lib.TrainState(0, params, (), bias)
     state = functions.place(state)
     loss, grads, load = functions.loss_and_grads(
       state.params, state.router_bias, tokens

@@ -22,7 +22,7 @@ import pytest
 from mhc import config as config_lib
 from mhc.training import checkpoint
 from mhc.training import checksum
-from mhc.training import step
+from mhc.training import state as state_lib
 from mhc.training import workdir as workdir_lib
 
 CONFIG = config_lib.Config(keep_checkpoints=2, checkpoint_every=4, keep_every=8)
@@ -32,7 +32,9 @@ def state(number, size=300):
   """Some numbers in the place of a trained state."""
   rng = np.random.default_rng(number)
   w = jnp.asarray(rng.normal(size=(size, 4)), jnp.float32)
-  return step.TrainState(jnp.int32(number), {'a': {'w': w}}, (w * 2,), None)
+  return state_lib.TrainState(
+    jnp.int32(number), {'a': {'w': w}}, (w * 2,), None
+  )
 
 
 def abstract(like=None):
@@ -51,7 +53,7 @@ def equal(a, b):
 
 @pytest.fixture
 def workdir(tmp_path):
-  workdir_lib.claim(tmp_path / 'run', CONFIG)
+  workdir_lib.initialize(tmp_path / 'run', CONFIG)
   return tmp_path / 'run'
 
 
@@ -59,7 +61,7 @@ def workdir(tmp_path):
 def saved(tmp_path_factory):
   """A run with states after 8, 16 and 20 updates."""
   workdir = tmp_path_factory.mktemp('saved') / 'run'
-  workdir_lib.claim(workdir, CONFIG)
+  workdir_lib.initialize(workdir, CONFIG)
   with checkpoint.Checkpoints(workdir, CONFIG) as checkpoints:
     for number in (4, 8, 12, 16, 20):
       checkpoints.save(state(number), {'data': {'next': number}, 'x': 0.1})
@@ -324,7 +326,7 @@ def test_a_folder_that_takes_nothing_leaves_no_thread_waiting():
   heard = []
   with tempfile.TemporaryDirectory() as folder_of_nobody:
     workdir = pathlib.Path(folder_of_nobody) / 'run'
-    workdir_lib.claim(workdir, CONFIG)
+    workdir_lib.initialize(workdir, CONFIG)
     with checkpoint.Checkpoints(
       workdir, CONFIG, failed=lambda *what: heard.append(what)
     ) as checkpoints:
@@ -359,24 +361,26 @@ def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
 def test_fingerprints_do_not_depend_on_the_mesh():
   x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
   mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ('a', 'b'))
-  want = checksum.of({'x': jnp.asarray(x)})
+  want = checksum.tree_checksums({'x': jnp.asarray(x)})
   assert want.keys() == {'x'}
   for spec in (P('a', 'b'), P('b'), P(None, 'a'), P()):
     spread = jax.device_put(x, NamedSharding(mesh, spec))
-    assert checksum.of({'x': spread}) == want
+    assert checksum.tree_checksums({'x': spread}) == want
 
 
 def test_fingerprints_see_every_bit_and_place():
   x = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
-  seen = {checksum.of([jnp.asarray(x)])['0']}
+  seen = {checksum.tree_checksums([jnp.asarray(x)])['0']}
   for bit in range(32):
     bits = x.copy().view(np.uint32)
     bits[3, 2] ^= np.uint32(1) << np.uint32(bit)
-    seen.add(checksum.of([jnp.asarray(bits.view(np.float32))])['0'])
-  seen |= {checksum.of([jnp.asarray(y)])['0'] for y in (x[::-1], x.T, -x)}
+    seen.add(checksum.tree_checksums([jnp.asarray(bits.view(np.float32))])['0'])
+  seen |= {
+    checksum.tree_checksums([jnp.asarray(y)])['0'] for y in (x[::-1], x.T, -x)
+  }
   assert len(seen) == 36
   kinds = (jnp.int8, jnp.int32, jnp.bool_, jnp.bfloat16, jnp.float32)
-  ones = [checksum.of([jnp.ones(3, kind)])['0'] for kind in kinds]
+  ones = [checksum.tree_checksums([jnp.ones(3, kind)])['0'] for kind in kinds]
   # Types are compared by name; of these the first three have the same bits.
   assert len(set(ones)) == 3
 

@@ -81,7 +81,9 @@ def test_the_nucleus():
   logits = jnp.broadcast_to(jnp.log(probabilities), (4000, 4))
 
   def shares(temperature, top_p):
-    drawn = generate_lib.choose(logits, jax.random.key(0), temperature, top_p)
+    drawn = generate_lib.sample_token(
+      logits, jax.random.key(0), temperature, top_p
+    )
     return np.bincount(drawn, minlength=4) / 4000
 
   np.testing.assert_allclose(shares(1.0, 1.0), probabilities, atol=0.03)
@@ -144,5 +146,5 @@ def test_serving_drops_nothing_and_ranks_by_affinity():
     SMALL,
     moe=dataclasses.replace(EXPERTS, dispatch='capacity', router='sinkhorn'),
   )
-  served = generate_lib.serving(settings).moe
+  served = generate_lib.inference_config(settings).moe
   assert (served.dispatch, served.router) == ('dropless', 'bias')

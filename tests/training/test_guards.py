@@ -13,7 +13,7 @@ import pytest
 from mhc import config as config_lib
 from mhc.config import dicts
 from mhc.data import batches
-from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import partition
 from mhc.runtime import files
 from mhc.training import guards
 from mhc.training import loop
@@ -94,7 +94,7 @@ def test_too_many_skips_end_the_run():
     values['optimizer/skipped'] = 1.0
     events += guard.step(number, guard.loss_limit(), values)
   assert [(e.step, e.guard) for e in events] == [(1, 'nonfinite'), (3, 'skips')]
-  assert guards.strongest(events) == 'stop'
+  assert guards.most_severe(events) == 'stop'
 
 
 def profile(gain=1.0, cosine=0.5, growth=2.0, residual=0.0):
@@ -121,7 +121,7 @@ def test_what_a_probe_tells():
   wrong = profile(gain=11.0, growth=2e3, residual=2.0, cosine=0.9999)
   events = guard.probe(30, wrong)
   assert {e.guard for e in events} == {'gain', 'streams', 'sinkhorn'}
-  assert guards.strongest(events) == 'stop'
+  assert guards.most_severe(events) == 'stop'
   gains = guard.probe(35, profile(gain=math.nan))
   assert gains == []  # the same trouble, still
   assert 'composite gain is 11 (bound 10)' in str(events[0])
@@ -209,13 +209,13 @@ def test_a_step_is_skipped_on_the_device(text):
       batches.load(text), config.data, 0, config.model.vocab_size
     )
   )
-  tokens = mesh_lib.place(batch, programs.mesh, mesh_lib.BATCH)
+  tokens = partition.put(batch, programs.mesh, partition.BATCH)
   for factor, limit in ((math.nan, math.inf), (1.0, 1.0)):
     state = programs.init(0)
     state.params['norm']['gain'] *= factor
     before = jax.device_get(state)
-    new, metrics = programs.train_step(
-      state, tokens, programs.controls(loss_limit=limit)
+    new, metrics = programs.train(
+      state, tokens, programs.inputs(loss_limit=limit)
     )
     assert metrics['optimizer/skipped'] == 1
     assert new.step == 1
@@ -225,9 +225,7 @@ def test_a_step_is_skipped_on_the_device(text):
       strict=True,
     ):
       np.testing.assert_array_equal(a, b)
-  newer, metrics = programs.train_step(
-    programs.init(0), tokens, programs.controls()
-  )
+  newer, metrics = programs.train(programs.init(0), tokens, programs.inputs())
   assert metrics['optimizer/skipped'] == 0
   assert newer.params['norm']['gain'][0] != before.params['norm']['gain'][0]
 

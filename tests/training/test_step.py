@@ -10,10 +10,13 @@ import numpy as np
 import optax
 import pytest
 
+from mhc import axes
 from mhc import config
+from mhc.model import parameters
 from mhc.parallel import loss
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import partition
 from mhc.training import step
 
 pytestmark = [
@@ -33,7 +36,7 @@ TINY = config.Config(
 
 def batch(programs, seed=0):
   tokens = np.random.default_rng(seed).integers(0, 256, (8, 13), np.int32)
-  return mesh_lib.place(tokens, programs.mesh, mesh_lib.BATCH)
+  return partition.put(tokens, programs.mesh, partition.BATCH)
 
 
 def trained(num_devices, kind):
@@ -48,11 +51,11 @@ def trained(num_devices, kind):
   state = programs.init(0)
   metrics = []
   for seed in range(3):
-    state, values = programs.train_step(
-      state, batch(programs, seed), programs.controls()
+    state, values = programs.train(
+      state, batch(programs, seed), programs.inputs()
     )
     metrics.append(jax.device_get(values))
-  nats = programs.row_nats(state, batch(programs))
+  nats = programs.token_losses(state, batch(programs))
   return jax.device_get(state), metrics, np.asarray(nats)
 
 
@@ -93,8 +96,8 @@ def test_experts_over_devices():
     assert gate.addressable_shards[0].data.shape[1] == 4 // shards
     metrics = []
     for seed in range(3):
-      state, values = programs.train_step(
-        state, batch(programs, seed), programs.controls()
+      state, values = programs.train(
+        state, batch(programs, seed), programs.inputs()
       )
       metrics.append(values)
     states.append(jax.device_get(state))
@@ -128,9 +131,9 @@ def test_matrices_and_their_moments_are_split_over_data():
   )
   state = step.build(settings).abstract_state
   whole = {
-    mesh_lib.names(path)[-1]
+    parameters.path_names(path)[-1]
     for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    if mesh_lib.DATA not in leaf.sharding.spec
+    if axes.DATA not in leaf.sharding.spec
   }
   # With Adam's count and the two counters of steps.
   assert whole == {'alpha', 'bias', 'gain', 'count', 'step', 'router_bias'}
@@ -155,9 +158,9 @@ def test_loss_and_gradient_are_those_of_the_network_alone():
     return nats.mean(), nats.sum(axis=1)
 
   (mean, rows), grads = alone(whole)
-  scored = programs.row_nats(state, tokens)
+  scored = programs.token_losses(state, tokens)
   np.testing.assert_allclose(scored, rows, rtol=1e-5)
-  _, metrics = programs.train_step(state, tokens, programs.controls())
+  _, metrics = programs.train(state, tokens, programs.inputs())
   np.testing.assert_allclose(metrics['loss/train'], mean, rtol=1e-5)
   np.testing.assert_allclose(
     metrics['grad/global_norm'], optax.tree.norm(grads), rtol=1e-4

@@ -1,0 +1,117 @@
+"""A device's rows through the whole network, microbatch by microbatch.
+
+Each block's matrices are put together when the network comes to it (`fsdp`).
+The functions are described in `loss`.
+"""
+
+import functools
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from mhc import axes
+from mhc.axes import AXES, DATA, PIPE
+from mhc.parallel import fsdp
+from mhc.parallel import loss
+from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import partition
+
+
+def loss_and_grads(p, params, router_bias, tokens):
+  params, router_bias, tokens = axes.cast_varying_everywhere(
+    (params, router_bias, tokens)
+  )
+  gradient = jax.grad(functools.partial(_objective, p), has_aux=True)
+  microbatches = mesh_lib.microbatches(tokens, p.config.data)
+  if len(microbatches) == 1:
+    total = gradient(params, router_bias, tokens)
+  else:
+
+    def add(total, part):
+      one = gradient(params, router_bias, part)
+      return jax.tree.map(jnp.add, total, one), None
+
+    zeros = jax.tree.map(
+      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+      jax.eval_shape(gradient, params, router_bias, microbatches[0]),
+    )
+    zeros = axes.cast_varying_everywhere(zeros)
+    total, _ = jax.lax.scan(add, zeros, microbatches)
+  grads, (nats, stats) = total
+  grads = jax.tree.map(fsdp.psum_replicated, grads, p.param_specs)
+  return loss.over_devices(p, nats, grads, stats)
+
+
+def token_losses(p, params, router_bias, tokens):
+  params, router_bias, tokens = axes.cast_varying_everywhere(
+    (params, router_bias, tokens)
+  )
+  score = functools.partial(_nats_of_rows, p, params, router_bias)
+  microbatches = mesh_lib.microbatches(tokens, p.config.data)
+  if len(microbatches) == 1:
+    nats = score(tokens)
+  else:
+    nats = jax.lax.map(score, microbatches).reshape(-1)
+  return loss.agreed(nats, (PIPE,))
+
+
+def stream_stats(p, params, router_bias, tokens):
+  params, router_bias, tokens = axes.cast_varying_everywhere(
+    (params, router_bias, tokens)
+  )
+  model, gather_block = _network(p, params)
+  found = model.stream_stats(tokens, router_bias, gather_block=gather_block)
+  return loss.agreed(found, AXES), None
+
+
+def _objective(p, params, router_bias, tokens):
+  """The sum over local tokens, and beside it nats and the experts' loads."""
+  model, gather_block = _network(p, params)
+  logits, stats = model.logits_and_stats(
+    tokens[:, :-1],
+    router_bias,
+    num_sub_batches=p.config.mesh.num_sub_batches,
+    gather_block=gather_block,
+  )
+  rows = loss.nats_of_rows(logits, tokens[:, 1:])
+  nats = total = jnp.sum(rows)
+  if stats is not None:
+    total += loss.balance_loss(
+      p.config.model, stats, rows.size, p.config.data.seq_len
+    )
+  return total, (nats, stats)
+
+
+def _nats_of_rows(p, params, router_bias, tokens):
+  model, gather_block = _network(p, params)
+  logits, _ = model.logits_and_stats(
+    tokens[:, :-1],
+    router_bias,
+    num_sub_batches=p.config.mesh.num_sub_batches,
+    gather_block=gather_block,
+  )
+  return loss.nats_of_rows(logits, tokens[:, 1:])
+
+
+def _network(p, params):
+  """The network, and how its blocks are put together."""
+  if jax.lax.axis_size(DATA) == 1:
+    return p.merge(params), None
+  stacks = {k: v for k, v in params.items() if k.endswith('_blocks')}
+  others = {k: v for k, v in params.items() if k not in stacks}
+  around = {k: p.param_specs[k] for k in others}
+  others = fsdp.gather(others, around, p.config.model.dtype)
+  return p.merge(stacks | others), functools.partial(_gather_block, p)
+
+
+def _gather_block(p, name, block):
+  graphdef, params = nnx.split(block)
+  # The scan over blocks has taken the first dimension away.
+  inner = jax.tree.map(
+    lambda spec: partition.PartitionSpec(*spec[1:]), p.param_specs[name]
+  )
+  params = fsdp.gather(
+    nnx.to_pure_dict(params), inner, p.config.model.dtype, above=(name,)
+  )
+  return nnx.merge(graphdef, nnx.State(params))

@@ -1,0 +1,75 @@
+"""The state of a run: what an update changes and a checkpoint holds."""
+
+from typing import Any, NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+import optax
+
+from mhc import config as config_lib
+from mhc.model import transformer
+from mhc.parallel import partition
+from mhc.parallel.placement import Params, Placement
+from mhc.training import optimizer as optimizer_lib
+
+
+class TrainState(NamedTuple):
+  """Blocks lie in the order of the pipeline while it trains, by depth saved."""
+
+  step: jax.Array  # int32 [], updates done
+  params: Params
+  opt_state: optax.OptState
+  router_bias: jax.Array | None  # float32 [l, e] of the l blocks with experts
+
+
+def init(config: config_lib.Config, seed: Any) -> TrainState:
+  """A fresh state, in order of depth."""
+  model = config.model
+  fresh = transformer.Transformer(model, rngs=nnx.Rngs(jax.random.key(seed)))
+  params = nnx.to_pure_dict(nnx.state(fresh))
+  optimizer = optimizer_lib.make(config.optimizer, config.num_steps)
+  router_bias = None
+  if model.num_moe_blocks:
+    router_bias = jnp.zeros((model.num_moe_blocks, model.moe.num_experts))
+  return TrainState(
+    jnp.zeros((), jnp.int32), params, optimizer.init(params), router_bias
+  )
+
+
+def abstract_model(
+  model: config_lib.ModelConfig, device: jax.Device | None = None
+) -> TrainState:
+  """Shapes of a state in order of depth without the optimiser's, on a device."""
+  sharding = SingleDeviceSharding(device or jax.devices()[0])
+  _, params = transformer.abstract(model)
+  state = TrainState(
+    jax.ShapeDtypeStruct((), jnp.int32),
+    params,
+    None,
+    transformer.abstract_router_bias(model),
+  )
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    state,
+  )
+
+
+def abstract_saved(p: Placement) -> TrainState:
+  """Shapes of a state in order of depth, with their shardings."""
+  shapes = jax.eval_shape(lambda: init(p.config, 0))
+  return partition.abstract(shapes, p.specs(shapes), p.mesh)
+
+
+def abstract_training(p: Placement) -> TrainState:
+  """Shapes of a state in the order of the pipeline, with their shardings."""
+  shapes = jax.eval_shape(lambda: p.to_pipeline_order(init(p.config, 0)))
+  return partition.abstract(shapes, p.specs(shapes), p.mesh)
+
+
+def shardings(state: TrainState) -> TrainState:
+  """The shardings of the leaves of an abstract state."""
+  return jax.tree.map(lambda leaf: leaf.sharding, state)
