@@ -21,7 +21,7 @@ from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
 from mhc.experiments import events as events_lib
 from mhc.runtime import files
-from mhc.training import run as run_lib
+from mhc.training import workdir as workdir_lib
 
 WINDOW = 25
 GRAD_SPIKE_FACTOR = 3.0

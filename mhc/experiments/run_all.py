@@ -41,7 +41,9 @@ def train_all(
   text = json.dumps(dicts.to_dict(comparison), indent=2) + '\n'
   files.replace(workdir / 'comparison.json', text)
 
-  todo = [name for name in runs if workdir_lib.read_summary(workdir / name) is None]
+  todo = [
+    name for name in runs if workdir_lib.read_summary(workdir / name) is None
+  ]
   print(f'{len(runs)} runs in {workdir}, {len(todo)} to do', flush=True)
   width = max(map(len, runs))
   for number, name in enumerate(todo, start=1):

@@ -89,7 +89,7 @@ def parse(
 ) -> Module:
   """Reads `compiled.as_text()`.
 
-  `frequencies` says how often a conditional takes its most expensive branch, and
+  `frequencies` says how often a conditional takes its most expensive branch and
   a loop its trips: by the `jax.named_scope` around it, 1 for others.
   """
   computations, entry, body = {}, '', []

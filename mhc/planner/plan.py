@@ -6,8 +6,8 @@ devices of this process, a TPU slice such as 'v5p:2x2x1' or 'v6e:4x4', or the
 GPUs of one machine such as 'h100:8'. Only TPU compilers say how long things
 take, so that for others a plan is about memory.
 
-`hlo` adds up what the compiled step computes and `collectives` what it sends. In
-a pipeline the devices wait for each other, so that a tick lasts as long as its
+`hlo` adds up what the compiled step computes, `collectives` what it sends. In a
+pipeline the devices wait for each other, so that a tick lasts as long as its
 longest stage; `executor.branch_frequencies` says how often there is one.
 """
 

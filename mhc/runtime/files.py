@@ -1,4 +1,4 @@
-"""The records of a run: JSON lines, files replaced in one piece, TensorBoard."""
+"""The records of a run: JSON lines, files replaced as a whole, TensorBoard."""
 
 from collections.abc import Mapping
 import contextlib

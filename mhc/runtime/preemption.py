@@ -30,7 +30,7 @@ class StopSignal:
     self._asked: signal.Signals | None = None
     self._before = {}
 
-  def __enter__(self) -> 'Interrupts':
+  def __enter__(self) -> 'StopSignal':
     if multihost.count() == 1:
       self._listen(signal.SIGTERM, signal.SIGINT)
     return self

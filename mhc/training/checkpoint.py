@@ -129,7 +129,7 @@ class Checkpoints:
     return sorted(self._manager.all_steps(), reverse=True)
 
   def save(self, state: state_lib.TrainState, extra: Mapping[str, Any]):
-    """Begins to save a state in order of depth, under the number of updates done.
+    """Begins to save a state in order of depth under its number of updates.
 
     What could not be written is said, to the user and to `failed`; the run goes
     on, and tries again when it saves the next time.
@@ -272,7 +272,9 @@ class Checkpoints:
     ours = _shapes(abstract)
     theirs = {name: known[:2] for name, known in record['arrays'].items()}
     if abstract.opt_state is None:
-      theirs = {n: v for n, v in theirs.items() if n.split('.')[0] != 'opt_state'}
+      theirs = {
+        n: v for n, v in theirs.items() if n.split('.')[0] != 'opt_state'
+      }
     for name in theirs | ours:
       if ours.get(name) != theirs.get(name):
         raise ValueError(

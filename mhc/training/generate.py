@@ -19,9 +19,7 @@ import numpy as np
 from mhc import config as config_lib
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.model import transformer
-from mhc.parallel import mesh as mesh_lib
 from mhc.training import checkpoint
-from mhc.training import step
 from mhc.training import workdir as workdir_lib
 
 

@@ -29,6 +29,7 @@ from mhc.training import checkpoint
 from mhc.training import evaluate
 from mhc.training import guards as guards_lib
 from mhc.training import step as step_lib
+from mhc.training import workdir as workdir_lib
 
 DUE = ('eval_every', 'probe_every', 'checkpoint_every')
 

@@ -15,6 +15,7 @@ from mhc.data import batches as batches_lib
 from mhc.model import recompute
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
+from mhc.parallel.placement import Placement
 from mhc.runtime import console
 from mhc.runtime import files
 from mhc.runtime import multihost
@@ -53,7 +54,7 @@ def train(
       corpus, config.data.seq_len, config.eval_sequences, vocab_size
     )
     mesh = mesh_lib.make_mesh(config.mesh, config.data)
-    placement.Placement(config, mesh)  # what its devices cannot do
+    Placement(config, mesh)  # checks that the devices can do it
     memory.check(config, mesh)
   multihost.assert_same(
     {'the text': corpus.sha256, 'jax': jax.__version__, **dicts.leaves(config)}

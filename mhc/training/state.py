@@ -41,7 +41,7 @@ def init(config: config_lib.Config, seed: Any) -> TrainState:
 def abstract_model(
   model: config_lib.ModelConfig, device: jax.Device | None = None
 ) -> TrainState:
-  """Shapes of a state in order of depth without the optimiser's, on a device."""
+  """Shapes of a state without the optimiser's, by depth, on one device."""
   sharding = SingleDeviceSharding(device or jax.devices()[0])
   _, params = transformer.abstract(model)
   state = TrainState(

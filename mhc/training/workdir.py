@@ -1,4 +1,4 @@
-"""The folder of a run, which is that run's alone: its files, and who reads them.
+"""The folder of a run, which is that run's alone.
 
     config.json         the settings; the latest of those that may change
     tokenizer.json      the vocabulary, if it is not bytes
@@ -21,8 +21,7 @@ import pathlib
 from typing import Any
 
 from mhc import config as config_lib
-from mhc.config import aliases
-from mhc.config import dicts
+from mhc.config import aliases, dicts
 from mhc.runtime import files
 
 CONFIG, SUMMARY, TOKENIZER = 'config.json', 'summary.json', 'tokenizer.json'

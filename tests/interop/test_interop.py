@@ -19,10 +19,11 @@ import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from mhc import config
-from mhc import hyper
+from mhc import connections
 from mhc import interop
 from mhc import streams
 from mhc.config import dicts
+from mhc.interop import names as names_lib
 from mhc.model import parameters
 from mhc.model import transformer
 from mhc.parallel import mesh as mesh_lib
@@ -133,7 +134,7 @@ def filled(module, params):
 
 
 def layer(n, params):
-  return filled(hyper.MHC(DIM, n, 0, sinkhorn_eps=EPS), params)
+  return filled(connections.MHC(DIM, n, 0, sinkhorn_eps=EPS), params)
 
 
 def close(got, want, atol=1e-5):
@@ -237,10 +238,10 @@ def test_single_pass_layers_are_those_of_deepseek_v4_1():
   want.append(np.sum(pre[..., None] * wide, axis=-2))
 
   weights = jnp.tile(jnp.eye(n)[:, :1], TOKENS)
-  got, state = [], hyper.Ahead(jnp.asarray(x), weights)
+  got, state = [], connections.StreamsWithPre(jnp.asarray(x), weights)
   for index, (t, f) in enumerate(zip(tensors, outputs, strict=True)):
-    connection = hyper.SinglePass(DIM, n, index, sinkhorn_eps=EPS)
-    filled(connection.inner, interop.connection_from_deepseek(t, n))
+    connection = connections.SinglePass(DIM, n, index, sinkhorn_eps=EPS)
+    filled(connection.next_mhc, interop.connection_from_deepseek(t, n))
     h, context = connection.pre(state)
     got.append(h)
     state = connection.post(jnp.asarray(f), context)
@@ -368,7 +369,7 @@ def test_other_tensors_are_refused():
   mean = with_kind(DENSE, 'mhc', collapse='mean')
   refused({}, 'hc_head_', 'no place', "collapse='mean'", model=mean)
   for kind in config.KINDS:
-    if kind not in interop.KINDS:
+    if kind not in names_lib.KINDS:
       other = with_kind(DENSE, kind, num_streams=2)
       refused({}, f'kind={kind!r} must be one of', model=other)
       with pytest.raises(ValueError, match=f"kind='{kind}' must be one of"):
@@ -387,7 +388,7 @@ def test_other_layers_are_refused():
   with pytest.raises(ValueError, match=r'fn, float32 .* is missing'):
     interop.connection_from_deepseek({'base': tensors['base']}, 4)
   for mixing in ('identity', 'permutations', 'kronecker', 'cayley'):
-    module = hyper.MHC(DIM, 4, 0, mixing=mixing)
+    module = connections.MHC(DIM, 4, 0, mixing=mixing)
     params = nnx.to_pure_dict(nnx.state(module))
     with pytest.raises(ValueError, match=r'fn is float32 .* must be'):
       interop.connection_to_deepseek(params, 4)

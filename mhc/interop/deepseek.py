@@ -1,0 +1,156 @@
+r"""The connections of DeepSeek-V4, exactly, both ways.
+
+For n streams of width d, DeepSeek-V4 has three float32 tensors a
+connection, with k = 2 n + n^2 numbers in the order [pre | post | comb]:
+
+    fn [k, n d],  base [k],  scale [3]
+
+    m = fn x / r * scale + base                r the root mean square of x
+    pre = sigmoid(m_pre) + eps,  post = 2 sigmoid(m_post)
+    comb = softmax of the rows of m_comb, + eps; columns normalised, then
+           (iterations - 1) times rows and columns
+    h = sum_j pre_j x_j,   y_i = post_i F(h) + sum_j comb_ji x_j
+
+y contracts the *first* index of comb: comb is the transpose of H_res, and what
+normalises its rows normalises the columns of Eq. 9. With T the transposition of
+the last n^2 entries as an n x n matrix,
+
+    fn = T phi^T,   base = T bias,   scale = alpha,
+
+exactly, both ways. With `sinkhorn_eps=1e-6` the layers are the same function
+but for the eps that DeepSeek adds to pre. A learned `Collapse` is its head,
+without comb: fn = phi^T [n, n d], base [n], scale [1]. Single-pass mHC
+(DeepSeek-V4.1) has the same tensors and no head.
+
+Names. Block l has hc_attn_* and hc_ffn_*:
+
+    layers.3.hc_attn_fn         hc_head_fn              DeepSeek
+    model.layers.3.attn_hc.fn   model.hc_head.hc_fn     transformers
+
+The former are of the code released with DeepSeek-V4, inference/model.py
+(`Block`, `Transformer`), with the formulas in its kernel.py
+(`hc_split_sinkhorn`); the latter of transformers, models/deepseek_v4, which its
+glm5_next takes over with a mean for the head. Files also mix them, as in
+model.layers.3.hc_attn_fn; all of these are read.
+"""
+
+from collections.abc import Mapping
+import re
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from mhc import config as config_lib
+from mhc.interop import names as names_lib
+from mhc.parallel.placement import Params
+
+NAMES = re.compile(
+  r'(model\.(language_model\.)?)?'
+  r'((?P<block>layers\.\d+\.)(hc_(?P<a>attn|ffn)_|(?P<b>attn|ffn)_hc\.)'
+  r'|hc_head(_|\.hc_))(?P<role>fn|base|scale)'
+)
+
+
+def connection_to_deepseek(
+  params: Mapping[str, Any], num_streams: int
+) -> dict[str, np.ndarray]:
+  """phi, alpha, bias of an `MHC` or a `Collapse` -> fn, base, scale.
+
+  Raises:
+    ValueError: H_res is not by Sinkhorn, or it is of other streams.
+  """
+  width, head = np.shape(params['phi'])[0], np.shape(params['alpha']) == (1,)
+  return names_lib.written(names_lib.triple(num_streams, width, head), params)
+
+
+def connection_from_deepseek(
+  tensors: Mapping[str, np.ndarray], num_streams: int
+) -> dict[str, np.ndarray]:
+  """fn, base, scale -> phi, alpha, bias of an `MHC` or, scale [1], `Collapse`.
+
+  Raises:
+    ValueError: one is missing or unknown, of another shape or not float32.
+  """
+  fn, scale = (np.shape(tensors.get(name, ())) for name in ('fn', 'scale'))
+  parts = names_lib.triple(num_streams, fn[-1] if fn else 0, head=scale == (1,))
+  names_lib.check(tensors, parts)
+  params = {}
+  for part in parts:
+    shape = part.shape[::-1] if part.transposed else part.shape
+    params[part.path[0]] = np.empty(shape, np.float32)
+    part.read(tensors[part.name], params[part.path[0]])
+  return params
+
+
+def to_deepseek(
+  params: Params,
+  config: config_lib.ModelConfig,
+  names: Literal['deepseek', 'transformers'] = 'deepseek',
+) -> dict[str, np.ndarray]:
+  """The connections of a model, and its head's if that is learned.
+
+  Raises:
+    ValueError: the model's kind of connection has no tensors there.
+  """
+  tensors = names_lib.written(_connections(config), params)
+  if names == 'deepseek':
+    return tensors
+  return {
+    'model.'
+    + re.sub('hc_(attn|ffn)_', r'\1_hc.', name).replace('head_', 'head.hc_'): t
+    for name, t in tensors.items()
+  }
+
+
+def from_deepseek(
+  tensors: Mapping[str, np.ndarray],
+  params: Params,
+  config: config_lib.ModelConfig,
+) -> Params:
+  """A model's parameters with the connections that `tensors` hold.
+
+  Args:
+    tensors: all of the model's connections, under any of the names above, and
+      nothing else; float32.
+    params: stays as it is; leaves other than the connections' are shared.
+    config: of the model.
+
+  Raises:
+    ValueError: a tensor is missing or unknown, of another shape or not float32,
+      or the model's kind of connection has no tensors there.
+  """
+  parts, found = _connections(config), {}
+  for name, tensor in tensors.items():
+    known = NAMES.fullmatch(name)
+    if known:
+      site = known['a'] or known['b'] or 'head'
+      name = f'{known["block"] or ""}hc_{site}_{known["role"]}'
+    if name in found:
+      raise ValueError(f'{name} is there twice, under two names')
+    found[name] = tensor
+  names_lib.check(found, parts, names_lib.describe(config))
+  abstract, params = (
+    names_lib.abstract(config),
+    jax.tree.map(lambda leaf: leaf, params),
+  )
+  for path in {part.path for part in parts}:
+    *above, last = path
+    names_lib.at(params, above)[last] = np.empty(
+      names_lib.at(abstract, path).shape, np.float32
+    )
+  for part in parts:
+    part.read(found[part.name], names_lib.at(params, part.path))
+  return params
+
+
+def _connections(config):
+  kind = config.connection.kind
+  if kind not in names_lib.KINDS:
+    raise ValueError(
+      f'connection.kind={kind!r} must be one of {names_lib.KINDS}: DeepSeek '
+      'has no tensors for others'
+    )
+  return [
+    part for part in names_lib.tensors(config) if NAMES.fullmatch(part.name)
+  ]

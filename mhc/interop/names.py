@@ -1,0 +1,163 @@
+"""The tensors of other code, and which part of our parameters each is.
+
+`parameters` says how a parameter is exported; here it becomes one tensor a
+block and expert, with name, shape and transposition. docs/interop.md lists
+them.
+"""
+
+from collections.abc import Iterable
+import functools
+import operator
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array
+import numpy as np
+
+from mhc import config as config_lib
+from mhc.model import parameters
+from mhc.model import transformer
+
+KINDS = ('mhc', 'mhc_single_pass')  # of which DeepSeek has tensors
+SITES = dict(attention_connection='attn', ffn_connection='ffn', collapse='head')
+
+
+class Tensor(NamedTuple):
+  """A tensor of other code, and the part of a leaf of our tree that it is."""
+
+  name: str
+  path: tuple[str, ...]  # of the leaf
+  index: tuple[int, ...]  # of the part in it: block, expert
+  shape: tuple[int, ...]  # of the tensor
+  transposed: bool = False  # the part is a matrix, the tensor its transpose
+  streams: int = 0  # n, where rows are [pre | post | comb]
+
+  def write(self, leaf: Array | np.ndarray) -> np.ndarray:
+    part = np.asarray(leaf)[self.index]
+    tensor = part.T if self.transposed else part
+    check({self.name: tensor}, [self])
+    # safetensors takes memory as it lies, whatever the strides say.
+    return np.ascontiguousarray(tensor[_comb_order(self.streams)])
+
+  def read(self, tensor: np.ndarray, leaf: np.ndarray):
+    tensor = tensor[_comb_order(self.streams)]
+    leaf[self.index] = tensor.T if self.transposed else tensor
+
+
+def abstract(config: config_lib.ModelConfig) -> dict:
+  """Shapes of the parameters and, as one of them, of the router's bias."""
+  _, tree = transformer.abstract(config)
+  bias = transformer.abstract_router_bias(config)
+  return tree if bias is None else tree | {'router_bias': bias}
+
+
+@functools.lru_cache(maxsize=8)
+def tensors(config: config_lib.ModelConfig) -> list[Tensor]:
+  """All tensors of a model, the blocks' in order of depth."""
+  num_dense = config.num_blocks - config.num_moe_blocks
+  first = {'dense_blocks': 0, 'moe_blocks': num_dense, 'router_bias': num_dense}
+  numbered = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(abstract(config)):
+    path = parameters.path_names(path)
+    if path[0] not in first:
+      numbered += [(-1, p) for p in _named(path, path, leaf.shape, config)]
+      continue
+    for row in range(leaf.shape[0]):
+      names, block = path[1:] or ('ffn', 'router', 'bias'), first[path[0]] + row
+      for part in _named(names, path, leaf.shape[1:], config):
+        name, index = f'layers.{block}.{part.name}', (row, *part.index)
+        numbered.append((block, part._replace(name=name, index=index)))
+  return [part for _, part in sorted(numbered, key=operator.itemgetter(0))]
+
+
+def _named(names, path, shape, config):
+  """The tensors of a leaf, or of one block's part of it."""
+  name, n = '.'.join(names), config.connection.streams
+  if path[0] == 'router_bias':
+    return [Tensor(name, path, (), shape)]
+  _, row = parameters.locate(path)
+  match row.export:
+    case 'deepseek' if (
+      names[0] == 'collapse' or config.connection.kind in KINDS
+    ):
+      site, role = names[0], names[-1]
+      by_role = {
+        t.path[0]: t for t in triple(n, n * config.dim, site == 'collapse')
+      }
+      name = f'hc_{SITES[site]}_{by_role[role].name}'
+      return [by_role[role]._replace(name=name, path=path)]
+    case 'experts':
+      name = name.replace('ffn', 'ffn.experts.{}') + '.weight'
+      return [
+        Tensor(name.format(expert), path, (expert,), shape[:0:-1], True)
+        for expert in range(shape[0])
+      ]
+    case 'transposed':
+      return [Tensor(name, path, (), shape[::-1], transposed=True)]
+    case 'weight':
+      return [Tensor('.'.join([*names[:-1], 'weight']), path, (), shape)]
+  return [Tensor(name, path, (), shape)]
+
+
+def triple(num_streams, width, head=False):
+  """fn, base, scale of streams that are `width` numbers together."""
+  streams = 0 if head else num_streams
+  k = num_streams if head else 2 * num_streams + num_streams**2
+  return [
+    Tensor('fn', ('phi',), (), (k, width), True, streams),
+    Tensor('base', ('bias',), (), (k,), False, streams),
+    Tensor('scale', ('alpha',), (), (1 if head else 3,)),
+  ]
+
+
+def _comb_order(num_streams):
+  """From [pre | post | res] to [pre | post | comb], and back."""
+  if not num_streams:
+    return slice(None)
+  n = num_streams
+  comb = np.arange(n * n).reshape(n, n).T.reshape(-1)
+  return np.concatenate([np.arange(2 * n), 2 * n + comb])
+
+
+def written(parts: Iterable[Tensor], tree) -> dict[str, np.ndarray]:
+  """The tensors by name, of our parameters."""
+  return {part.name: part.write(at(tree, part.path)) for part in parts}
+
+
+def check(found, parts, model=''):
+  """Checks that exactly these tensors are there; arrays, or of a file.
+
+  Raises:
+    ValueError: one is missing, unknown, of another shape or type.
+  """
+  wanted = {part.name: f'float32 {list(part.shape)}' for part in parts}
+  for name, tensor in found.items():
+    kind = _kind(tensor)
+    if name not in wanted:
+      raise ValueError(f'{name}, {kind}, has no place here{model}')
+    if kind != wanted[name]:
+      raise ValueError(f'{name} is {kind}, must be {wanted[name]}{model}')
+  for name, kind in wanted.items():
+    if name not in found:
+      raise ValueError(f'{name}, {kind}, is missing{model}')
+
+
+def _kind(tensor):
+  if isinstance(tensor, np.ndarray):
+    return f'{tensor.dtype.name} {list(tensor.shape)}'
+  dtype = tensor.get_dtype()  # as F32, BF16
+  return f'{dtype.replace("F32", "float32")} {list(tensor.get_shape())}'
+
+
+def describe(config: config_lib.ModelConfig) -> str:
+  """The sizes of a model, for messages about what does not fit it."""
+  c, width = config.connection, config.dim
+  return (
+    f': the model has {config.num_blocks} blocks, {c.streams} streams of width '
+    f'{width}, connection.kind={c.kind!r}, connection.collapse={c.collapse!r}'
+  )
+
+
+def at(tree, path):
+  """The leaf at a path of names."""
+  return functools.reduce(operator.getitem, path, tree)
