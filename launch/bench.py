@@ -45,10 +45,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mhc import config
-from mhc import connections
 from mhc import manifold
 from mhc.kernels import shapes
 from mhc.model import recompute
+from mhc.model import residual
 from mhc.parallel import memory
 from mhc.parallel import partition
 from mhc.planner import bundles
@@ -348,7 +348,7 @@ def _cases(tokens, n, widths, kinds) -> Iterator[tuple]:
     x = _normal(2, tokens, n, width)
     for kind in kinds:
       settings = config.ConnectionConfig(kind=kind, num_streams=n)
-      connection = connections.make(settings, width, 0, norm_eps=1e-20)
+      connection = residual.make_connection(settings, width, 0, norm_eps=1e-20)
       # Away from the initial zeros, which a compiler could see through.
       connection = jax.tree.map(
         lambda leaf: leaf + 0.01 * _normal(3, *leaf.shape), connection

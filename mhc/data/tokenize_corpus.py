@@ -11,7 +11,7 @@ from mhc.data import documents as documents_lib
 from mhc.data import token_dataset
 from mhc.data import token_file
 from mhc.data import tokenizer as tokenizer_lib
-from mhc.runtime import files as files_lib
+from mhc.runtime import console
 
 # Documents tokenised together, and enough of them to tell small corpora.
 BATCH = 512
@@ -41,7 +41,7 @@ def prepare(
   vocabulary = _vocabulary(files, total, tokenizer, on_damage)
   log = corruption.SkipLog(on_damage)
   tokens = token_dataset.Writer(out, vocabulary)
-  with files_lib.byte_bar(total, 'tokenise') as bar:
+  with console.byte_bar(total, 'tokenise') as bar:
     documents = _distinct(_read(files, bar.update, log))
     first = list(itertools.islice(documents, BATCH))
     if not first:
@@ -70,7 +70,7 @@ def prepare(
           if part:
             tokens.add(side, part)
   if log.count:
-    files_lib.note(log.summary())
+    console.print_line(log.summary())
   return tokens.close(path or "Python's standard library", log.count)
 
 
@@ -84,7 +84,7 @@ def _vocabulary(files, total, tokenizer, on_damage):
       'more, such as train:32768'
     )
   tokenizer_lib.library()  # before a bar is drawn
-  with files_lib.byte_bar(min(total, VOCABULARY_BYTES), 'learn words') as bar:
+  with console.byte_bar(min(total, VOCABULARY_BYTES), 'learn words') as bar:
     return tokenizer_lib.BPE.train(
       _sample(_read(files, bar.update, corruption.SkipLog(on_damage))),
       int(number),

@@ -126,9 +126,9 @@ def batched(
   rows: Float[Array, 'e r d'], weights: Weights
 ) -> Float[Array, 'e r d']:
   """r rows of each expert."""
-  gate = recompute.inner(jnp.matmul(rows, weights.gate))
-  up = recompute.inner(jnp.matmul(rows, weights.up))
-  return jnp.matmul(recompute.inner(layers.swiglu(gate, up)), weights.down)
+  gate = recompute.name_inner(jnp.matmul(rows, weights.gate))
+  up = recompute.name_inner(jnp.matmul(rows, weights.up))
+  return jnp.matmul(recompute.name_inner(layers.swiglu(gate, up)), weights.down)
 
 
 def ragged(
@@ -136,9 +136,9 @@ def ragged(
 ) -> Float[Array, 'r d']:
   """Rows sorted by expert, `sizes` of them each."""
   dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-  gate = recompute.inner(dot(rows, weights.gate))
-  up = recompute.inner(dot(rows, weights.up))
-  return dot(recompute.inner(layers.swiglu(gate, up)), weights.down)
+  gate = recompute.name_inner(dot(rows, weights.gate))
+  up = recompute.name_inner(dot(rows, weights.up))
+  return dot(recompute.name_inner(layers.swiglu(gate, up)), weights.down)
 
 
 def blocked(

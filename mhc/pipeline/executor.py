@@ -22,7 +22,7 @@ take the same branch. Everything that enters a branch varies over all axes, so
 that autodiff puts no sum over devices there.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from mhc.pipeline import table
 Tree = Any
 
 
+@runtime_checkable
 class Stages(Protocol):
   """What a pipeline computes; c rows of t tokens are a microbatch."""
 

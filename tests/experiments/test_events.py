@@ -35,7 +35,7 @@ def test_lines_say_what_was_seen_and_done():
     ['60', 'save', 'damaged: no record', '', 'set aside'],
   ]
   # Every policy has a word for it.
-  assert set(guards.STRENGTH) == set(events.DONE)
+  assert set(guards.SEVERITY) == set(events.DONE)
 
 
 def test_first_events():

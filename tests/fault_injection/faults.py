@@ -58,25 +58,19 @@ def fill(folder: pathlib.Path) -> pathlib.Path:
 
 def nan():
   """See above."""
-  from mhc.parallel import loss
+  from mhc.parallel import replicated
 
-  def poisoned(build):
-    def built(*args, **kwargs):
-      local = build(*args, **kwargs)
+  real = replicated.loss_and_grads
 
-      def loss_and_grads(params, router_bias, tokens):
-        nats, grads, load = local.loss_and_grads(params, router_bias, tokens)
-        found = jnp.sum(tokens == 1, dtype=jnp.int32)
-        found = jax.lax.psum(found, (axes.DATA, axes.EXPERT))
-        factor = jnp.where(found > 0, jnp.nan, 1.0)
-        scaled = functools.partial(jnp.multiply, factor)
-        return scaled(nats), jax.tree.map(scaled, grads), load
+  def poisoned(p, params, router_bias, tokens):
+    nats, grads, load = real(p, params, router_bias, tokens)
+    found = jnp.sum(tokens == 1, dtype=jnp.int32)
+    found = jax.lax.psum(found, (axes.DATA, axes.EXPERT))
+    factor = jnp.where(found > 0, jnp.nan, 1.0)
+    scaled = functools.partial(jnp.multiply, factor)
+    return scaled(nats), jax.tree.map(scaled, grads), load
 
-      return local._replace(loss_and_grads=loss_and_grads)
-
-    return built
-
-  loss.build = poisoned(loss.build)
+  replicated.loss_and_grads = poisoned
 
 
 def clock():

@@ -27,6 +27,7 @@ from mhc.interop import names as names_lib
 from mhc.model import parameters
 from mhc.model import transformer
 from mhc.parallel import mesh as mesh_lib
+from mhc.parallel.placement import Placement
 from mhc.training import checkpoint
 from mhc.training import step
 from mhc.training import workdir as workdir_lib
@@ -276,7 +277,7 @@ def random_state(model, seed=0):
   """Of a run of `model`, every number another."""
   settings = config.Config(model=model, mesh=config.MeshConfig(num_devices=1))
   mesh = mesh_lib.make_mesh(settings.mesh, settings.data)
-  abstract = step.functions(settings, mesh).canonical_state
+  abstract = step.Step(Placement(settings, mesh)).saved_state
   rng = np.random.default_rng(seed)
 
   def leaf(like):

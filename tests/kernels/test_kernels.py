@@ -20,6 +20,7 @@ from mhc.kernels.pallas import sinkhorn
 from mhc.kernels.pallas import specs
 from mhc.kernels.pallas import tiling
 from mhc.parallel import mesh as mesh_lib
+from mhc.parallel.placement import Placement
 from mhc.planner import bundles
 from mhc.planner import kernel_cost
 from mhc.planner import plan
@@ -268,7 +269,7 @@ def test_a_training_step_for_a_tpu_calls_the_kernels(optax_promotion):
   mesh = mesh_lib.make_mesh(
     settings.mesh, settings.data, plan.devices('v5e:2x2')
   )
-  lowered = step.functions(settings, mesh).lower()
+  lowered = step.Step(Placement(settings, mesh)).lower()
   text = lowered.as_text()
   # A block has two sites: forward, recomputed, backward. The projection of a
   # block's last sub-layer is handed on, and not computed again.
@@ -284,7 +285,6 @@ def test_a_training_step_for_a_tpu_calls_the_kernels(optax_promotion):
   residual = dataclasses.replace(
     settings.model, connection=config.ConnectionConfig(kind='residual')
   )
-  plain = step.functions(
-    dataclasses.replace(settings, model=residual), mesh
-  ).lower()
+  settings = dataclasses.replace(settings, model=residual)
+  plain = step.Step(Placement(settings, mesh)).lower()
   assert 'kernel_name' not in plain.as_text()

@@ -12,6 +12,7 @@ import pytest
 from mhc import config
 from mhc import connections
 from mhc import streams
+from mhc.model import residual
 
 DIM = 6
 KINDS = tuple(kind for kind in config.KINDS if kind != 'mhc_single_pass')
@@ -22,7 +23,7 @@ def make(kind, num_streams=4, index=0, **options):
   settings = config.ConnectionConfig(
     kind=kind, num_streams=num_streams, **options
   )
-  return connections.make(settings, DIM, index, norm_eps=1e-20)
+  return residual.make_connection(settings, DIM, index, norm_eps=1e-20)
 
 
 def perturbed(module, scale=0.5, seed=0):
@@ -212,7 +213,7 @@ def test_what_a_probe_sees_of_every_kind():
     n = 1 if kind == 'residual' else 4
     x = random_streams(n)
     _, context = connection.pre(x)
-    matrices, cosine, rms = connections.site(context)
+    matrices, cosine, rms = residual.stream_stats(context)
     x = np.float64(x).reshape(10, n, -1)
     np.testing.assert_allclose(
       rms, np.sqrt((x**2).mean(axis=(1, 2))), rtol=1e-6
@@ -256,25 +257,28 @@ def test_single_pass_reads_by_the_weights_of_the_sublayer_before():
   """x_l+1 = B_l x_l + C_l F(A_l-1 x_l), written out with MHC's mappings."""
   settings = config.ConnectionConfig(kind='mhc_single_pass')
   sites = [
-    perturbed(connections.make(settings, DIM, index, 1e-20), seed=index)
+    perturbed(residual.make_connection(settings, DIM, index, 1e-20), seed=index)
     for index in range(3)
   ]
   inputs = jax.random.normal(jax.random.key(0), (2, 5, DIM))
-  state = connections.open_streams(settings, inputs)
+  state = residual.expand_streams(settings, inputs)
   x = np.tile(inputs.reshape(10, 1, DIM), (1, 4, 1))
   weights = np.eye(4)[:, :1].repeat(10, 1)
   for site in sites:
-    h, context = connections.enter(site, state)
+    h, context = residual.begin_sublayer(site, state)
     np.testing.assert_allclose(
       h.reshape(10, DIM), np.einsum('jt,tjc->tc', weights, x), atol=1e-4
     )
-    state = connections.leave(settings, site, jnp.sin(h), context)
-    mappings = jax.device_get(site.inner.mappings(jnp.asarray(x, jnp.float32)))
+    last = residual.PendingOutput(jnp.sin(h), context)
+    state = residual.end_block(settings, site, last)
+    mappings = jax.device_get(
+      site.next_mhc.mappings(jnp.asarray(x, jnp.float32))
+    )
     x = np.einsum('ijt,tjc->tic', mappings.res, x) + np.einsum(
       'it,tc->tic', mappings.post, np.sin(h.reshape(10, DIM))
     )
     weights = mappings.pre
-  out = connections.close_streams(
+  out = residual.collapse_streams(
     settings, state, streams.Collapse('mean', DIM, 4)
   )
   np.testing.assert_allclose(

@@ -1,6 +1,7 @@
 """The table of dtypes, read off a traced training step of bfloat16."""
 
 import collections
+import functools
 
 import jax
 from jax.extend import core
@@ -10,6 +11,7 @@ import pytest
 from mhc import config
 from mhc import precision
 from mhc.parallel import mesh as mesh_lib
+from mhc.parallel.placement import Placement
 from mhc.training import step
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
@@ -36,14 +38,16 @@ SETTINGS = config.Config(
 @pytest.fixture(scope='module')
 def traced():
   mesh = mesh_lib.make_mesh(SETTINGS.mesh, SETTINGS.data)
-  functions = step.functions(SETTINGS, mesh)
+  compiled = step.Step(Placement(SETTINGS, mesh))
   with jax.numpy_dtype_promotion('standard'):
-    jaxpr = jax.make_jaxpr(functions.train_step)(
-      functions.abstract_state,
-      functions.abstract_tokens,
-      functions.abstract_controls,
+    jaxpr = jax.make_jaxpr(
+      functools.partial(step.train_step, compiled.placement)
+    )(
+      compiled.abstract_state,
+      compiled.abstract_tokens,
+      compiled.abstract_inputs,
     )
-  return functions, jaxpr
+  return compiled, jaxpr
 
 
 def equations(jaxpr):
@@ -74,10 +78,10 @@ def test_every_tensor_of_the_table_has_its_dtype(traced):
 
 
 def test_state_and_gradients_are_float32(traced):
-  functions, jaxpr = traced
+  compiled, jaxpr = traced
   floats = [
     leaf.dtype
-    for leaf in jax.tree.leaves(functions.abstract_state)
+    for leaf in jax.tree.leaves(compiled.abstract_state)
     if jnp.issubdtype(leaf.dtype, jnp.floating)
   ]
   assert set(floats) == {jnp.dtype('float32')}

@@ -10,6 +10,7 @@ from mhc import axes
 from mhc import config
 from mhc.model import expert_parallel
 from mhc.model import experts
+from mhc.model import experts as experts_lib
 
 DEVICES, TOKENS, NUM, K, DIM = 4, 32, 8, 3, 6
 
@@ -38,16 +39,18 @@ def inputs(load):
 def over_devices(settings):
   mesh = jax.make_mesh(
     (DEVICES,),
-    (expert_parallel.AXIS,),
+    (axes.EXPERT,),
     axis_types=(jax.sharding.AxisType.Auto,),
     devices=jax.devices()[:DEVICES],
   )
-  split = P(expert_parallel.AXIS)
+  split = P(axes.EXPERT)
 
   def local(x, gates, weights, chosen):
-    out, dropped = expert_parallel.apply(settings, x, chosen, gates, weights)
-    dropped = axes.vary(dropped, (expert_parallel.AXIS,))
-    return out, jax.lax.pmean(dropped, expert_parallel.AXIS)
+    out, dropped = expert_parallel.dispatch_and_combine(
+      settings, x, chosen, gates, weights
+    )
+    dropped = axes.vary(dropped, (axes.EXPERT,))
+    return out, jax.lax.pmean(dropped, axes.EXPERT)
 
   return jax.shard_map(
     local, mesh=mesh, in_specs=(split,) * 4, out_specs=(split, P())
@@ -55,7 +58,7 @@ def over_devices(settings):
 
 
 def one_device(x, gates, weights, chosen):
-  return expert_parallel.gated(experts.dropless(x, chosen, weights), gates)
+  return experts_lib.combine(experts.dropless(x, chosen, weights), gates)
 
 
 def settings(**options):
@@ -64,7 +67,7 @@ def settings(**options):
   )
 
 
-@pytest.mark.parametrize('transport', ['padded', 'gather'])
+@pytest.mark.parametrize('transport', ['all_to_all', 'all_gather'])
 @pytest.mark.parametrize('load', ['even', 'random', 'all to one device'])
 def test_nothing_is_lost(transport, load):
   """Outputs and gradients, with buffers so small that there are rounds."""
@@ -86,7 +89,7 @@ def test_nothing_is_lost(transport, load):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
-@pytest.mark.parametrize('transport', ['padded', 'gather'])
+@pytest.mark.parametrize('transport', ['all_to_all', 'all_gather'])
 def test_a_capacity_drops_and_says_so(transport):
   def dropped(load, factor):
     *floats, chosen, _ = inputs(load)
@@ -108,20 +111,21 @@ def test_an_expert_has_no_more_slots_than_there_are_tokens():
   chosen = jnp.zeros((NUM, K), jnp.int32)
   for factor, number in ((1.0, K), (1e30, NUM)):
     options = settings(dispatch='capacity', capacity_factor=factor)
-    assert expert_parallel.slots(options, chosen) == number
+    assert experts_lib.expert_capacity(options, chosen) == number
 
 
 def test_what_auto_is():
-  assert expert_parallel.transport(settings(), 2) == 'gather'
-  assert expert_parallel.transport(settings(), 4) == 'padded'
-  assert expert_parallel.transport(settings(transport='ragged'), 2) == 'ragged'
+  assert expert_parallel.transport(settings(), 2) == 'all_gather'
+  assert expert_parallel.transport(settings(), 4) == 'all_to_all'
+  ragged = settings(transport='ragged_all_to_all')
+  assert expert_parallel.transport(ragged, 2) == 'ragged_all_to_all'
 
 
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
 def test_the_ragged_operation_lowers(platform):
   """For accelerators, with its gradient; no CPU can run it."""
   *floats, chosen, _ = inputs('random')
-  apply = over_devices(settings(transport='ragged'))
+  apply = over_devices(settings(transport='ragged_all_to_all'))
 
   def total(*floats):
     return jnp.sum(apply(*floats, chosen)[0])

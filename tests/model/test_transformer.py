@@ -160,7 +160,7 @@ def test_sites_come_in_order_of_depth():
     bias[...] = (
       bias[...].at[:, 8:].set(strength[:, None] * jnp.eye(4).reshape(1, 16))
     )
-  matrices = model.sites(tokens()).res
+  matrices = model.stream_stats(tokens()).res
   assert matrices.shape == (6, 32, 4, 4)
   want = jnp.exp(jnp.arange(1.0, 7.0))
   np.testing.assert_allclose(matrices[:, 0, 0, 0], want / (want + 3), rtol=1e-5)

@@ -11,6 +11,8 @@ from slow import pipeline_grid as grid
 from mhc import config
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel import partition
+from mhc.parallel import sharded
+from mhc.parallel.placement import Placement
 from mhc.pipeline import buffers
 from mhc.pipeline import executor
 from mhc.pipeline import table as table_lib
@@ -37,7 +39,7 @@ CASES = (
     'all_gather',
     num_sub_batches=2,
   ),
-  grid.Case('mhc', True, (1, 2, 4), 'dualpipev', 'last', 'padded'),
+  grid.Case('mhc', True, (1, 2, 4), 'dualpipev', 'last', 'all_to_all'),
 )
 
 
@@ -91,10 +93,10 @@ def compiled(name, number, pipe=2):
     settings, data=dataclasses.replace(settings.data, batch_size=number)
   )
   mesh = mesh_lib.make_mesh(settings.mesh, settings.data)
-  functions = step.functions(settings, mesh)
-  state = functions.abstract_state
-  lowered = jax.jit(functions.loss_and_grads).lower(
-    state.params, state.router_bias, functions.abstract_tokens
+  compiled = step.Step(Placement(settings, mesh))
+  state = compiled.abstract_state
+  lowered = jax.jit(sharded.loss_and_grads(compiled.placement)).lower(
+    state.params, state.router_bias, compiled.abstract_tokens
   )
   return lowered.compile()
 
@@ -130,15 +132,16 @@ def test_one_permute_a_channel_and_none_in_a_branch():
   assert not branches & set(permutes)
 
 
-def test_transfers_between_stages_are_hidden_on_a_tpu():
+def test_transfers_between_stages_are_overlapped_on_a_tpu():
   """A whole branch, F or B, is between the start and the end of each."""
   case = grid.Case('mhc', False, (1, 4, 1), 'interleaved')
   settings = grid.config(case)
   mesh = mesh_lib.make_mesh(
     settings.mesh, settings.data, plan.devices('v5p:2x2x1')
   )
-  functions = step.functions(settings, mesh)
-  text = functions.lower().compile(step.compiler_options(settings, mesh))
+  compiled = step.Step(Placement(settings, mesh))
+  options = step.compiler_options(compiled.placement)
+  text = compiled.lower().compile(options)
   module = hlo.parse(text.as_text())
   seen = 0
   for body in module.computations.values():
@@ -157,21 +160,21 @@ def test_transfers_between_stages_are_hidden_on_a_tpu():
 
 
 def test_how_often_branches_are_taken():
-  shares = executor.shares(table_lib.build('1f1b', 4, 16))
+  frequency = executor.branch_frequencies(table_lib.build('1f1b', 4, 16))
   # 22 ticks; F from the first to the 18th, B from the 4th on.
-  assert shares['pipeline_f'] == 18 / 22
-  assert shares['pipeline_b'] == 19 / 22
-  assert shares['pipeline_b_last'] == 16 / 19
-  assert shares['pipeline_h'] == 0
+  assert frequency['pipeline_f'] == 18 / 22
+  assert frequency['pipeline_b'] == 19 / 22
+  assert frequency['pipeline_b_last'] == 16 / 19
+  assert frequency['pipeline_head'] == 0
 
 
 def test_an_empty_slot_takes_nothing():
   buffer = np.arange(6.0).reshape(3, 2)
   new = np.full(2, 9.0)
-  kept = buffers.put(buffer, np.int32(-1), new)
+  kept = buffers.write_slot(buffer, np.int32(-1), new)
   np.testing.assert_array_equal(kept, buffer)
   np.testing.assert_array_equal(
-    buffers.slot(buffers.put(buffer, 2, new), 2), new
+    buffers.read_slot(buffers.write_slot(buffer, 2, new), 2), new
   )
 
 
@@ -187,7 +190,11 @@ def test_an_empty_slot_takes_nothing():
     (dict(pipe=2, num_devices=6), {}, r'batch_size=16.* 3 device'),
     (dict(pipe=3, num_devices=4), {}, r'num_devices=4.*mesh.pipe=3'),
     (dict(pipe=16), {}, r'num_devices=16.*8 cpu'),
-    (dict(pipe=2, parts=2), {}, r'mesh.num_sub_batches=2.*1 row'),
+    (
+      dict(pipe=2, num_sub_batches=2),
+      {},
+      r'mesh.num_sub_batches=2.*1 row',
+    ),
     (dict(pipe=3, head='vocab'), {}, r'vocab_size=320.*mesh.pipe=3'),
   ],
 )
@@ -200,13 +207,15 @@ def test_meshes_that_do_not_fit(mesh, data, message):
       mesh=config.MeshConfig(**mesh),
       data=dataclasses.replace(base.data, **data),
     )
-    step.functions(settings, mesh_lib.make_mesh(settings.mesh, settings.data))
+    Placement(settings, mesh_lib.make_mesh(settings.mesh, settings.data))
 
   with pytest.raises(ValueError, match=message):
     make()
 
 
 def test_ragged_all_to_all_is_not_for_cpus():
-  case = grid.Case('mhc', True, (1, 1, 2), transport='ragged')
-  with pytest.raises(ValueError, match=r"'ragged'.*not for cpu.*'padded'"):
+  case = grid.Case('mhc', True, (1, 1, 2), transport='ragged_all_to_all')
+  with pytest.raises(
+    ValueError, match=r"'ragged_all_to_all'.*not for cpu.*'all_to_all'"
+  ):
     step.build(grid.config(case))

@@ -8,6 +8,7 @@ import pytest
 from mhc import config
 from mhc.config import presets
 from mhc.parallel import mesh as mesh_lib
+from mhc.parallel.placement import Placement
 from mhc.planner import hlo
 from mhc.planner import plan
 from mhc.planner import search
@@ -117,18 +118,18 @@ def test_suggestions_fit_and_are_sorted():
 def test_the_compiler_is_told_what_hides_transfers():
   """But not where somebody does not want it, or there is nothing to send."""
   mesh = mesh_lib.make_mesh(TINY.mesh, TINY.data, plan.devices('v5p:2x2x1'))
-  told = step.compiler_options(TINY, mesh)
+  told = step.compiler_options(Placement(TINY, mesh))
   assert told == xla_options.options('v5p', ahead=True)
   assert set(xla_options.AHEAD) < set(told)
   assert not set(xla_options.AHEAD) & set(
     xla_options.options('v5p', ahead=False)
   )
   without = dataclasses.replace(TINY, mesh=config.MeshConfig(overlap=False))
-  assert step.compiler_options(without, mesh) == {}
+  assert step.compiler_options(Placement(without, mesh)) == {}
   one = mesh_lib.make_mesh(
     config.MeshConfig(num_devices=1), TINY.data, plan.devices('v5p:2x2x1')
   )
-  assert step.compiler_options(TINY, one) == {}
+  assert step.compiler_options(Placement(TINY, one)) == {}
 
 
 def test_impossible_topologies():

@@ -59,6 +59,7 @@ from mhc.data import batches as batches_lib
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel import partition
+from mhc.parallel.placement import Placement
 from mhc.runtime import cli
 from mhc.training import checkpoint
 from mhc.training import step
@@ -438,7 +439,7 @@ class Runner:
       corpus, config.data.seq_len, config.eval_sequences, vocab_size
     )
     mesh = mesh_lib.make_mesh(config.mesh, config.data)
-    step.check(config, mesh)
+    Placement(config, mesh)
     memory.check(config, mesh)
     next(batches)
     jax.random.key(config.seed)

@@ -11,10 +11,12 @@ tests/pipeline/test_executor.py runs some of the cases.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import os
 import sys
 from typing import NamedTuple
+from unittest import mock
 
 if __name__ == '__main__':
   os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -34,8 +36,10 @@ if __name__ == '__main__' and '--x64' in sys.argv:
 
 from mhc import config as config_lib
 from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import sharded
+from mhc.parallel.placement import Placement
+from mhc.pipeline import buffers
 from mhc.training import state as state_lib
-from mhc.training import step
 
 ROWS, TIME = 16, 6
 KINDS = ('residual', 'hc', 'mhc', 'mhc_single_pass')
@@ -52,11 +56,11 @@ class Case(NamedTuple):
   schedule: str = 'interleaved'
   head: str = 'last'
   transport: str = 'auto'
-  parts: int = 1
+  num_sub_batches: int = 1
 
 
 def cases():
-  """All of the grid; transports, heads and parts take turns."""
+  """All of the grid; transports, heads and sub-batches take turns."""
   turn = itertools.count()
   for experts, kind, mesh in itertools.product((False, True), KINDS, MESHES):
     if mesh[2] > 1 and not experts:
@@ -69,7 +73,7 @@ def cases():
         mesh,
         schedule,
         head='vocab' if mesh[1] > 1 and number % 2 else 'last',
-        transport=('padded', 'gather')[number // 2 % 2],
+        transport=('all_to_all', 'all_gather')[number // 2 % 2],
       )
 
 
@@ -105,7 +109,7 @@ def config(
   return config_lib.Config(
     model=model,
     data=config_lib.DataConfig(
-      seq_len=TIME, batch_size=ROWS, microbatch_size=case.parts
+      seq_len=TIME, batch_size=ROWS, microbatch_size=case.num_sub_batches
     ),
     mesh=config_lib.MeshConfig(
       num_devices=data * pipe * expert,
@@ -121,7 +125,7 @@ def config(
 def gradient(settings: config_lib.Config) -> dict:
   """Loss, gradient and loads of generic parameters, in order of depth."""
   mesh = mesh_lib.make_mesh(settings.mesh, settings.data)
-  functions = step.functions(settings, mesh, pollute=True)
+  p = Placement(settings, mesh)
   rng = np.random.default_rng(0)
 
   def generic(path, leaf):
@@ -136,7 +140,7 @@ def gradient(settings: config_lib.Config) -> dict:
       noise += 1
     return noise.astype(leaf.dtype)
 
-  shapes = functions.canonical_state
+  shapes = state_lib.abstract_saved(p)
   params = jax.tree_util.tree_map_with_path(generic, shapes.params)
   bias = shapes.router_bias
   if bias is not None:
@@ -146,16 +150,21 @@ def gradient(settings: config_lib.Config) -> dict:
   @jax.jit
   def run(params, bias, tokens):
     state = state_lib.TrainState(0, params, (), bias)
-    state = functions.place(state)
-    loss, grads, load = functions.loss_and_grads(
+    state = p.to_pipeline_order(state)
+    loss, grads, load = sharded.loss_and_grads(p)(
       state.params, state.router_bias, tokens
     )
-    grads = functions.canonical(state._replace(params=grads)).params
-    load = jax.tree.map(functions.layout.canonical, load)
+    grads = p.to_depth_order(state._replace(params=grads)).params
+    load = jax.tree.map(p.layout.to_depth_order, load)
     return {'loss': loss, 'grads': grads, 'load': load}
 
-  with jax.set_mesh(mesh):
+  nan = functools.partial(_filled, value=jnp.nan)
+  with jax.set_mesh(mesh), mock.patch.object(buffers, 'unused', nan):
     return jax.device_get(run(params, bias, tokens))
+
+
+def _filled(shapes, *extra, value):
+  return buffers.filled(shapes, value, *extra)
 
 
 def worst(got: dict, want: dict) -> tuple[float, str]:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from mhc import config as config_lib
+from mhc.config import dicts
 from mhc.training import checkpoint
 from mhc.training import checksum
 from mhc.training import state as state_lib
@@ -386,7 +387,7 @@ def test_fingerprints_see_every_bit_and_place():
 
 
 def test_settings_that_differ_are_named():
-  old = json.loads(json.dumps(checkpoint.plain.leaves(CONFIG)))
+  old = json.loads(json.dumps(dicts.leaves(CONFIG)))
   assert workdir_lib.other_setting(old, CONFIG) == ''
   free = dataclasses.replace(CONFIG, keep_checkpoints=5)
   assert workdir_lib.other_setting(old, free) == ''

@@ -65,7 +65,14 @@ def test_what_decays():
     for path, flag in jax.tree_util.tree_leaves_with_path(mask)
     if not flag
   }
-  assert kept == set(optimizer.UNDECAYED)
+  assert kept == {
+    'gain',
+    'alpha',
+    'bias',
+    'bias_pre',
+    'bias_post',
+    'bias_res',
+  }
 
 
 def test_muon_orthogonalises_each_matrix_of_a_stack(optax_promotion):
@@ -76,28 +83,30 @@ def test_muon_orthogonalises_each_matrix_of_a_stack(optax_promotion):
   transform = optimizer.make(settings, 100)
   keys = jax.random.split(jax.random.key(0), 3)
   params = {
-    'blocks': {
-      'weight': jnp.zeros((3, 16, 24)),
-      'phi': jnp.zeros((2, 32, 8)),
-      'bias': jnp.zeros((3, 24)),
+    'dense_blocks': {
+      'ffn': {'up': {'weight': jnp.zeros((3, 16, 24))}},
+      'ffn_connection': {
+        'phi': jnp.zeros((2, 32, 8)),
+        'bias': jnp.zeros((3, 24)),
+      },
     },
     'head': {'weight': jnp.zeros((16, 24))},
   }
   grads = jax.tree.map(
-    lambda p, i: jax.random.normal(keys[i % 3], p.shape) + i,
-    params,
-    {'blocks': {'weight': 0, 'phi': 1, 'bias': 2}, 'head': {'weight': 0}},
+    lambda p: jax.random.normal(keys[p.ndim - 1], p.shape) + 4 - p.ndim, params
   )
   updates, _ = transform.update(grads, transform.init(params), params)
-  for name in ('weight', 'phi'):
-    for matrix in np.asarray(updates['blocks'][name]):
+  blocks = updates['dense_blocks']
+  connection = blocks['ffn_connection']
+  for stack in (blocks['ffn']['up']['weight'], connection['phi']):
+    for matrix in np.asarray(stack):
       values = np.linalg.svd(matrix, compute_uv=False)
       assert values.max() / values.min() < 2  # Newton-Schulz is approximate
       rms = np.sqrt((matrix**2).mean())
       assert 0.5 < rms / (0.2 * 1e-2) < 1.5
   adam = np.asarray(updates['head']['weight'])
   np.testing.assert_allclose(np.abs(adam), 1e-2, rtol=1e-3)
-  np.testing.assert_allclose(np.abs(updates['blocks']['bias']), 1e-2, rtol=1e-3)
+  np.testing.assert_allclose(np.abs(connection['bias']), 1e-2, rtol=1e-3)
 
 
 def test_what_muon_updates():
@@ -119,14 +128,14 @@ def test_what_muon_updates():
   assert 'ffn_connection/phi' in chosen
   assert 'attention/query/weight' in chosen
   for name in chosen:
-    assert name.rsplit('/')[-1] in optimizer.MATRICES
+    assert name.rsplit('/')[-1] in ('weight', 'phi', 'gate', 'up', 'down')
   assert not {'table', 'weight', 'gain'} & chosen
 
 
 def test_clipping_bounds_the_update_and_can_be_off(optax_promotion):
   """Adam's first moment is linear in the clipped gradient."""
-  params = {'weight': jnp.zeros(4)}
-  grads = {'weight': jnp.full(4, 50.0)}
+  params = {'norm': {'gain': jnp.zeros(4)}}
+  grads = {'norm': {'gain': jnp.full(4, 50.0)}}
   moments = {}
   for clip_norm in (0.0, 1.0):
     settings = config.OptimizerConfig(clip_norm=clip_norm)
