@@ -31,7 +31,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import typing
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ from mhc import mixing as mixing_lib
 from mhc import precision
 from mhc.kernels.xla import streams
 
-Params = Mapping[str, Array]
+Params = Mapping[str, Any]  # arrays, or what `[...]` makes one
 
 
 class Mappings(NamedTuple):

@@ -9,7 +9,7 @@ blocks and the others.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -351,7 +351,7 @@ class Transformer(nnx.Module):
 
 def abstract(
   config: config_lib.ModelConfig,
-) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+) -> tuple[nnx.GraphDef, dict[str, Any]]:
   """The graph and the nested shapes of the parameters; nothing is allocated."""
   graphdef, state = nnx.split(
     nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))

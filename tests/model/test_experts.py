@@ -51,7 +51,7 @@ def ragged(x, weights, chosen):
 
 
 def roomy(x, weights, chosen):
-  out, dropped = experts.capacity(x, chosen, weights, slots=chosen.size)
+  out, dropped = experts.capacity(x, chosen, weights, rows_per_expert=chosen.size)
   assert dropped.shape == ()
   return out
 
