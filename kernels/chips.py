@@ -1,9 +1,10 @@
 """The TPU generations, from their public data sheets.
 
 Those are https://cloud.google.com/tpu/docs/v4 (and v5e, v5p, v6e, tpu7x). The
-speed of a link is that of the table in https://jax-ml.github.io/scaling-book/tpus
-which is a tenth under the data sheets' "bidirectional bandwidth per chip", 2 *
-links * link; tpu7x, which it lacks, has the same there as v5p.
+bandwidth of a link is that of https://jax-ml.github.io/scaling-book/tpus, a
+tenth below what the data sheets' "bidirectional bandwidth per chip" gives, 2 *
+ici_links * ici_bandwidth; the table lacks tpu7x, whose data sheet has the same
+figure as v5p's.
 """
 
 from typing import NamedTuple
@@ -18,8 +19,8 @@ class Chip(NamedTuple):
     flops: a second, bfloat16.
     bandwidth: bytes a second, HBM.
     hbm: bytes that programs can have.
-    link: bytes a second of a chip's link to a neighbour, one way.
-    links: of a chip, two for each dimension of its torus.
+    ici_bandwidth: bytes a second of one link to a neighbour, one way.
+    ici_links: of a chip, two for each dimension of its torus.
     vector_memory: bytes, of a core.
     cores: that share a program.
     topology: a small slice to compile for.
@@ -30,8 +31,8 @@ class Chip(NamedTuple):
   flops: float
   bandwidth: float
   hbm: int
-  link: float
-  links: int
+  ici_bandwidth: float
+  ici_links: int
   vector_memory: int
   cores: int
   topology: str
@@ -44,8 +45,8 @@ CHIPS = {
     flops=275e12,
     bandwidth=1.228e12,
     hbm=32 << 30,
-    link=4.5e10,
-    links=6,
+    ici_bandwidth=4.5e10,
+    ici_links=6,
     vector_memory=16 << 20,
     cores=2,
     topology='v4:2x2x1',
@@ -56,8 +57,8 @@ CHIPS = {
     flops=197e12,
     bandwidth=0.819e12,
     hbm=16 << 30,
-    link=4.5e10,
-    links=4,
+    ici_bandwidth=4.5e10,
+    ici_links=4,
     vector_memory=128 << 20,
     cores=1,
     topology='v5e:2x2',
@@ -68,8 +69,8 @@ CHIPS = {
     flops=459e12,
     bandwidth=2.765e12,
     hbm=95 << 30,
-    link=9e10,
-    links=6,
+    ici_bandwidth=9e10,
+    ici_links=6,
     vector_memory=64 << 20,
     cores=2,
     topology='v5p:2x2x1',
@@ -80,8 +81,8 @@ CHIPS = {
     flops=918e12,
     bandwidth=1.64e12,
     hbm=32 << 30,
-    link=9e10,
-    links=4,
+    ici_bandwidth=9e10,
+    ici_links=4,
     vector_memory=128 << 20,
     cores=1,
     topology='v6e:2x2',
@@ -93,8 +94,8 @@ CHIPS = {
     flops=1155e12,
     bandwidth=3.7e12,
     hbm=96 << 30,
-    link=9e10,
-    links=6,
+    ici_bandwidth=9e10,
+    ici_links=6,
     vector_memory=64 << 20,
     cores=1,
     topology='tpu7x:2x2x1',

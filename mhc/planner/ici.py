@@ -86,14 +86,14 @@ def make_torus(
   """The smallest slice with chips at these coordinates, one for each device."""
   coords = coords - coords.min(axis=0)
   slice_shape = tuple(int(extent) + 1 for extent in coords.max(axis=0))
-  if chip.links == 6:
+  if chip.ici_links == 6:
     rings = (all(extent % CUBE == 0 for extent in slice_shape),) * len(
       slice_shape
     )
   else:
     rings = tuple(extent == RING for extent in slice_shape)
   devices_per_chip = int(np.unique(coords, axis=0, return_counts=True)[1].max())
-  return Torus(coords, slice_shape, rings, devices_per_chip, chip.link)
+  return Torus(coords, slice_shape, rings, devices_per_chip, chip.ici_bandwidth)
 
 
 def spans(

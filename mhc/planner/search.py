@@ -150,7 +150,7 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   pipe, expert = mesh.pipe, mesh.expert
   split = num_devices // (pipe * expert)  # over `data`
   wire = 2 if model.dtype == 'bfloat16' else 4
-  links = chip.link * chip.links
+  links = chip.ici_bandwidth * chip.ici_links
   number = mesh_lib.num_microbatches(mesh, data, num_devices // pipe)
 
   whole = routed / (pipe * expert) + (count['total_params'] - routed) / pipe

@@ -20,7 +20,7 @@ V5P = chips.CHIPS['v5p']
 MEGA = 1e-6
 SHAPE = 'bf16[45,1000]{1,0:T(8,128)(2,1)}'
 BYTES = 90_000.0
-assert V5P.link * MEGA == BYTES
+assert V5P.ici_bandwidth * MEGA == BYTES
 BACKEND = 'backend_config={"estimated_cycles":"%d"}'
 
 
@@ -533,9 +533,11 @@ def test_a_real_schedule():
   handed = totals['pipe',]['collective-permute']
   assert handed[:2] == (trips, trips * matrix)
   # A line of two: half of the matrix, or all of the rows, over one link.
-  assert handed.seconds == pytest.approx(trips * matrix / V5P.link)
+  assert handed.seconds == pytest.approx(trips * matrix / V5P.ici_bandwidth)
   gathered = totals['data',]['all-gather']
-  assert gathered.seconds == pytest.approx(trips * matrix / 2 / V5P.link)
+  assert gathered.seconds == pytest.approx(
+    trips * matrix / 2 / V5P.ici_bandwidth
+  )
   # By default TPU compilers hide permutes, and no gather on a v5p.
   assert gathered.exposed == gathered.seconds
   assert handed.exposed < 0.9 * handed.seconds
