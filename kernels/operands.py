@@ -1,4 +1,4 @@
-"""What the kernels of every platform take, and how their results are marked."""
+"""Operands that kernels of every platform take, and the names of outputs."""
 
 import jax.numpy as jnp
 
@@ -21,15 +21,15 @@ def check(x):
     raise NotImplementedError(f'{x.dtype} streams: bfloat16 or float32')
 
 
-def matrix(post, res):
-  """H_res, [n, n, t]; I where there is none."""
+def res_or_identity(post, res):
+  """Returns H_res, [n, n, t], or the identity where res is None."""
   if res is None:
     eye = jnp.eye(len(post))[..., None]
     return jnp.broadcast_to(eye, (len(post), *post.shape))
   return res
 
 
-def marked(h, z):
-  """What `pre` and `advance` read and project, under their names."""
+def named_outputs(h, z):
+  """Marks h and z, the outputs of `pre` and `advance`, by name."""
   h = precision.mark('sublayer_input', h)
   return h, precision.mark('mapping_logits', z)

@@ -58,7 +58,7 @@ def pre(
   bias: Float[Array, 'n'],
   norm_eps: float,
 ) -> tuple[Float[Array, 't d'], Float[Array, 'k t']]:
-  """What the sub-layer reads, and the projection z."""
+  """Returns the input of the sub-layer and the projection z."""
   flat = x.reshape(len(x), -1).astype(phi.dtype)
   mean_square = jnp.mean(flat * flat, axis=1, keepdims=True)
   z = (jnp.matmul(flat, phi) / jnp.sqrt(mean_square + norm_eps)).T

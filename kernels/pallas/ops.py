@@ -30,7 +30,9 @@ def sinkhorn(logits, num_iters, eps):
 def pre(x, phi, alpha, bias, norm_eps):
   x, phi, gate = axes.together(x, phi, _gate(alpha, bias))
   sizes = _sizes(x, phi.shape[1], False, norm_eps)
-  return operands.marked(*_pre(jnp.moveaxis(x, 1, 0), phi, gate, sizes)[:2])
+  return operands.named_outputs(
+    *_pre(jnp.moveaxis(x, 1, 0), phi, gate, sizes)[:2]
+  )
 
 
 def post(x, y, post, res):
@@ -46,9 +48,8 @@ def advance(x, y, post, res, phi, alpha, bias, norm_eps):
   )
   sizes = _sizes(x, phi.shape[1], True, norm_eps)
   out, h, z = _advance(jnp.moveaxis(x, 1, 0), y, post, res, phi, gate, sizes)
-  return precision.mark('streams', jnp.moveaxis(out, 0, 1)), *operands.marked(
-    h, z
-  )
+  out = precision.mark('streams', jnp.moveaxis(out, 0, 1))
+  return out, *operands.named_outputs(h, z)
 
 
 def collapse(x, y, post, res):
@@ -63,7 +64,7 @@ def _gate(alpha, bias):
 
 def _matrix(post, res):
   """H_res as rows, [n n, t]; I where there is none."""
-  return operands.matrix(post, res).reshape(len(post) ** 2, -1)
+  return operands.res_or_identity(post, res).reshape(len(post) ** 2, -1)
 
 
 def _sizes(x, k, writes, norm_eps=0.0):

@@ -14,7 +14,7 @@ TYPES = {'bfloat16': 'bf16', 'float32': 'fp32', 'int32': 'i32'}
 
 
 class Buffer:
-  """What the interpreter asks of a torch tensor, around an ndarray."""
+  """An ndarray with the methods of torch tensors that the interpreter calls."""
 
   def __init__(self, array):
     self.array = array

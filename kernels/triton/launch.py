@@ -25,7 +25,7 @@ class Launch:
 
 
 def interpreted() -> bool:
-  """Whether Triton was imported with TRITON_INTERPRET=1."""
+  """Returns whether Triton was imported with TRITON_INTERPRET=1."""
   return triton.knobs.runtime.interpret
 
 

@@ -1,7 +1,7 @@
-"""The GPU kernels as `dispatch` calls them.
+"""The GPU kernels as `api` calls them.
 
-What `reference` specifies; see there and in `dispatch` for the arguments. A
-call that the kernels cannot serve raises NotImplementedError with the reason.
+`reference` specifies them; see there and in `api` for the arguments. A call
+that the kernels cannot serve raises NotImplementedError with the reason.
 """
 
 import jax
@@ -21,27 +21,27 @@ def sinkhorn(logits, num_iters, eps):
 
 def pre(x, phi, alpha, bias, norm_eps):
   _check(x)
-  return operands.marked(*streams.pre(x, phi, alpha, bias, norm_eps))
+  return operands.named_outputs(*streams.pre(x, phi, alpha, bias, norm_eps))
 
 
 def post(x, y, post, res):
   _check(x)
   return precision.mark(
-    'streams', streams.post(x, y, post, operands.matrix(post, res))
+    'streams', streams.post(x, y, post, operands.res_or_identity(post, res))
   )
 
 
 def advance(x, y, post, res, phi, alpha, bias, norm_eps):
   _check(x)
   x, h, z = streams.advance(
-    x, y, post, operands.matrix(post, res), phi, alpha, bias, norm_eps
+    x, y, post, operands.res_or_identity(post, res), phi, alpha, bias, norm_eps
   )
-  return precision.mark('streams', x), *operands.marked(h, z)
+  return precision.mark('streams', x), *operands.named_outputs(h, z)
 
 
 def collapse(x, y, post, res):
   _check(x)
-  return streams.collapse(x, y, post, operands.matrix(post, res))
+  return streams.collapse(x, y, post, operands.res_or_identity(post, res))
 
 
 def _check(x):

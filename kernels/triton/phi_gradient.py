@@ -1,4 +1,4 @@
-"""What the projection adds to backward kernels: gradients through phi."""
+"""The projection's part of the backward kernels: gradients through phi."""
 
 import triton
 import triton.language as tl

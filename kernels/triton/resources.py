@@ -49,7 +49,7 @@ def launches(n, d, num_tokens, dtype):
 
 
 def compile_for(launch, inputs, capability):
-  """What triton compiles of a launch, all pointers aligned to 16 bytes."""
+  """Compiles a launch, all pointers aligned to 16 bytes."""
   names = launch.kernel.arg_names
   arrays = [TYPES[a.dtype.name] for a in (*inputs, *launch.outputs)]
   signature = dict(zip(names, arrays, strict=False))
@@ -89,7 +89,7 @@ def usage(compiled):
 
 
 def rows(dims):
-  """What each kernel takes at n = 4 in bfloat16, for sm_80 and sm_90."""
+  """Yields the resources of each kernel, n = 4, bfloat16, sm_80 and sm_90."""
   for d in dims:
     for launch, inputs in launches(4, d, 16384, jnp.bfloat16):
       for capability in (80, 90):

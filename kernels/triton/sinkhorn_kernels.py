@@ -1,8 +1,8 @@
 """The projection onto doubly stochastic matrices, one token a thread.
 
 The n^2 entries of a token's matrix are n^2 registers of its thread, held as
-tuples; the arithmetic is `mhc.scaling`'s. The backward kernel keeps the
-divisors of SEGMENT iterations and recomputes the iterations before them.
+tuples; the arithmetic is `mhc.kernels.xla.sinkhorn`'s. The backward kernel
+keeps the divisors of SEGMENT iterations and recomputes the iterations before.
 """
 
 import triton

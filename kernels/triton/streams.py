@@ -57,7 +57,7 @@ def pre(
   bias: Float[Array, 'n'],
   norm_eps: float,
 ) -> tuple[Float[Array, 't d'], Float[Array, 'k t']]:
-  """What the sub-layer reads, and the projection z."""
+  """Returns the input of the sub-layer and the projection z."""
   return _pre_forward(x, phi, alpha, bias, norm_eps)[0]
 
 

@@ -1,4 +1,4 @@
-"""What the kernels of streams share: tiles of [tokens, channels] and products.
+"""Functions that the kernels of streams share, on tiles of [tokens, channels].
 
 A program holds the n streams of a tile as a tuple of n float32 tensors. `T` and
 `C` are the tokens and channels of a tile, `K` the numbers of the projection

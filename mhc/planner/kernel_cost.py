@@ -42,7 +42,7 @@ def case(
   n: int = shapes.STREAMS,
   dtype=jnp.bfloat16,
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """The operands of an operation, as `dispatch` takes them."""
+  """The operands of an operation, as `api` takes them."""
   shape = jax.ShapeDtypeStruct
   k = 2 * n + n * n
   x = shape((num_tokens, n, dim), dtype)
@@ -66,7 +66,7 @@ def case(
 
 
 def run(operation, implementation, *operands):
-  """The operation of `dispatch`, with the settings that are measured."""
+  """The operation of `api`, with the settings that are measured."""
   static = {
     'sinkhorn': (ITERATIONS, 0.0),
     'pre': (NORM_EPS,),
