@@ -24,136 +24,163 @@ from mhc.kernels.pallas import block_diagonal
 from mhc.kernels.pallas import forward
 
 
-def kernel(r, p):
-  if p.writes:
-    coefficients = jnp.concatenate([r.res[...], r.post[...]])
-    stacked = block_diagonal.columns(coefficients, 2 if p.is_bfloat16 else 3)
-    block_diagonal.spread_diagonals(stacked, r.to_mix_back, r.mix_back, p.group)
-    r.products[...] = jnp.zeros_like(r.products)
-    if p.reads:
-      block_diagonal.spread_diagonals(stacked, r.to_mix, r.mix, p.group)
+def kernel(refs, sizes):
+  """The gradients of `forward.kernel`."""
+  if sizes.writes:
+    stacked = forward.stacked_coefficients(refs, sizes)
+    block_diagonal.scatter_to_diagonals(
+      stacked, refs.to_mix_back, refs.mix_back, sizes
+    )
+    refs.products[...] = jnp.zeros_like(refs.products)
+    if sizes.reads:
+      block_diagonal.scatter_to_diagonals(stacked, refs.to_mix, refs.mix, sizes)
   d_product = None
-  if p.reads:
-    d_product = _first_pass(r, p)
+  if sizes.reads:
+    d_product = _first_pass(refs, sizes)
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-      r.dphi[...] = jnp.zeros_like(r.dphi)
+      refs.dphi[...] = jnp.zeros_like(refs.dphi)
 
-  def chunk(number, _):
-    start = pl.multiple_of(number * p.chunk, p.chunk)
-    if p.reads:
-      _add_read(r, p, d_product, start)
-    if p.writes:
-      _write(r, p, start)
+  def step(number, _):
+    start = pl.multiple_of(number * sizes.channel_block, sizes.channel_block)
+    if sizes.reads:
+      _add_read(refs, sizes, d_product, start)
+    if sizes.writes:
+      _write(refs, sizes, start)
     return 0
 
-  jax.lax.fori_loop(0, p.dim // p.chunk, chunk, 0)
-  if p.writes:
-    _gather(r, p)
+  jax.lax.fori_loop(0, sizes.dim // sizes.channel_block, step, 0)
+  if sizes.writes:
+    _gather(refs, sizes)
 
 
-def collapse(r, p):
-  """dx and dy of the sum, and u = d . [x; y], [n + 1, t]."""
-  _dots(r, p, r.dh, forward.sums_of_columns(r, p))
-
-
-def _dots(r, p, d, weights):
-  """u of d, and dX = weights d."""
-  r.dots[...] = jnp.zeros_like(r.dots)
-  block_diagonal.spread_lanes(weights, r.spread)
+def collapse(refs, sizes):
+  """dx and dy of the sum, and u = dh . [x; y], [n + 1, t]."""
+  n = sizes.n
+  weights = forward.collapse_weights(refs, sizes)
+  refs.dots[...] = jnp.zeros_like(refs.dots)
+  block_diagonal.broadcast_to_lanes(weights, refs.spread, sizes)
 
   def rows_of(number, _):
     rows = pl.ds(
       pl.multiple_of(number * forward.ROWS, forward.ROWS), forward.ROWS
     )
-    totals = [r.dots[m, rows] for m in range(p.n + 1)]
-    for start in range(0, p.dim, block_diagonal.LANES):
+    totals = [refs.dots[m, rows] for m in range(n + 1)]
+    for start in range(0, sizes.dim, block_diagonal.LANES):
       lanes = pl.ds(start, block_diagonal.LANES)
-      value = d[rows, lanes].astype(jnp.float32)
-      for m in range(p.n + 1):
-        x = r.x[m, rows, lanes] if m < p.n else r.y[rows, lanes]
-        totals[m] = totals[m] + value * x.astype(jnp.float32)
-        term = (r.spread[m, rows] * value).astype(x.dtype)
-        if m < p.n:
-          r.dx[m, rows, lanes] = term
+      dh = refs.dh[rows, lanes].astype(jnp.float32)
+      for m in range(n + 1):
+        x = refs.x[m, rows, lanes] if m < n else refs.y[rows, lanes]
+        totals[m] = totals[m] + dh * x.astype(jnp.float32)
+        term = (refs.spread[m, rows] * dh).astype(x.dtype)
+        if m < n:
+          refs.dx[m, rows, lanes] = term
         else:
-          r.dy[rows, lanes] = term
-    for m in range(p.n + 1):
-      r.dots[m, rows] = totals[m]
+          refs.dy[rows, lanes] = term
+    for m in range(n + 1):
+      refs.dots[m, rows] = totals[m]
     return 0
 
-  jax.lax.fori_loop(0, p.tokens // forward.ROWS, rows_of, 0)
-  r.u[...] = _totals(r, p.n + 1)
+  jax.lax.fori_loop(0, sizes.tokens // forward.ROWS, rows_of, 0)
+  refs.u[...] = _sum_dots(refs, sizes, n + 1)
 
 
-def _totals(r, count):
-  """The sums over lanes of `dots`: [count, t]."""
+def _first_pass(refs, sizes):
+  """Mixes x' again and writes dl; returns (s dz)^T by parts, [t, p k].
+
+  `spread` gets what dx' is made of: w, and the factor e of x'.
+  """
+  refs.dots[...] = jnp.zeros_like(refs.dots)
+  jax.lax.fori_loop(
+    0,
+    sizes.dim // sizes.channel_block,
+    lambda number, _: _dots_of_block(refs, sizes, number),
+    0,
+  )
+  dots = _sum_dots(refs, sizes, sizes.n + 1 if sizes.writes else sizes.n)
+  if sizes.writes:
+    dots = _times_coefficients(refs, sizes, dots)
+  z = block_diagonal.pad_rows(refs.z[...], sizes.padded_rows)
+  weights = forward.read_weights(z, refs, sizes)
+  d_logits = dots * weights * (1 - weights)
+  refs.d_logits[...] = d_logits
+  d_gate = block_diagonal.pad_rows(
+    d_logits * refs.gate[:, 0:1], sizes.padded_rows
+  )
+  dz = block_diagonal.pad_rows(refs.dz[...], sizes.padded_rows) + d_gate
+  scale = refs.scale[...]
+  d_norm = -scale * scale * jnp.sum(dz * z, axis=0, keepdims=True)
+  block_diagonal.broadcast_to_lanes(
+    jnp.concatenate([weights, d_norm / (sizes.n * sizes.dim)]),
+    refs.spread,
+    sizes,
+  )
+  return _split_product(refs, sizes, dz * scale)
+
+
+def _dots_of_block(refs, sizes, number):
+  """Writes x' of one block of channels, and adds to dots dh . [x; y]."""
+  start = pl.multiple_of(number * sizes.channel_block, sizes.channel_block)
+  lanes = pl.ds(start, sizes.channel_block)
+  group = sizes.fwd_group
+  for rows in block_diagonal.row_slices(sizes.tokens, group):
+    stream_rows = [refs.x[j, rows, lanes] for j in range(sizes.n)]
+    if sizes.writes:
+      stream_rows.append(refs.y[rows, lanes])
+      mixed = block_diagonal.mix(refs.mix, rows, stream_rows, sizes.n, sizes)
+      for i in range(sizes.n):
+        stream = mixed[i * group : (i + 1) * group]
+        refs.x_next[i, rows, lanes] = stream.astype(refs.x_next.dtype)
+    dh = refs.dh[rows, lanes].astype(jnp.float32)
+    for m, x in enumerate(stream_rows):
+      term = dh * x.astype(jnp.float32)
+      total = refs.dots[m, rows]
+      for lane in range(0, sizes.channel_block, block_diagonal.LANES):
+        total = total + term[:, lane : lane + block_diagonal.LANES]
+      refs.dots[m, rows] = total
+  return 0
+
+
+def _sum_dots(refs, sizes, count):
+  """Returns the sums over lanes of `dots`: [count, t]."""
   ones = jnp.ones((8, block_diagonal.LANES), jnp.bfloat16)
   return jnp.concatenate(
-    [block_diagonal.lane_sums(ones, r.dots[m])[:1] for m in range(count)]
-  )
-
-
-def _first_pass(r, p):
-  """x' again, and what the gradient of z becomes; returns (s dz) by parts."""
-  count = p.n + 1 if p.writes else p.n
-  r.dots[...] = jnp.zeros_like(r.dots)
-
-  def chunk(number, _):
-    start = pl.multiple_of(number * p.chunk, p.chunk)
-    lanes = pl.ds(start, p.chunk)
-    for rows in p.groups(p.group):
-      slabs = [r.x[j, rows, lanes] for j in range(p.n)]
-      if p.writes:
-        slabs.append(r.y[rows, lanes])
-        mixed = forward.mix(r.mix, slabs, rows, p.n)
-        for i in range(p.n):
-          stream = mixed[i * p.group : (i + 1) * p.group]
-          r.x_next[i, rows, lanes] = stream.astype(r.x_next.dtype)
-      dh = r.dh[rows, lanes].astype(jnp.float32)
-      for m, slab in enumerate(slabs):
-        term = dh * slab.astype(jnp.float32)
-        total = r.dots[m, rows]
-        for lane in range(0, p.chunk, block_diagonal.LANES):
-          total = total + term[:, lane : lane + block_diagonal.LANES]
-        r.dots[m, rows] = total
-    return 0
-
-  jax.lax.fori_loop(0, p.dim // p.chunk, chunk, 0)
-  dots = _totals(r, count)
-  if p.writes:
-    mixed = [
-      sum(
-        (
-          r.res[i * p.n + j : i * p.n + j + 1] * dots[j : j + 1]
-          for j in range(p.n)
-        ),
-        r.post[i : i + 1] * dots[p.n :],
-      )
-      for i in range(p.n)
+    [
+      block_diagonal.lane_sums(ones, refs.dots[m], sizes)[:1]
+      for m in range(count)
     ]
-    dots = jnp.concatenate(mixed)
-  z = block_diagonal.pad_rows(r.z[...], p.height)
-  weights = forward.read_weights(z, r, p)
-  d_logits = dots * weights * (1 - weights)
-  r.d_logits[...] = d_logits
-  d_gate = block_diagonal.pad_rows(d_logits * r.gate[:, 0:1], p.height)
-  dz = block_diagonal.pad_rows(r.dz[...], p.height) + d_gate
-  scale = r.scale[...]
-  d_norm = -scale * scale * jnp.sum(dz * z, axis=0, keepdims=True)
-  block_diagonal.spread_lanes(
-    jnp.concatenate([weights, d_norm / (p.n * p.dim)]), r.spread
   )
-  d_product = dz * scale
-  if not p.is_bfloat16:
-    r.d_product[...] = d_product
-    padded = block_diagonal.pad_rows(
-      d_product, block_diagonal.round_up(p.height, block_diagonal.LANES)
+
+
+def _times_coefficients(refs, sizes, dots):
+  """Returns B u, [n, t]."""
+  n = sizes.n
+  mixed = [
+    sum(
+      (refs.res[i * n + j : i * n + j + 1] * dots[j : j + 1] for j in range(n)),
+      refs.post[i : i + 1] * dots[n:],
     )
-    return padded.T[:, : p.height]
-  high, low = block_diagonal.parts(d_product, 2)
-  r.d_product[...] = jnp.concatenate([high, low])
+    for i in range(n)
+  ]
+  return jnp.concatenate(mixed)
+
+
+def _split_product(refs, sizes, d_product):
+  """Writes s dz, [k, t], for dphi; returns its transpose, for dx'.
+
+  Both by bfloat16 parts for bfloat16 streams; those of the transpose, high,
+  high and low, meet phi's high, low and high.
+  """
+  if not sizes.is_bfloat16:
+    refs.d_product[...] = d_product
+    padded = block_diagonal.pad_rows(
+      d_product,
+      block_diagonal.round_up(sizes.padded_rows, block_diagonal.LANES),
+    )
+    return padded.T[:, : sizes.padded_rows]
+  high, low = block_diagonal.split_bf16(d_product, 2)
+  refs.d_product[...] = jnp.concatenate([high, low])
   high, low = high.astype(jnp.float32), low.astype(jnp.float32)
   stacked = jnp.concatenate([high, high, low])
   padded = block_diagonal.pad_rows(
@@ -162,72 +189,82 @@ def _first_pass(r, p):
   return padded.T.astype(jnp.bfloat16)[:, : len(stacked)]
 
 
-def _add_read(r, p, d_product, start):
-  """Adds to dx' of one chunk what h and z give; dphi."""
-  lanes = pl.ds(start, p.chunk)
-  source = r.x_next if p.writes else r.x
+def _add_read(refs, sizes, d_product, start):
+  """Adds to dx' of one block of channels what h and z give; adds to dphi."""
+  lanes = pl.ds(start, sizes.channel_block)
+  source = refs.x_next if sizes.writes else refs.x
 
-  for i in range(p.n):
+  for i in range(sizes.n):
     of_stream = pl.ds(
-      pl.multiple_of(i * p.dim + start, block_diagonal.LANES), p.chunk
+      pl.multiple_of(i * sizes.dim + start, block_diagonal.LANES),
+      sizes.channel_block,
     )
-    through_z = block_diagonal.dot(d_product, r.phi[:, of_stream])
-    for rows in p.groups(forward.ROWS):
-      for lane in range(0, p.chunk, block_diagonal.LANES):
+    through_z = block_diagonal.dot(d_product, refs.phi[:, of_stream], sizes)
+    for rows in block_diagonal.row_slices(sizes.tokens, forward.ROWS):
+      for lane in range(0, sizes.channel_block, block_diagonal.LANES):
         there = pl.ds(
           pl.multiple_of(start + lane, block_diagonal.LANES),
           block_diagonal.LANES,
         )
         total = through_z[rows, lane : lane + block_diagonal.LANES]
-        total = total + r.spread[i, rows] * r.dh[rows, there].astype(
+        total = total + refs.spread[i, rows] * refs.dh[rows, there].astype(
           jnp.float32
         )
         x = source[i, rows, there].astype(jnp.float32)
-        total = total + r.spread[p.n, rows] * x
-        if p.writes:
-          total = total + r.dx_next[i, rows, there].astype(jnp.float32)
+        total = total + refs.spread[sizes.n, rows] * x
+        if sizes.writes:
+          total = total + refs.dx_next[i, rows, there].astype(jnp.float32)
           here = pl.ds(lane, block_diagonal.LANES)
-          r.total[i, rows, here] = total.astype(r.total.dtype)
+          refs.total[i, rows, here] = total.astype(refs.total.dtype)
         else:
-          r.dx[i, rows, there] = total.astype(r.dx.dtype)
-    term = block_diagonal.dot(r.d_product[...], source[i, :, lanes])
-    term = term.reshape(-1, p.height, p.chunk)
-    r.dphi[:, of_stream] += jnp.sum(term, axis=0)
+          refs.dx[i, rows, there] = total.astype(refs.dx.dtype)
+    term = block_diagonal.dot(refs.d_product[...], source[i, :, lanes], sizes)
+    term = term.reshape(-1, sizes.padded_rows, sizes.channel_block)
+    refs.dphi[:, of_stream] += jnp.sum(term, axis=0)
 
 
-def _write(r, p, start):
-  """dX of one chunk, and its share of dB."""
-  lanes = pl.ds(start, p.chunk)
+def _write(refs, sizes, start):
+  """Writes dX of one block of channels, and adds its share to dB."""
+  n = sizes.n
+  lanes = pl.ds(start, sizes.channel_block)
 
-  def gradient(i, rows):
-    return r.total[i, rows] if p.reads else r.dx_next[i, rows, lanes]
+  def gradients(rows):
+    if sizes.reads:
+      return [refs.total[i, rows] for i in range(n)]
+    return [refs.dx_next[i, rows, lanes] for i in range(n)]
 
-  for rows in p.groups(p.group):
-    slabs = [gradient(i, rows) for i in range(p.n)]
-    mixed = forward.mix(r.mix_back, slabs, rows, p.n + 1)
-    for m in range(p.n + 1):
-      part = mixed[m * p.group : (m + 1) * p.group].astype(r.dy.dtype)
-      if m < p.n:
-        r.dx[m, rows, lanes] = part
+  group = sizes.fwd_group
+  for rows in block_diagonal.row_slices(sizes.tokens, group):
+    mixed = block_diagonal.mix(
+      refs.mix_back, rows, gradients(rows), n + 1, sizes
+    )
+    for m in range(n + 1):
+      part = mixed[m * group : (m + 1) * group].astype(refs.dy.dtype)
+      if m < n:
+        refs.dx[m, rows, lanes] = part
       else:
-        r.dy[rows, lanes] = part
-  for number, rows in enumerate(p.groups(p.pair)):
-    slabs = [r.x[j, rows, lanes] for j in range(p.n)] + [r.y[rows, lanes]]
-    r.products[number] += block_diagonal.dot(
-      jnp.concatenate([gradient(i, rows) for i in range(p.n)]),
-      jnp.concatenate(slabs),
+        refs.dy[rows, lanes] = part
+  groups = block_diagonal.row_slices(sizes.tokens, sizes.bwd_group)
+  for number, rows in enumerate(groups):
+    stream_rows = [refs.x[j, rows, lanes] for j in range(n)]
+    stream_rows.append(refs.y[rows, lanes])
+    refs.products[number] += block_diagonal.dot(
+      jnp.concatenate(gradients(rows)),
+      jnp.concatenate(stream_rows),
+      sizes,
       ((1,), (1,)),
     )
 
 
-def _gather(r, p):
-  """The diagonals of all groups: dB, [n, m, t], m rounded up."""
-  for i in range(p.n):
-    rows = slice(i * p.pair, (i + 1) * p.pair)
+def _gather(refs, sizes):
+  """Writes dB, [n, m, t], m rounded up: the diagonals of all groups."""
+  group = sizes.bwd_group
+  for i in range(sizes.n):
+    rows = slice(i * group, (i + 1) * group)
     stacked = jnp.concatenate(
-      [r.products[number, rows] for number in range(p.tokens // p.pair)]
+      [refs.products[number, rows] for number in range(sizes.tokens // group)]
     )
-    mask = block_diagonal.on_diagonal(stacked.shape, p.pair)
-    r.d_mix[i] = block_diagonal.lane_sums(
-      r.to_sum[...], jnp.where(mask, stacked, 0.0)
+    mask = block_diagonal.on_diagonal(stacked.shape, group)
+    refs.d_mix[i] = block_diagonal.lane_sums(
+      refs.to_sum[...], jnp.where(mask, stacked, 0.0), sizes
     )

@@ -1,12 +1,13 @@
 r"""The forward pass over a tile of tokens: write back, project, read.
 
-Of a tile the whole rows of n d numbers are on chip, so that the streams go
+The whole rows of n d numbers of a tile are on chip, so that the streams go
 through HBM once: `advance` reads x and y and writes x' and h, (2 n + 2) d
-numbers a token. In chunks of channels, x' = B [x; y] on the matrix unit (see
-`diagonal`), its squares and its product with phi are added up; then the
+numbers a token. In blocks of channels, x' = B [x; y] on the matrix unit (see
+`block_diagonal`), its squares and its product with phi are added up; then the
 weights of H_pre are known, and h is read from x' on chip.
 
-`r` holds the references by name and `p` the sizes, see `passes`.
+`refs` holds the references by name, as `specs` declares them, and `sizes` is
+the `specs.Sizes` of the call.
 """
 
 import jax
@@ -18,126 +19,145 @@ from mhc.kernels.pallas import block_diagonal
 ROWS = 16  # tokens of an inner loop over vector registers
 
 
-def kernel(r, p):
-  source = r.x
-  if p.writes:
-    coefficients = jnp.concatenate([r.res[...], r.post[...]])
-    stacked = block_diagonal.columns(coefficients, 2 if p.is_bfloat16 else 3)
-    block_diagonal.spread_diagonals(stacked, r.to_mix, r.mix, p.group)
-    source = r.x_next
-  if p.reads:
-    r.squares[...] = jnp.zeros_like(r.squares)
-    r.product[...] = jnp.zeros_like(r.product)
+def kernel(refs, sizes):
+  """`advance`, or as much of it as `sizes.writes` and `sizes.reads` say."""
+  source = refs.x
+  if sizes.writes:
+    stacked = stacked_coefficients(refs, sizes)
+    block_diagonal.scatter_to_diagonals(stacked, refs.to_mix, refs.mix, sizes)
+    source = refs.x_next
+  if sizes.reads:
+    refs.squares[...] = jnp.zeros_like(refs.squares)
+    refs.product[...] = jnp.zeros_like(refs.product)
 
-  def chunk(number, _):
-    start = pl.multiple_of(number * p.chunk, p.chunk)
-    if p.writes:
-      _mix(r, p, start)
-    elif p.reads:
-      for rows in p.groups(ROWS):
-        _add_squares(r, rows, [x_j(r.x, j, rows, start, p) for j in range(p.n)])
-    if p.reads:
-      r.product[...] += project(r.phi, source, start, p)
+  def step(number, _):
+    start = pl.multiple_of(number * sizes.channel_block, sizes.channel_block)
+    if sizes.writes:
+      _write(refs, sizes, start)
+    elif sizes.reads:
+      _square(refs, sizes, start)
+    if sizes.reads:
+      refs.product[...] += _project(refs.phi, source, sizes, start)
     return 0
 
-  jax.lax.fori_loop(0, p.dim // p.chunk, chunk, 0)
-  if p.reads:
-    ones = jnp.ones((8, block_diagonal.LANES), jnp.bfloat16)
-    total = block_diagonal.lane_sums(ones, r.squares[...])[:1]
-    scale = jax.lax.rsqrt(total / (p.n * p.dim) + p.norm_eps)
-    product = r.product[...].reshape(-1, p.height, p.tokens)
-    z = jnp.sum(product, axis=0) * scale
-    r.z[...] = z[: p.k]
-    r.scale[...] = scale
-    weighted_sum(read_weights(z, r, p), [source], [p.n], r.h, r, p)
+  jax.lax.fori_loop(0, sizes.dim // sizes.channel_block, step, 0)
+  if sizes.reads:
+    _read(refs, sizes, source)
 
 
-def collapse(r, p):
+def collapse(refs, sizes):
   """The sum of the streams behind the last sub-layer, [t, d]."""
-  weights = sums_of_columns(r, p)
-  weighted_sum(weights, [r.x, r.y], [p.n, 1], r.h, r, p)
+  streams = [(refs.x, (j,)) for j in range(sizes.n)] + [(refs.y, ())]
+  _weighted_sum(collapse_weights(refs, sizes), streams, refs, sizes)
 
 
-def sums_of_columns(r, p):
-  """What each stream and the output count for in the sum: [n + 1, t]."""
-  rows = r.res[...].reshape(p.n, p.n, p.tokens)
+def stacked_coefficients(refs, sizes):
+  """Returns [res; post] as `scatter_to_diagonals` takes it."""
+  coefficients = jnp.concatenate([refs.res[...], refs.post[...]])
+  return block_diagonal.transpose_split(
+    coefficients, 2 if sizes.is_bfloat16 else 3
+  )
+
+
+def collapse_weights(refs, sizes):
+  """Returns the weights of each stream and of y in the sum: [n + 1, t]."""
+  rows = refs.res[...].reshape(sizes.n, sizes.n, sizes.tokens)
   total = jnp.sum(rows, axis=0)
-  return jnp.concatenate([total, jnp.sum(r.post[...], axis=0, keepdims=True)])
+  return jnp.concatenate(
+    [total, jnp.sum(refs.post[...], axis=0, keepdims=True)]
+  )
 
 
-def read_weights(z, r, p):
-  """H_pre, [n, t]; `gate` holds alpha and the bias."""
-  return jax.nn.sigmoid(z[: p.n] * r.gate[:, 0:1] + r.gate[:, 1:2])
+def read_weights(z, refs, sizes):
+  """Returns H_pre, [n, t]; `gate` holds alpha and the bias."""
+  return jax.nn.sigmoid(z[: sizes.n] * refs.gate[:, 0:1] + refs.gate[:, 1:2])
 
 
-def weighted_sum(weights, sources, counts, out, r, p):
-  """out = sum over all streams of the sources, by weights [m, t]."""
-  block_diagonal.spread_lanes(weights, r.spread)
-  streams = [
-    (source, j, count)
-    for source, count in zip(sources, counts, strict=True)
-    for j in range(count)
-  ]
-
-  def rows_of(number, _):
-    rows = pl.ds(pl.multiple_of(number * ROWS, ROWS), ROWS)
-    for start in range(0, p.dim, block_diagonal.LANES):
-      lanes = pl.ds(start, block_diagonal.LANES)
-      total = None
-      for m, (source, j, count) in enumerate(streams):
-        x = source[j, rows, lanes] if count > 1 else source[rows, lanes]
-        term = r.spread[m, rows] * x.astype(jnp.float32)
-        total = term if total is None else total + term
-      out[rows, lanes] = total.astype(out.dtype)
-    return 0
-
-  jax.lax.fori_loop(0, p.tokens // ROWS, rows_of, 0)
-
-
-def _mix(r, p, start):
-  lanes = pl.ds(start, p.chunk)
-  for rows in p.groups(p.group):
-    mixed = mix(
-      r.mix,
-      [r.x[j, rows, lanes] for j in range(p.n)] + [r.y[rows, lanes]],
-      rows,
-      p.n,
-    )
-    streams = [mixed[i * p.group : (i + 1) * p.group] for i in range(p.n)]
+def _write(refs, sizes, start):
+  """Writes x' of one block of channels, and adds up its squares."""
+  lanes = pl.ds(start, sizes.channel_block)
+  group = sizes.fwd_group
+  for rows in block_diagonal.row_slices(sizes.tokens, group):
+    stream_rows = [refs.x[j, rows, lanes] for j in range(sizes.n)]
+    stream_rows.append(refs.y[rows, lanes])
+    mixed = block_diagonal.mix(refs.mix, rows, stream_rows, sizes.n, sizes)
+    streams = [mixed[i * group : (i + 1) * group] for i in range(sizes.n)]
     for i, stream in enumerate(streams):
-      r.x_next[i, rows, lanes] = stream.astype(r.x_next.dtype)
-    if p.reads:
-      _add_squares(r, rows, streams)
+      refs.x_next[i, rows, lanes] = stream.astype(refs.x_next.dtype)
+    if sizes.reads:
+      _add_squares(refs, rows, streams)
 
 
-def mix(matrices, slabs, rows, count):
-  """B X of one group: `count` streams below each other, float32."""
-  matrix = jnp.concatenate([matrices[i, rows] for i in range(count)])
-  return block_diagonal.dot(matrix, block_diagonal.repeated(slabs))
+def _square(refs, sizes, start):
+  """Adds up the squares of one block of channels of x."""
+  lanes = pl.ds(start, sizes.channel_block)
+  for rows in block_diagonal.row_slices(sizes.tokens, ROWS):
+    streams = [
+      refs.x[j, rows, lanes].astype(jnp.float32) for j in range(sizes.n)
+    ]
+    _add_squares(refs, rows, streams)
 
 
-def x_j(x, j, rows, start, p):
-  return x[j, rows, pl.ds(start, p.chunk)].astype(jnp.float32)
-
-
-def _add_squares(r, rows, streams):
-  total = r.squares[rows]
+def _add_squares(refs, rows, streams):
+  total = refs.squares[rows]
   for stream in streams:
     for lane in range(0, stream.shape[1], block_diagonal.LANES):
       part = stream[:, lane : lane + block_diagonal.LANES]
       total = total + part * part
-  r.squares[rows] = total
+  refs.squares[rows] = total
 
 
-def project(phi, source, start, p):
-  """phi^T x of one chunk, [parts of k, t], all streams."""
+def _project(phi, source, sizes, start):
+  """Returns phi^T x of one block of channels, [parts of k, t]."""
   total = None
-  for j in range(p.n):
+  for j in range(sizes.n):
     of_stream = pl.ds(
-      pl.multiple_of(j * p.dim + start, block_diagonal.LANES), p.chunk
+      pl.multiple_of(j * sizes.dim + start, block_diagonal.LANES),
+      sizes.channel_block,
     )
     term = block_diagonal.dot(
-      phi[:, of_stream], source[j, :, pl.ds(start, p.chunk)], ((1,), (1,))
+      phi[:, of_stream],
+      source[j, :, pl.ds(start, sizes.channel_block)],
+      sizes,
+      ((1,), (1,)),
     )
     total = term if total is None else total + term
   return total
+
+
+def _read(refs, sizes, source):
+  """Writes z, 1 / rms, and h, which is read from the streams in `source`."""
+  ones = jnp.ones((8, block_diagonal.LANES), jnp.bfloat16)
+  total = block_diagonal.lane_sums(ones, refs.squares[...], sizes)[:1]
+  scale = jax.lax.rsqrt(total / (sizes.n * sizes.dim) + sizes.norm_eps)
+  product = refs.product[...].reshape(-1, sizes.padded_rows, sizes.tokens)
+  z = jnp.sum(product, axis=0) * scale
+  refs.z[...] = z[: sizes.k]
+  refs.scale[...] = scale
+  streams = [(source, (j,)) for j in range(sizes.n)]
+  _weighted_sum(read_weights(z, refs, sizes), streams, refs, sizes)
+
+
+def _weighted_sum(weights, streams, refs, sizes):
+  """Writes h = sum_m weights_m x_m.
+
+  Args:
+    weights: [m, t].
+    streams: a reference and the index of the stream in it, m times.
+    refs, sizes: of the kernel.
+  """
+  block_diagonal.broadcast_to_lanes(weights, refs.spread, sizes)
+
+  def rows_of(number, _):
+    rows = pl.ds(pl.multiple_of(number * ROWS, ROWS), ROWS)
+    for start in range(0, sizes.dim, block_diagonal.LANES):
+      lanes = pl.ds(start, block_diagonal.LANES)
+      total = None
+      for m, (source, index) in enumerate(streams):
+        x = source[(*index, rows, lanes)]
+        term = refs.spread[m, rows] * x.astype(jnp.float32)
+        total = term if total is None else total + term
+      refs.h[rows, lanes] = total.astype(refs.h.dtype)
+    return 0
+
+  jax.lax.fori_loop(0, sizes.tokens // ROWS, rows_of, 0)

@@ -1,20 +1,15 @@
-"""One call of a kernel over tiles of tokens.
+"""One call of a declared kernel, over the largest tiles of tokens that fit.
 
-Arrays are given by name with the kind of block that a tile takes of them:
-
-    'streams'   [n, t, d]: all streams of the tile's tokens
-    'tokens'    [t, d]
-    'minor'     [m, t], float32: tokens minor
-    'whole'     any shape, the same for every tile
-    'summed'    an output of any shape, float32: the sum over all tiles
-
-Tokens are filled up with zeros to whole tiles, whose results are dropped.
+The more tokens a tile has, the fewer fixed costs a token. The limit is a core's
+vector memory, which holds whole rows of the streams, twice, so that the next
+tile is copied in while one is computed. `memory` estimates what a tile takes;
+the compiler gets that as its limit, so that every compilation checks it.
 """
 
 from collections.abc import Callable
+import dataclasses
 import math
 import types
-from typing import NamedTuple
 
 import jax
 from jax.experimental import pallas as pl
@@ -22,179 +17,133 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from mhc import axes
+from mhc.kernels import chips
 from mhc.kernels import platform
 from mhc.kernels.pallas import block_diagonal
-from mhc.kernels.pallas import tiling
+from mhc.kernels.pallas import blocks
+from mhc.kernels.pallas import specs
+
+MiB = 2**20
+# What the compiler keeps for itself: spilled registers and large values.
+RESERVE = 4 * MiB
+TOKENS = (256, 128, 64, 32, 16)  # of a tile
+
+Declare = Callable[[specs.Sizes], specs.Call]
 
 
-class Block(NamedTuple):
-  """An operand or a result; `shape` is that of the whole array."""
+def run(
+  declare: Declare, sizes: specs.Sizes, arrays: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Runs a kernel of `specs` on arrays by name; returns outputs by name.
 
-  kind: str
-  shape: tuple[int, ...]
-  dtype: jnp.dtype
-
-
-class Call(NamedTuple):
-  """A kernel with its operands, results and scratch memory, by name.
-
-  `work` is the number of multiplications and additions a token, for the
-  compiler's schedule of what is around the kernel.
+  Raises:
+    NotImplementedError: not even the smallest tile fits.
   """
-
-  kernel: Callable
-  name: str
-  inputs: dict[str, Block]
-  outputs: dict[str, Block]
-  scratch: dict[str, tuple[tuple[int, ...], jnp.dtype]]
-  work: int
-
-
-def tile_shape(block: Block, tokens: int) -> tuple[int, ...]:
-  """What one tile of `tokens` takes of an array."""
-  match block.kind:
-    case 'streams':
-      return (block.shape[0], tokens, block.shape[2])
-    case 'tokens':
-      return (tokens, block.shape[1])
-    case 'minor':
-      return (*block.shape[:-1], tokens)
-    case 'whole' | 'summed':
-      return block.shape
-
-
-def memory(call: Call, tokens: int) -> int:
-  """Vector memory of a tile, bytes: blocks twice, scratch once."""
-  blocks = [*call.inputs.values(), *call.outputs.values()]
-  total = tiling.RESERVE + sum(
-    2 * _bytes(tile_shape(block, tokens), block.dtype) for block in blocks
+  machine, chip = _machine()
+  num_tokens = arrays['x'].shape[1]
+  sizes = dataclasses.replace(sizes, interpret=machine != 'tpu')
+  call = largest(declare, sizes, num_tokens, chip)
+  grid = blocks.make_grid(num_tokens, call.sizes.tokens, chip.cores)
+  operands = axes.vary(
+    [
+      kind.operand(arrays.get(name), grid) for name, kind in call.inputs.items()
+    ],
+    axes.over(arrays),
   )
-  return total + sum(_bytes(*scratch) for scratch in call.scratch.values())
-
-
-def moved(call: Call) -> int:
-  """Bytes through HBM, all tiles, whole operands once."""
-  blocks = [*call.inputs.values(), *call.outputs.values()]
-  return sum(
-    math.prod(block.shape) * jnp.dtype(block.dtype).itemsize for block in blocks
-  )
-
-
-def run(call: Call, arrays: dict[str, jax.Array], sizes: tiling.Pass):
-  """The outputs by name."""
-  num_tokens = next(
-    block.shape[1] for block in call.inputs.values() if block.kind == 'streams'
-  )
-  tokens = sizes.tokens
-  count = pl.cdiv(num_tokens, tokens)
-  cores = tiling.chip().cores
-  if count % cores:
-    cores = 1
-  steps = count // cores
-  filled = count * tokens
-  narrow = tokens % block_diagonal.LANES != 0
-  varying = axes.over(arrays)
-
-  def spec(block):
-    shape = tile_shape(block, tokens)
-    match block.kind:
-      case 'streams':
-        return pl.BlockSpec(shape, lambda c, s: (0, c * steps + s, 0))
-      case 'tokens':
-        return pl.BlockSpec(shape, lambda c, s: (c * steps + s, 0))
-      case 'minor':
-        zeros = (0,) * (len(shape) - 1)
-        if narrow:
-          return pl.BlockSpec(
-            (None, *shape), lambda c, s: (c * steps + s, *zeros, 0)
-          )
-        return pl.BlockSpec(shape, lambda c, s: (*zeros, c * steps + s))
-      case 'whole':
-        return pl.BlockSpec(shape, lambda c, s: (0,) * len(shape))
-      case 'summed':
-        return pl.BlockSpec(
-          (None, *shape), lambda c, s: (c, *(0,) * len(shape))
-        )
-
-  def enter(name):
-    block, x = call.inputs[name], arrays[name]
-    missing = filled - num_tokens
-    if block.kind != 'whole' and missing:
-      axis = {'streams': 1, 'tokens': 0, 'minor': x.ndim - 1}[block.kind]
-      x = jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
-    if block.kind == 'minor' and narrow:
-      x = jnp.moveaxis(x.reshape(*x.shape[:-1], count, tokens), -2, 0)
-    return axes.vary(x, varying)
-
-  def result(block):
-    match block.kind:
-      case 'summed':
-        shape = (cores, *block.shape)
-      case 'minor' if narrow:
-        shape = (count, *block.shape[:-1], tokens)
-      case 'minor':
-        shape = (*block.shape[:-1], filled)
-      case 'streams':
-        shape = (block.shape[0], filled, block.shape[2])
-      case 'tokens':
-        shape = (filled, block.shape[1])
-    return jax.ShapeDtypeStruct(
-      shape, block.dtype, manual_axis_type=jax.typeof(first).mat
-    )
-
-  def leave(block, x):
-    match block.kind:
-      case 'summed':
-        return x[0] if cores == 1 else jnp.sum(x, axis=0)
-      case 'minor':
-        if narrow:
-          x = jnp.moveaxis(x, 0, -2).reshape(*block.shape[:-1], filled)
-        return x[..., :num_tokens]
-      case 'streams':
-        return x[:, :num_tokens]
-      case 'tokens':
-        return x[:num_tokens]
-
-  names = [*call.inputs, *call.outputs, *call.scratch]
-
-  def body(*references):
-    by_name = dict(zip(names, references, strict=True))
-    call.kernel(types.SimpleNamespace(**by_name), sizes)
-
-  operands = [enter(name) for name in call.inputs]
-  first = operands[0]
-  limit = memory(call, tokens)
+  # Inside a shard_map results differ between devices as the operands do.
+  mat = jax.typeof(operands[0]).mat
   results = pl.pallas_call(
-    body,
-    grid=(cores, steps),
-    in_specs=[spec(block) for block in call.inputs.values()],
-    out_specs=[spec(block) for block in call.outputs.values()],
-    out_shape=[result(block) for block in call.outputs.values()],
+    _body(call),
+    grid=(grid.cores, grid.steps),
+    in_specs=[kind.spec(grid) for kind in call.inputs.values()],
+    out_specs=[kind.spec(grid) for kind in call.outputs.values()],
+    out_shape=[
+      jax.ShapeDtypeStruct(
+        kind.out_shape(grid), kind.dtype, manual_axis_type=mat
+      )
+      for kind in call.outputs.values()
+    ],
     scratch_shapes=[pltpu.VMEM(*scratch) for scratch in call.scratch.values()],
     compiler_params=pltpu.CompilerParams(
-      vmem_limit_bytes=limit,
+      vmem_limit_bytes=memory(call),
       dimension_semantics=('parallel', 'arbitrary'),
     ),
     cost_estimate=pl.CostEstimate(
       flops=call.work * num_tokens,
       transcendentals=0,
-      bytes_accessed=moved(call),
+      bytes_accessed=moved(call, num_tokens),
     ),
     name=call.name,
-    interpret=platform.platform() != 'tpu',
+    interpret=call.sizes.interpret,
   )(*operands)
   return {
-    name: leave(block, x)
-    for (name, block), x in zip(call.outputs.items(), results, strict=True)
+    name: kind.result(x, grid)
+    for (name, kind), x in zip(call.outputs.items(), results, strict=True)
   }
 
 
-def _bytes(shape, dtype):
-  """Of an array in vector memory, whose last dimensions are tiled (8, 128)."""
-  *rest, last = shape
-  if rest:
-    rest[-1] = block_diagonal.round_up(rest[-1], 8)
-  size = jnp.dtype(dtype).itemsize
-  return (
-    math.prod(rest) * block_diagonal.round_up(last, block_diagonal.LANES) * size
+def largest(
+  declare: Declare, sizes: specs.Sizes, num_tokens: int, chip: chips.Chip
+) -> specs.Call:
+  """Declares a call with the largest tile that fits a core of the chip.
+
+  A tile is less than twice as large as `num_tokens`, or the smallest.
+
+  Raises:
+    NotImplementedError: not even the smallest fits.
+  """
+  for tokens in TOKENS:
+    if tokens >= 2 * num_tokens and tokens != TOKENS[-1]:
+      continue
+    call = declare(dataclasses.replace(sizes, tokens=tokens))
+    needed = memory(call)
+    if needed <= chip.vector_memory:
+      return call
+  raise NotImplementedError(
+    f'{tokens} tokens of {sizes.n} streams of {sizes.dim} take '
+    f'{needed / MiB:.0f} MiB of vector memory, there are '
+    f'{chip.vector_memory // MiB} MiB'
   )
+
+
+def memory(call: specs.Call) -> int:
+  """Returns the bytes of vector memory: blocks twice, scratch once."""
+  held = [
+    (kind.shape(call.sizes.tokens), kind.dtype)
+    for kind in [*call.inputs.values(), *call.outputs.values()]
+  ]
+  total = RESERVE
+  # The last two dimensions are tiled (8, 128).
+  for shape, dtype in [*held, *held, *call.scratch.values()]:
+    *rest, last = shape
+    if rest:
+      rest[-1] = pl.cdiv(rest[-1], 8) * 8
+    lanes = pl.cdiv(last, block_diagonal.LANES) * block_diagonal.LANES
+    total += math.prod(rest) * lanes * jnp.dtype(dtype).itemsize
+  return total
+
+
+def moved(call: specs.Call, num_tokens: int) -> int:
+  """Returns the bytes through HBM: all tiles, whole and summed arrays once."""
+  total = 0
+  for kind in [*call.inputs.values(), *call.outputs.values()]:
+    total += math.prod(kind.shape(num_tokens)) * jnp.dtype(kind.dtype).itemsize
+  return total
+
+
+def _body(call):
+  """Returns the kernel as a function of references by position."""
+  names = [*call.inputs, *call.outputs, *call.scratch]
+
+  def body(*refs):
+    by_name = dict(zip(names, refs, strict=True))
+    call.kernel(types.SimpleNamespace(**by_name), call.sizes)
+
+  return body
+
+
+def _machine():
+  """Returns the platform and its chip; off TPUs, as when interpreted, a v5p."""
+  machine, kind = platform.device()
+  found = [chip for chip in chips.CHIPS.values() if chip.kind == kind]
+  return machine, found[0] if found else chips.CHIPS['v5p']

@@ -1,11 +1,11 @@
 """The projection onto doubly stochastic matrices as a TPU kernel.
 
-Of 1,024 tokens at a time each entry of the n x n matrices is one [8, 128]
-register, so that an iteration is elementwise arithmetic on registers and
-nothing but the logits and the result passes through HBM: 2 n^2 numbers a
-token forward, 3 n^2 backward. The arithmetic is `mhc.scaling`'s. The backward
-kernel runs the iteration again and keeps its divisors on chip, 2 n numbers an
-iteration.
+A block is 1,024 tokens, so that each entry of the n x n matrices is one [8,
+128] register. An iteration is elementwise arithmetic on registers, and nothing
+but the logits and the result passes through HBM: 2 n^2 numbers a token forward,
+3 n^2 backward. The arithmetic is that of `mhc.kernels.xla.sinkhorn`. The
+backward kernel runs the iteration again and keeps its divisors on chip, 2 n
+numbers an iteration.
 """
 
 import functools

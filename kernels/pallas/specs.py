@@ -1,207 +1,319 @@
-"""The kernel calls: what each takes, makes and needs on chip, by name.
+"""The declarations of the kernels: one function each, from sizes to a `Call`.
 
-One function a kernel, from its sizes to a `passes.Call`. Bench and tests read
-bytes and memory off these.
+A declaration names what a kernel takes, makes and needs on chip; the kernel
+finds it under these names in its `refs`. Constants that the matrix unit needs
+are among the inputs. Bench and tests read bytes and memory off declarations.
 """
 
+from collections.abc import Callable
+import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from mhc.kernels import chips
 from mhc.kernels.pallas import backward as backward_lib
 from mhc.kernels.pallas import block_diagonal
 from mhc.kernels.pallas import forward as forward_lib
-from mhc.kernels.pallas import launch
-from mhc.kernels.pallas import tiling
-from mhc.kernels.pallas.launch import Block
-from mhc.kernels.pallas.launch import Call
-from mhc.kernels.pallas.tiling import Pass
+from mhc.kernels.pallas.blocks import ChannelsMinor
+from mhc.kernels.pallas.blocks import Input
+from mhc.kernels.pallas.blocks import Output
+from mhc.kernels.pallas.blocks import Summed
+from mhc.kernels.pallas.blocks import TokensMinor
+from mhc.kernels.pallas.blocks import Whole
 
 F32 = jnp.float32
 BF16 = jnp.bfloat16
 
 
-def forward(p: Pass, num_tokens: int) -> Call:
-  """`advance`, `pre` (writes nothing) or `post` (reads nothing)."""
-  name = 'advance' if p.writes and p.reads else 'post' if p.writes else 'pre'
-  inputs = {'x': _streams(p, num_tokens)}
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """The sizes of one kernel call, see `make_sizes`.
+
+  Attributes:
+    n: streams.
+    dim: channels of a stream, d.
+    k: rows of the projection z, 0 where nothing is read.
+    writes: whether a sub-layer's output is written back.
+    reads: whether the next sub-layer's input is read.
+    dtype: the streams'.
+    is_bfloat16: whether that is bfloat16.
+    norm_eps: of the norm in front of the projection.
+    padded_rows: k, filled up to whole registers.
+    channel_block: channels of a step.
+    fwd_group: tokens on one block of diagonals, g: B has 2 (n + 1) g lanes.
+    bwd_group: tokens on one block of dx' X^T, which has (n + 1) g lanes.
+    tokens: of a tile, chosen by `launch`.
+    interpret: whether it runs in an interpreter, set by `launch`.
+  """
+
+  n: int
+  dim: int
+  k: int
+  writes: bool
+  reads: bool
+  dtype: jnp.dtype
+  is_bfloat16: bool
+  norm_eps: float
+  padded_rows: int
+  channel_block: int
+  fwd_group: int
+  bwd_group: int
+  tokens: int = 256
+  interpret: bool = False
+
+
+def make_sizes(
+  n: int,
+  dim: int,
+  k: int,
+  writes: bool,
+  dtype: jnp.dtype,
+  norm_eps: float = 0.0,
+) -> Sizes:
+  """Derives what kernels need from what an operation is called with."""
+
+  def group(lanes_of_token):
+    return 16 if 16 * lanes_of_token <= block_diagonal.LANES else 8
+
+  return Sizes(
+    n=n,
+    dim=dim,
+    k=k,
+    writes=writes,
+    reads=k > 0,
+    dtype=dtype,
+    is_bfloat16=dtype == BF16,
+    norm_eps=norm_eps,
+    padded_rows=block_diagonal.round_up(k, 8),
+    channel_block=next(c for c in (512, 384, 256, 128) if dim % c == 0),
+    fwd_group=group(2 * (n + 1)),
+    bwd_group=group(n + 1),
+  )
+
+
+class Call(NamedTuple):
+  """The declaration of one kernel.
+
+  Attributes:
+    kernel: takes `refs`, references by name, and `sizes`.
+    name: the kernel's, in compiled programs.
+    inputs, outputs: arrays in HBM by name.
+    scratch: shapes and dtypes by name.
+    work: multiplications and additions a token, for the compiler's schedule of
+      what is around the kernel.
+  """
+
+  kernel: Callable
+  name: str
+  sizes: Sizes
+  inputs: dict[str, Input]
+  outputs: dict[str, Output]
+  scratch: dict[str, tuple[tuple[int, ...], jnp.dtype]]
+  work: int
+
+
+def forward(sizes: Sizes) -> Call:
+  """Declares `advance`, `pre` (writes nothing) or `post` (reads nothing)."""
+  n, k, dim, tokens = sizes.n, sizes.k, sizes.dim, sizes.tokens
+  inputs = {'x': _streams(sizes)}
   outputs, scratch = {}, {}
   work = 0
-  if p.writes:
-    inputs |= _written(p, num_tokens) | {'to_mix': _constant(p, 'to_mix')}
-    outputs['x_next'] = _streams(p, num_tokens)
-    scratch['mix'] = _matrices(p, p.n, p.n + 1)
-    work += 2 * p.n * (p.n + 1) * p.dim
-  if p.reads:
-    inputs |= _reading(p)
+  if sizes.writes:
+    inputs |= _written(sizes) | {'to_mix': _constants(sizes)['to_mix']}
+    outputs['x_next'] = _streams(sizes)
+    scratch['mix'] = _matrices(sizes, n, n + 1)
+    work += 2 * n * (n + 1) * dim
+  if sizes.reads:
+    inputs |= _reading(sizes)
     outputs |= {
-      'h': _tokens(p, num_tokens),
-      'z': _minor(p.k, num_tokens),
-      'scale': _minor(1, num_tokens),
+      'h': _layer(sizes),
+      'z': TokensMinor((k,)),
+      'scale': TokensMinor((1,)),
     }
-    rows = 3 * p.height if p.is_bfloat16 else p.height
     scratch |= {
-      'squares': ((p.tokens, block_diagonal.LANES), F32),
-      'product': ((rows, p.tokens), F32),
-      'spread': ((p.n, p.tokens, block_diagonal.LANES), F32),
+      'squares': ((tokens, block_diagonal.LANES), F32),
+      'product': ((_parts(sizes, 3) * sizes.padded_rows, tokens), F32),
+      'spread': _lanes(sizes, n),
     }
-    work += 2 * p.n * (p.k + 2) * p.dim
+    work += 2 * n * (k + 2) * dim
   return Call(
-    forward_lib.kernel, f'{name}_forward', inputs, outputs, scratch, work
+    forward_lib.kernel,
+    f'{_operation(sizes)}_forward',
+    sizes,
+    inputs,
+    outputs,
+    scratch,
+    work,
   )
 
 
-def backward(p: Pass, num_tokens: int) -> Call:
-  """The gradients of `forward`."""
-  name = 'advance' if p.writes and p.reads else 'post' if p.writes else 'pre'
-  inputs = {'x': _streams(p, num_tokens)}
-  outputs = {'dx': _streams(p, num_tokens)}
+def backward(sizes: Sizes) -> Call:
+  """Declares the gradients of `forward`."""
+  n, k, dim, tokens = sizes.n, sizes.k, sizes.dim, sizes.tokens
+  constants = _constants(sizes)
+  inputs = {'x': _streams(sizes)}
+  outputs = {'dx': _streams(sizes)}
   scratch = {}
   work = 0
-  if p.writes:
-    width = p.pair * (p.n + 1)
-    height = block_diagonal.round_up(p.n + 1, 8)
-    inputs |= _written(p, num_tokens) | {
-      'dx_next': _streams(p, num_tokens),
-      'to_mix_back': _constant(p, 'to_mix_back'),
-      'to_sum': _constant(p, 'to_sum'),
+  if sizes.writes:
+    inputs |= _written(sizes) | {
+      'dx_next': _streams(sizes),
+      'to_mix_back': constants['to_mix_back'],
+      'to_sum': constants['to_sum'],
     }
     outputs |= {
-      'dy': _tokens(p, num_tokens),
-      'd_mix': Block('minor', (p.n, height, num_tokens), F32),
+      'dy': _layer(sizes),
+      'd_mix': TokensMinor((n, block_diagonal.round_up(n + 1, 8))),
     }
+    group = sizes.bwd_group
     scratch |= {
-      'mix_back': _matrices(p, p.n + 1, p.n),
-      'products': ((p.tokens // p.pair, p.n * p.pair, width), F32),
+      'mix_back': _matrices(sizes, n + 1, n),
+      'products': ((tokens // group, n * group, (n + 1) * group), F32),
     }
-    work += 4 * p.n * (p.n + 1) * p.dim
-  if p.reads:
-    count = p.n + 1 if p.writes else p.n
-    rows = 2 * p.height if p.is_bfloat16 else p.height
-    inputs |= _reading(p) | {
-      'dh': _tokens(p, num_tokens),
-      'z': _minor(p.k, num_tokens),
-      'dz': _minor(p.k, num_tokens),
-      'scale': _minor(1, num_tokens),
+    work += 4 * n * (n + 1) * dim
+  if sizes.reads:
+    inputs |= _reading(sizes) | {
+      'dh': _layer(sizes),
+      'z': TokensMinor((k,)),
+      'dz': TokensMinor((k,)),
+      'scale': TokensMinor((1,)),
     }
     outputs |= {
-      'd_logits': _minor(p.n, num_tokens),
-      'dphi': Block('summed', (p.height, p.n * p.dim), F32),
+      'd_logits': TokensMinor((n,)),
+      'dphi': Summed((sizes.padded_rows, n * dim)),
     }
     scratch |= {
-      'dots': ((count, p.tokens, block_diagonal.LANES), F32),
-      'spread': ((p.n + 1, p.tokens, block_diagonal.LANES), F32),
-      'd_product': ((rows, p.tokens), BF16 if p.is_bfloat16 else F32),
+      'dots': _lanes(sizes, n + 1 if sizes.writes else n),
+      'spread': _lanes(sizes, n + 1),
+      'd_product': (
+        (_parts(sizes, 2) * sizes.padded_rows, tokens),
+        _unit_dtype(sizes),
+      ),
     }
-    work += 4 * p.n * (p.k + 4) * p.dim
-  if p.reads and p.writes:
-    inputs['to_mix'] = _constant(p, 'to_mix')
+    work += 4 * n * (k + 4) * dim
+  if sizes.reads and sizes.writes:
+    inputs['to_mix'] = constants['to_mix']
     scratch |= {
-      'mix': _matrices(p, p.n, p.n + 1),
-      'x_next': ((p.n, p.tokens, p.dim), p.dtype),
-      'total': ((p.n, p.tokens, p.chunk), p.dtype),
+      'mix': _matrices(sizes, n, n + 1),
+      'x_next': ((n, tokens, dim), sizes.dtype),
+      'total': ((n, tokens, sizes.channel_block), sizes.dtype),
     }
-    work += 2 * p.n * (p.n + 1) * p.dim
+    work += 2 * n * (n + 1) * dim
   return Call(
-    backward_lib.kernel, f'{name}_backward', inputs, outputs, scratch, work
+    backward_lib.kernel,
+    f'{_operation(sizes)}_backward',
+    sizes,
+    inputs,
+    outputs,
+    scratch,
+    work,
   )
 
 
-def collapse(p: Pass, num_tokens: int) -> Call:
+def collapse(sizes: Sizes) -> Call:
+  """Declares `collapse`."""
   return Call(
     forward_lib.collapse,
     'collapse_forward',
-    {'x': _streams(p, num_tokens)} | _written(p, num_tokens),
-    {'h': _tokens(p, num_tokens)},
-    {'spread': ((p.n + 1, p.tokens, block_diagonal.LANES), F32)},
-    2 * (p.n + 1) * p.dim,
+    sizes,
+    inputs={'x': _streams(sizes)} | _written(sizes),
+    outputs={'h': _layer(sizes)},
+    scratch={'spread': _lanes(sizes, sizes.n + 1)},
+    work=2 * (sizes.n + 1) * sizes.dim,
   )
 
 
-def collapse_backward(p: Pass, num_tokens: int) -> Call:
-  rows = (p.n + 1, p.tokens, block_diagonal.LANES)
+def collapse_backward(sizes: Sizes) -> Call:
+  """Declares the gradients of `collapse`."""
   return Call(
     backward_lib.collapse,
     'collapse_backward',
-    {
-      'x': _streams(p, num_tokens),
-      **_written(p, num_tokens),
-      'dh': _tokens(p, num_tokens),
+    sizes,
+    inputs={'x': _streams(sizes), **_written(sizes), 'dh': _layer(sizes)},
+    outputs={
+      'dx': _streams(sizes),
+      'dy': _layer(sizes),
+      'u': TokensMinor((sizes.n + 1,)),
     },
-    {
-      'dx': _streams(p, num_tokens),
-      'dy': _tokens(p, num_tokens),
-      'u': _minor(p.n + 1, num_tokens),
+    scratch={
+      'spread': _lanes(sizes, sizes.n + 1),
+      'dots': _lanes(sizes, sizes.n + 1),
     },
-    {'spread': (rows, F32), 'dots': (rows, F32)},
-    3 * (p.n + 1) * p.dim,
+    work=3 * (sizes.n + 1) * sizes.dim,
   )
 
 
-def largest(
-  make, sizes: Pass, num_tokens: int, chip: chips.Chip | None = None
-) -> tuple[Pass, Call]:
-  """The call that `make` describes with the largest tile that fits a chip."""
+def _operation(sizes):
+  if not sizes.reads:
+    return 'post'
+  return 'advance' if sizes.writes else 'pre'
 
-  def memory(tile):
-    return launch.memory(make(tile, num_tokens), tile.tokens)
 
-  sizes = tiling.fit(sizes, num_tokens, memory, chip)
-  return sizes, make(sizes, num_tokens)
+def _constants(sizes):
+  """Returns the inputs that scatter and gather coefficients."""
+  return {
+    name: Whole(array.shape, array.dtype, array)
+    for name, array in _constant_arrays(
+      sizes.n, sizes.dtype, sizes.fwd_group, sizes.bwd_group
+    ).items()
+  }
 
 
 @functools.cache
-def constants(p: Pass) -> dict[str, np.ndarray]:
-  """What the matrix unit needs to spread and to gather coefficients."""
-  n = p.n
+def _constant_arrays(n, dtype, fwd_group, bwd_group):
   index = np.arange(n * n).reshape(n, n)
   index = np.concatenate([index, n * n + np.arange(n)[:, None]], axis=1)
   height = block_diagonal.round_up(n + 1, 8)
-  to_sum = np.repeat(np.eye(height, n + 1), p.pair, axis=1)
+  to_sum = np.repeat(np.eye(height, n + 1), bwd_group, axis=1)
   return {
-    'to_mix': block_diagonal.spreading(index, p.group, p.dtype),
-    'to_mix_back': block_diagonal.spreading(index.T, p.group, p.dtype),
+    'to_mix': block_diagonal.scatter_constants(index, fwd_group, dtype),
+    'to_mix_back': block_diagonal.scatter_constants(index.T, fwd_group, dtype),
     'to_sum': to_sum.astype(BF16),
   }
 
 
-def _constant(p, name):
-  array = constants(p)[name]
-  return Block('whole', array.shape, array.dtype)
+def _streams(sizes):
+  return ChannelsMinor((sizes.n,), sizes.dim, sizes.dtype)
 
 
-def _streams(p, num_tokens):
-  return Block('streams', (p.n, num_tokens, p.dim), p.dtype)
+def _layer(sizes):
+  """Returns the kind of what a sub-layer reads and returns."""
+  return ChannelsMinor((), sizes.dim, sizes.dtype)
 
 
-def _tokens(p, num_tokens):
-  return Block('tokens', (num_tokens, p.dim), p.dtype)
-
-
-def _minor(rows, num_tokens):
-  return Block('minor', (rows, num_tokens), F32)
-
-
-def _written(p, num_tokens):
+def _written(sizes):
   return {
-    'y': _tokens(p, num_tokens),
-    'post': _minor(p.n, num_tokens),
-    'res': _minor(p.n * p.n, num_tokens),
+    'y': _layer(sizes),
+    'post': TokensMinor((sizes.n,)),
+    'res': TokensMinor((sizes.n * sizes.n,)),
   }
 
 
-def _reading(p):
-  rows = 3 * p.height if p.is_bfloat16 else p.height
+def _reading(sizes):
+  shape = (_parts(sizes, 3) * sizes.padded_rows, sizes.n * sizes.dim)
   return {
-    'phi': Block('whole', (rows, p.n * p.dim), BF16 if p.is_bfloat16 else F32),
-    'gate': Block('whole', (p.n, 2), F32),
+    'phi': Whole(shape, _unit_dtype(sizes)),
+    'gate': Whole((sizes.n, 2), F32),
   }
 
 
-def _matrices(p, rows, columns):
-  """B of all groups of a tile."""
-  apart = 2 if p.is_bfloat16 else 1
-  shape = (rows, p.tokens, apart * columns * p.group)
-  return shape, BF16 if p.is_bfloat16 else F32
+def _matrices(sizes, rows, columns):
+  """Returns the scratch for B of all groups of a tile."""
+  lanes = _parts(sizes, 2) * columns * sizes.fwd_group
+  return (rows, sizes.tokens, lanes), _unit_dtype(sizes)
+
+
+def _lanes(sizes, rows):
+  """Returns the scratch for a register of lanes a token, [rows, t, 128]."""
+  return (rows, sizes.tokens, block_diagonal.LANES), F32
+
+
+def _parts(sizes, count):
+  """Returns in how many bfloat16 arrays float32 enters the matrix unit."""
+  return count if sizes.is_bfloat16 else 1
+
+
+def _unit_dtype(sizes):
+  return BF16 if sizes.is_bfloat16 else F32

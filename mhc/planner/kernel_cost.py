@@ -22,10 +22,10 @@ import numpy as np
 from mhc.kernels import api
 from mhc.kernels import chips
 from mhc.kernels import shapes
+from mhc.kernels.pallas import blocks
 from mhc.kernels.pallas import launch
 from mhc.kernels.pallas import sinkhorn
 from mhc.kernels.pallas import specs
-from mhc.kernels.pallas import tiling
 from mhc.planner import bundles
 from mhc.planner import hlo
 from mhc.planner import plan
@@ -117,13 +117,13 @@ def programs(operation, operands, generation, implementation):
   return lower(forward, *operands), lower(both, cotangent, *operands)
 
 
-def elements_per_token(call: launch.Call, num_tokens: int) -> int:
-  """Of streams and of what sub-layers read and return."""
-  blocks = [*call.inputs.values(), *call.outputs.values()]
+def elements_per_token(call: specs.Call) -> int:
+  """Counts those of streams and of what sub-layers read and return."""
+  arrays = [*call.inputs.values(), *call.outputs.values()]
   return sum(
-    math.prod(block.shape) // num_tokens
-    for block in blocks
-    if block.kind in ('streams', 'tokens')
+    math.prod(array.shape(1))
+    for array in arrays
+    if isinstance(array, blocks.ChannelsMinor)
   )
 
 
@@ -214,7 +214,7 @@ def _blocks(operation, direction, dim, generation):
     elements = lower_bound(operation, direction, n, dim)
     return sinkhorn.TOKENS, elements, 4 * elements
   reads = operation in ('pre', 'advance')
-  sizes = tiling.Pass(
+  sizes = specs.make_sizes(
     n,
     dim,
     2 * n + n * n if reads else 0,
@@ -227,9 +227,9 @@ def _blocks(operation, direction, dim, generation):
     ('collapse', 'backward'): specs.collapse_backward,
   }.get((operation, direction), getattr(specs, direction))
   chip = chips.CHIPS[generation]
-  sizes, call = specs.largest(make, sizes, num_tokens, chip)
+  call = launch.largest(make, sizes, num_tokens, chip)
   return (
-    sizes.tokens,
-    elements_per_token(call, num_tokens),
-    launch.moved(call) / num_tokens,
+    call.sizes.tokens,
+    elements_per_token(call),
+    launch.moved(call, num_tokens) / num_tokens,
   )

@@ -18,7 +18,6 @@ from mhc.kernels import shapes
 from mhc.kernels.pallas import launch
 from mhc.kernels.pallas import sinkhorn
 from mhc.kernels.pallas import specs
-from mhc.kernels.pallas import tiling
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel.placement import Placement
 from mhc.planner import bundles
@@ -148,7 +147,7 @@ def test_streams_in_float64(operation, dtype, shape, monkeypatch):
 
   Small tiles, so that there are several; the larger ones run the same code.
   """
-  monkeypatch.setattr(tiling, 'TOKENS', (16,))
+  monkeypatch.setattr(launch, 'TOKENS', (16,))
   tolerance = {'bfloat16': 2 * 2**-8, 'float32': 2e-5}[dtype]
   compare(operation, 'pallas', shape, jnp.dtype(dtype), tolerance)
 
@@ -201,7 +200,7 @@ def test_what_the_kernels_cannot_serve(shape, dtype, reason, monkeypatch):
   ('generation', 'dim'), [('v5p', shapes.PAPER[0]), ('v6e', shapes.PAPER[1])]
 )
 def test_the_kernels_compile_for_tpus(generation, dim):
-  """All, both ways, and within the memory that `passes.memory` gives them."""
+  """All, both ways, and within the memory that `launch.memory` gives them."""
   for operation in kernel_cost.OPERATIONS:
     forward, both = kernel_cost.programs(
       operation, kernel_cost.case(operation, dim), generation, None
@@ -212,29 +211,26 @@ def test_the_kernels_compile_for_tpus(generation, dim):
 
 def test_bytes_through_memory():
   """The streams once: (2 n + 2) C a token forward, (3 n + 3) C backward."""
-  sizes = tiling.Pass(4, 2560, 24, True, jnp.dtype(jnp.bfloat16))
+  sizes = specs.make_sizes(4, 2560, 24, True, jnp.dtype(jnp.bfloat16))
   for make, elements in (
     (specs.forward, (2 * 4 + 2) * 2560),
     (specs.backward, (3 * 4 + 3) * 2560),
   ):
-    call = make(sizes, 4096)
-    assert kernel_cost.elements_per_token(call, 4096) == elements
+    call = make(sizes)
+    assert kernel_cost.elements_per_token(call) == elements
     # Coefficients, phi and its gradient are what is left.
-    assert launch.moved(call) < 1.03 * 2 * elements * 4096
+    assert launch.moved(call, 4096) < 1.03 * 2 * elements * 4096
 
 
 def test_tiles_are_as_large_as_the_vector_memory_allows():
-  sizes = tiling.Pass(4, 7168, 24, True, jnp.dtype(jnp.bfloat16))
-
-  def memory(tile):
-    return launch.memory(specs.backward(tile, 4096), tile.tokens)
-
+  sizes = specs.make_sizes(4, 7168, 24, True, jnp.dtype(jnp.bfloat16))
   large, small = (
-    tiling.fit(sizes, 4096, memory, chips.CHIPS[name])
+    launch.largest(specs.backward, sizes, 4096, chips.CHIPS[name])
     for name in ('v6e', 'v5p')
   )
-  assert (large.tokens, small.tokens) == (128, 64)
-  assert memory(small) <= chips.CHIPS['v5p'].vector_memory < memory(large)
+  assert (large.sizes.tokens, small.sizes.tokens) == (128, 64)
+  limit = chips.CHIPS['v5p'].vector_memory
+  assert launch.memory(small) <= limit < launch.memory(large)
 
 
 def test_bundles_of_nested_loops():

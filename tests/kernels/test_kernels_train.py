@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mhc import config
-from mhc.kernels.pallas import tiling
+from mhc.kernels.pallas import launch
 from mhc.parallel import partition
 from mhc.training import step
 
@@ -49,7 +49,7 @@ def losses(implementation):
 
 def test_interpreted_kernels_train_as_plain_jax_does(monkeypatch):
   """A dense block and one of experts, on two devices."""
-  monkeypatch.setattr(tiling, 'TOKENS', (16,))
+  monkeypatch.setattr(launch, 'TOKENS', (16,))
   plain, kernels = losses('xla'), losses('pallas')
   assert len(set(plain)) == 3
   np.testing.assert_allclose(kernels, plain, rtol=0, atol=1e-4)
