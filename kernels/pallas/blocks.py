@@ -1,4 +1,4 @@
-"""How a kernel's arrays are cut into blocks, one for each tile of tokens.
+"""The kinds of a kernel's arrays: which block a tile of tokens takes of each.
 
 Each kind of array knows its shape for a number of tokens, its `BlockSpec`, how
 an operand is padded to whole tiles, and how a result is cut back:

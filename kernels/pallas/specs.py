@@ -37,7 +37,7 @@ class Sizes:
     k: rows of the projection z, 0 where nothing is read.
     writes: whether a sub-layer's output is written back.
     reads: whether the next sub-layer's input is read.
-    dtype: the streams'.
+    dtype: of the streams.
     is_bfloat16: whether that is bfloat16.
     norm_eps: of the norm in front of the projection.
     padded_rows: k, filled up to whole registers.
@@ -72,7 +72,7 @@ def make_sizes(
   dtype: jnp.dtype,
   norm_eps: float = 0.0,
 ) -> Sizes:
-  """Derives what kernels need from what an operation is called with."""
+  """Derives all sizes from those of an operation's operands."""
 
   def group(lanes_of_token):
     return 16 if 16 * lanes_of_token <= block_diagonal.LANES else 8
@@ -98,8 +98,9 @@ class Call(NamedTuple):
 
   Attributes:
     kernel: takes `refs`, references by name, and `sizes`.
-    name: the kernel's, in compiled programs.
-    inputs, outputs: arrays in HBM by name.
+    name: of the kernel in compiled programs.
+    sizes: of the call.
+    inputs, outputs: kinds of the arrays in HBM, by name.
     scratch: shapes and dtypes by name.
     work: multiplications and additions a token, for the compiler's schedule of
       what is around the kernel.
