@@ -114,7 +114,7 @@ class Checkpoints:
     self._last_save_ok = True  # so far, the last one
     self._open()
     self._closing = contextlib.ExitStack()
-    self._closing.enter_context(orbax_workarounds.patient())
+    self._closing.enter_context(orbax_workarounds.draining_event_loops())
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -295,7 +295,7 @@ class Checkpoints:
 
   def _load(self, step, args):
     try:
-      return orbax_workarounds.apart(
+      return orbax_workarounds.in_thread(
         lambda: self._manager.restore(step, args=ocp.args.Composite(**args))
       )
     except Exception as failure:  # of any class, see `_attempt`

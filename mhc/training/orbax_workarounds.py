@@ -1,22 +1,27 @@
-"""An event loop that does not end before what it has begun.
+"""Event loops that, when closed, first wait for the tasks they have begun.
 
-Orbax reads and writes the arrays of a state at once, in an asyncio loop that it
-closes with the first of them that fails. TensorStore's threads then report the
-others to a loop that is gone: tracebacks on the terminal, and, seen once, a
-crash of the interpreter.
+Orbax reads and writes the arrays of a state concurrently, in an asyncio loop
+that it closes as soon as one of them fails (`asyncio_utils.run_sync` of
+orbax-checkpoint 0.12.8). TensorStore's threads then report the others to a loop
+that is closed: tracebacks on the terminal and, once, a crash of the
+interpreter. This module can go when Orbax waits for its tasks itself: then
+`test_orbax_alone_closes_its_loop_early` fails.
 """
 
 import asyncio
 from collections.abc import Callable
 from concurrent import futures
 import contextlib
+from typing import Any
+
+from orbax.checkpoint._src import asyncio_utils
 
 # Longer than what is left of a read takes; what hangs is not waited for.
 SECONDS = 60
 
 
-class PatientLoop(asyncio.SelectorEventLoop):
-  """Waits for its tasks when it is closed, and drops what they say."""
+class DrainingEventLoop(asyncio.SelectorEventLoop):
+  """Waits for its tasks when it is closed, and ignores their errors."""
 
   def __init__(self):
     super().__init__()
@@ -31,7 +36,7 @@ class PatientLoop(asyncio.SelectorEventLoop):
 
   def close(self):
     if not self.is_closed() and not self.is_running():
-      # The first error has been raised; the others are its company.
+      # The first error has been raised; the others follow from it.
       self.set_exception_handler(lambda loop, context: None)
       if self._begun:
         last = asyncio.wait(list(self._begun), timeout=SECONDS)
@@ -39,25 +44,36 @@ class PatientLoop(asyncio.SelectorEventLoop):
     super().close()
 
 
-class _Policy(asyncio.DefaultEventLoopPolicy):
-  def new_event_loop(self):
-    return PatientLoop()
+class _Asyncio:
+  """The module asyncio with another function that makes loops."""
+
+  new_event_loop = DrainingEventLoop
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(asyncio, name)
 
 
 @contextlib.contextmanager
-def patient():
-  """Loops that are made meanwhile, in any thread, are patient."""
-  before = asyncio.get_event_loop_policy()
-  asyncio.set_event_loop_policy(_Policy())
+def draining_event_loops():
+  """Makes the loops of Orbax, in any thread, draining ones.
+
+  It replaces the name `asyncio` in the one module of Orbax that makes loops, so
+  that no other library's loops change. (An event loop policy would reach them
+  all, and is deprecated from Python 3.14.)
+  """
+  before = asyncio_utils.asyncio
+  asyncio_utils.asyncio = _Asyncio()
   try:
     yield
   finally:
-    asyncio.set_event_loop_policy(before)
+    asyncio_utils.asyncio = before
 
 
-def apart[T](call: Callable[[], T]) -> T:
-  """call() in a thread without a loop: in that of a notebook, which has one,
-  Orbax takes a loop of another kind.
+def in_thread[T](call: Callable[[], T]) -> T:
+  """Returns call(), made in a thread that has no event loop.
+
+  In the thread of a notebook, which has one, Orbax takes a loop of another
+  kind.
   """
   with futures.ThreadPoolExecutor(1) as pool:
     return pool.submit(call).result()

@@ -1,17 +1,18 @@
-"""Loops that end after what they have begun."""
+"""Event loops of Orbax that end after the tasks they have begun."""
 
 import asyncio
 import contextlib
 import gc
 import threading
 
+from orbax.checkpoint._src import asyncio_utils
 import pytest
 
 from mhc.training import orbax_workarounds
 
 
-def fail_beside(other, number=1):
-  """Runs, as Orbax does, what fails when `other` has begun."""
+def fail_beside(other, number=1, loops=orbax_workarounds.draining_event_loops):
+  """Has Orbax run a task that fails when `other` has begun."""
 
   async def first(begun):
     await begun.wait()
@@ -21,14 +22,12 @@ def fail_beside(other, number=1):
     begun = asyncio.Event()
     await asyncio.gather(first(begun), *(other(begun) for _ in range(number)))
 
-  with orbax_workarounds.patient():
-    loop = asyncio.new_event_loop()
-  with pytest.raises(ValueError, match='first'), contextlib.closing(loop):
-    loop.run_until_complete(company())
+  with loops(), pytest.raises(ValueError, match='first'):
+    asyncio_utils.run_sync(company())
 
 
-def test_a_thread_reports_to_a_loop_that_is_there():
-  said = []
+def reporter(said):
+  """A task that a thread reports to, 0.2 s later; `said` gets what comes."""
 
   async def late(begun):
     loop = asyncio.get_running_loop()
@@ -44,8 +43,24 @@ def test_a_thread_reports_to_a_loop_that_is_there():
     begun.set()
     said.append(await future)
 
-  fail_beside(late)
+  return late
+
+
+def test_a_thread_reports_to_a_loop_that_is_there():
+  said = []
+  fail_beside(reporter(said))
   assert said == ['here']
+
+
+def test_orbax_alone_closes_its_loop_early():
+  """When this fails, Orbax needs none of `orbax_workarounds`."""
+  said = []
+  fail_beside(reporter(said), loops=contextlib.nullcontext)
+  for thread in threading.enumerate():
+    if isinstance(thread, threading.Timer):
+      thread.join()
+  assert [str(error) for error in said] == ['Event loop is closed']
+  gc.collect()
 
 
 def test_only_the_first_error_is_heard(caplog):
@@ -70,9 +85,25 @@ def test_what_hangs_is_given_up(monkeypatch):
   gc.collect()
 
 
-def test_loops_are_as_before_afterwards():
-  with orbax_workarounds.patient():
-    pass
-  loop = asyncio.new_event_loop()
-  loop.close()
-  assert not isinstance(loop, orbax_workarounds.PatientLoop)
+def test_a_notebook_with_a_running_loop():
+  async def loop_of_orbax():
+    return type(asyncio.get_running_loop())
+
+  async def cell():
+    return orbax_workarounds.in_thread(
+      lambda: asyncio_utils.run_sync(loop_of_orbax())
+    )
+
+  with orbax_workarounds.draining_event_loops():
+    assert asyncio.run(cell()) is orbax_workarounds.DrainingEventLoop
+
+
+def test_other_loops_are_as_before():
+  def is_draining(module):
+    with contextlib.closing(module.new_event_loop()) as loop:
+      return isinstance(loop, orbax_workarounds.DrainingEventLoop)
+
+  with orbax_workarounds.draining_event_loops():
+    assert is_draining(asyncio_utils.asyncio)
+    assert not is_draining(asyncio)
+  assert not is_draining(asyncio_utils.asyncio)
