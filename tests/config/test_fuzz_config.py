@@ -2,9 +2,12 @@
 
 import re
 
+import hypothesis
 import jax
 import pytest
+import settings_strategies as strategies
 from slow import fuzz_config as fuzz
+from slow import runner as runner_lib
 
 from mhc import config
 from mhc.config import dicts
@@ -18,27 +21,50 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+EXAMPLES = hypothesis.settings(
+  max_examples=60, derandomize=True, database=None, deadline=None
+)
+
+
 def test_settings_are_accepted_or_refused_in_one_line():
   """The rest is `python tests/slow/fuzz_config.py`, which runs them too."""
-  runner, outcomes = fuzz.Runner('check'), set()
-  for number in range(60):
-    one = fuzz.case(number, seed=1)
-    outcome, message = fuzz.check(one, runner)
-    assert outcome != 'failed', f'#{number} {one.changes}: {message}'
+  runner, outcomes = runner_lib.Runner('check'), set()
+
+  @EXAMPLES
+  @hypothesis.given(strategies.cases())
+  def check(case):
+    outcome, message = fuzz.check(case, runner)
+    assert outcome != 'failed', message
     outcomes.add(outcome)
-  assert outcomes >= {'built', 'refused'}
+
+  check()
+  assert outcomes == {'built', 'refused'}
 
 
-def test_comparisons_are_made_or_refused_in_one_line():
-  for number in range(60):
-    outcome, message = fuzz.check_comparison(number, seed=1)
-    assert outcome != 'failed', f'#{number}: {message}'
+@EXAMPLES
+@hypothesis.given(strategies.comparisons())
+def test_comparisons_are_made_or_refused_in_one_line(changes):
+  outcome, message = fuzz.check_comparison(changes)
+  assert outcome != 'failed', message
+
+
+def test_what_fails_is_shrunk(capsys):
+  def check(case):
+    outcome = 'failed' if 'data.seq_len' in case.changes else 'ran'
+    return outcome, 'of that length'
+
+  search = fuzz.Search(seed=0, verbose=False)
+  search('config', strategies.cases(), check, 100)
+  assert search.counts['config failed'] == 1
+  case = strategies.Case(strategies.TINY, {'data.seq_len': 0})
+  assert f'FAILED config {case}: of that length' in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures('optax_promotion')
 def test_a_case_runs():
   changes = {'model.num_blocks': 1, 'model.dim': 1, 'model.norm_eps': 0.0}
-  outcome = fuzz.check(fuzz.Case(fuzz.TINY, changes), fuzz.Runner())
+  case = strategies.Case(strategies.TINY, changes)
+  outcome = fuzz.check(case, runner_lib.Runner())
   assert outcome == ('ran', '')
 
 
@@ -52,7 +78,9 @@ def test_an_unclear_refusal_is_a_failure():
 
 
 def made(**changes):
-  return dicts.from_dict(config.Config, fuzz.nested(fuzz.TINY | changes))
+  return dicts.from_dict(
+    config.Config, runner_lib.nested(strategies.TINY | changes)
+  )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +137,7 @@ def test_what_fits_or_nobody_knows_passes(monkeypatch):
 
 
 def test_a_pipeline_of_more_microbatches_than_its_table_holds():
-  settings = made(**fuzz.PIPE, **{'data.batch_size': 10**9})
+  settings = made(**strategies.PIPE, **{'data.batch_size': 10**9})
   message = 'batch_size=1000000000.*microbatch_size=4 .* are 250000000 micro'
   with pytest.raises(ValueError, match=message):
     mesh_lib.make_mesh(settings.mesh, settings.data)
@@ -122,7 +150,7 @@ def test_more_stages_than_there_is_memory_for():
 
 
 def test_flags_and_dicts_agree():
-  changes = fuzz.TINY | {'optimizer.decay_points': (0.1, 0.2), 'seed': 3}
+  changes = strategies.TINY | {'optimizer.decay_points': (0.1, 0.2), 'seed': 3}
   assert fuzz.from_flags(changes) == made(**changes)
-  shown = fuzz.shown(fuzz.Case(fuzz.TINY, {'optimizer.b1': 0.5}))
+  shown = fuzz.shown(strategies.Case(strategies.TINY, {'optimizer.b1': 0.5}))
   assert re.search(r'--config.optimizer.b1=0.5', shown)
