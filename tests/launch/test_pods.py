@@ -2,7 +2,7 @@
 
 Nothing here reaches a cluster. The scripts are real, as is what they send to
 the workers, each of which is a folder; `gcloud`, `srun` and the Python of the
-workers are stand-ins that fail as they are told to.
+workers are stand-ins (`fakes/`) that fail as they are told to.
 """
 
 import math
@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+FAKES = pathlib.Path(__file__).with_name('fakes')
 POD, SLURM, JOBSET = (
   ROOT / 'launch' / name
   for name in ('tpu_pod.sh', 'slurm.sbatch', 'gke_jobset.yaml')
@@ -40,91 +41,6 @@ COMMANDS = (
   'setsid tar touch tr true wc'
 )
 
-# The statuses of the lives of a run, one a line, are in $FAKE/lives.
-TRAIN = """
-if [[ $1 == -m ]]; then exit; fi
-life=$(($(cat "$HOME/life" 2> /dev/null || echo 0) + 1))
-echo "$life" > "$HOME/life"
-printf '%s\\n' "$JAX_PLATFORMS" "$@" > "$HOME/arguments"
-echo "worker ${HOME##*/}, life $life"
-status=$(sed -n "${life}p" "$FAKE/lives")
-if [[ $status == preempted ]]; then
-  status=137
-  if [[ ${HOME##*/} == 0 ]]; then cp "$FAKE"/after/* "$FAKE"; fi
-fi
-trap 'echo yes > "$HOME/ended"; exit 143' TERM
-for _ in {1..1500}; do
-  [[ $status == wait && ! -e $FAKE/go ]] || break
-  "$FAKE/real_sleep" 0.02
-done
-exit "${status/wait/0}"
-"""
-GCLOUD = """
-worker='' command=''
-for word; do
-  case $word in
-    --worker=*) worker=${word#*=} ;;
-    --command=*) command=${word#*=} ;;
-  esac
-done
-echo "$3 $4 $worker" >> "$FAKE/calls"
-node=$(cat "$FAKE/node" 2> /dev/null)
-case "$3 $4" in
-  'tpu-vm describe') echo "$node" ;;
-  'tpu-vm delete') rm "$FAKE/node" ;;
-  'queued-resources describe') cat "$FAKE/queue" ;;
-  'queued-resources create')
-    printf '%s\\n' "$@" > "$FAKE/created"
-    echo READY > "$FAKE/node"
-    echo ACTIVE > "$FAKE/queue"
-    ;;
-  'queued-resources delete') rm "$FAKE/node" "$FAKE/queue" ;;
-  tpu-vm*)
-    [[ $node == READY ]] || exit 1
-    for one in ${worker/all/0 1}; do
-      if [[ $4 == scp ]]; then cp "$5" "$FAKE/$one/${6#*:}"; fi
-      if [[ $4 == ssh ]]; then
-        HOME=$FAKE/$one bash -c "$command" || exit
-      fi
-    done
-    ;;
-esac
-"""
-# `python3 -m uv venv ... FOLDER` and `python3.12 -m venv ... FOLDER`.
-PYTHON3 = """
-if [[ $2 != pip ]]; then
-  folder=${*: -1}
-  mkdir -p "$folder/bin"
-  cp "$FAKE/bin/train" "$folder/bin/python"
-fi
-"""
-SRUN = """
-printf '%s\\n' "$@" > "$FAKE/srun"
-life=$(($(cat "$FAKE/life" 2> /dev/null || echo 0) + 1))
-echo "$life" > "$FAKE/life"
-status=$(sed -n "${life}p" "$FAKE/lives")
-if [[ $status == wait ]]; then
-  trap 'exit 143' USR1
-  echo $$ > "$FAKE/process"
-  for _ in {1..1500}; do "$FAKE/real_sleep" 0.02; done
-fi
-exit "$status"
-"""
-FAKES = {
-  'gcloud': GCLOUD,
-  'mountpoint': 'echo "$@" >> "$FAKE/mountpoint"',  # yes, it is one
-  'python3': PYTHON3,
-  'python3.12': PYTHON3,
-  'scancel': 'echo "$@" > "$FAKE/scancel"; kill -USR1 "$(cat $FAKE/process)"',
-  'scontrol': 'echo "$@" > "$FAKE/scontrol"',
-  'sleep': 'echo "$1" >> "$FAKE/sleeps"',
-  'squeue': 'cat "$FAKE/squeue"',
-  'srun': SRUN,
-  # Looks for the end of the run twenty times a second instead of once.
-  'tail': 'exec "$FAKE/real_tail" -s 0.05 "$@"',
-  'train': TRAIN,
-}
-
 
 class Cluster:
   """A clone with one commit, and the commands of a cluster around it."""
@@ -138,9 +54,7 @@ class Cluster:
       (bin_ / name).symlink_to(shutil.which(name))
     for name in ('sleep', 'tail'):
       (self.folder / f'real_{name}').symlink_to(shutil.which(name))
-    for name, body in FAKES.items():
-      (bin_ / name).write_text(f'#!{bin_}/bash\n{body}')
-      (bin_ / name).chmod(0o755)
+    shutil.copytree(FAKES, bin_, dirs_exist_ok=True)
     (self.clone / 'launch').mkdir(parents=True)
     for name in ('launch/tpu_pod.sh', 'launch/train.py', 'constraints.txt'):
       shutil.copy(ROOT / name, self.clone / name)
@@ -230,7 +144,9 @@ def commands(stdout):
   return [shlex.split(text, comments=True) for text in printed]
 
 
-@pytest.mark.parametrize('script', [POD, SLURM], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+  'script', [POD, SLURM, *sorted(FAKES.iterdir())], ids=lambda path: path.name
+)
 def test_shellcheck(script):
   checker = pathlib.Path(sys.executable).with_name('shellcheck')
   result = subprocess.run(
