@@ -87,19 +87,21 @@ def from_flags(settings: dict[str, Any]) -> config_lib.Config:
 
 
 def spellings(value) -> set[str]:
-  """How a message may write a value."""
-  if isinstance(value, int) and abs(value) >= 10**300:
-    return {str(value), 'inf'}  # the latter of a flag
+  """How a message may write a value, that of a flag included."""
+  found = {str(value), repr(value)}
   if isinstance(value, list | tuple):
-    entries = [
-      float(one) if type(one) is int and abs(one) < 10**300 else one
-      for one in value
-    ]
-    return {repr(value), repr(tuple(value)), repr(tuple(entries))}.union(
-      *map(spellings, value)
-    )
-  numbers = {str(float(value))} if isinstance(value, int) else set()
-  return {str(value), repr(value)} | numbers
+    numbers = tuple(_float(v) if type(v) is int else v for v in value)
+    found |= {repr(tuple(value)), repr(numbers)}.union(*map(spellings, value))
+  with contextlib.suppress(TypeError, ValueError):
+    found.add(str(_float(value)))
+  return found
+
+
+def _float(value) -> float:
+  try:
+    return float(value)
+  except OverflowError:
+    return float('inf')
 
 
 def unclear(message: str, changes: dict[str, Any]) -> str:

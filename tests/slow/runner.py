@@ -216,6 +216,7 @@ class Child:
     return 'failed', f'exit status {status}: {said}'
 
   def _start(self):
+    self._errors.write_text('')
     spawn = multiprocessing.get_context('spawn')
     self._pipe, end = spawn.Pipe()
     self._process = spawn.Process(
@@ -237,7 +238,7 @@ class Child:
 
 
 def _serve(pipe, check, errors):
-  file = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+  file = os.open(errors, os.O_WRONLY)
   os.dup2(file, 1)
   os.dup2(file, 2)
   resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
