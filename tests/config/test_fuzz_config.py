@@ -149,6 +149,21 @@ def test_more_stages_than_there_is_memory_for():
     stage_layout.StageLayout(2, 0, 2, 10**9, 'loop')
 
 
+@pytest.mark.parametrize(
+  'changes', [{'mesh.num_devices': 0}, {'mesh.schedule': 'wave_v'}]
+)
+def test_a_refusal_names_what_was_asked_for(changes):
+  """Not what follows from it: 8 devices, two stages each."""
+  case = strategies.Case(strategies.TINY | strategies.PIPE, changes)
+  outcome, message = fuzz.check(case, runner_lib.Runner('check'))
+  assert outcome == 'refused', message
+
+
+def test_a_flag_may_write_a_number_otherwise():
+  message = 'optimizer.eps=1000.0 is not liked'
+  assert not fuzz.unclear(message, {'optimizer.eps': '1e3'})
+
+
 def test_flags_and_dicts_agree():
   changes = strategies.TINY | {'optimizer.decay_points': (0.1, 0.2), 'seed': 3}
   assert fuzz.from_flags(changes) == made(**changes)
