@@ -1,0 +1,44 @@
+"""The slow proofs as tests: `pytest -m slow tests/slow`, hours in all.
+
+Each is a script that is as well run by hand; tests/README.md says what it
+proves.
+"""
+
+import faulthandler
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+# What conftest sets is for its own process.
+SET = ('JAX_PLATFORMS', 'TRITON_INTERPRET', 'XLA_FLAGS')
+
+
+@pytest.fixture
+def no_time_limit():
+  """Takes back the five minutes of pyproject.toml's faulthandler_timeout."""
+  faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('no_time_limit')
+@pytest.mark.parametrize(
+  'command',
+  [
+    'slow/pipeline_grid.py',
+    'slow/multi_process.py',
+    'slow/fuzz_config.py --minutes=60',
+    'slow/fuzz_data.py',
+    'fault_injection --trials=50',
+  ],
+)
+def test_proof(command):
+  environment = {k: v for k, v in os.environ.items() if k not in SET}
+  script, *flags = command.split()
+  result = subprocess.run(
+    [sys.executable, TESTS / script, *flags], env=environment, check=False
+  )
+  assert result.returncode == 0
