@@ -39,6 +39,3 @@ def cast_varying_everywhere(x):
 def unify_varying(*arrays):
   """Casts all of them to vary over the same axes."""
   return cast_varying(arrays, varying_axes(arrays))
-
-
-over, vary, together = varying_axes, cast_varying, unify_varying

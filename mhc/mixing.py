@@ -102,7 +102,9 @@ def kronecker(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
   """U_1 x U_2 x ... with U_f = softmax(logits_f) . (I, swap)."""
   size, tokens = 1, logits.shape[1]
   # Varies as the logits do also where there are none, for one stream.
-  product = axes.vary(jnp.ones((1, 1, tokens)), axes.over(logits))
+  product = axes.cast_varying(
+    jnp.ones((1, 1, tokens)), axes.varying_axes(logits)
+  )
   for pair in logits.reshape(-1, 2, tokens):
     keep, swap = jax.nn.softmax(pair, axis=0)
     factor = jnp.stack([jnp.stack([keep, swap]), jnp.stack([swap, keep])])
@@ -121,7 +123,9 @@ def cayley(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
   above = np.triu_indices(n, 1)
   empty = jnp.zeros((n, n, logits.shape[1]))
   # Varies as the logits do also where there are none, for one stream.
-  skew = axes.vary(empty, axes.over(logits)).at[above].set(logits)
+  skew = (
+    axes.cast_varying(empty, axes.varying_axes(logits)).at[above].set(logits)
+  )
   skew = skew - jnp.swapaxes(skew, 0, 1)
   eye = jnp.eye(n)[..., None]
   system = jnp.concatenate([eye + skew, eye - skew], axis=1)

@@ -15,8 +15,7 @@ from typing import Any, Literal, NamedTuple
 from hypothesis import strategies as st
 
 from mhc import config as config_lib
-from mhc.config import comparison
-from mhc.config import dicts
+from mhc.config import comparison, dicts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # A model that compiles in seconds, and what makes it one with experts, a

@@ -44,11 +44,11 @@ def run(
   sizes = dataclasses.replace(sizes, interpret=machine != 'tpu')
   call = largest(declare, sizes, num_tokens, chip)
   grid = blocks.make_grid(num_tokens, call.sizes.tokens, chip.cores)
-  operands = axes.vary(
+  operands = axes.cast_varying(
     [
       kind.operand(arrays.get(name), grid) for name, kind in call.inputs.items()
     ],
-    axes.over(arrays),
+    axes.varying_axes(arrays),
   )
   # Inside a shard_map results differ between devices as the operands do.
   mat = jax.typeof(operands[0]).mat

@@ -37,7 +37,7 @@ def sinkhorn(logits, num_iters, eps):
 
 
 def pre(x, phi, alpha, bias, norm_eps):
-  x, phi, gate = axes.together(x, phi, _gate(alpha, bias))
+  x, phi, gate = axes.unify_varying(x, phi, _gate(alpha, bias))
   sizes = _sizes(x, phi.shape[1], False, norm_eps)
   h, z = _pre(jnp.moveaxis(x, 1, 0), phi, gate, sizes)
   return operands.named_outputs(h, z)
@@ -70,7 +70,7 @@ _pre.defvjp(_pre_forward, _pre_backward)
 
 
 def post(x, y, post, res):
-  x, y, post, res = axes.together(x, y, post, _flat_res(post, res))
+  x, y, post, res = axes.unify_varying(x, y, post, _flat_res(post, res))
   sizes = _sizes(x, 0, True)
   out = _post(jnp.moveaxis(x, 1, 0), y, post, res, sizes)
   return precision.mark('streams', jnp.moveaxis(out, 0, 1))
@@ -99,7 +99,7 @@ _post.defvjp(_post_forward, _post_backward)
 
 
 def advance(x, y, post, res, phi, alpha, bias, norm_eps):
-  x, y, post, res, phi, gate = axes.together(
+  x, y, post, res, phi, gate = axes.unify_varying(
     x, y, post, _flat_res(post, res), phi, _gate(alpha, bias)
   )
   sizes = _sizes(x, phi.shape[1], True, norm_eps)
@@ -143,7 +143,7 @@ _advance.defvjp(_advance_forward, _advance_backward)
 
 
 def collapse(x, y, post, res):
-  x, y, post, res = axes.together(x, y, post, _flat_res(post, res))
+  x, y, post, res = axes.unify_varying(x, y, post, _flat_res(post, res))
   sizes = _sizes(x, 0, True)
   return _collapse(jnp.moveaxis(x, 1, 0), y, post, res, sizes)
 

@@ -26,7 +26,9 @@ def normed_projection(
   """
   # Inside a shard_map phi may be whole on every device where x is not. Casting
   # it here, outside of the custom gradient, lets autodiff sum phi's gradient.
-  return _normed_projection(x, axes.vary(phi, axes.over(x)), norm_eps)
+  return _normed_projection(
+    x, axes.cast_varying(phi, axes.varying_axes(x)), norm_eps
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -60,7 +60,8 @@ def make_mesh(
   if data.batch_size % dp_size:
     raise ValueError(
       f'data.batch_size={data.batch_size} does not divide over {dp_size} '
-      f'device(s): mesh.num_devices={number} over mesh.pipe={config.pipe}'
+      f'device(s): {number} devices for mesh.num_devices={config.num_devices}, '
+      f'over mesh.pipe={config.pipe}'
     )
   num_microbatches(config, data, dp_size)
   shape = (dp_size // config.expert, config.pipe, config.expert)
@@ -95,8 +96,8 @@ def num_microbatches(
     raise ValueError(
       f'data.microbatch_size={size} does not divide a '
       f"device's share of the batch: {data.batch_size} rows over "
-      f'{dp_size} device(s) are {share} '
-      f'(mesh.num_devices={dp_size * config.pipe} over mesh.pipe={config.pipe})'
+      f'{dp_size} device(s) are {share} ({dp_size * config.pipe} devices for '
+      f'mesh.num_devices={config.num_devices}, over mesh.pipe={config.pipe})'
     )
   if size % config.num_sub_batches:
     raise ValueError(

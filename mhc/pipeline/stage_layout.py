@@ -120,10 +120,13 @@ def for_model(
   if mesh.pipe == 1:
     return StageLayout(num_blocks)
   spec = schedules.SCHEDULES[mesh.schedule]
-  return StageLayout(
-    num_blocks,
-    model.num_blocks - num_blocks,
-    mesh.pipe,
-    spec.chunks or mesh.chunks,
-    spec.placement,
-  )
+  try:
+    return StageLayout(
+      num_blocks,
+      model.num_blocks - num_blocks,
+      mesh.pipe,
+      spec.chunks or mesh.chunks,
+      spec.placement,
+    )
+  except ValueError as error:
+    raise ValueError(f'mesh.schedule={mesh.schedule!r}: {error}') from error

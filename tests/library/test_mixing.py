@@ -42,7 +42,7 @@ def test_cayley_matrices_are_rotations(n):
 def test_the_matrix_of_one_stream_varies_over_devices_as_logits_do(kind):
   def matrix(logits):
     out = mixing.matrices(kind, logits, 1)
-    assert axes.over(out) == {'data'}
+    assert axes.varying_axes(out) == {'data'}
     return out
 
   size = mixing.initial_logits(kind, 1).size

@@ -49,7 +49,7 @@ def over_devices(settings):
     out, dropped = expert_parallel.dispatch_and_combine(
       settings, x, chosen, gates, weights
     )
-    dropped = axes.vary(dropped, (axes.EXPERT,))
+    dropped = axes.cast_varying(dropped, (axes.EXPERT,))
     return out, jax.lax.pmean(dropped, axes.EXPERT)
 
   return jax.shard_map(

@@ -51,7 +51,9 @@ def ragged(x, weights, chosen):
 
 
 def roomy(x, weights, chosen):
-  out, dropped = experts.capacity(x, chosen, weights, rows_per_expert=chosen.size)
+  out, dropped = experts.capacity(
+    x, chosen, weights, rows_per_expert=chosen.size
+  )
   assert dropped.shape == ()
   return out
 

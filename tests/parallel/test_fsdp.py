@@ -79,10 +79,10 @@ def test_scatter_gives_each_device_its_part_of_the_sum():
 
 def test_axes_are_joined():
   def local(x, y):
-    assert axes.over((x, y)) == {'data', 'pipe'}
-    a, b = axes.together(x, y)
-    assert axes.over(a) == axes.over(b) == {'data', 'pipe'}
-    assert axes.vary(a, ('data',)) is a
+    assert axes.varying_axes((x, y)) == {'data', 'pipe'}
+    a, b = axes.unify_varying(x, y)
+    assert axes.varying_axes(a) == axes.varying_axes(b) == {'data', 'pipe'}
+    assert axes.cast_varying(a, ('data',)) is a
     return a + b
 
   jax.eval_shape(

@@ -51,8 +51,7 @@ import settings_strategies as strategies
 from slow import runner as runner_lib
 
 from mhc import config as config_lib
-from mhc.config import comparison
-from mhc.config import dicts
+from mhc.config import comparison, dicts
 from mhc.runtime import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

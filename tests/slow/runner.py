@@ -19,6 +19,8 @@ from mhc.config import dicts
 from mhc.data import batches as batches_lib
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import partition
+from mhc.parallel.placement import Placement
 from mhc.training import checkpoint
 from mhc.training import step
 
@@ -119,7 +121,7 @@ class Runner:
       corpus, config.data.seq_len, config.eval_sequences, vocab_size
     )
     mesh = mesh_lib.make_mesh(config.mesh, config.data)
-    step.check(config, mesh)
+    Placement(config, mesh)
     memory.check(config, mesh)
     next(batches)
     jax.random.key(config.seed)
@@ -156,12 +158,12 @@ class Runner:
       batches_lib.train_batches(corpus, config.data, config.seed, 320)
     )
     with jax.transfer_guard('allow'):
-      tokens = mesh_lib.place(batch, programs.mesh, mesh_lib.BATCH)
+      tokens = partition.put(batch, programs.mesh, partition.BATCH)
       state = programs.init(config.seed)
-      jax.eval_shape(programs.row_nats, state, tokens)
-      row = mesh_lib.place(heldout[:1, :-1], programs.mesh, mesh_lib.WHOLE)
+      jax.eval_shape(programs.token_losses, state, tokens)
+      row = partition.put(heldout[:1, :-1], programs.mesh, partition.REPLICATED)
       jax.eval_shape(programs.probe, state, row)
-      state, metrics = programs.train_step(state, tokens, programs.controls())
+      state, metrics = programs.train(state, tokens, programs.inputs())
       loss = float(metrics['loss/train'])
     assert np.isfinite(loss), f'the first loss is {loss}'
     rates = [
