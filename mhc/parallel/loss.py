@@ -19,6 +19,8 @@ Every argument is cast to vary over the mesh: the local gradient comes first,
 then one sum over devices, where autodiff would sum at every use of a parameter.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -46,7 +48,7 @@ def over_devices(p, nats, grads, stats):
   """Means from a device's sums; the gradients are summed already."""
   data = p.config.data
   scale = 1 / (data.batch_size * data.seq_len)
-  grads = jax.tree.map(lambda leaf: leaf * scale, grads)
+  grads = jax.tree.map(functools.partial(jnp.multiply, scale), grads)
   load = None
   if stats is not None:
     over = (DATA, EXPERT)
@@ -62,4 +64,4 @@ def over_devices(p, nats, grads, stats):
 
 def agreed(tree, over):
   """A value that all devices along those axes agree on, as one."""
-  return jax.tree.map(lambda x: jax.lax.pmean(x, over), tree)
+  return jax.tree.map(functools.partial(jax.lax.pmean, axis_name=over), tree)

@@ -33,7 +33,7 @@ def loss_and_grads(p, params, router_bias, tokens):
       return jax.tree.map(jnp.add, total, one), None
 
     zeros = jax.tree.map(
-      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+      jnp.zeros_like,
       jax.eval_shape(gradient, params, router_bias, microbatches[0]),
     )
     zeros = axes.cast_varying_everywhere(zeros)
@@ -107,11 +107,13 @@ def _network(p, params):
 
 def _gather_block(p, name, block):
   graphdef, params = nnx.split(block)
-  # The scan over blocks has taken the first dimension away.
-  inner = jax.tree.map(
-    lambda spec: partition.PartitionSpec(*spec[1:]), p.param_specs[name]
-  )
+  specs = jax.tree.map(_of_one_block, p.param_specs[name])
   params = fsdp.gather(
-    nnx.to_pure_dict(params), inner, p.config.model.dtype, above=(name,)
+    nnx.to_pure_dict(params), specs, p.config.model.dtype, above=(name,)
   )
   return nnx.merge(graphdef, nnx.State(params))
+
+
+def _of_one_block(spec):
+  """The scan over blocks has taken the first dimension away."""
+  return partition.PartitionSpec(*spec[1:])

@@ -8,7 +8,7 @@ take, so that for others a plan is about memory.
 
 `hlo` adds up what the compiled step computes, `collectives` what it sends. In a
 pipeline the devices wait for each other, so that a tick lasts as long as its
-longest stage; `executor.branch_frequencies` says how often there is one.
+longest stage; `ticks.branch_frequencies` says how often there is one.
 """
 
 import math
@@ -30,8 +30,8 @@ from mhc.parallel import fsdp
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel.placement import Placement
-from mhc.pipeline import executor
 from mhc.pipeline import table as table_lib
+from mhc.pipeline import ticks
 from mhc.planner import collectives
 from mhc.planner import counts
 from mhc.planner import gpu_targets
@@ -218,7 +218,7 @@ def _scheduled(config, compiled, schedule, mesh, chip, plan):
   """What the compiler's schedule says."""
   frequencies = {expert_parallel.OVERFLOW: 0.0}
   if schedule:
-    frequencies |= executor.branch_frequencies(schedule)
+    frequencies |= ticks.branch_frequencies(schedule)
   module = hlo.parse(compiled.as_text(), frequencies)
   cost = hlo.cost(module, (chip.flops, chip.bandwidth))
   compute = cost.cycles / chip.clock + cost.kernel_seconds

@@ -119,12 +119,25 @@ def probe(
   )
   stack = jax.tree.map(p.layout.to_depth_order, stack)
   if before is not None:
-    stack = jax.tree.map(lambda *x: jnp.concatenate(x), before, stack)
-  found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), stack)
+    stack = jax.tree.map(_concatenate, before, stack)
+  found = jax.tree.map(_by_sublayer, stack)
   return gains.profile(found.res) | {
     'stream_cosine': jnp.mean(found.cosine, axis=1),
     'stream_rms': jnp.mean(found.rms, axis=1),
   }
+
+
+def _concatenate(*stacks):
+  return jnp.concatenate(stacks)
+
+
+def _by_sublayer(stats):
+  """[blocks, 2, ...] -> [l, ...]."""
+  return stats.reshape(-1, *stats.shape[2:])
+
+
+def _as_it_is(state):
+  return state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +234,7 @@ class Step:
 
   def _reordered(self, reorder, abstract):
     if self.placement.layout.is_depth_order:
-      return lambda state: state
+      return _as_it_is
     whole, model = (
       jax.jit(reorder, out_shardings=state_lib.shardings(state))
       for state in (abstract, abstract._replace(opt_state=None))

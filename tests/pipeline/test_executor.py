@@ -14,8 +14,8 @@ from mhc.parallel import partition
 from mhc.parallel import sharded
 from mhc.parallel.placement import Placement
 from mhc.pipeline import buffers
-from mhc.pipeline import executor
 from mhc.pipeline import table as table_lib
+from mhc.pipeline import ticks
 from mhc.planner import hlo
 from mhc.planner import plan
 from mhc.training import step
@@ -160,7 +160,7 @@ def test_transfers_between_stages_are_overlapped_on_a_tpu():
 
 
 def test_how_often_branches_are_taken():
-  frequency = executor.branch_frequencies(table_lib.build('1f1b', 4, 16))
+  frequency = ticks.branch_frequencies(table_lib.build('1f1b', 4, 16))
   # 22 ticks; F from the first to the 18th, B from the 4th on.
   assert frequency['pipeline_f'] == 18 / 22
   assert frequency['pipeline_b'] == 19 / 22
