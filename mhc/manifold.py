@@ -72,7 +72,7 @@ def sinkhorn_project(
       axis, where vector units want them.
     implementation: 'xla', 'pallas' (TPU) or 'triton' (GPU); None is the
       fastest that the platform has, see `mhc.kernels`. The kernels have the
-      exact gradient, `backward='recompute'`, alone.
+      exact gradient, `backward='recompute'`, alone, and no second derivative.
 
   Returns:
     float32, the shape of `logits`: the projected matrices.
@@ -83,21 +83,9 @@ def sinkhorn_project(
     NotImplementedError: the implementation that was named cannot serve the
       call, and why.
   """
-  row_dim, col_dim = axes
-  if logits.ndim < 2 or logits.shape[row_dim] != logits.shape[col_dim]:
-    raise ValueError(
-      f'sinkhorn_project needs square matrices at axes {axes}, '
-      f'got the shape {logits.shape}'
-    )
-  size = logits.shape[row_dim]
-  if size < 1:
-    raise ValueError(f'sinkhorn_project needs n >= 1, got {logits.shape}')
-  if num_iters < 1:
-    raise ValueError(f'num_iters must be at least 1, got {num_iters}')
-  if eps != 0 and not 1e-12 <= eps <= 1e-2:
-    raise ValueError(f'eps must be 0 or from 1e-12 to 1e-2, got {eps}')
+  _check(logits, num_iters, eps, axes)
   minor = jnp.moveaxis(logits.astype(jnp.float32), axes, (0, 1))
-  flat, eps = minor.reshape(size, size, -1), float(eps)
+  flat, eps = minor.reshape(*minor.shape[:2], -1), float(eps)
   match backward:
     case 'recompute':
       out = kernels.sinkhorn(flat, num_iters, eps, implementation)
@@ -126,3 +114,19 @@ def residuals(
   rows = jnp.max(jnp.abs(jnp.sum(matrices, axis=-1) - 1), axis=-1)
   columns = jnp.max(jnp.abs(jnp.sum(matrices, axis=-2) - 1), axis=-1)
   return rows, columns
+
+
+def _check(logits, num_iters, eps, axes):
+  row_dim, col_dim = axes
+  if logits.ndim < 2 or logits.shape[row_dim] != logits.shape[col_dim]:
+    raise ValueError(
+      f'sinkhorn_project needs square matrices at axes {axes}, '
+      f'got the shape {logits.shape}'
+    )
+  size = logits.shape[row_dim]
+  if size < 1:
+    raise ValueError(f'sinkhorn_project needs n >= 1, got {logits.shape}')
+  if num_iters < 1:
+    raise ValueError(f'num_iters must be at least 1, got {num_iters}')
+  if eps != 0 and not 1e-12 <= eps <= 1e-2:
+    raise ValueError(f'eps must be 0 or from 1e-12 to 1e-2, got {eps}')

@@ -29,6 +29,14 @@ BACKWARD_PARTS = (0, 1, 0)
 
 
 def sinkhorn(logits, num_iters, eps):
+  n, _, num_tokens = logits.shape
+  if n > sinkhorn_lib.LARGEST:
+    raise NotImplementedError(
+      f'{n} x {n} matrices: at most {sinkhorn_lib.LARGEST} x '
+      f'{sinkhorn_lib.LARGEST}'
+    )
+  if not num_tokens:
+    raise NotImplementedError('no matrices')
   interpret = platform.platform() != 'tpu'
   return sinkhorn_lib.sinkhorn(logits, num_iters, eps, interpret)
 

@@ -20,6 +20,7 @@ from mhc.kernels.xla import sinkhorn as xla
 
 TILE = (8, 128)  # tokens of a block, as a float32 register holds them
 TOKENS = TILE[0] * TILE[1]
+LARGEST = 8  # n; every entry is a register, and lines of the program
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
