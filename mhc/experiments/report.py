@@ -206,7 +206,7 @@ def _panel(workdir, name, title, runs, rows) -> list[html.Block]:
       parts.append(
         html.Table(
           ['The papers', 'Here', 'Verdict'],
-          [[c.paper, c.here, c.verdict] for c in judged],
+          [[c.claimed, c.measured, c.verdict] for c in judged],
           numeric=False,
         )
       )
