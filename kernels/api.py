@@ -146,7 +146,7 @@ def _dispatch(operation, implementation) -> Callable:
   if implementation is None:
     names = _preferred()
     if len(names) > 1:
-      return functools.partial(_first_that_serves, operation, names)
+      return functools.partial(_fall_back, operation, names)
     (implementation,) = names
   if implementation not in typing.get_args(Implementation):
     raise ValueError(
@@ -156,7 +156,7 @@ def _dispatch(operation, implementation) -> Callable:
   return getattr(_ops(implementation), operation)
 
 
-def _first_that_serves(operation, names, *arguments):
+def _fall_back(operation, names, *arguments):
   """Falls back from kernels to plain JAX, which serves every call."""
   *kernels, last = names
   for name in kernels:

@@ -227,7 +227,7 @@ def _context(connection, x):
   """The mappings of connections that do not read in the same pass."""
   _check_streams(connection, x)
   mappings = connection.mappings(functional.tokens(x))
-  return Context(x, functional.marked(mappings))
+  return Context(x, functional.named(mappings))
 
 
 def _check_streams(connection, x):

@@ -198,7 +198,7 @@ def tokens(x: Float[Array, '*batch n d']) -> Float[Array, 't n d']:
   return x.reshape(-1, *x.shape[-2:])
 
 
-def marked(mapped: Mappings) -> Mappings:
+def named(mapped: Mappings) -> Mappings:
   """The mappings under their names, see `precision.mark`."""
   return jax.tree.map(functools.partial(precision.mark, 'mappings'), mapped)
 
@@ -211,7 +211,7 @@ def _reading(params, x):
 def _read_and_mapped(params, h, x, z, options):
   mapped = _mappings(params, z, x.shape[-2], options)
   h = h.reshape(*x.shape[:-2], x.shape[-1])
-  return h, Context(x, marked(mapped))
+  return h, Context(x, named(mapped))
 
 
 def _mappings(params, z, n, options):

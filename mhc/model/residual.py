@@ -54,9 +54,11 @@ ResidualState = Float[Array, '*batch n d'] | StreamsWithPre | PendingOutput
 class StreamStats(NamedTuple):
   """What a probe reads of t tokens at a sub-layer; float32."""
 
-  res: Float[Array, '*sites t n n']  # H_res, I where the kind has none
-  cosine: Float[Array, '*sites t']  # mean over pairs of streams; 1 for n = 1
-  rms: Float[Array, '*sites t']  # of the n d numbers of the streams
+  res: Float[Array, '*sublayers t n n']  # H_res, I where the kind has none
+  cosine: Float[
+    Array, '*sublayers t'
+  ]  # mean over pairs of streams; 1 for n = 1
+  rms: Float[Array, '*sublayers t']  # of the n d numbers of the streams
 
 
 def make_connection(

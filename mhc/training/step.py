@@ -136,7 +136,7 @@ def _by_sublayer(stats):
   return stats.reshape(-1, *stats.shape[2:])
 
 
-def _as_it_is(state):
+def _identity(state):
   return state
 
 
@@ -234,7 +234,7 @@ class Step:
 
   def _reordered(self, reorder, abstract):
     if self.placement.layout.is_depth_order:
-      return _as_it_is
+      return _identity
     whole, model = (
       jax.jit(reorder, out_shardings=state_lib.shardings(state))
       for state in (abstract, abstract._replace(opt_state=None))

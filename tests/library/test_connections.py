@@ -44,8 +44,8 @@ def random_streams(num_streams=4, dtype=jnp.float32, seed=1):
   return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
-def site(connection, x):
-  """One site around the sub-layer y = sin(h): smooth, not linear."""
+def sublayer(connection, x):
+  """A connection around the sub-layer y = sin(h): smooth, not linear."""
   h, context = connection.pre(x)
   return connection.post(jnp.sin(h), context)
 
@@ -132,7 +132,7 @@ def test_site_and_all_gradients_match_the_papers_formulas(kind, num_streams):
   params = nnx.to_pure_dict(nnx.state(connection))
   x = random_streams(num_streams)
   cotangent = random_streams(num_streams, seed=2)
-  out, (grads, d_x) = value_and_pullback(site, connection, x, cotangent)
+  out, (grads, d_x) = value_and_pullback(sublayer, connection, x, cotangent)
   with jax.enable_x64():
 
     def wide(tree):
@@ -159,7 +159,7 @@ def test_site_and_all_gradients_match_the_papers_formulas(kind, num_streams):
 
 def test_residual_is_x_plus_y():
   x = random_streams(1)
-  out = site(make('residual'), x)
+  out = sublayer(make('residual'), x)
   np.testing.assert_array_equal(out, x + jnp.sin(x))
 
 
@@ -183,9 +183,9 @@ def test_parameter_counts(kind, count):
 def test_papers_initial_mappings():
   x = random_streams().reshape(-1, 4, DIM)
   mappings = make('mhc', index=6).mappings(x)
-  home = np.full(4, 0.04742587)
-  home[6 % 4] = 0.95257413
-  np.testing.assert_allclose(mappings.pre[:, 0], home, atol=1e-6)
+  initial = np.full(4, 0.04742587)
+  initial[6 % 4] = 0.95257413
+  np.testing.assert_allclose(mappings.pre[:, 0], initial, atol=1e-6)
   np.testing.assert_allclose(mappings.post, 1, atol=1e-6)
   res = np.asarray(mappings.res[..., 0])
   np.testing.assert_allclose(np.diag(res), 0.99262, atol=1e-5)
@@ -241,11 +241,11 @@ def test_bfloat16_streams_keep_float32_mappings(kind):
   if context.mappings is not None:
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(context.mappings)}
     assert dtypes == {jnp.dtype(jnp.float32)}
-  wide = site(connection, x.astype(jnp.float32))
+  wide = sublayer(connection, x.astype(jnp.float32))
   np.testing.assert_allclose(
     out.astype(jnp.float32), wide, rtol=0.02, atol=0.02
   )
-  grads = jax.grad(lambda c: jnp.sum(site(c, x).astype(jnp.float32) ** 2))(
+  grads = jax.grad(lambda c: jnp.sum(sublayer(c, x).astype(jnp.float32) ** 2))(
     connection
   )
   for leaf in jax.tree.leaves(grads):
@@ -256,7 +256,7 @@ def test_bfloat16_streams_keep_float32_mappings(kind):
 def test_single_pass_reads_by_the_weights_of_the_sublayer_before():
   """x_l+1 = B_l x_l + C_l F(A_l-1 x_l), written out with MHC's mappings."""
   settings = config.ConnectionConfig(kind='mhc_single_pass')
-  sites = [
+  sublayers = [
     perturbed(residual.make_connection(settings, DIM, index, 1e-20), seed=index)
     for index in range(3)
   ]
@@ -264,15 +264,15 @@ def test_single_pass_reads_by_the_weights_of_the_sublayer_before():
   state = residual.expand_streams(settings, inputs)
   x = np.tile(inputs.reshape(10, 1, DIM), (1, 4, 1))
   weights = np.eye(4)[:, :1].repeat(10, 1)
-  for site in sites:
-    h, context = residual.begin_sublayer(site, state)
+  for sublayer in sublayers:
+    h, context = residual.begin_sublayer(sublayer, state)
     np.testing.assert_allclose(
       h.reshape(10, DIM), np.einsum('jt,tjc->tc', weights, x), atol=1e-4
     )
     last = residual.PendingOutput(jnp.sin(h), context)
-    state = residual.end_block(settings, site, last)
+    state = residual.end_block(settings, sublayer, last)
     mappings = jax.device_get(
-      site.next_mhc.mappings(jnp.asarray(x, jnp.float32))
+      sublayer.next_mhc.mappings(jnp.asarray(x, jnp.float32))
     )
     x = np.einsum('ijt,tjc->tic', mappings.res, x) + np.einsum(
       'it,tc->tic', mappings.post, np.sin(h.reshape(10, DIM))

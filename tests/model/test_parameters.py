@@ -1,0 +1,70 @@
+"""The table of parameters: every leaf of every kind of model has one row."""
+
+import itertools
+
+import jax
+import optax
+import pytest
+
+from mhc import config
+from mhc.config import dicts
+from mhc.model import parameters
+from mhc.model import transformer
+
+EXPERTS, RANKS, COLLAPSES = (0, 4), (0, 8), ('mean', 'learned')
+
+
+def models():
+  for kind, experts, rank, collapse in itertools.product(
+    config.KINDS, EXPERTS, RANKS, COLLAPSES
+  ):
+    if kind == 'mhc_single_pass' and collapse == 'learned':
+      continue
+    yield dicts.replace(
+      config.ModelConfig(num_blocks=2),
+      connection=dict(kind=kind, collapse=collapse),
+      attention=dict(query_rank=rank),
+      moe=dict(num_experts=experts),
+    )
+
+
+def leaves(model):
+  _, params = transformer.abstract(model)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    yield parameters.path_names(path), leaf
+
+
+def test_each_leaf_matches_one_row_and_each_row_a_leaf():
+  used = set()
+  for model in models():
+    for names, leaf in leaves(model):
+      stack, row = parameters.locate(names)  # raises unless it is one
+      used.add(row.path)
+      dims = leaf.ndim - (stack is not None)
+      assert len(row.split) <= dims, names
+      assert (row.counted == 'lookup') == (names[0] == 'embed'), names
+      assert (row.counted == 'routed') == (dims == 3), names
+  assert used == {row.path for row in parameters.PARAMETERS}
+
+
+def test_a_path_in_an_optimisers_state_is_the_parameters():
+  _, params = transformer.abstract(next(models()))
+  params = jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape), params)
+  state = optax.adam(1e-3).init(params)
+  found = {
+    parameters.locate(parameters.path_names(path))
+    for path, _ in jax.tree_util.tree_leaves_with_path(state)
+  }
+  assert found >= {
+    parameters.locate(parameters.path_names(path))
+    for path, _ in jax.tree_util.tree_leaves_with_path(params)
+  }
+  assert None in found  # the count of updates
+
+
+def test_a_parameter_without_a_row_is_named():
+  with pytest.raises(ValueError, match=r'ffn/gate/scale matches 0 rows'):
+    parameters.locate(('dense_blocks', 'ffn', 'gate', 'scale'))
+  path = (jax.tree_util.DictKey('other'), jax.tree_util.DictKey('weight'))
+  with pytest.raises(ValueError, match=r'other.*is no parameter'):
+    parameters.row(path)
