@@ -1,0 +1,1 @@
+"""TPU kernels of the operations; interpreted on other machines."""

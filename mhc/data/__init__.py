@@ -1,0 +1,1 @@
+"""Text to batches: documents, tokenizers, token files, rows."""

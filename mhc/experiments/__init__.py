@@ -1,0 +1,1 @@
+"""The comparison of residual designs, and its report from files."""

@@ -1,0 +1,1 @@
+"""The step on a mesh: layouts, matrices put together, loss and gradient."""

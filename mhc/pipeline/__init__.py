@@ -1,0 +1,1 @@
+"""Pipeline schedules: as tables without JAX, and what runs them."""

@@ -1,0 +1,1 @@
+"""A step on machines that are not here: memory, time, communication."""

@@ -1,0 +1,1 @@
+"""What any program stands on: console, files, processes, signals, flags."""

@@ -1,0 +1,1 @@
+"""A run: its step, its loop, its checkpoints, its folder."""
