@@ -55,7 +55,7 @@ class Mappings(NamedTuple):
 
 
 class Context(NamedTuple):
-  """What `post` needs from `pre`: the streams and their mappings."""
+  """The streams and their mappings: from `pre` to `post`."""
 
   x: Float[Array, '*batch n d']
   mappings: Mappings | None
@@ -63,7 +63,7 @@ class Context(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What is static about an mHC connection; hashable.
+  """The static options of an mHC connection; hashable.
 
   Attributes:
     mixing: the parameterisation of H_res, see `mixing`.
@@ -204,7 +204,7 @@ def named(mapped: Mappings) -> Mappings:
 
 
 def _reading(params, x):
-  """What the kernels read by: phi, alpha and bias of H_pre."""
+  """phi, and alpha and bias of H_pre: arguments of the kernels."""
   return params['phi'][...], params['alpha'][0], params['bias'][: x.shape[-2]]
 
 

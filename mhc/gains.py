@@ -55,7 +55,7 @@ def composites(
 
 
 def profile(matrices: Float[Array, 'l s n n']) -> dict[str, Array]:
-  """What the paper's Fig. 7 and 8 show of H_1 ... H_L, on s tokens of text.
+  """The quantities of the paper's Fig. 7 and 8, of H_1 ... H_L on s tokens.
 
   Gains are taken for each token and then averaged (the captions say "averaged
   over all tokens"; the gain of the averaged matrix would hide opposite signs).

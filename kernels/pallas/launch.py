@@ -24,7 +24,7 @@ from mhc.kernels.pallas import blocks
 from mhc.kernels.pallas import specs
 
 MiB = 2**20
-# What the compiler keeps for itself: spilled registers and large values.
+# Memory that the compiler keeps for itself: spilled registers and large values.
 RESERVE = 4 * MiB
 TOKENS = (256, 128, 64, 32, 16)  # of a tile
 

@@ -32,10 +32,10 @@ SINKHORN_ROUTER_ITERS = 20
 
 
 class Stats(NamedTuple):
-  """What one layer did with one batch."""
+  """Statistics of one layer on one batch."""
 
   load: Float[Array, 'e']  # assignments of each expert
-  dropped: Float[Array, '']  # share of assignments without a slot
+  dropped: Float[Array, '']  # fraction of assignments beyond the capacity
   balance_loss: Float[Array, '']  # sequence-wise, 1 when even
 
 
@@ -138,7 +138,7 @@ class MoE(nnx.Module):
 
 
 def merge_stats(parts: list[Stats | None]) -> Stats | None:
-  """What a layer did with a batch, from what it did with equal parts of it."""
+  """The statistics of a batch from those of equal parts of it."""
   if parts[0] is None:
     return None
   total = jax.tree.map(lambda *stats: sum(stats[1:], stats[0]), *parts)

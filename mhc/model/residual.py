@@ -98,7 +98,7 @@ def make_connection(
 def expand_streams(
   config: config_lib.ConnectionConfig, x: Float[Array, '*batch d']
 ) -> ResidualState:
-  """What the first sub-layer begins from: x on every stream."""
+  """Opens the streams: the state of a model with x on every stream."""
   n = config.streams
   # Made from x so that, inside a shard_map, it varies over devices as x does.
   zeros = 0 * x.reshape(-1, x.shape[-1])[:, 0].astype(jnp.float32)
@@ -123,11 +123,12 @@ def begin_sublayer(
   before: ResidualState,
   is_real: Bool[Array, ''] | None = None,
 ) -> tuple[Float[Array, '*batch d'], Context]:
-  """What a sub-layer reads of what is carried, and how it will be written.
+  """Returns what a sub-layer reads, and the context to write it back by.
 
   Args:
     connection: of the sub-layer.
-    before: what the last block handed on or, inside of one, a pending output.
+    before: the state that the last block returned or, inside of one, a pending
+      output.
     is_real: False for a layer that is to change nothing; None for True.
   """
   if isinstance(before, PendingOutput):
@@ -153,14 +154,14 @@ def end_block(
   connection: Connection,
   last: PendingOutput,
 ) -> ResidualState:
-  """What a block hands on after its last sub-layer has returned."""
+  """The state that a block returns after its last sub-layer."""
   return last if _defers_post(config) else connection.post(*last)
 
 
 def flush_pending_output(
   config: config_lib.ConnectionConfig, state: ResidualState
 ) -> ResidualState:
-  """The state with every output written back: what leaves a pipeline stage."""
+  """Writes a pending output back: plain streams leave a pipeline stage."""
   if not isinstance(state, PendingOutput):
     return state
   x = state.context.x
@@ -170,7 +171,7 @@ def flush_pending_output(
 def with_empty_pending_output(
   config: config_lib.ConnectionConfig, state: ResidualState
 ) -> ResidualState:
-  """What `flush_pending_output` returned, as the next stage carries it."""
+  """The inverse of `flush_pending_output`, for the next stage of a pipeline."""
   if not _defers_post(config):
     return state
   empty = expand_streams(config, 0 * state[..., 0, :])
@@ -182,7 +183,7 @@ def collapse_streams(
   state: ResidualState,
   collapse: streams.Collapse,
 ) -> Float[Array, '*batch d']:
-  """What the last block handed on, as one stream."""
+  """The state of the last block as one stream."""
   if isinstance(state, StreamsWithPre):
     return state.read()
   if not isinstance(state, PendingOutput):

@@ -33,7 +33,7 @@ States = list[residual.ResidualState]  # of the sub-batches
 
 
 class BlockAux(NamedTuple):
-  """What a block returns beside the streams."""
+  """The outputs of a block beside the streams."""
 
   contexts: tuple[functional.Context, functional.Context]
   moe_stats: moe.Stats | None  # with experts
@@ -41,7 +41,7 @@ class BlockAux(NamedTuple):
 
 
 class StackAux(NamedTuple):
-  """What l blocks return beside the streams, each leaf [l, ...]."""
+  """The outputs of l blocks beside the streams, each leaf [l, ...]."""
 
   stream_stats: residual.StreamStats | None  # [l, 2, s, ...], if asked for
   moe_stats: moe.Stats | None
@@ -241,10 +241,10 @@ class Transformer(nnx.Module):
     num_sub_batches: int = 1,
     collect: bool = False,
   ) -> tuple[States, StackAux | None]:
-    """What the first stage of a pipeline begins from.
+    """The input of the first stage of a pipeline.
 
-    The embedding and, where `config.stack` has experts, the dense blocks; with
-    `collect` their `stream_stats`.
+    It embeds and, where `config.stack` has experts, runs the dense blocks, with
+    `collect` for their `stream_stats`.
     """
     states, aux = self._embed(tokens, num_sub_batches), None
     if self.config.stack == 'moe_blocks' and self.dense_blocks is not None:

@@ -37,7 +37,7 @@ def nats_of_rows(logits, targets):
 
 
 def balance_loss(model, stats, num_rows, seq_len):
-  """What a microbatch adds to the summed loss to be differentiated."""
+  """The term that a microbatch adds to the summed loss."""
   if not model.moe.balance_loss:
     return jnp.zeros(())
   weight = model.moe.balance_loss * num_rows * seq_len

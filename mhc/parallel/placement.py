@@ -1,4 +1,4 @@
-"""What a step is compiled for: a run's settings on a mesh.
+"""A run's settings on a mesh: what a step is compiled for.
 
 One static value, from which the two ways to take a gradient (`replicated`,
 `pipelined`) and the compiled `Step` read everything that is not an array.

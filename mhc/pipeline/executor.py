@@ -39,7 +39,7 @@ Tree = Any
 
 @runtime_checkable
 class Stages(Protocol):
-  """What a pipeline computes; c rows of t tokens are a microbatch."""
+  """The functions of a pipeline; c rows of t tokens are a microbatch."""
 
   def embed(self, shared, tokens):
     """Tokens int32 [c, t] -> state, what the first stage takes."""
@@ -62,7 +62,7 @@ class Stages(Protocol):
 
 
 class Parts(NamedTuple):
-  """What one device has, inside a `shard_map`."""
+  """The arrays of one device, inside a `shard_map`."""
 
   blocks: Tree  # its rows of the stack, [v r, ...], see `stage_layout`
   bias: Float[Array, 'vr e'] | None  # of the router, with experts
@@ -93,7 +93,7 @@ def gradients(
 def forward(
   schedule: table.Schedule, stages: Stages, parts: Parts
 ) -> tuple[Float[Array, 'm c'], Tree]:
-  """The summed loss of every row, and what the blocks say of it.
+  """The summed loss of every row, and the statistics of the blocks.
 
   Args:
     schedule: of `table.build_forward`.

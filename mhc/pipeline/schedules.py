@@ -142,7 +142,7 @@ def forward(placement: str, shape: Shape) -> np.ndarray:
 
 
 class ScheduleSpec(NamedTuple):
-  """What a schedule's name stands for."""
+  """A schedule by its name: placement, stages a device, ticks."""
 
   placement: Literal['linear', 'loop', 'vshape']
   chunks: int | None  # None for any number from 2

@@ -1,4 +1,4 @@
-"""What the operations of a pipeline leave for each other, and how it travels.
+"""Transfers between the stages of a pipeline, and the buffer slots they fill.
 
 Every device holds V of the S = P V stages. F(s, m) and B(s, m) are the ticks of
 stage s for microbatch m, -1 for nothing. Kept, each in a slot of a buffer:
@@ -63,8 +63,8 @@ class Transfer(NamedTuple):
     microbatch: m.
     device: the stage's.
     shift: of the channel that it comes through, 0 for none.
-    start: the slot may be read in this tick for the last time before.
-    end: it is read in this tick for the last time.
+    start: the slot may still hold its previous tenant during this tick.
+    end: the slot is read for the last time in this tick, and free after it.
     stored: (column, index) of the table's entry to store it by.
     read: (column, index) of those to read it by.
   """
@@ -93,7 +93,7 @@ def all_transfers(
   f: np.ndarray,
   b: np.ndarray,
 ) -> Iterator[Transfer]:
-  """All of a pipeline whose operations are in ticks f and b, [S, M]."""
+  """Yields the transfers of operations in ticks f and b, [S, M]."""
   last = len(f) - 1
   where = places(placement, num_devices, len(f) // num_devices)
   shape = f.shape
