@@ -24,24 +24,29 @@ def mesh_of(**sizes):
 
 def test_gradients_of_gathered_matrices_are_summed_in_float32():
   """Of a product in bfloat16, on four devices with two rows each."""
-  specs = {'a': {'weight': P(None, 'data')}, 'router': {'weight': P('data')}}
+  specs = {
+    'up': {'weight': P(None, 'data')},
+    'router': {'weight': P('data')},
+  }
   keys = jax.random.split(jax.random.key(0), 3)
   params = {
-    'a': {'weight': jax.random.normal(keys[0], (6, 8))},
+    'up': {'weight': jax.random.normal(keys[0], (6, 8))},
     'router': {'weight': jax.random.normal(keys[1], (8, 3))},
   }
   x = jax.random.normal(keys[2], (8, 6), jnp.bfloat16)
 
   def loss(params, x):
-    h = x @ params['a']['weight'].astype(jnp.bfloat16)
+    h = x @ params['up']['weight'].astype(jnp.bfloat16)
     return jnp.sum(h.astype(jnp.float32) @ params['router']['weight'])
 
   def local(params, x):
     def gathered(params):
-      whole = fsdp.gather(params, specs, 'bfloat16')
-      assert whole['a']['weight'].dtype == jnp.bfloat16
+      whole = fsdp.gather(
+        params, specs, 'bfloat16', above=('moe_blocks', 'ffn')
+      )
+      assert whole['up']['weight'].dtype == jnp.bfloat16
       assert whole['router']['weight'].dtype == jnp.float32
-      assert whole['a']['weight'].shape == (6, 8)
+      assert whole['up']['weight'].shape == (6, 8)
       return loss(whole, x)
 
     grads = jax.grad(gathered)(axes.cast_varying_everywhere(params))
