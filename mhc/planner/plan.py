@@ -1,14 +1,15 @@
-"""What a training step is on machines that need not be here.
+"""Memory, communication and time of a training step on absent machines.
 
 The step is compiled ahead of time from abstract shapes, by the real compiler of
 the target; nothing is allocated and nothing runs. A topology is 'cpu', the
 devices of this process, a TPU slice such as 'v5p:2x2x1' or 'v6e:4x4', or the
-GPUs of one machine such as 'h100:8'. Only TPU compilers say how long things
-take, so that for others a plan is about memory.
+GPUs of one machine such as 'h100:8'. Only TPU compilers estimate time, so that
+for others a plan is about memory.
 
-`hlo` adds up what the compiled step computes, `collectives` what it sends. In a
-pipeline the devices wait for each other, so that a tick lasts as long as its
-longest stage; `ticks.branch_frequencies` says how often there is one.
+`hlo` sums up the compute of the compiled step, `collectives` its communication.
+In a pipeline the devices wait for each other, so that a tick lasts as long as
+its longest stage; `ticks.branch_frequencies` gives the fraction of ticks that
+have one.
 """
 
 import math
@@ -39,6 +40,16 @@ from mhc.planner import hlo
 from mhc.training import step as step_lib
 
 Plan = dict[str, Any]
+# The figures that only the compiler schedule of a TPU gives; else None.
+SCHEDULED = (
+  'bytes_moved',
+  'compute_seconds',
+  'collectives',
+  'exposed_comm_fraction',
+  'step_seconds',
+  'tokens_per_second',
+  'mfu',
+)
 
 
 def devices(topology: str) -> list[jax.Device]:
@@ -52,61 +63,54 @@ def devices(topology: str) -> list[jax.Device]:
   name, _, size = topology.partition(':')
   if name in gpu_targets.GPUS or (size.isdigit() and name not in chips.CHIPS):
     return gpu_targets.devices(topology)
-  # What libtpu asks a TPU host for at start, and one of its kind at a time.
+  # libtpu reads these from a TPU host at start; the last lifts its lock.
   os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   try:
     return topologies.get_topology_desc(topology, 'tpu').devices
-  except Exception as error:  # of several kinds, jaxlib's own among them
+  except Exception as error:  # of several types, jaxlib's own among them
     raise ValueError(
-      f"topology={topology!r} cannot be compiled for: give 'cpu', a TPU "
-      "slice such as 'v5p:2x2x1' or 'v6e:4x4', with the compiler that pip "
-      "install 'jax[tpu]' brings, or GPUs such as 'h100:8' "
-      f'({str(error).splitlines()[0]})'
+      f'topology={topology!r} cannot be compiled for '
+      f"({str(error).splitlines()[0]}): give 'cpu', GPUs such as 'h100:8', or "
+      "a TPU slice such as 'v5p:2x2x1' or 'v6e:4x4', which requires pip "
+      "install 'jax[tpu]'"
     ) from None
 
 
 def plan_step(config: config_lib.Config, topology: str) -> Plan:
-  """Compiles the update for a topology.
+  """Compiles the update for a topology and describes it.
 
   Returns:
     topology, devices, mesh (sizes of the axes), kind, tokens_per_step.
-    total_params, flops_per_token: as `counts` has them.
-    predicted_bytes: of activations a device, by kind, as `memory` has them.
+    total_params, flops_per_token: from `counts`.
+    predicted_bytes: of activations per device, by kind, from `memory`.
     fits: whether the compiler placed the step in a device's memory; for GPUs
-      whether bytes_per_device are there.
+      whether it has bytes_per_device.
     hbm_bytes: of a device; None on CPUs.
-    bytes_per_device: the most in use at once; where the step does not fit, what
-      the compiler says that it needs.
-    by_category: bytes_per_device, apart; see `categories`.
-    microbatches; bubble: idle share of the schedule's ticks, with B three times
-      F (it computes the stage again); 0 without a pipeline.
+    bytes_per_device: peak memory; if the step does not fit, the compiler's
+      estimate of the memory required.
+    by_category: bytes_per_device, split up; see `categories`.
+    microbatches; bubble: idle fraction of the pipeline schedule's ticks, with B
+      three times F (it recomputes the stage); 0 without a pipeline.
     compile_seconds: on this machine.
-    bytes_moved, compute_seconds: of the compiler's schedule, loops in full: its
-      cycles, and for kernels their roofline; here and below of TPUs only.
+    bytes_moved, compute_seconds: of the compiler schedule, loops in full: its
+      cycles, and for kernels their roofline; here and below for TPUs only.
     collectives: by axes of the mesh and kind: count, bytes, seconds (on the
-      links) and exposed seconds, of a step.
+      links) and exposed seconds, per step.
     exposed_comm_fraction: of step_seconds.
-    step_seconds: compute_seconds and what waits for links.
-    tokens_per_second, mfu: from it.
+    step_seconds: compute_seconds and exposed communication.
+    tokens_per_second, mfu: derived from step_seconds.
 
   Raises:
-    ValueError: an unknown topology, or a batch that it cannot share.
+    ValueError: an unknown topology, or a batch that does not divide over it.
   """
   mesh = mesh_lib.make_mesh(config.mesh, config.data, devices(topology))
   step = step_lib.Step(Placement(config, mesh))
   start = time.perf_counter()
-  lowered = step.lower()
-  compiled, needed = None, math.nan
-  try:
-    compiled = lowered.compile(step_lib.compiler_options(step.placement))
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    needed = _needed(str(error))
-  count = counts.count(config.model, config.data.seq_len)
+  compiled, needed = _compile(step)
+  compile_seconds = time.perf_counter() - start
   name = topology.partition(':')[0]
   chip, gpu = chips.CHIPS.get(name), gpu_targets.GPUS.get(name)
   hbm = (chip or gpu).hbm if chip or gpu else None
@@ -116,6 +120,45 @@ def plan_step(config: config_lib.Config, topology: str) -> Plan:
     schedule = table_lib.for_mesh(config.mesh, number)
   plan = {
     'topology': topology,
+    **_sizes(config, mesh),
+    'fits': compiled is not None,
+    'hbm_bytes': hbm,
+    'bytes_per_device': needed,
+    'by_category': None,
+    'microbatches': number,
+    'bubble': table_lib.bubble(schedule) if schedule else 0.0,
+    'compile_seconds': compile_seconds,
+    **dict.fromkeys(SCHEDULED),
+  }
+  if compiled is not None:
+    peak = compiled.memory_analysis().peak_memory_in_bytes
+    plan |= {
+      'bytes_per_device': peak,
+      'by_category': categories(step, peak),
+    }
+    if gpu:  # whose compiler does not check the device's memory
+      plan['fits'] = plan['bytes_per_device'] <= hbm
+    if chip:
+      plan |= _scheduled(config, compiled, schedule, mesh, chip, plan)
+  return plan
+
+
+def _compile(step):
+  """(program, nan); if it does not fit, (None, bytes that it requires)."""
+  lowered = step.lower()
+  try:
+    options = step_lib.compiler_options(step.placement)
+    return lowered.compile(options), math.nan
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return None, _needed(str(error))
+
+
+def _sizes(config, mesh):
+  """The figures of a plan that follow from the config and the mesh."""
+  count = counts.count(config.model, config.data.seq_len)
+  return {
     'devices': mesh.size,
     'mesh': dict(mesh.shape),
     'kind': config.model.connection.kind,
@@ -123,41 +166,16 @@ def plan_step(config: config_lib.Config, topology: str) -> Plan:
     'total_params': count['total_params'],
     'flops_per_token': count['flops_per_token'],
     'predicted_bytes': memory.predicted(config, mesh.size),
-    'fits': compiled is not None,
-    'hbm_bytes': hbm,
-    'bytes_per_device': needed,
-    'by_category': None,
-    'microbatches': number,
-    'bubble': table_lib.bubble(schedule) if schedule else 0.0,
-    'compile_seconds': time.perf_counter() - start,
-    'bytes_moved': None,
-    'compute_seconds': None,
-    'collectives': None,
-    'exposed_comm_fraction': None,
-    'step_seconds': None,
-    'tokens_per_second': None,
-    'mfu': None,
   }
-  if compiled is not None:
-    analysis = compiled.memory_analysis()
-    plan |= {
-      'bytes_per_device': analysis.peak_memory_in_bytes,
-      'by_category': categories(step, analysis.peak_memory_in_bytes),
-    }
-    if gpu:  # whose compiler places whatever it is given
-      plan['fits'] = plan['bytes_per_device'] <= hbm
-    if chip:
-      plan |= _scheduled(config, compiled, schedule, mesh, chip, plan)
-  return plan
 
 
 def overheads(
   config: config_lib.Config, topology: str, plan: Plan, names: tuple[str, ...]
 ) -> dict[str, float]:
-  """How much longer a step of `plan` takes than one of other programs.
+  """Relative overheads of a step of `plan` over steps of other programs.
 
   Args:
-    config, topology, plan: of `make`.
+    config, topology, plan: of `plan_step`.
     names: 'residual', the plain residual on the same mesh; 'xla', the same
       without kernels.
   """
@@ -176,16 +194,16 @@ def overheads(
 
 
 def categories(step: step_lib.Step, total: int) -> dict[str, int]:
-  """Bytes of a device, `total`, by what they are; all but the last are counted.
+  """Splits a device's `total` bytes; all categories but the last are counted.
 
-  parameters, optimiser: what the device keeps of them.
-  gathered_params, gradients: put together and summed up for a step, of a
-    pipeline's device; without a pipeline they are among the temporaries.
-  stages: the slots of the schedule.
-  temporaries: what the compiler needs beside these.
+  parameters, optimiser: the device's shards.
+  gathered_params, gradients: gathered and summed up over a step, on a device of
+    a pipeline; without a pipeline they are among the temporaries.
+  stages: the buffer slots of the pipeline schedule.
+  temporaries: the remainder.
   """
 
-  def kept(tree):
+  def shard_bytes(tree):
     return sum(
       math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
       for leaf in jax.tree.leaves(tree)
@@ -193,8 +211,8 @@ def categories(step: step_lib.Step, total: int) -> dict[str, int]:
 
   state, config = step.abstract_state, step.placement.config
   found = {
-    'parameters': kept(state.params),
-    'optimiser': kept((state.opt_state, state.router_bias, state.step)),
+    'parameters': shard_bytes(state.params),
+    'optimiser': shard_bytes((state.opt_state, state.router_bias, state.step)),
   }
   if config.mesh.pipe > 1:
     gathered = gradients = 0
@@ -215,7 +233,7 @@ def categories(step: step_lib.Step, total: int) -> dict[str, int]:
 
 
 def _scheduled(config, compiled, schedule, mesh, chip, plan):
-  """What the compiler's schedule says."""
+  """The figures of a plan that follow from the compiler schedule."""
   frequencies = {expert_parallel.OVERFLOW: 0.0}
   if schedule:
     frequencies |= ticks.branch_frequencies(schedule)
@@ -243,7 +261,7 @@ def _scheduled(config, compiled, schedule, mesh, chip, plan):
 
 
 def _needed(message):
-  """The bytes that the compiler says it would need, nan if it does not."""
+  """Bytes required, by the compiler's error message; nan if not given."""
   found = re.search(r'(?:Used |temporaries \()([\d.]+)([KMG])\b', message)
   if not found:
     return math.nan
