@@ -1,9 +1,9 @@
-"""What a TPU's compiler makes of a kernel, without the TPU.
+"""Bundle counts of TPU kernels, from the compiler's dump, without a TPU.
 
-The compiler writes the instructions of every kernel to a folder. A bundle is
-what a core issues in one cycle, so their number is the time of a tile as far as
-the core is concerned: deterministic, and without noise. Waiting for memory is
-not in it, nor are the stalls that the compiler leaves to the hardware.
+The compiler dumps the instructions of every kernel to a folder. A bundle is
+what a core issues in one cycle, so their number is the core's time for a tile,
+deterministic and free of noise. It excludes waits for memory and the stalls
+that the compiler leaves to the hardware.
 """
 
 import os
@@ -16,7 +16,7 @@ _LAST = re.compile(r',\s*(\d+) /\* loop exit test')
 
 
 def folder() -> pathlib.Path:
-  """Asks the compiler to write to a new folder; before it is loaded."""
+  """Makes the compiler dump to a new folder; call before it is loaded."""
   path = tempfile.mkdtemp(prefix='mhc-schedule-')
   flags = f'--xla_jf_dump_to={path} --xla_jf_dump_llo_text=true'
   flags = f'{os.environ.get("LIBTPU_INIT_ARGS", "")} {flags}'
@@ -25,34 +25,34 @@ def folder() -> pathlib.Path:
 
 
 def bundles(path: pathlib.Path, kernel: str) -> int:
-  """Bundles of one grid step of a kernel, its loops in full.
+  """Bundles of one grid step of a kernel, its loops times their trips.
 
-  The newest compilation counts.
+  Reads the newest dump of that name.
 
   Raises:
-    FileNotFoundError: none of that name was written.
+    FileNotFoundError: there is no dump of that name.
   """
   texts = sorted(path.glob(f'*{kernel}*[0-9]-final_bundles.txt'))
   if not texts:
     raise FileNotFoundError(
-      f'no schedule of {kernel} in {path}: the TPU compiler was loaded before '
-      'it was asked to write them; start in a new process'
+      f'{path} holds no dump of {kernel}: the TPU compiler was loaded before '
+      'the dump was requested; start a new process'
     )
   return count_bundles(texts[-1].read_text())
 
 
 def empty(path: pathlib.Path):
-  """What was written is large: some 100 MB a program."""
+  """Deletes the dumps, some 100 MB a program."""
   for file in path.iterdir():
     file.unlink()
 
 
 def count_bundles(text: str) -> int:
-  """Bundles of one turn of the outermost loop, which is over grid steps.
+  """Bundles of one iteration of the outermost loop, which is over grid steps.
 
-  A line shows how deep in loops its first instruction was written, which may be
-  less than where the bundle has been put: a loop ends with the last line that
-  shows its depth. Its bound stands where its exit is tested.
+  A line shows the loop depth at which its first instruction was written, which
+  may be less than the bundle's: a loop ends with the last line that shows its
+  depth. Its bound is on the line that tests its exit.
   """
   lines = [line for line in text.splitlines() if _LINE.match(line)]
   tags, depths = [], []
@@ -72,7 +72,7 @@ def count_bundles(text: str) -> int:
         last = number
     loops.append((first, last, depth))
   if not loops:
-    raise ValueError('no loop over grid steps in this schedule')
+    raise ValueError('the dump has no loop over grid steps')
   bounds = {}
   for number, line in enumerate(lines):
     bound = _LAST.search(line)

@@ -1,27 +1,27 @@
-r"""What a compiled TPU step sends between devices, read off its scheduled HLO.
+r"""Collectives of a compiled TPU step and their cost, from its scheduled HLO.
 
-Of g devices, each of which puts in B bytes, the most that one sends or receives
-and what `ici` then does with them:
+For a group of g devices with an operand of B bytes each: the most that one
+sends or receives, and the transfer that `ici` times:
 
     all-gather            B (g-1)       gathers g B
-    reduce-scatter        B (g-1)/g     the same backwards: gathers B
+    reduce-scatter        B (g-1)/g     the reverse: gathers B
     all-reduce            2 B (g-1)/g   both of these: gathers 2 B
     all-to-all            B (g-1)/g     exchanges B
     ragged-all-to-all     B (g-1)/g     as if its parts were equal; B is the
-                                        smaller of operand and result, of which
-                                        one has room to spare
+                                        smaller of operand and result, one of
+                                        which has spare capacity
     collective-permute    B             sends B
 
-Where the compiler split a transfer into a start and a done, it is overlapped by
-what is scheduled between them in the same computation, loops, conditionals and
+A transfer that the compiler split into a start and a done is overlapped by what
+is scheduled between them in the same computation, loops, conditionals and
 kernels in full:
 
     exposed = sum of times * max(0, seconds - overlapped)
 
-A second of compute covers one second of a link (a dimension and a direction):
-of transfers in flight over the same one, the one that is awaited first takes
-what it needs from the earliest instructions on, the others have what is left.
-Those inside of a loop or a conditional come before those around it.
+A second of compute overlaps one second of a link (a dimension and a direction).
+Of transfers in flight over the same link, the one awaited first takes what it
+needs from the earliest instructions on, the others the remainder. Transfers
+inside a loop or a conditional precede those around it.
 
 Starts and dones are `x-start` and `x-done`; `call-start` and `call-done` of a
 collective on the SparseCores; and fusions of AsyncCollectiveStart and
@@ -58,11 +58,11 @@ class Collective(NamedTuple):
 
   Attributes:
     name: of the instruction, or of the one that starts it.
-    kind: of KINDS.
+    kind: one of KINDS.
     axes: of the mesh, along which its groups extend.
-    bytes: that leave or enter a device, once.
-    times: how often a step runs it: the trips of the loops around it. Of a
-      conditional only the most expensive branch is there, with its share.
+    bytes: sent or received by a device, once.
+    times: executions per step: the trips of the loops around it. Of a
+      conditional only the most expensive branch counts, by its frequency.
     seconds: on the links, once.
     overlapped: seconds of compute while it is in flight, once, that no other
       transfer needs; 0 if it is synchronous.
@@ -85,7 +85,7 @@ class Collective(NamedTuple):
 
 
 class Total(NamedTuple):
-  """Of several collectives, of one step."""
+  """Sums over several collectives, per step."""
 
   count: float = 0
   bytes: float = 0
@@ -106,22 +106,22 @@ class _Transfer(NamedTuple):
 def collectives(
   module: hlo.Module, mesh: Mesh, chip: chips.Chip
 ) -> list[Collective]:
-  """Of a step, in the order of its schedule.
+  """Collectives of a step, in the order of its compiler schedule.
 
   Args:
     module: compiled for `mesh`.
-    mesh: of a whole TPU slice; HLO counts devices in its order.
-    chip: that these are.
+    mesh: of a whole TPU slice; HLO numbers devices in its order.
+    chip: of these devices.
   """
   costs = hlo.costs(module, (chip.flops, chip.bandwidth))
   measure = _measure(mesh, chip)
 
   @functools.cache
   def within(name: str) -> list[Collective]:
-    """Those of a computation, run once."""
+    """Collectives of a computation that runs once."""
     body, shapes = module.computations[name], hlo.shapes(module, name)
     compute = [_seconds(cost, chip) for cost in costs[name]]
-    busy = [{} for _ in body]  # seconds by link, of each instruction's
+    busy = [{} for _ in body]  # link -> seconds in use, per instruction
     found = [[] for _ in body]
     awaited = []
     for index, instruction in enumerate(body):
@@ -160,12 +160,12 @@ def by_axis(
 
 
 def exposed_seconds(collectives: Iterable[Collective]) -> float:
-  """Of a step, in which devices wait for links."""
+  """Seconds of a step in which devices wait for links."""
   return sum((one.times * one.exposed for one in collectives), 0.0)
 
 
 def step_seconds(module: hlo.Module, mesh: Mesh, chip: chips.Chip) -> float:
-  """Of the schedule's compute, and of waiting for links."""
+  """Seconds of a step: its compute and its exposed communication."""
   cost = hlo.cost(module, (chip.flops, chip.bandwidth))
   waiting = exposed_seconds(collectives(module, mesh, chip))
   return _seconds(cost, chip) + waiting
@@ -174,7 +174,7 @@ def step_seconds(module: hlo.Module, mesh: Mesh, chip: chips.Chip) -> float:
 def rings(
   mesh: Mesh, axes: Sequence[str], chip: chips.Chip
 ) -> tuple[ici.Span, ...] | None:
-  """Where devices that differ along these axes lie; None if on no even grid."""
+  """Spans of devices that differ along these axes; None if not a grid."""
   numbers = np.arange(mesh.size).reshape(mesh.devices.shape)
   along = [mesh.axis_names.index(axis) for axis in axes]
   members = np.moveaxis(numbers, along, range(-len(along), 0))
@@ -192,7 +192,7 @@ def _seconds(cost, chip):
 
 
 def _inner(module, costs, instruction):
-  """The computation that control flow runs, and how often; '' for others."""
+  """The computation that control flow runs, and its times; '' for others."""
   match instruction.opcode:
     case 'while':
       times = hlo.trips(module, instruction) * hlo.branch_frequency(
@@ -214,7 +214,7 @@ def _occupy(busy, links, seconds):
 
 
 def _cover(one, compute, busy):
-  """Compute that no link of its needs for another; takes what it needs."""
+  """Seconds of compute that no other transfer needs; takes what `one` needs."""
   overlapped, need = 0.0, one.seconds
   for seconds, taken in zip(compute, busy, strict=True):
     others = max((taken.get(link, 0) for link in one.links), default=0)
@@ -226,7 +226,7 @@ def _cover(one, compute, busy):
 
 
 def _transfer(module, shapes, instruction) -> _Transfer | None:
-  """What an instruction sends, or begins to."""
+  """The transfer that an instruction does or starts; None for others."""
   kind, start = instruction.opcode.removesuffix('-start'), instruction
   asynchronous = kind != instruction.opcode
   if kind not in KINDS:
@@ -239,7 +239,7 @@ def _transfer(module, shapes, instruction) -> _Transfer | None:
     if '"AsyncCollectiveStart"' in targets:
       asynchronous = True
     elif 'async_collective_fusion_config' in start.attributes:
-      return None  # a later step of one that began before
+      return None  # a later step of one already started
     elif kind == 'all-reduce' and any(
       i.opcode == 'dynamic-slice' for i in body
     ):
@@ -252,14 +252,14 @@ def _transfer(module, shapes, instruction) -> _Transfer | None:
 
 
 def _body(module, instruction):
-  """Of what may hold a collective."""
+  """Instructions inside of one that may hold a collective."""
   if instruction.opcode in ('fusion', 'call-start', 'async-start'):
     return module.computations[hlo.called(instruction, 'to_apply|calls')]
   return []
 
 
 def _done(module, body, start):
-  """Where it is awaited."""
+  """Index of the instruction that awaits a transfer."""
   chain = {body[start].name}
   channel = _channel(module, body[start])
   for index in range(start + 1, len(body)):
@@ -289,12 +289,12 @@ def _channel(module, instruction):
 
 
 def _measure(mesh, chip):
-  """The function from a transfer to its Collective, not yet overlapped."""
+  """Returns a function from a transfer to its Collective, overlapped=0."""
   torus = _torus(mesh, chip)
 
   @functools.cache
   def use(kind, devices):
-    """Axes, how many devices in a group, and the links' use by one byte."""
+    """Axes, group size, and the use of the links by one byte."""
     groups = hlo.groups(devices, mesh.size)
     move = {
       'all-to-all': ici.all_to_all,
@@ -325,7 +325,7 @@ def _measure(mesh, chip):
 
 
 def _axes(mesh, groups):
-  """Along which the members of a group differ."""
+  """Axes of the mesh along which the members of a group differ."""
   places = np.unravel_index(groups, mesh.devices.shape)
   return tuple(
     name

@@ -1,7 +1,7 @@
-"""Parameters and FLOPs of a model from its settings, nothing allocated.
+"""Parameter and FLOP counts of a model, from its config; nothing is allocated.
 
 As the paper counts (reconstructed from its Table 5): total is every parameter,
-connections included; active leaves out the experts that a token does not visit
+connections included; active excludes the experts that a token is not routed to
 and one of the two vocabulary matrices.
 """
 
@@ -18,14 +18,14 @@ from mhc.parallel import memory
 def count(
   config: config_lib.ModelConfig, seq_len: int
 ) -> dict[str, int | float]:
-  """Counts of a model trained on rows of `seq_len` tokens.
+  """Counts for a model trained on sequences of `seq_len` tokens.
 
   Returns:
     total_params, active_params, connection_params.
     flops_per_token: of one training step (forward and backward, nothing
       recomputed): 6 for each active parameter in a matrix product, causal
       attention, and reading, mixing and writing the streams.
-    activation_bytes_per_token: kept for the backward pass, see `memory`.
+    activation_bytes_per_token: saved for the backward pass, see `memory`.
   """
   _, params = transformer.abstract(config)
   sizes = collections.Counter()
@@ -51,14 +51,14 @@ def count(
 
 
 def _attention_flops(config, seq_len):
-  """Scores and weighted values of a token that sees seq_len / 2 others."""
+  """FLOPs of scores and weighted values; a token attends to seq_len / 2."""
   c = config.attention
   per_key = 2 * c.num_heads * (2 * c.head_dim + c.rope_dim)
   return config.num_blocks * per_key * seq_len // 2
 
 
 def _stream_flops(config):
-  """H_pre x, H_res x and H_post^T y of every sub-layer."""
+  """FLOPs of H_pre x, H_res x and H_post^T y in every sub-layer."""
   n = config.connection.streams
   if n == 1:
     return 0

@@ -1,9 +1,9 @@
-"""The GPUs that programs can be compiled for without having one.
+"""GPUs that programs can be compiled for without having one.
 
 XLA's compiler takes a description of its target, a `GpuTargetConfigProto` as
 text. The figures are those of XLA's own h100_sxm, h200 and b200, in
 https://github.com/openxla/xla/tree/main/xla/backends/gpu/target_config/specs
-without the rates of single units, which it then takes from cores and clock.
+without the rates of single units, which XLA then derives from cores and clock.
 """
 
 import functools
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-HOST = 8  # GPUs of one machine at most
+HOST = 8  # most GPUs of one machine
 
 
 class Gpu(NamedTuple):
@@ -23,12 +23,12 @@ class Gpu(NamedTuple):
 
   Attributes:
     kind: JAX's name for it.
-    capability: of CUDA, the major number.
+    capability: CUDA compute capability, major number.
     cores: streaming multiprocessors.
     clock: GHz.
     bandwidth: bytes a second, HBM.
-    hbm: bytes; JAX takes three quarters of them for programs, unless
-      XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+    hbm: bytes; JAX allocates three quarters of them for programs, unless
+      XLA_PYTHON_CLIENT_MEM_FRACTION sets another fraction.
     cache: bytes, L2.
   """
 
@@ -73,7 +73,7 @@ GPUS = {
 
 
 def textproto(gpu: Gpu) -> str:
-  """As XLA reads it; what does not differ between these GPUs stands here."""
+  """The GpuTargetConfigProto; its literals are common to these GPUs."""
   return f"""
 gpu_device_info {{
   name: "{gpu.kind}"
@@ -119,18 +119,18 @@ def devices(topology: str) -> list[jax.Device]:
   """The GPUs of one machine, such as 'h100:8', to compile for.
 
   Raises:
-    ValueError: no such GPU, more than a machine has, or JAX's CUDA plugin,
-      whose compiler this is, is not installed.
+    ValueError: an unknown GPU, more than a machine has, or JAX's CUDA plugin,
+      which holds the compiler, is not installed.
   """
   name, _, number = topology.partition(':')
   if name not in GPUS:
     raise ValueError(
-      f'topology={topology!r} names a GPU that is not known: '
-      f'{", ".join(GPUS)} are'
+      f'topology={topology!r} names an unknown GPU: choose from '
+      f'{", ".join(GPUS)}'
     )
   if number not in {str(i) for i in range(1, HOST + 1)}:
     raise ValueError(
-      f'topology={topology!r} must name 1 to {HOST} GPUs, of one machine, such '
+      f'topology={topology!r} must name 1 to {HOST} GPUs of one machine, such '
       f"as '{name}:{HOST}'"
     )
   _own_assembler_first()
@@ -141,16 +141,16 @@ def devices(topology: str) -> list[jax.Device]:
       target_config=textproto(GPUS[name]),
       topology=f'1x1x{number}',  # slices, machines, GPUs
     ).devices
-  except NotImplementedError:  # JAX's word for a plugin that is not there
+  except NotImplementedError:  # raised by JAX for a missing plugin
     raise ValueError(
-      f'topology={topology!r} needs the compiler for GPUs (and no GPU): '
+      f"topology={topology!r} requires JAX's CUDA compiler (but no GPU): "
       "pip install 'jax[cuda13]'"
     ) from None
 
 
 @functools.cache
 def _own_assembler_first():
-  """Puts the plugin's ptxas before others: an old one refuses the kernels."""
+  """Puts the plugin's ptxas first on PATH: an old one rejects the kernels."""
   packages = importlib.util.find_spec('nvidia')
   for root in packages.submodule_search_locations if packages else ():
     for found in pathlib.Path(root).glob('*/bin/ptxas'):

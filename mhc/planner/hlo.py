@@ -1,4 +1,4 @@
-r"""What a compiled TPU program does, read off its scheduled HLO text.
+r"""Costs of a compiled TPU program, from its scheduled HLO text.
 
 XLA's own totals count the body of a loop once. Here every instruction counts as
 often as its loops run:
@@ -7,8 +7,8 @@ often as its loops run:
                 + sum over loops of trips * cycles(body)
 
 and likewise for bytes. Only TPU compilers write `estimated_cycles`; kernels
-carry a cost estimate of their own instead (FLOPs and bytes). What a compiler
-hands to SparseCores and gives no cycles is taken to wait for its bytes.
+carry a cost estimate of their own instead (FLOPs and bytes). SparseCore
+instructions without cycles are assumed to be bound by their bytes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,9 +36,9 @@ DTYPE_BYTES = {
   's64': 8,
   'u64': 8,
 }
-# What stands for cycles that were not estimated.
+# The value of cycles that were not estimated.
 UNKNOWN = 2**63 - 1
-# These name, select or wait; they move nothing.
+# Opcodes that name, select or wait, and move no data.
 FREE = frozenset(
   {
     'after-all',
@@ -64,13 +64,13 @@ class Instruction(NamedTuple):
 
 
 class Cost(NamedTuple):
-  """Of running a computation once, its loops in full."""
+  """The cost of running a computation once, its loops in full."""
 
   cycles: float = 0  # estimated by the compiler
   bytes: float = 0  # read and written in HBM
   kernel_flops: float = 0  # of kernels (custom calls), which have no cycles
   kernel_bytes: float = 0
-  kernel_seconds: float = 0  # each at its roofline, and of unknown cycles
+  kernel_seconds: float = 0  # kernels at their roofline, and unknown cycles
 
   def plus(self, other: 'Cost', times: float = 1) -> 'Cost':
     return Cost(*(a + times * b for a, b in zip(self, other, strict=True)))
@@ -87,10 +87,10 @@ class Module(NamedTuple):
 def parse(
   text: str, frequencies: Mapping[str, float] = types.MappingProxyType({})
 ) -> Module:
-  """Reads `compiled.as_text()`.
+  """Parses `compiled.as_text()`.
 
-  `frequencies` says how often a conditional takes its most expensive branch and
-  a loop its trips: by the `jax.named_scope` around it, 1 for others.
+  `frequencies` gives how often a conditional takes its most expensive branch,
+  or a loop its trips, by the `jax.named_scope` around it; 1 for others.
   """
   computations, entry, body = {}, '', []
   for line in text.splitlines():
@@ -107,14 +107,14 @@ def parse(
 def cost(
   module: Module, peak: tuple[float, float] = (math.inf, math.inf)
 ) -> Cost:
-  """Of the whole program; `peak` is FLOPs and bytes a second."""
+  """Cost of the entire program; `peak` is FLOPs and bytes a second."""
   return total(costs(module, peak)[module.entry])
 
 
 def costs(
   module: Module, peak: tuple[float, float] = (math.inf, math.inf)
 ) -> dict[str, list[Cost]]:
-  """Of each instruction, in the computations that control flow runs.
+  """Costs of each instruction, in the computations that control flow runs.
 
   A loop costs its trips, a conditional its most expensive branch; see
   `branch_frequency`.
@@ -152,14 +152,14 @@ def total(costs: Iterable[Cost]) -> Cost:
 
 def branch_frequency(module: Module, control: Instruction) -> float:
   """How often a loop, or a conditional's costly branch, runs; see `parse`."""
-  # The scope directly around it: .../scope/cond. What is inside of it, such as
+  # The scope directly around it: .../scope/cond. Anything inside of it, such as
   # the loop .../scope/cond/branch_1_fun/while, runs whenever it does.
   found = re.search(r'op_name="[^"]*?([^"/]+)/[^"/]+"', control.attributes)
   return module.frequencies.get(found.group(1), 1.0) if found else 1.0
 
 
 def branches(conditional: Instruction) -> list[str]:
-  """The computations of which it runs one."""
+  """The computations of a conditional, of which it runs one."""
   found = re.search(
     r'(?:branch_computations=\{|true_computation=)([^}]*)',
     conditional.attributes,
@@ -168,7 +168,7 @@ def branches(conditional: Instruction) -> list[str]:
 
 
 def trips(module: Module, loop: Instruction) -> int:
-  """How often a `while` runs: the bound that its counter is compared with.
+  """Trip count of a `while`: the bound that its counter is compared with.
 
   JAX's scans count from 0 by 1. A loop with another condition counts once.
   """
@@ -189,7 +189,7 @@ def sizes(shape: str, on_chip: bool = False) -> list[int]:
 
   Args:
     shape: of an array or a tuple.
-    on_chip: count those that lie there, marked S(n), and not only HBM.
+    on_chip: also count arrays in on-chip memory, marked S(n).
   """
   return [
     0
@@ -209,12 +209,12 @@ def called(instruction: Instruction, role: str) -> str:
 
 
 def shapes(module: Module, name: str) -> dict[str, str]:
-  """Of a computation's instructions, by their names."""
+  """Shapes of a computation's instructions, by name."""
   return {i.name: i.shape for i in module.computations[name]}
 
 
 def devices(attributes: str) -> str:
-  """The text that says which devices a collective joins; '' for all of them."""
+  """Device groups or pairs of a collective, as text; '' for all devices."""
   found = re.search(
     r'(?:replica_groups|source_target_pairs)=(mesh.*?\}|.*?)(?=, \w+=|$)',
     attributes,
@@ -223,9 +223,9 @@ def devices(attributes: str) -> str:
 
 
 def groups(text: str, number: int) -> Int[np.ndarray, 'groups members']:
-  """[groups, members], or [pairs, from and to], of `devices`.
+  """Parses `devices` to [groups, members], or [pairs, source and target].
 
-  Of three notations. {{0,2},{1,3}}, where {} is one group of all `number`.
+  Three notations exist. {{0,2},{1,3}}, where {} is one group of all `number`.
   [2,2]<=[2,2]T(1,0), a range that is transposed and reshaped.
   mesh['a'=2,'b'=2] {'a'}, where 'a':(2)4 is a part of an axis, the middle one
   of [2, 4, rest], and device_ids=(...) another order of devices than a range.
@@ -256,7 +256,7 @@ def groups(text: str, number: int) -> Int[np.ndarray, 'groups members']:
 
 
 def _order(text):
-  """Of '[4,2]T(1,0)', or of '2,0,1'."""
+  """Parses the order of devices in '[4,2]T(1,0)' or '2,0,1'."""
   if not text.startswith('['):
     return np.array(_integers(text))
   dimensions, _, axes = text.partition('T')
@@ -270,7 +270,7 @@ def _integers(text):
 
 
 def _single(module, instruction, shapes, peak) -> Cost:
-  """Of an instruction that is not control flow."""
+  """Cost of an instruction that is not control flow."""
   if instruction.opcode in FREE or instruction.opcode.endswith('-start'):
     return Cost()
   cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
@@ -290,7 +290,7 @@ def _single(module, instruction, shapes, peak) -> Cost:
 
 
 def _moved(module, instruction, shapes):
-  """Operands read plus results written; slices count what they touch."""
+  """Bytes of operands read and results written; slices count their extent."""
   written = sum(sizes(instruction.shape))
   match instruction.opcode:
     case 'dynamic-slice' | 'gather' | 'slice':
@@ -306,7 +306,7 @@ def _moved(module, instruction, shapes):
 
 
 def _fused(module, name, instruction, shapes, written):
-  """A fusion's traffic: of an operand that it only slices, the slices."""
+  """Bytes of a fusion; an operand that is only sliced counts its slices."""
   body = module.computations[name]
   inner = {i.name: i for i in body}
   users = {}
@@ -316,21 +316,21 @@ def _fused(module, name, instruction, shapes, written):
 
   read = 0
   for parameter in (i for i in body if i.opcode == 'parameter'):
-    whole = sum(
+    size = sum(
       sizes(shapes.get(instruction.operands[int(parameter.operands[0])], ''))
     )
     uses = users.get(parameter.name, [])
     if uses and all(use.opcode == 'dynamic-slice' for use in uses):
-      whole = min(whole, sum(sum(sizes(use.shape)) for use in uses))
+      size = min(size, sum(sum(sizes(use.shape)) for use in uses))
     elif uses and all(
       use.opcode == 'dynamic-update-slice' and use.operands[0] == parameter.name
       for use in uses
     ):
-      # Updated in place: only the update is written, see below.
+      # Updated in place: only the update is written.
       updates = [sum(sizes(inner[use.operands[1]].shape)) for use in uses]
-      written -= whole - min(whole, sum(updates))
-      whole = 0
-    read += whole
+      written -= size - min(size, sum(updates))
+      size = 0
+    read += size
   return read + max(0, written)
 
 
@@ -349,7 +349,7 @@ def _instruction(line):
 
 
 def _leading(text):
-  """The leading parenthesised part, and what follows."""
+  """Splits off the leading parenthesised part."""
   depth = 0
   for position, char in enumerate(text):
     depth += (char == '(') - (char == ')')
@@ -364,7 +364,7 @@ def _word(text):
 
 
 def _split(text):
-  """At the commas that no bracket encloses."""
+  """Splits at the commas that no bracket encloses."""
   parts, depth, start = [], 0, 0
   for position, char in enumerate(text):
     depth += (char in '([{') - (char in ')]}')

@@ -1,13 +1,13 @@
-r"""How long a transfer between devices keeps the links of their torus busy.
+r"""Time of transfers between devices over the ICI links of their torus.
 
 Chips lie on a grid of 2 or 3 dimensions. Each has a link either way to its
 neighbours, of L bytes a second. A dimension closes to a ring where the slice is
 made of whole cubes (3 dimensions, all multiples of 4) or is 16 long (2
 dimensions); else it is a line. Two devices of one chip share its links, and
-need none between them. Latency counts nothing.
+need none to each other. Latency is neglected.
 
-Gathering B bytes to each of g chips, or reducing as many, which is the same
-backwards, takes every dimension that they span at once:
+An all-gather to B bytes on each of g chips, or a reduce-scatter of as many, its
+reverse, uses all dimensions that they span at once:
 
     seconds = B (g-1)/g / sum_d L w_d / s_d
 
@@ -15,13 +15,13 @@ w_d = 2 on a ring, both of whose directions carry, and 1 on a line, whose end
 has one link. s_d is the distance of neighbours in the group: s_d groups
 interleave, and share the links.
 
-A message from one device to another goes the shortest way, dimension by
+A message from one device to another takes the shortest path, dimension by
 dimension, and
 
     seconds = max over links of the bytes of all messages across it / L
 
-so a shift by h along a ring, B bytes from everybody, takes B h / L, and an
-exchange, where everybody's B bytes go out in g equal parts,
+so a shift by h along a ring, B bytes from each device, takes B h / L, and an
+all-to-all, in which each device sends B bytes in g equal parts,
 
     ring, g even:  B g / (8 L)    a byte goes g/4 far in the mean, and a chip
                                   has two links to send by
@@ -38,23 +38,23 @@ import numpy as np
 
 from mhc.kernels import chips
 
-# A dimension of the torus, and which way along it: 0 forward, 1 backward.
+# A dimension of the torus, and the way along it: 0 forward, 1 backward.
 Link = tuple[int, int]
-Groups = Int[np.ndarray, 'groups members']  # by their numbers in the mesh
+Groups = Int[np.ndarray, 'groups members']  # device numbers in the mesh
 Pairs = Int[np.ndarray, 'pairs 2']
 CUBE = 4
 RING = 16
 
 
 class Torus(NamedTuple):
-  """Where the devices of a mesh are.
+  """The devices of a mesh on their torus.
 
   Attributes:
-    coords: [devices, dimensions], of the chip of each, in the mesh's order.
+    coords: [devices, dimensions], of each device's chip, in the mesh's order.
     slice_shape: the slice's dimensions in chips.
     rings: which dimensions close.
-    devices_per_chip: two where a chip has two cores of its own.
-    speed: L, of a link.
+    devices_per_chip: two where each core of a chip is a device.
+    speed: L, bytes a second of a link.
   """
 
   coords: np.ndarray
@@ -65,7 +65,7 @@ class Torus(NamedTuple):
 
 
 class Span(NamedTuple):
-  """What a group takes of a dimension: `size` chips, `stride` apart."""
+  """Extent of a group in a dimension: `size` chips, `stride` apart."""
 
   dimension: int
   size: int
@@ -74,7 +74,7 @@ class Span(NamedTuple):
 
 
 class LinkUse(NamedTuple):
-  """For how long the busiest link is in use, and which links are."""
+  """Seconds for which the busiest link is in use, and all links in use."""
 
   seconds: float
   links: frozenset[Link]
@@ -83,7 +83,7 @@ class LinkUse(NamedTuple):
 def make_torus(
   coords: Int[np.ndarray, 'devices dimensions'], chip: chips.Chip
 ) -> Torus:
-  """The smallest slice with chips at these coordinates, one for each device."""
+  """The smallest slice with chips at these coordinates, one per device."""
   coords = coords - coords.min(axis=0)
   slice_shape = tuple(int(extent) + 1 for extent in coords.max(axis=0))
   if chip.ici_links == 6:
@@ -99,7 +99,7 @@ def make_torus(
 def spans(
   torus: Torus, group: Int[np.ndarray, ' members']
 ) -> tuple[Span, ...] | None:
-  """The dimensions in which a group extends; None if it is no even grid."""
+  """The dimensions in which a group extends; None if it is not an even grid."""
   coords = np.unique(torus.coords[group], axis=0)
   found, number = [], 1
   for dimension, extent in enumerate(torus.slice_shape):
@@ -109,7 +109,7 @@ def spans(
       continue
     ring = torus.rings[dimension]
     gaps = np.diff(values, append=values[0] + extent).tolist()
-    if not ring or len(set(gaps)) > 1:  # a line, that may lie across the seam
+    if not ring or len(set(gaps)) > 1:  # a line, which may cross the seam
       ring = False
       gaps.pop(gaps.index(max(gaps)) if torus.rings[dimension] else -1)
     if len(set(gaps)) > 1:
@@ -119,9 +119,9 @@ def spans(
 
 
 def all_gather(torus: Torus, groups: Groups, size: float) -> LinkUse:
-  """Gathers `size` bytes to every device of each group, which are alike.
+  """Gathers `size` bytes to every device of each group; the groups are alike.
 
-  A group that is no grid passes them on from each to the next.
+  A group that is not a grid passes them on from each device to the next.
   """
   group = groups[0]
   found = spans(torus, group)
@@ -143,11 +143,11 @@ def all_gather(torus: Torus, groups: Groups, size: float) -> LinkUse:
 
 
 def all_to_all(torus: Torus, groups: Groups, size: float) -> LinkUse:
-  """Each device sends `size` bytes, an equal part to each of its group."""
+  """Sends `size` bytes from each device, an equal part to each of its group."""
   number = groups.shape[1]
   sources = np.repeat(groups, number, axis=1).ravel()
   targets = np.tile(groups, (1, number)).ravel()
-  # Half of what is as far both ways goes either way.
+  # At equal distance both ways, half goes either way.
   return _use(
     torus,
     _loads(torus, sources, targets, size / number / 2, 0)
@@ -156,7 +156,7 @@ def all_to_all(torus: Torus, groups: Groups, size: float) -> LinkUse:
 
 
 def permute(torus: Torus, pairs: Pairs, size: float) -> LinkUse:
-  """`size` bytes from the first to the second of every pair, in one message."""
+  """Sends `size` bytes from the first to the second device of every pair."""
   sources, targets = pairs.T
   return _use(torus, _loads(torus, sources, targets, size, 0))
 
@@ -168,7 +168,7 @@ def _use(torus, loads):
 
 
 def _loads(torus, sources, targets, size, way_if_equal):
-  """[dimensions, ways, chips] bytes over the link that so leaves a chip."""
+  """Bytes over the outgoing links of each chip, [dimensions, ways, chips]."""
   loads = np.zeros((len(torus.slice_shape), 2, *torus.slice_shape))
   here, ends = torus.coords[sources], torus.coords[targets]
   for dimension, extent in enumerate(torus.slice_shape):

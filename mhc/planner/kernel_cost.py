@@ -1,9 +1,9 @@
-"""What the operations cost on TPUs, by their compiler.
+"""Costs of the operations on TPUs, from the TPU compiler; nothing runs.
 
 For each kernel: the bytes that it moves, by its blocks, and the bundles that
-the compiler schedules for a tile, both as time a token; the larger one bounds
+the compiler schedules for a tile, both as time per token; the larger one bounds
 it. For plain JAX: the bytes that the compiled program accesses and the time
-that the compiler expects. Nothing runs.
+that the compiler estimates.
 """
 
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def case(
   n: int = shapes.STREAMS,
   dtype=jnp.bfloat16,
 ) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """The operands of an operation, as `api` takes them."""
+  """Abstract operands of an operation of `api`."""
   shape = jax.ShapeDtypeStruct
   k = 2 * n + n * n
   x = shape((num_tokens, n, dim), dtype)
@@ -66,7 +66,7 @@ def case(
 
 
 def run(operation, implementation, *operands):
-  """The operation of `api`, with the settings that are measured."""
+  """Runs an operation of `api` with the measured settings."""
   static = {
     'sinkhorn': (ITERATIONS, 0.0),
     'pre': (NORM_EPS,),
@@ -76,9 +76,9 @@ def run(operation, implementation, *operands):
 
 
 def programs(operation, operands, generation, implementation):
-  """Forward alone, and forward with backward, lowered for one device.
+  """Lowers forward, and forward with backward, for one device.
 
-  The streams come and go in the order that the implementation likes best, so
+  The streams enter and leave in the layout that the implementation prefers, so
   that a program holds the operation alone.
   """
   devices = plan.devices(chips.CHIPS[generation].topology)[:1]
@@ -99,26 +99,28 @@ def programs(operation, operands, generation, implementation):
   x, *rest = operands
   if of_streams:
     x = jax.ShapeDtypeStruct((x.shape[1], x.shape[0], x.shape[2]), x.dtype)
-  whole = PartitionSpec()
+  replicated = PartitionSpec()
   operands = (x, *rest)
   cotangent = jax.eval_shape(forward, *operands)
 
   def lower(function, *arguments):
     arguments = jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(
-        a.shape, a.dtype, sharding=NamedSharding(mesh, whole)
+        a.shape, a.dtype, sharding=NamedSharding(mesh, replicated)
       ),
       arguments,
     )
     return jax.jit(
-      jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole)
+      jax.shard_map(
+        function, mesh=mesh, in_specs=replicated, out_specs=replicated
+      )
     ).lower(*arguments)
 
   return lower(forward, *operands), lower(both, cotangent, *operands)
 
 
 def elements_per_token(call: specs.Call) -> int:
-  """Counts those of streams and of what sub-layers read and return."""
+  """Counts elements of streams and of sub-layer inputs and outputs."""
   arrays = [*call.inputs.values(), *call.outputs.values()]
   return sum(
     math.prod(array.shape(1))
@@ -128,7 +130,7 @@ def elements_per_token(call: specs.Call) -> int:
 
 
 def lower_bound(operation: str, direction: str, n: int, dim: int) -> int:
-  """The elements a token that an operation cannot do without."""
+  """The least elements per token that an operation must move."""
   forward, backward = {
     'sinkhorn': (2 * n * n, 3 * n * n),
     'pre': ((n + 1) * dim, (2 * n + 1) * dim),
@@ -142,13 +144,13 @@ def lower_bound(operation: str, direction: str, n: int, dim: int) -> int:
 def rows(
   operations, widths, generations, folder: pathlib.Path
 ) -> Iterator[dict[str, Any]]:
-  """One row an operation, width, generation and direction.
+  """Yields one row per operation, width, generation and direction.
 
   Args:
-    operations: of `OPERATIONS`.
+    operations: some of `OPERATIONS`.
     widths: C.
-    generations: of `chips.CHIPS`.
-    folder: from `schedule.folder`, asked for before this.
+    generations: some of `chips.CHIPS`.
+    folder: from `bundles.folder`, called before this.
   """
   for operation in operations:
     for dim in widths[:1] if operation == 'sinkhorn' else widths:
@@ -208,7 +210,7 @@ def _both_directions(operation, dim, generation, folder):
 
 
 def _blocks(operation, direction, dim, generation):
-  """Tokens of a tile, elements and bytes a token."""
+  """Tokens per tile, elements and bytes per token."""
   n, num_tokens = shapes.STREAMS, shapes.TOKENS
   if operation == 'sinkhorn':
     elements = lower_bound(operation, direction, n, dim)

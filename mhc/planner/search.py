@@ -1,6 +1,6 @@
-r"""Meshes, schedules and microbatches for a run on a slice, without compiling.
+r"""Searches meshes, pipeline schedules and microbatches, without compiling.
 
-All that divide are tried, and put in order of an estimated step,
+All that divide are ranked by an estimated step time,
 
     (compute + experts) / (1 - bubble) + matrices,
 
@@ -9,15 +9,15 @@ and T tokens a step:
 
     compute   flops_per_token T / (EFFICIENCY F N), a third more in a pipeline,
               where a stage's forward pass is computed twice
-    experts   each layer three passes (two forward in a pipeline, one backward):
-              tokens go to their experts and back, `exchange`; a half of it
-              hidden, all of it with two parts
-    matrices  put together in the activations' dtype and gradients summed in
+    experts   per layer three passes (two forward in a pipeline, one backward):
+              tokens are sent to their experts and back, `expert_parallel`; half
+              of it overlapped, all of it with two sub-batches
+    matrices  gathered in the activations' dtype and gradients summed in
               float32, once a step in a pipeline, else with every microbatch
 
-A device's memory is what it keeps of parameters and optimiser, `whole` matrices
-and sums of gradients, and activations by `memory.predicted`. It is enough if
-nine tenths of the HBM hold it. These are rough: compile what they suggest.
+A device's memory holds its shards of parameters and optimiser, gathered
+matrices and gradient sums, and activations by `memory.predicted`. It suffices
+if that is at most nine tenths of the HBM. These are rough: compile the result.
 """
 
 from collections.abc import Iterator
@@ -34,17 +34,18 @@ from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import table as table_lib
 from mhc.planner import counts
 
-# Of the peak: what compiled steps of the paper's models reach in a tick.
+# Fraction of the peak that compiled steps of the paper's models reach in a
+# tick.
 EFFICIENCY = 0.5
 FULL = 0.9
 
 
 class Suggestion(NamedTuple):
-  """A way to run, and what it would take."""
+  """Settings of a run, and their estimated cost."""
 
-  settings: dict[str, Any]  # names of settings, that differ from the config's
-  seconds: float  # a step
-  bytes: float  # a device
+  settings: dict[str, Any]  # overrides of the config, by dotted name
+  seconds: float  # per step
+  bytes: float  # per device
   bubble: float
 
   def flags(self) -> str:
@@ -54,16 +55,17 @@ class Suggestion(NamedTuple):
 def suggest(
   config: config_lib.Config, topology: str, num_devices: int, number: int = 5
 ) -> list[Suggestion]:
-  """The best few by estimated seconds, of those that fit.
+  """Returns the `number` fastest candidates that fit, by estimated seconds.
 
   Raises:
-    ValueError: the topology is of no TPU generation, or nothing fits.
+    ValueError: the TPU generation is unknown, the run divides over no mesh, or
+      nothing fits.
   """
   generation = topology.partition(':')[0]
   if generation not in chips.CHIPS:
     raise ValueError(
-      f'topology={topology!r} is of none of the generations that have figures '
-      f'here: {", ".join(chips.CHIPS)}'
+      f'topology={topology!r} names an unknown TPU generation: choose from '
+      f'{", ".join(chips.CHIPS)}'
     )
   chip = chips.CHIPS[generation]
   count = counts.count(config.model, config.data.seq_len)
@@ -76,18 +78,18 @@ def suggest(
     raise ValueError(
       f'data.batch_size={config.data.batch_size} and '
       f'model.num_blocks={config.model.num_blocks} divide over no mesh of '
-      f'{num_devices} devices'
+      f'{num_devices} devices: change one of the three'
     )
   fitting = [one for one in found if one.bytes <= FULL * chip.hbm]
   if not fitting:
     least = min(found, key=lambda one: one.bytes)
     raise ValueError(
-      f'nothing fits {num_devices} devices of {generation}: the least, '
-      f'{least.flags()}, takes {least.bytes / 2**30:.0f} GiB of '
-      f'{chip.hbm / 2**30:.0f}'
+      f'nothing fits {num_devices} devices of {generation}: the smallest, '
+      f'{least.flags()}, requires {least.bytes / 2**30:.0f} GiB of '
+      f'{chip.hbm / 2**30:.0f} per device; use more devices'
     )
   fitting.sort(key=lambda one: (one.seconds, one.bytes))
-  best = {}  # of every mesh
+  best = {}  # per mesh
   for one in fitting:
     best.setdefault(
       (one.settings['mesh.pipe'], one.settings['mesh.expert']), one
@@ -96,11 +98,11 @@ def suggest(
 
 
 def _candidates(config, num_devices) -> Iterator:
-  """Every run that is possible, with the settings that make it."""
+  """Yields every valid config, with the overrides that make it."""
   powers = [2**i for i in range(num_devices.bit_length())]
   microbatches = (1, 2, 4, 8)
   streams = config.model.connection.streams
-  for pipe, expert, rows, chunks, schedule, every in itertools.product(
+  for pipe, expert, microbatch, chunks, schedule, every in itertools.product(
     powers,
     powers,
     microbatches,
@@ -110,7 +112,7 @@ def _candidates(config, num_devices) -> Iterator:
       {2, 4, recompute.optimal_interval(2 * config.model.num_blocks, streams)}
     ),
   ):
-    # What a setting does not act on is tried once.
+    # Settings without effect are tried once.
     if chunks > 2 and (pipe == 1 or schedule != 'interleaved'):
       continue
     if num_devices % (pipe * expert):
@@ -120,8 +122,8 @@ def _candidates(config, num_devices) -> Iterator:
     settings = {
       'mesh.pipe': pipe,
       'mesh.expert': expert,
-      'mesh.num_sub_batches': 2 if expert > 1 and rows % 2 == 0 else 1,
-      'data.microbatch_size': rows,
+      'mesh.num_sub_batches': 2 if expert > 1 and microbatch % 2 == 0 else 1,
+      'data.microbatch_size': microbatch,
       'model.recompute_every': every,
     }
     if pipe > 1:
@@ -145,7 +147,7 @@ def _candidates(config, num_devices) -> Iterator:
 
 
 def _estimate(config, settings, num_devices, chip, count, routed):
-  """The formulas at the top of the file."""
+  """Evaluates the formulas at the top of the file."""
   model, mesh, data = config.model, config.mesh, config.data
   pipe, expert = mesh.pipe, mesh.expert
   split = num_devices // (pipe * expert)  # over `data`
@@ -153,10 +155,12 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   links = chip.ici_bandwidth * chip.ici_links
   number = mesh_lib.num_microbatches(mesh, data, num_devices // pipe)
 
-  whole = routed / (pipe * expert) + (count['total_params'] - routed) / pipe
-  kept = 12 * whole / split
-  together = (
-    (wire + 4) * whole if pipe > 1 else wire * whole + 4 * whole / split
+  gathered = routed / (pipe * expert) + (count['total_params'] - routed) / pipe
+  shards = 12 * gathered / split
+  buffers = (
+    (wire + 4) * gathered
+    if pipe > 1
+    else wire * gathered + 4 * gathered / split
   )
   activations = sum(memory.predicted(config, num_devices).values())
 
@@ -174,23 +178,23 @@ def _estimate(config, settings, num_devices, chip, count, routed):
     k = model.moe.experts_per_token
     sent = expert - 1 if way == 'all_gather' else k * (expert - 1) / expert
     layers = model.num_moe_blocks / pipe
-    rows = tokens * pipe / num_devices
-    each = 2 * sent * rows * model.dim * wire * layers
+    device_tokens = tokens * pipe / num_devices
+    each = 2 * sent * device_tokens * model.dim * wire * layers
     experts = 0.5 * each * (3 if pipe > 1 else 2) / links
   matrices = 0.0
   if split > 1:
-    often = 1 if pipe > 1 else number
-    matrices = often * (wire + 4) * whole / links
+    times = 1 if pipe > 1 else number
+    matrices = times * (wire + 4) * gathered / links
   return Suggestion(
     settings,
     (compute + experts) / (1 - bubble) + matrices,
-    kept + together + activations,
+    shards + buffers + activations,
     bubble,
   )
 
 
 def _routed(model):
-  """Parameters of routed experts."""
+  """Number of parameters of the routed experts."""
   moe = model.moe
   return 3 * model.num_moe_blocks * moe.num_experts * moe.expert_dim * model.dim
 
@@ -207,7 +211,7 @@ def _nested(settings):
 
 
 def table(suggestions: list[Suggestion], hbm: int) -> str:
-  """Markdown."""
+  """Formats suggestions as a Markdown table."""
   rows = [
     f'| {one.seconds:.3g} s | {one.bytes / 2**30:.0f} of {hbm / 2**30:.0f} GiB '
     f'| {one.bubble:.0%} | `{one.flags()}` |'

@@ -1,17 +1,17 @@
-"""A plan as Markdown; of each figure it says what it is.
+"""A plan as a Markdown table, each figure with its source.
 
-counted    from the settings, exact
-formula    from the settings, of what dominates
+counted    exact, from the config
+formula    from the config, of the dominant terms
 compiled   by the target's own compiler
 estimated  from the compiler's schedule, data sheets' speeds of chip, memory
-           and links, and what is sent; no program has run
+           and links, and the bytes sent; no program has run
 """
 
 from typing import Any
 
 
 def table(plan: dict[str, Any]) -> str:
-  """Of `plan.make`, with what `plan.overheads` adds."""
+  """Formats `plan.plan_step`, with the figures that `plan.overheads` adds."""
   rows = []
 
   def row(name, value, source):
@@ -42,8 +42,8 @@ def table(plan: dict[str, Any]) -> str:
           'estimated',
         )
     row('seconds of compute', f'{plan["compute_seconds"]:.4g}', 'estimated')
-    share = plan['exposed_comm_fraction']
-    row('communication exposed', f'{share:.1%} of a step', 'estimated')
+    exposed = plan['exposed_comm_fraction']
+    row('communication exposed', f'{exposed:.1%} of a step', 'estimated')
     row('seconds a step', f'{plan["step_seconds"]:.4g}', 'estimated')
     row('tokens a second', f'{plan["tokens_per_second"]:,.0f}', 'estimated')
     row('model FLOPs utilisation', f'{plan["mfu"]:.1%}', 'estimated')
@@ -67,8 +67,8 @@ def _fits(plan):
     return (
       f'no: {_size(-free)} too much' if free < 0 else 'no'
     ) + f' for {_size(plan["hbm_bytes"])}'
-  share = free / plan['hbm_bytes']
-  return f'yes: {_size(free)} of {_size(plan["hbm_bytes"])} free ({share:.0%})'
+  part = free / plan['hbm_bytes']
+  return f'yes: {_size(free)} of {_size(plan["hbm_bytes"])} free ({part:.0%})'
 
 
 def _size(value):
