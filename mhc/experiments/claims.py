@@ -1,7 +1,7 @@
-"""What the papers claim, put beside what the rows of one setting show.
+"""Evaluates the papers' claims on the rows of one setting.
 
-Each claim is judged by a threshold that is written in its sentence; where the
-effect is absent the verdict says so.
+Each claim is evaluated against a threshold that is written in its sentence; the
+verdict reports an absent effect.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ class Claim(NamedTuple):
 
 
 def evaluate(rows: Sequence[dict]) -> list[Claim]:
-  """The claims that the kinds among `rows` allow to be judged."""
+  """Returns the claims that the kinds among `rows` suffice to evaluate."""
   by_kind: dict[str, list[dict]] = {}
   for row in rows:
     by_kind.setdefault(row['variant'], []).append(row)
@@ -153,7 +153,7 @@ def _extreme(rows, name):
 
 
 def number(value: float) -> str:
-  """Three significant digits, without an exponent where it is short."""
+  """Formats three significant digits, without an exponent where it is short."""
   if not math.isfinite(value):
     return 'not finite'
   if 1e-3 <= abs(value) < 1e5:

@@ -1,6 +1,6 @@
-"""What guards saw and did in finished runs, from their events.jsonl.
+"""Guard alerts and failed saves of finished runs, from their events.jsonl.
 
-Runs that are older than events have none: None, not zero.
+Runs from before there were events give None, not zero.
 """
 
 import collections
@@ -21,7 +21,7 @@ SUMMARY_HEADER = [
   'rollbacks',
   'skipped updates',
   'saves failed / due',
-  'damaged states',
+  'corrupted checkpoints',
 ]
 DONE = {
   'log': 'logged',
@@ -29,7 +29,7 @@ DONE = {
   'rollback': 'rolled back',
   'stop': 'run ended',
 }
-DAMAGED = 'damaged: '  # how the reason begins for a state that was set aside
+DAMAGED = 'damaged: '  # prefix of the reason for a checkpoint set aside
 
 
 def read(folder: pathlib.Path) -> list[dict] | None:
@@ -38,7 +38,7 @@ def read(folder: pathlib.Path) -> list[dict] | None:
 
 
 def first_alerts(events: Sequence[dict]) -> dict[str, dict]:
-  """Guard -> its first event, in the order of the steps."""
+  """Maps each guard to its first event, in the order of the steps."""
   found = {}
   for event in sorted(events, key=lambda event: event['step']):
     if event['guard'] not in ('rollback', 'save'):
@@ -47,7 +47,7 @@ def first_alerts(events: Sequence[dict]) -> dict[str, dict]:
 
 
 def rolled_back_spikes(events: Sequence[dict]) -> list[tuple[int, float]]:
-  """(step, loss) of the spikes that a run went back from."""
+  """(step, loss) of the spikes that a run rolled back from."""
   return [
     (event['step'], event['value'])
     for event in events
@@ -58,7 +58,7 @@ def rolled_back_spikes(events: Sequence[dict]) -> list[tuple[int, float]]:
 def counts(
   events: list[dict] | None, metrics: list[dict], config: config_lib.Config
 ) -> dict:
-  """What a run's row says of its events."""
+  """Counts events for a run's row."""
   every, last = config.checkpoint_every, config.num_steps
   due = len({*range(every, last, every), last}) if every else 1
   counts = collections.Counter(event['guard'] for event in events or ())
@@ -78,14 +78,14 @@ def counts(
 
 
 def table_rows(events: Sequence[dict]) -> list[list[str]]:
-  """One a event, under HEADER."""
+  """One row per event, under HEADER."""
   return [_line(event) for event in events]
 
 
 def summary_table(
   rows: Sequence[dict], labels: dict[str, str]
 ) -> list[list[str]]:
-  """One line a panel and kind, sums over its runs, under SUMMARY_HEADER."""
+  """One row per panel and kind, summed over its runs, under SUMMARY_HEADER."""
   groups: dict[tuple, list[dict]] = {}
   for row in rows:
     groups.setdefault((row['panel'], row['variant']), []).append(row)
@@ -138,5 +138,5 @@ def _is_damage(event):
 
 
 def _short(value) -> str:
-  """Null is a number that was not finite."""
+  """Formats a value; None stands for a number that was not finite."""
   return 'not finite' if value is None else f'{value:.4g}'

@@ -1,4 +1,4 @@
-"""A page of paragraphs, tables and pictures, as Markdown or as HTML."""
+"""A page of paragraphs, tables and figures, as Markdown or as HTML."""
 
 import base64
 from html import escape
@@ -32,7 +32,7 @@ class Table(NamedTuple):
 
 
 class Details(NamedTuple):
-  """A table of text to be opened by whoever wants it."""
+  """A table of text, collapsed under its title."""
 
   title: str
   table: Table
@@ -77,7 +77,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def html(title: str, parts: list[Block], folder: pathlib.Path) -> str:
-  """Of one file, with the pictures of `folder` in it."""
+  """Renders a single HTML file that embeds the figures of `folder`."""
   blocks = []
   for part in parts:
     match part:
@@ -124,7 +124,7 @@ def _cells(tag, values):
 
 
 def _emphasis(text):
-  """Markdown's **strong** and `code` as HTML."""
+  """Converts Markdown's **strong** and `code` to HTML."""
   for mark, tag in (('**', 'strong'), ('`', 'code')):
     pieces = text.split(mark)
     text = pieces[0] + ''.join(

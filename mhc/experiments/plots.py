@@ -25,7 +25,7 @@ COLORS = {
   'orthogonal': '#882255',
   'mhc_single_pass': '#56B4E9',
 }
-# Kinds whose gain is 1 by construction lie on each other: dashes show all.
+# Kinds whose gain is 1 by construction overlap: dashes show all.
 STYLES = {
   'residual': {'linestyle': (0, (1, 2)), 'linewidth': 2.5, 'zorder': 4},
   'identity': {'linestyle': (0, (5, 4)), 'zorder': 3},
@@ -41,7 +41,7 @@ LABELS = {
   'mhc_single_pass': 'mHC single-pass',
 }
 
-# Of each guard; dashes lie on solid lines where two speak of the same step.
+# Line styles of guards; dashes lie on solid lines where two alert at one step.
 MARKS = {
   'nonfinite': ('black', ':'),
   'loss_spike': ('black', '--'),
@@ -55,7 +55,7 @@ ByKind = dict[str, list[results.Run]]
 
 
 def draw_all(runs: list[results.Run], folder: pathlib.Path) -> dict[str, str]:
-  """Draws every figure of one setting into `folder`; file name -> caption."""
+  """Draws the figures of one setting into `folder`; file name -> caption."""
   by_kind: ByKind = {}
   for run in runs:
     by_kind.setdefault(run.kind, []).append(run)
@@ -88,9 +88,9 @@ def draw_all(runs: list[results.Run], folder: pathlib.Path) -> dict[str, str]:
     'mappings.png': (
       mappings,
       'H_res averaged over the tokens of one held-out row, of single '
-      'sub-layers and composed; first seed. An entry says how much of stream '
-      'j (column) goes into stream i (row); red is positive, blue negative, on '
-      'a scale of its own for each map. Right of a map are its row sums '
+      'sub-layers and composed; first seed. An entry is the weight of stream '
+      'j (column) in stream i (row); red is positive, blue negative, on a '
+      'separate scale for each map. Right of a map are its row sums '
       '(forward gain), below it its column sums (backward gain).',
     ),
   }
@@ -219,15 +219,15 @@ def loads_of_panels(panels: dict[str, list[results.Run]]) -> Figure:
 
 
 def first_events(panels: dict[str, list[results.Run]]) -> Figure | None:
-  """Of each panel with loss spikes the run with most: its loss, its guards.
+  """Plots loss and first alerts of each panel's run with most loss spikes.
 
-  Spikes that a run went back from count, and are drawn, as well.
+  Spikes that a run rolled back from count, and are drawn, as well.
   """
   spiky = {}
   for name, runs in panels.items():
-    told = [run for run in runs if run.events and _num_spikes(run)]
-    if told:
-      spiky[name] = max(told, key=_num_spikes)
+    candidates = [run for run in runs if run.events and _num_spikes(run)]
+    if candidates:
+      spiky[name] = max(candidates, key=_num_spikes)
   if not spiky:
     return None
   figure, axes = _axes(len(spiky), 1, width=9, height=2.8 * len(spiky))
@@ -244,10 +244,10 @@ def first_events(panels: dict[str, list[results.Run]]) -> Figure | None:
         label=f'step {event["step"]}: guard {guard}',
       )
     points = {'linestyle': '', 'color': COLORS[run.kind], 'zorder': 4}
-    undone = events_lib.rolled_back_spikes(run.events)
-    if undone:
-      label = f'step {undone[0][0]}: first of {len(undone)} rolled back'
-      axis.plot(*zip(*undone, strict=True), marker='x', label=label, **points)
+    spikes = events_lib.rolled_back_spikes(run.events)
+    if spikes:
+      label = f'step {spikes[0][0]}: first of {len(spikes)} rolled back'
+      axis.plot(*zip(*spikes, strict=True), marker='x', label=label, **points)
     if run.loss_spikes:
       spike = run.loss_spike_steps[0]
       label = f'step {spike}: loss spike'
@@ -323,7 +323,7 @@ def _heat_map(axis, matrix, title):
 
 
 def _short(value: float) -> str:
-  """At most about five characters."""
+  """Formats a value in at most about five characters."""
   if abs(value) < 9.995:
     return f'{value:.2f}'
   if abs(value) < 1e4:

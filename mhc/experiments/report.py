@@ -1,7 +1,7 @@
 """The comparison's report: results.json, report.md, report.html, figures.
 
-Everything is computed from the files that the runs left, so a report can be
-made again at any time.
+Everything is computed from the runs' files, so a report can be rebuilt at any
+time.
 """
 
 import json
@@ -23,11 +23,13 @@ def render(workdir: pathlib.Path) -> list[dict]:
   """Writes the report of the comparison in `workdir`; returns its rows.
 
   Raises:
-    ValueError: no comparison there, or none of its runs has finished.
+    ValueError: `workdir` holds no comparison, or no finished run of it.
   """
   comparison, panels, unfinished = results.read_comparison(workdir)
   if not any(panels.values()):
-    raise ValueError(f'{workdir} holds no finished run: run the comparison')
+    raise ValueError(
+      f'{workdir} holds no finished run: run without --report_only first'
+    )
   rows, parts = [], []
   for name, runs in panels.items():
     if runs:
@@ -72,10 +74,10 @@ def _loads(workdir, panels) -> list[html.Block]:
 def _events(workdir, panels, rows) -> list[html.Block]:
   parts: list[html.Block] = [
     html.Heading(2, 'Events'),
-    'What the guards saw in each run and did about it, and which states could '
-    'not be saved (`events.jsonl`): an event is made when trouble begins, not '
-    'again while it lasts. Guards of the loss look at every step, the others '
-    'where a run is probed. Skipped updates are those among the steps that '
+    'Alerts of the guards in each run, the actions taken, and checkpoints that '
+    'could not be saved (`events.jsonl`): an event is recorded when an alert '
+    'begins, not again while it lasts. Guards of the loss check every step, '
+    'the others every probe. Skipped updates are those among the steps that '
     'were not rolled back.',
     html.Table(
       events.SUMMARY_HEADER,
@@ -118,7 +120,7 @@ def _events(workdir, panels, rows) -> list[html.Block]:
 
 
 def summary(rows: list[dict]) -> str:
-  """The rows' main figures as a table for the terminal, means over seeds."""
+  """Formats the rows' main figures for the terminal, means over seeds."""
   lines = [
     f'{"panel":<8} {"connection":<10} {"blocks":>6} {"lr":>7} {"held-out":>9} '
     f'{"gap":>8} {"gain fwd":>9} {"gain bwd":>9} {"grad spikes":>12}'
@@ -217,7 +219,7 @@ def _panel(workdir, name, title, runs, rows) -> list[html.Block]:
 
 
 def _table(rows) -> html.Table:
-  """One line a kind: means over seeds, the loss with its range."""
+  """One row per kind: means over seeds, the loss with its range."""
   lines = []
   for kind in dict.fromkeys(row['variant'] for row in rows):
     group = [row for row in rows if row['variant'] == kind]

@@ -1,4 +1,4 @@
-"""From the files of finished runs to series and to the rows of the table.
+"""Reads finished runs into series and into the rows of the report's tables.
 
 Definitions, all over the steps after warm-up:
 
@@ -44,7 +44,7 @@ class Run:
 
   @property
   def comparison_key(self) -> tuple[int, float]:
-    """What runs of a panel must share to be compared: (blocks, rate)."""
+    """(blocks, learning rate): runs of a panel with equal keys are compared."""
     return self.config.model.num_blocks, self.config.optimizer.learning_rate
 
   def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -135,7 +135,7 @@ def read_comparison(
 
 
 def rows(panel: str, runs: list[Run]) -> list[dict]:
-  """One row a run; ratios and gaps are to the plain residual beside it."""
+  """One row per run; ratios and gaps are to its plain residual counterpart."""
   baselines = {
     (run.comparison_key, run.config.seed): run
     for run in runs
@@ -185,7 +185,7 @@ def _row(panel, run, baseline):
 
 
 def _array(values) -> np.ndarray:
-  """Floats of nested lists; null (a number that was not finite) is inf."""
+  """Converts nested lists to floats; null (not a finite number) becomes inf."""
   array = np.array(values, dtype=object)
   array[array == None] = np.inf  # noqa: E711, element by element
   return array.astype(np.float64)

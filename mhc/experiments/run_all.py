@@ -1,4 +1,4 @@
-"""Trains the runs of a comparison in turn, each from where it stopped."""
+"""Trains the runs of a comparison in turn, resuming those that have started."""
 
 import json
 import pathlib
@@ -16,12 +16,12 @@ def train_all(
   workdir: pathlib.Path,
   deadline: float | None = None,
 ):
-  """Runs go to `workdir`/PANEL/RUN, the comparison to comparison.json.
+  """Trains into `workdir`/PANEL/RUN and writes comparison.json.
 
-  `deadline` is that of `train.train`.
+  `deadline` is that of `run.train`.
 
   Raises:
-    ValueError, OSError: unusable settings or data, or a folder that holds runs
+    ValueError, OSError: invalid settings or data, or a folder that holds runs
       with other settings; before any training.
   """
   runs = {

@@ -1,4 +1,4 @@
-"""Models into and out of other code: safetensors, DeepSeek's connections."""
+"""Import and export of models: safetensors, DeepSeek's connections."""
 
 from mhc.interop.deepseek import connection_from_deepseek
 from mhc.interop.deepseek import connection_to_deepseek

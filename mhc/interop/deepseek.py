@@ -1,4 +1,4 @@
-r"""The connections of DeepSeek-V4, exactly, both ways.
+r"""Converts connections to and from the tensors of DeepSeek-V4.
 
 For n streams of width d, DeepSeek-V4 has three float32 tensors a
 connection, with k = 2 n + n^2 numbers in the order [pre | post | comb]:
@@ -18,7 +18,7 @@ the last n^2 entries as an n x n matrix,
     fn = T phi^T,   base = T bias,   scale = alpha,
 
 exactly, both ways. With `sinkhorn_eps=1e-6` the layers are the same function
-but for the eps that DeepSeek adds to pre. A learned `Collapse` is its head,
+except for the eps that DeepSeek adds to pre. A learned `Collapse` is its head,
 without comb: fn = phi^T [n, n d], base [n], scale [1]. Single-pass mHC
 (DeepSeek-V4.1) has the same tensors and no head.
 
@@ -30,8 +30,8 @@ Names. Block l has hc_attn_* and hc_ffn_*:
 The former are of the code released with DeepSeek-V4, inference/model.py
 (`Block`, `Transformer`), with the formulas in its kernel.py
 (`hc_split_sinkhorn`); the latter of transformers, models/deepseek_v4, which its
-glm5_next takes over with a mean for the head. Files also mix them, as in
-model.layers.3.hc_attn_fn; all of these are read.
+glm5_next reuses with a mean for the head. Files also mix them, as in
+model.layers.3.hc_attn_fn; all of these are accepted.
 """
 
 from collections.abc import Mapping
@@ -55,10 +55,10 @@ NAMES = re.compile(
 def connection_to_deepseek(
   params: Mapping[str, Any], num_streams: int
 ) -> dict[str, np.ndarray]:
-  """phi, alpha, bias of an `MHC` or a `Collapse` -> fn, base, scale.
+  """Converts phi, alpha, bias of an `MHC` or `Collapse` to fn, base, scale.
 
   Raises:
-    ValueError: H_res is not by Sinkhorn, or it is of other streams.
+    ValueError: H_res is not by Sinkhorn, or of another number of streams.
   """
   width, head = np.shape(params['phi'])[0], np.shape(params['alpha']) == (1,)
   return names_lib.written(names_lib.triple(num_streams, width, head), params)
@@ -67,7 +67,7 @@ def connection_to_deepseek(
 def connection_from_deepseek(
   tensors: Mapping[str, np.ndarray], num_streams: int
 ) -> dict[str, np.ndarray]:
-  """fn, base, scale -> phi, alpha, bias of an `MHC` or, scale [1], `Collapse`.
+  """Converts fn, base, scale to phi, alpha, bias; scale [1] for a `Collapse`.
 
   Raises:
     ValueError: one is missing or unknown, of another shape or not float32.
@@ -88,10 +88,10 @@ def to_deepseek(
   config: config_lib.ModelConfig,
   names: Literal['deepseek', 'transformers'] = 'deepseek',
 ) -> dict[str, np.ndarray]:
-  """The connections of a model, and its head's if that is learned.
+  """Converts a model's connections, and its head's if that is learned.
 
   Raises:
-    ValueError: the model's kind of connection has no tensors there.
+    ValueError: DeepSeek has no tensors for the model's kind of connection.
   """
   tensors = names_lib.written(_connections(config), params)
   if names == 'deepseek':
@@ -108,17 +108,17 @@ def from_deepseek(
   params: Params,
   config: config_lib.ModelConfig,
 ) -> Params:
-  """A model's parameters with the connections that `tensors` hold.
+  """Returns a model's parameters with the connections of `tensors`.
 
   Args:
     tensors: all of the model's connections, under any of the names above, and
       nothing else; float32.
-    params: stays as it is; leaves other than the connections' are shared.
+    params: not modified; leaves other than the connections' are shared.
     config: of the model.
 
   Raises:
     ValueError: a tensor is missing or unknown, of another shape or not float32,
-      or the model's kind of connection has no tensors there.
+      or DeepSeek has no tensors for the model's kind of connection.
   """
   parts, found = _connections(config), {}
   for name, tensor in tensors.items():
@@ -127,7 +127,7 @@ def from_deepseek(
       site = known['a'] or known['b'] or 'head'
       name = f'{known["block"] or ""}hc_{site}_{known["role"]}'
     if name in found:
-      raise ValueError(f'{name} is there twice, under two names')
+      raise ValueError(f'{name} is given twice, under two names: remove one')
     found[name] = tensor
   names_lib.check(found, parts, names_lib.describe(config))
   abstract, params = (

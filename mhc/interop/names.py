@@ -1,6 +1,6 @@
-"""The tensors of other code, and which part of our parameters each is.
+"""The tensors of other code, and the part of our parameters that each holds.
 
-`parameters` says how a parameter is exported; here it becomes one tensor a
+`parameters` defines how a parameter is exported; here it becomes one tensor per
 block and expert, with name, shape and transposition. docs/interop.md lists
 them.
 """
@@ -18,12 +18,12 @@ from mhc import config as config_lib
 from mhc.model import parameters
 from mhc.model import transformer
 
-KINDS = ('mhc', 'mhc_single_pass')  # of which DeepSeek has tensors
+KINDS = ('mhc', 'mhc_single_pass')  # for which DeepSeek has tensors
 SITES = dict(attention_connection='attn', ffn_connection='ffn', collapse='head')
 
 
 class Tensor(NamedTuple):
-  """A tensor of other code, and the part of a leaf of our tree that it is."""
+  """A tensor of other code, and the part of a leaf of our tree it holds."""
 
   name: str
   path: tuple[str, ...]  # of the leaf
@@ -36,7 +36,7 @@ class Tensor(NamedTuple):
     part = np.asarray(leaf)[self.index]
     tensor = part.T if self.transposed else part
     check({self.name: tensor}, [self])
-    # safetensors takes memory as it lies, whatever the strides say.
+    # safetensors writes memory as it lies and ignores the strides.
     return np.ascontiguousarray(tensor[_comb_order(self.streams)])
 
   def read(self, tensor: np.ndarray, leaf: np.ndarray):
@@ -45,7 +45,7 @@ class Tensor(NamedTuple):
 
 
 def abstract(config: config_lib.ModelConfig) -> dict:
-  """Shapes of the parameters and, as one of them, of the router's bias."""
+  """Abstract parameters and, as one of them, the router's bias."""
   _, tree = transformer.abstract(config)
   bias = transformer.abstract_router_bias(config)
   return tree if bias is None else tree | {'router_bias': bias}
@@ -100,7 +100,7 @@ def _named(names, path, shape, config):
 
 
 def triple(num_streams, width, head=False):
-  """fn, base, scale of streams that are `width` numbers together."""
+  """fn, base, scale of streams with `width` numbers in total."""
   streams = 0 if head else num_streams
   k = num_streams if head else 2 * num_streams + num_streams**2
   return [
@@ -111,7 +111,7 @@ def triple(num_streams, width, head=False):
 
 
 def _comb_order(num_streams):
-  """From [pre | post | res] to [pre | post | comb], and back."""
+  """Permutation from [pre | post | res] to [pre | post | comb], and back."""
   if not num_streams:
     return slice(None)
   n = num_streams
@@ -120,12 +120,12 @@ def _comb_order(num_streams):
 
 
 def written(parts: Iterable[Tensor], tree) -> dict[str, np.ndarray]:
-  """The tensors by name, of our parameters."""
+  """Converts our parameters to tensors by name."""
   return {part.name: part.write(at(tree, part.path)) for part in parts}
 
 
 def check(found, parts, model=''):
-  """Checks that exactly these tensors are there; arrays, or of a file.
+  """Checks that `found`, arrays or slices of a file, are exactly `parts`.
 
   Raises:
     ValueError: one is missing, unknown, of another shape or type.
@@ -134,7 +134,7 @@ def check(found, parts, model=''):
   for name, tensor in found.items():
     kind = _kind(tensor)
     if name not in wanted:
-      raise ValueError(f'{name}, {kind}, has no place here{model}')
+      raise ValueError(f'{name}, {kind}, is an unknown tensor{model}')
     if kind != wanted[name]:
       raise ValueError(f'{name} is {kind}, must be {wanted[name]}{model}')
   for name, kind in wanted.items():
@@ -150,7 +150,7 @@ def _kind(tensor):
 
 
 def describe(config: config_lib.ModelConfig) -> str:
-  """The sizes of a model, for messages about what does not fit it."""
+  """Describes a model, for messages about tensors that do not fit it."""
   c, width = config.connection, config.dim
   return (
     f': the model has {config.num_blocks} blocks, {c.streams} streams of width '

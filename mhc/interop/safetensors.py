@@ -1,6 +1,6 @@
 """Models as safetensors: `export` writes a run's, `load` reads it back.
 
-One tensor a block and expert, under the names of docs/interop.md.
+One tensor per block and expert, under the names of docs/interop.md.
 """
 
 import contextlib
@@ -28,25 +28,25 @@ INDEX = 'model.safetensors.index.json'
 def export(
   workdir: pathlib.Path, out: pathlib.Path, max_bytes: int = 5 * 10**9
 ) -> int:
-  """Writes a run's newest state, without its optimiser's, for other code.
+  """Writes a run's newest checkpoint, without the optimiser, for other code.
 
-  Beside the state this takes the memory of one file. The folder `out`, which
-  must not exist or be empty, appears when it is complete.
+  Besides the state this takes the memory of one file. The folder `out`, which
+  must not exist or be empty, appears once it is complete.
 
   Args:
     workdir: the run's folder.
     out: as for `load`.
-    max_bytes: of a file; more go to several. A tensor is never split.
+    max_bytes: largest file; larger models are sharded. A tensor is never split.
 
   Returns:
-    the number of updates that the state has had.
+    the number of updates of the checkpoint.
 
   Raises:
-    ValueError: no run, no checkpoint, or `out` is in use.
+    ValueError: no run, no checkpoint, or `out` is not empty.
   """
   config, out = workdir_lib.read_config(workdir), out.absolute()
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-    raise ValueError(f'{out} is in use: choose another --out')
+    raise ValueError(f'{out} is not an empty folder: choose another --out')
   state = checkpoint.restore_model(workdir, jax.local_devices(backend='cpu')[0])
   partial = out.with_name(out.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
@@ -62,10 +62,10 @@ def export(
 def load(
   folder: pathlib.Path,
 ) -> tuple[config_lib.Config, Params, Float[np.ndarray, 'l e'] | None]:
-  """What `export` wrote, bit for bit: settings, parameters, router's bias.
+  """Reads what `export` wrote, bit for bit: config, parameters, router's bias.
 
   Raises:
-    ValueError: the folder holds something else, or not all of it.
+    ValueError: the folder holds other tensors, or not all of them.
   """
   config = workdir_lib.read_config(folder)
   paths = [folder / 'model.safetensors']
@@ -118,7 +118,7 @@ def _write(folder, state, config, max_bytes):
     safetensors_numpy.save_file(
       names.written(parts, tree), folder / name, metadata
     )
-    shutil.copymode(folder / 'config.json', folder / name)  # others may read it
+    shutil.copymode(folder / 'config.json', folder / name)  # readable by others
     weight_map |= dict.fromkeys((part.name for part in parts), name)
   if len(groups) > 1:
     total = sum(4 * math.prod(part.shape) for part in names.tensors(config))

@@ -365,10 +365,10 @@ def test_other_tensors_are_refused():
   refused({name: fn.T}, f'{name} is float32 [24, 15], must be float32 [15, 24]')
   refused({name: fn.astype(np.float16)}, 'is float16 [15, 24], must be float32')
   refused({'layers.3.hc_attn_fn': fn}, 'layers.3.hc_attn_fn', '3 blocks')
-  refused({'layers.0.attn.wkv.weight': fn}, 'wkv.weight', 'no place')
-  refused({f'model.{name}': fn}, f'{name} is there twice')
+  refused({'layers.0.attn.wkv.weight': fn}, 'wkv.weight', 'unknown tensor')
+  refused({f'model.{name}': fn}, f'{name} is given twice')
   mean = with_kind(DENSE, 'mhc', collapse='mean')
-  refused({}, 'hc_head_', 'no place', "collapse='mean'", model=mean)
+  refused({}, 'hc_head_', 'unknown tensor', "collapse='mean'", model=mean)
   for kind in config.KINDS:
     if kind not in names_lib.KINDS:
       other = with_kind(DENSE, kind, num_streams=2)
@@ -382,7 +382,7 @@ def test_other_layers_are_refused():
   for change, message in (
     ({'fn': tensors['fn'][:8]}, r'fn is float32 \[8, 24\], must be'),
     ({'scale': tensors['scale'][:2]}, r'scale is .* must be float32 \[3\]'),
-    ({'norm': tensors['base']}, 'norm, .* no place'),
+    ({'norm': tensors['base']}, 'norm, .* unknown tensor'),
   ):
     with pytest.raises(ValueError, match=message):
       interop.connection_from_deepseek(tensors | change, 4)
@@ -487,7 +487,7 @@ def test_exports_of_other_kinds(kind, tmp_path):
 
 def test_other_files_are_refused(run, tmp_path):
   workdir, _, _ = run
-  with pytest.raises(ValueError, match='is in use: choose another --out'):
+  with pytest.raises(ValueError, match='not an empty folder: choose another'):
     interop.export(workdir, workdir)
   with pytest.raises(ValueError, match='holds no run'):
     interop.export(tmp_path, tmp_path / 'x')
@@ -505,7 +505,7 @@ def test_other_files_are_refused(run, tmp_path):
   for change, message in (
     ({router: tensors[router].T.copy()}, r'is float32 \[8, 4\], must be'),
     ({router: tensors[router].astype(np.float16)}, r'is F16 \[4, 8\], must be'),
-    ({'lm_head.weight': tensors['norm.weight']}, 'lm_head.* no place here'),
+    ({'lm_head.weight': tensors['norm.weight']}, 'lm_head.* unknown tensor'),
   ):
     safetensors_numpy.save_file(tensors | change, file)
     with pytest.raises(ValueError, match=message):
@@ -613,7 +613,7 @@ def test_the_main_writes_what_others_can_read(launch, run, tmp_path):
   ).read_text()
   again = launch('export.py', *arguments)
   assert again.returncode == 2
-  assert 'is in use' in again.stderr
+  assert 'is not an empty folder' in again.stderr
 
   _, tensors = read(tmp_path / 'out')
   wide = {name: t.astype(np.float64) for name, t in tensors.items()}
