@@ -1,12 +1,12 @@
-"""How the load of experts is balanced: by bias, by Sinkhorn, not at all.
+"""Ways to balance the load of experts: by bias, by Sinkhorn, not at all.
 
     python launch/compare.py --config=configs/balance.py:3m \
       --workdir=runs/balance
 
 The argument is a rung of the ladder. Expected (3m, 300 steps of 1,536 bytes):
 under the loss-free bias of DeepSeek-V3 the largest load over the mean falls
-below 1.5 within 70 steps and goes on to 1.3; a doubly stochastic assignment
-starts at 1.6 and ends at 1.4; without balancing it stays about 4.
+below 1.5 within 70 steps and then to 1.3; a doubly stochastic assignment starts
+at 1.6 and ends at 1.4; without balancing it stays about 4.
 """
 
 import ml_collections

@@ -2,10 +2,10 @@
 
     python launch/compare.py --config=configs/guards.py --workdir=runs/guards
 
-The stress panel of configs/compare.py with a probe each five steps: when does
-the gain tell, and when the loss? A spike goes back to the last state of ten
-steps before at most, on with other data and half the learning rate; when that
-state leads into a spike again, to the one before it.
+The stress panel of configs/compare.py with a probe every five steps: does the
+gain or the loss alert first? A spike rolls back to the last checkpoint, at most
+ten steps before, and training continues with other data and half the learning
+rate; if that leads into a spike again, it rolls back to the checkpoint before.
 """
 
 import ml_collections

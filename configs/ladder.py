@@ -2,11 +2,11 @@
 
     python launch/compare.py --config=configs/ladder.py:3m --workdir=runs/3m
 
-The argument is the rung: 1m, 3m, 10m, 30m or 100m active parameters (sizes.py
-says how they derive from the paper's models). 300 steps of 1,536 bytes are far
-from trained: the family's own ratio is 64 tokens an active parameter, set
---config.panels.ladder.num_steps. configs/balance.py compares ways to balance
-the experts' load.
+The argument is the rung: 1m, 3m, 10m, 30m or 100m active parameters
+(mhc/config/presets.py derives them from the paper's models). 300 steps of 1,536
+bytes are far from trained: the paper's own ratio is 64 tokens per active
+parameter, set --config.panels.ladder.num_steps. configs/balance.py compares
+ways to balance the experts' load.
 """
 
 import ml_collections

@@ -3,7 +3,7 @@
     python launch/aot.py --config=configs/paper_3b.py --count
     python launch/aot.py --config=configs/paper_3b.py:residual --count
 
-The argument is the connection, mhc unless said. For a pod: the paper does not
+The argument is the connection, by default mhc. For a pod; the paper does not
 print losses.
 """
 

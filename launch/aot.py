@@ -1,4 +1,4 @@
-"""What a run would be, without running it.
+"""Counts, compiles and plans a run, without running it.
 
     python launch/aot.py --config=configs/paper_27b.py --count
     python launch/aot.py --config=configs/paper_3b.py --topology=v5p:2x2x1
@@ -8,14 +8,14 @@
     python launch/aot.py --config.mesh.schedule=dualpipev --config.mesh.pipe=4 \
         --draw_schedule=schedule.png --microbatches=16
 
---count prints parameters, FLOPs and activation bytes of a token as JSON.
+--count prints parameters, and FLOPs and activation bytes per token, as JSON.
 --topology compiles the training step for a TPU slice (or 'cpu') and prints
-whether it fits, what it sends and how long a step would take, next to the same
-mesh with the plain residual; minutes a program for the paper's models. For the
-GPUs of a machine (h100, h200, b200; needs pip install 'jax[cuda13]', no GPU) it
-prints whether it fits.
---suggest instead looks for meshes by formulas, in seconds. --draw_schedule
-draws the order of a pipeline's work. Nothing is allocated.
+whether it fits, its communication and its time, relative to the plain residual
+on the same mesh; minutes per program for the paper's models. For the GPUs of a
+machine (h100, h200, b200; requires pip install 'jax[cuda13]', no GPU) it prints
+whether it fits.
+--suggest instead searches meshes by formulas, in seconds. --draw_schedule draws
+the pipeline schedule. Nothing is allocated.
 """
 
 import json
@@ -43,17 +43,21 @@ TOPOLOGY = flags.DEFINE_string(
 AGAINST = flags.DEFINE_list(
   'against',
   ['residual'],
-  "Programs to compare a step with: 'residual' and 'xla' (without kernels), "
+  "Programs to compare the step with: 'residual' and 'xla' (without kernels), "
   "one more compilation each; '' for none.",
 )
 SUGGEST = flags.DEFINE_bool(
-  'suggest', False, 'Print the best meshes for --topology, by formulas.'
+  'suggest', False, 'Print the fastest meshes for --topology, by formulas.'
 )
 DRAW = flags.DEFINE_string(
-  'draw_schedule', None, 'Draw the schedule of --config.mesh into this PNG.'
+  'draw_schedule',
+  None,
+  'PNG file for a drawing of the pipeline schedule of --config.mesh.',
 )
 MICROBATCHES = flags.DEFINE_integer(
-  'microbatches', None, 'For --draw_schedule; twice the stages by default.'
+  'microbatches',
+  None,
+  'Number of microbatches in --draw_schedule; by default 2 * chunks * pipe.',
 )
 JSON = flags.DEFINE_bool('json', False, 'Print plans as JSON.')
 cli.define_config('tiny.py')
@@ -67,7 +71,7 @@ def main():
       'v5p:2x2x1'
     )
   if SUGGEST.value and not TOPOLOGY.value:
-    raise ValueError('--suggest is for a --topology such as v5p:8x8x8')
+    raise ValueError('--suggest requires a --topology such as v5p:8x8x8')
   unknown = set(AGAINST.value) - {'residual', 'xla', ''}
   if unknown:
     raise ValueError(f"--against={unknown.pop()!r} must be 'residual' or 'xla'")

@@ -1,4 +1,4 @@
-"""What a connection costs: time against a copy, memory against the formula.
+"""Benchmarks connections: time against a copy, memory against the formula.
 
     python launch/bench.py              # connections: a Markdown table
     python launch/bench.py recompute    # memory of each recompute policy
@@ -8,27 +8,26 @@
     python launch/bench.py telemetry    # guards and probes, in steps
     python launch/bench.py --json       # one JSON object a row
 
-`recompute` compiles the gradient of a 16-block model and sets XLA's temporary
-bytes beside Eq. 20, in units of C numbers a token; it runs nothing.
+`recompute` compiles the gradient of a 16-block model and compares XLA's
+temporary bytes with Eq. 20, in units of C numbers a token; it runs nothing.
 
-`kernels` compiles every kernel for TPUs that need not be here and sets the
-bytes that it moves and the instructions that the compiler schedules beside
-plain JAX; it runs nothing either, and needs pip install 'jax[tpu]'. `triton`
+`kernels` compiles every kernel for TPUs that need not be present and compares
+the bytes that it moves and the instructions that the compiler schedules with
+plain JAX; it runs nothing either, and requires pip install 'jax[tpu]'. `triton`
 lists registers, spills and shared memory of the GPU kernels, without a GPU.
 
-`bandwidth` times the operations on the device at hand, with --implementation
-(on a GPU triton, say), and gives the bytes that they cannot do without, a
-second, as a share of what a copy of the streams reaches in the same run.
+`bandwidth` times the operations on the local device, with --implementation
+(triton on a GPU, for instance), and gives the least bytes that they must move,
+per second, as a fraction of the rate of a copy of the streams in the same run.
 
-`telemetry` times a training step with a guard that can refuse the update and
-without, and a probe of gains, streams and residuals.
+`telemetry` times a training step with and without a guard that can skip the
+update, and a probe of gains, streams and residuals.
 
-`connections` times the projection and whole sites: what a connection adds
+`connections` times the projection and entire sites: what a connection adds
 around a sub-layer, mappings, `pre` and `post`, with the identity as the
-sub-layer. Every time is a ratio to copying the
-[tokens, n, C] float32 tensor on the same device in the same run, the two timed
-in turn: on a shared machine that is the only figure that holds. The projection
-is timed on 4 matrices a token.
+sub-layer. Every time is a ratio to copying the [tokens, n, C] float32 tensor on
+the same device in the same run, the two timed in turn: on a shared machine only
+this ratio is reliable. The projection is timed on 4 matrices a token.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,22 +56,33 @@ from mhc.runtime import cli
 from mhc.training import step
 
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a row.')
-TOKENS = flags.DEFINE_integer('tokens', 4096, 'Tokens.', lower_bound=1)
-STREAMS = flags.DEFINE_integer('streams', 4, 'n.', lower_bound=1)
+TOKENS = flags.DEFINE_integer('tokens', 4096, 'Token count.', lower_bound=1)
+STREAMS = flags.DEFINE_integer('streams', 4, 'Stream count.', lower_bound=1)
 WIDTHS = flags.DEFINE_list('widths', ['512', '1024'], 'Model widths C.')
-KINDS = flags.DEFINE_list('kinds', ['hc', 'mhc', 'identity'], 'Connections.')
-ROUNDS = flags.DEFINE_integer('rounds', 15, 'Timings of each.', lower_bound=1)
+KINDS = flags.DEFINE_list(
+  'kinds', ['hc', 'mhc', 'identity'], 'Kinds of connection to time.'
+)
+ROUNDS = flags.DEFINE_integer(
+  'rounds', 15, 'Timings per case, of which the median counts.', lower_bound=1
+)
 KERNEL_WIDTHS = flags.DEFINE_list(
-  'kernel_widths', [str(width) for width in shapes.WIDTHS], 'C, for kernels.'
+  'kernel_widths',
+  [str(width) for width in shapes.WIDTHS],
+  'Model widths C of `kernels` and `triton`.',
 )
 GENERATIONS = flags.DEFINE_list(
-  'generations', ['v5e', 'v5p', 'v6e', 'tpu7x'], 'TPUs, for kernels.'
+  'generations', ['v5e', 'v5p', 'v6e', 'tpu7x'], 'TPUs of `kernels`.'
 )
 OPERATIONS = flags.DEFINE_list(
-  'operations', list(kernel_cost.OPERATIONS), 'For kernels.'
+  'operations',
+  list(kernel_cost.OPERATIONS),
+  'Operations of `kernels` and `bandwidth`.',
 )
 IMPLEMENTATION = flags.DEFINE_enum(
-  'implementation', None, ['xla', 'pallas', 'triton'], 'For bandwidth.'
+  'implementation',
+  None,
+  ['xla', 'pallas', 'triton'],
+  'Implementation that `bandwidth` times; by default the best available.',
 )
 
 
@@ -135,7 +145,7 @@ def _bandwidth():
 
 
 def _both_directions(function, operands):
-  """(direction, function, arguments)."""
+  """Yields (direction, function, arguments)."""
 
   def pull_back(cotangent, *operands):
     out, back = jax.vjp(function, *operands)
@@ -149,7 +159,7 @@ def _both_directions(function, operands):
 
 
 def _triton():
-  # Here, not above: Triton is not installed everywhere.
+  # Imported here, since Triton is not installed everywhere.
   from mhc.kernels.triton import resources
 
   widths = [int(width) for width in KERNEL_WIDTHS.value]
@@ -305,7 +315,7 @@ def _telemetry():
 
 
 def _step_times(guarded, free):
-  """Median seconds of a step with guards that skip, without, and a probe."""
+  """Median seconds of a step with skipping guards, without, and of a probe."""
   made = [step.build(settings) for settings in (guarded, free)]
   states = [programs.init(0) for programs in made]
   rng = np.random.default_rng(0)
@@ -331,7 +341,7 @@ def _step_times(guarded, free):
 
 
 def _cases(tokens, n, widths, kinds) -> Iterator[tuple]:
-  """(op, C, direction, function, arguments)."""
+  """Yields (op, C, direction, function, arguments)."""
 
   def both_ways(op, width, function, arguments, cotangent):
     def pull_back(cotangent, *arguments):
@@ -349,7 +359,7 @@ def _cases(tokens, n, widths, kinds) -> Iterator[tuple]:
     for kind in kinds:
       settings = config.ConnectionConfig(kind=kind, num_streams=n)
       connection = residual.make_connection(settings, width, 0, norm_eps=1e-20)
-      # Away from the initial zeros, which a compiler could see through.
+      # Away from the initial zeros, which a compiler could exploit.
       connection = jax.tree.map(
         lambda leaf: leaf + 0.01 * _normal(3, *leaf.shape), connection
       )

@@ -1,4 +1,4 @@
-"""The main job: trains the residual designs side by side and reports.
+"""Trains the residual designs side by side and writes a report.
 
 python launch/compare.py                     # all runs, then the report
 python launch/compare.py --report_only       # the report of finished runs

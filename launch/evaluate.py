@@ -16,7 +16,9 @@ WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True
 )
 PATH = flags.DEFINE_string(
-  'path', None, "Text to score instead of the run's own: file, folder, pattern."
+  'path',
+  None,
+  "Text to score instead of the run's own: file, folder or pattern.",
 )
 SEQUENCES = flags.DEFINE_integer(
   'sequences', 1024, 'Held-out rows to score; 0 for all.', lower_bound=0

@@ -1,9 +1,9 @@
-"""A run's model for other code, as safetensors.
+"""Exports a run's model for other code, as safetensors.
 
 python launch/export.py --workdir=runs/tiny --out=tiny
 
-The newest checkpoint's parameters, with the run's config.json and, if it has
-one, tokenizer.json; docs/interop.md says what each tensor is.
+Writes the newest checkpoint's parameters, with the run's config.json and, if it
+has one, tokenizer.json; docs/interop.md describes the tensors.
 """
 
 import pathlib
@@ -20,7 +20,10 @@ OUT = flags.DEFINE_string(
   'out', None, 'Folder to write, new or empty.', required=True
 )
 MAX_GIGABYTES = flags.DEFINE_float(
-  'max_gigabytes', 5.0, 'Of a file; a larger model is several.', lower_bound=0.0
+  'max_gigabytes',
+  5.0,
+  'Largest file in GB; larger models are sharded.',
+  lower_bound=0.0,
 )
 
 

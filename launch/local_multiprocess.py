@@ -1,14 +1,14 @@
-r"""Many processes on this machine's CPUs, as if each were a host of a cluster.
+r"""Runs several processes on this machine's CPUs, like hosts of a cluster.
 
     python launch/local_multiprocess.py --processes=2 --devices=4 -- \
       launch/train.py --workdir=runs/many --config.mesh.pipe=2 \
       --config.data.microbatch_size=1
 
-What follows `--` is started that many times, each with that many devices and
-told of the others by --coordinator, --num_processes and --process_id. Lines of
-all but process 0 begin with their number. SIGINT and SIGTERM go to all, and a
-second one kills them. If one fails, the others, which could only wait for it,
-are killed; its exit status is that of this program.
+The command after `--` is started --processes times, each with --devices CPU
+devices and its --coordinator, --num_processes and --process_id. Lines of all
+but process 0 begin with the process index. SIGINT and SIGTERM are forwarded to
+all, and a second one kills them. If one fails, the others, which could only
+wait for it, are killed, and its exit status becomes that of this program.
 """
 
 import contextlib
@@ -26,14 +26,20 @@ from absl import flags
 
 from mhc.runtime import cli
 
-PROCESSES = flags.DEFINE_integer('processes', 2, 'How many.', lower_bound=1)
-DEVICES = flags.DEFINE_integer('devices', 1, 'Of each.', lower_bound=1)
-GRACE = 3  # seconds from a failure in which the others can say what they know
+PROCESSES = flags.DEFINE_integer(
+  'processes', 2, 'Number of processes to start.', lower_bound=1
+)
+DEVICES = flags.DEFINE_integer(
+  'devices', 1, 'CPU devices per process.', lower_bound=1
+)
+GRACE = 3  # seconds after a failure in which the others can report theirs
 
 
 def main(*command):
   if not command:
-    raise ValueError('nothing to start: -- launch/train.py --workdir=...')
+    raise ValueError(
+      'no command to start: append -- launch/train.py --workdir=...'
+    )
   children, signals = [], []
 
   def forward(number, _):
@@ -60,8 +66,8 @@ def main(*command):
 
 def _start(command, index, port):
   devices = f'--xla_force_host_platform_device_count={DEVICES.value}'
-  # Two processes pair what they send in the order in which it comes: without
-  # this XLA sends what is ready first, which is not the same in all of them.
+  # Two processes pair messages in the order in which they arrive: without this
+  # XLA sends whatever is ready first, which differs between processes.
   order = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
   others = re.sub(
     r'--xla_force_host_platform_device_count=\S+',
@@ -82,16 +88,16 @@ def _start(command, index, port):
       'XLA_FLAGS': f'{others} {order} {devices}',
     },
     stdout=subprocess.PIPE,
-    # Of process 0 it may be a terminal, with a progress bar.
+    # That of process 0 may be a terminal, with a progress bar.
     stderr=subprocess.PIPE if index else None,
     text=True,
-    # Of a terminal's Ctrl-C they hear from here alone.
+    # A terminal's Ctrl-C reaches them through this process only.
     start_new_session=True,
   )
 
 
 def _wait(children) -> int:
-  """The exit status of the first that fails; 0 if none does."""
+  """Returns the exit status of the first that fails; 0 if none does."""
   ended, status = queue.SimpleQueue(), 0
 
   def kill():
@@ -105,7 +111,7 @@ def _wait(children) -> int:
   for _ in children:
     code = ended.get()
     if code and not status:
-      # Of one that a signal ended, as a shell says it.
+      # 128 + signal for one that a signal ended, as in a shell.
       status = code if code > 0 else 128 - code
       killer.start()
   killer.cancel()
@@ -114,14 +120,14 @@ def _wait(children) -> int:
 
 def _print(index, source, sink):
   for line in source:
-    # Not what Gloo says whenever it connects, in several threads at once.
+    # Without Gloo's message about each connection, from several threads.
     if line.strip() and 'peer ranks' not in line:
       sink.write(f'[{index}] {line}' if index else line)
       sink.flush()
 
 
 def _free_port() -> int:
-  """Below those that the system gives to connections, which may take it."""
+  """Returns a free port below the range that the system gives connections."""
   while True:
     port = random.randrange(20_000, 32_768)
     with socket.socket() as probe, contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Tokenises text once, for training on text of any size.
+"""Tokenises a corpus of any size, once for all runs.
 
     python launch/prepare_data.py --path='texts/*.jsonl' --out=data/mine \
       --tokenizer=train:32768
@@ -26,7 +26,7 @@ ON_DAMAGE = flags.DEFINE_enum(
   'on_damage',
   'stop',
   ['stop', 'skip'],
-  'What to do with a damaged record: end, or leave it out and count it.',
+  'What to do with a corrupted record: stop, or skip it and count it.',
 )
 
 

@@ -1,4 +1,4 @@
-"""Text from a checkpoint: `python launch/sample.py --workdir=runs/tiny`.
+"""Samples from a checkpoint: `python launch/sample.py --workdir=runs/tiny`.
 
 python launch/sample.py --workdir=runs/mine --prompt='def main(' \
   --temperature=0.8 --top_p=0.95 --num_tokens=400
@@ -20,14 +20,16 @@ WORKDIR = flags.DEFINE_string(
 )
 PROMPT = flags.DEFINE_string('prompt', '', 'Text to continue.')
 NUM_TOKENS = flags.DEFINE_integer(
-  'num_tokens', 200, 'Tokens to add at most.', lower_bound=1
+  'num_tokens', 200, 'Largest number of tokens to add.', lower_bound=1
 )
 NUM_SAMPLES = flags.DEFINE_integer(
-  'num_samples', 1, 'Continuations.', lower_bound=1
+  'num_samples', 1, 'Number of continuations.', lower_bound=1
 )
-TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0 takes the likeliest.')
-TOP_P = flags.DEFINE_float('top_p', 0.95, 'Share of the nucleus.')
-SEED = flags.DEFINE_integer('seed', 0, 'Of the draws.')
+TEMPERATURE = flags.DEFINE_float(
+  'temperature', 0.8, 'Temperature; 0 takes the most likely token.'
+)
+TOP_P = flags.DEFINE_float('top_p', 0.95, 'Probability mass of the nucleus.')
+SEED = flags.DEFINE_integer('seed', 0, 'Seed of the sampler.')
 
 
 def main():
@@ -47,7 +49,7 @@ def main():
     top_p=TOP_P.value,
   )
   if NUM_SAMPLES.value == 1:
-    # As it is drawn; a character may take several tokens.
+    # Printed as it is drawn; a character may take several tokens.
     text = codecs.getincrementaldecoder('utf-8')('replace')
     print(PROMPT.value, end='', flush=True)
     for tokens in drawn:
@@ -61,8 +63,8 @@ def main():
   trained = workdir_lib.read_config(workdir).data.seq_len
   if length > trained:
     print(
-      f'note: rows of {trained} tokens were trained on; past them, up to '
-      f'{length}, the model is at positions that it has never seen',
+      f'note: the model was trained on sequences of {trained} tokens; '
+      f'positions from there up to {length} are extrapolated',
       file=sys.stderr,
     )
 

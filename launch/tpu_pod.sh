@@ -4,28 +4,28 @@
 #   launch/tpu_pod.sh --name=mhc --zone=us-east5-a --type=v5p-1024 --spot \
 #     --workdir=gs://BUCKET/runs/27b -- --config=configs/paper_27b.py
 #
-# Takes the slice of that name, or queues for a new one; copies the present
+# Uses the slice of that name, or queues for a new one; copies the current
 # commit to its workers, installs it, starts launch/train.py on all of them and
 # shows the log of worker 0. When a worker dies or the slice is preempted it
-# starts again, on a new slice if need be, and training goes on from the last
+# restarts, on a new slice if necessary, and training resumes from the last
 # checkpoint in --workdir. The run belongs to the slice, not to this terminal:
-# interrupted, the same command finds it and follows it; one with another commit
-# or other flags ends it and starts its own.
+# after an interrupt, the same command finds and follows it; one with another
+# commit or other flags stops it and starts its own.
 #
 #   --name, --zone   of the slice          --type             v5p-1024, ...
 #   --workdir        gs:// folder, see below
 #                                          --runtime-version  default: by --type
 #   --project        default: gcloud's     --spot             may be preempted
 #   --retries=20     restarts at most      --dry-run          print the commands
-#   --               then flags of launch/train.py; --max_time ends one life
-#                    of the run, not the run
+#   --               then flags of launch/train.py; --max_time ends one attempt,
+#                    after which the run resumes
 #
-# The bucket is mounted on every worker (gcsfuse), the run is files in it. Make
-# it with a hierarchical namespace: then a checkpoint is renamed at once.
+# The bucket is mounted on every worker (gcsfuse), the run is files in it. Give
+# it a hierarchical namespace: then a checkpoint is renamed at once.
 #
 # gcloud must be logged in; for more than one worker, `ssh-add
 # ~/.ssh/google_compute_engine`. Capacity with other terms (a reservation, a
-# network): make the slice yourself, under the same --name.
+# network): create the slice yourself, under the same --name.
 set -euo pipefail
 exec 3>&1 # where a dry run prints, also from within $(...)
 
@@ -68,7 +68,7 @@ setup() { # COMMIT
   touch .venv/installed
 }
 
-# After a reboot too, so before every start.
+# Called before every start, since a reboot unmounts.
 attach() { # BUCKET FOLDER
   if mountpoint --quiet "$2"; then return; fi
   if ! command -v gcsfuse > /dev/null; then
@@ -81,12 +81,12 @@ attach() { # BUCKET FOLDER
     sudo apt-get install --yes --quiet --quiet gcsfuse
   fi
   mkdir -p "$2"
-  # A bucket without folders of its own renames them file by file, or not.
+  # For buckets without a hierarchical namespace, which rename file by file.
   gcsfuse --implicit-dirs --rename-dir-limit=100000 "$1" "$2"
 }
 
-# One run a slice, which holds ~/mhc/lock: unlike the number of a process, a lock
-# is not another's after a reboot. Its shell holds it, not what it starts.
+# One run per slice, which holds ~/mhc/lock: unlike a process id, a lock is not
+# reused after a reboot. Its shell holds it, not the processes that it starts.
 start() { # ID COMMIT FLAGS...
   cd ~/mhc
   exec 9>> lock
@@ -100,7 +100,7 @@ start() { # ID COMMIT FLAGS...
   cd "$2"
   shift 2
   # The platforms by name: a worker without its TPU must not train on its CPU.
-  # A status: told to end, a run has been saved but has not finished.
+  # The status: a stopped run has been saved but has not finished.
   # shellcheck disable=SC2016
   JAX_PLATFORMS=tpu,cpu setsid bash -c \
     '"$@" 9>&- & echo $! > ../pid; wait $!; echo $? > ../status' _ \
@@ -113,21 +113,21 @@ alive() { # ID
     ! flock --shared --nonblock lock true
 }
 
-follow() { # shows the log until the run ends, and ends as it did
+follow() { # shows the log until the run ends, and returns its status
   cd ~/mhc
   flock --shared lock true < /dev/null > /dev/null 2>&1 &
   tail -c 4000 -F --pid=$! train.log 2> /dev/null
   exit "$(cat status 2> /dev/null || echo 1)"
 }
 
-# --- What follows stays here. ---
+# --- The functions below run on the workstation. ---
 
 tpu() { run gcloud compute tpus "$@" "${where[@]}" --quiet; }
 
 on() { # WORKER FUNCTION ARGUMENTS...
   local worker=$1
   shift
-  # A worker that was taken away does not close its connections.
+  # A worker that was preempted does not close its connections.
   tpu tpu-vm ssh "$name" --worker="$worker" \
     --ssh-flag=-oServerAliveInterval=30 \
     --command="set -eu; $(declare -f "$1"); $(quoted "$@")"
@@ -153,7 +153,7 @@ acquire() {
       /) create || return ;;
       PREEMPTED/ | TERMINATED/) tpu tpu-vm delete "$name" || return ;;
       PREEMPTED/* | TERMINATED/* | */FAILED | */SUSPENDED)
-        # Its name is free for a new request only without it.
+        # A new request needs its name.
         tpu queued-resources delete "$name" --force || return
         ;;
     esac
@@ -166,7 +166,7 @@ acquire() {
   done
 }
 
-# One life of the run: 0 when it has finished.
+# One attempt at the run: 0 when it has finished.
 attempt() {
   local status
   acquire || return
@@ -176,8 +176,8 @@ attempt() {
     on all attach "$bucket" "$mounted" || return
     on all start "$id" "$commit" "${flags[@]}" || return
   fi
-  # Worker 0 stands for all: when one dies, JAX ends the others. But the end of
-  # a connection is not the end of the run.
+  # Following worker 0 suffices: when one dies, JAX ends the others. But the end
+  # of a connection is not the end of the run.
   while :; do
     status=0
     on 0 follow || status=$?
@@ -213,7 +213,7 @@ while (($#)); do
       shift
       break
       ;;
-    *) fail "$1 is no option of tpu_pod.sh: flags of train.py come after --" ;;
+    *) fail "$1 is not an option of tpu_pod.sh: flags of train.py go after --" ;;
   esac
   shift
 done
@@ -229,14 +229,14 @@ if [[ -z $runtime ]]; then
     v5p-*) runtime=v2-alpha-tpuv5 ;;
     v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
     v6e-*) runtime=v2-alpha-tpuv6e ;;
-    *) fail "--runtime-version is missing: none is known for --type=$type" ;;
+    *) fail "--runtime-version is missing, without default for --type=$type" ;;
   esac
 fi
 [[ $dry ]] || command -v gcloud > /dev/null ||
   fail 'gcloud is not on PATH: https://cloud.google.com/sdk/docs/install'
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 commit=$(git -C "$repo" rev-parse --short=12 HEAD 2> /dev/null) ||
-  fail "$repo has no commit: the workers get the present commit of a clone"
+  fail "$repo has no commit: run from a clone, whose commit the workers get"
 
 where=(--zone="$zone")
 if [[ $project ]]; then where+=(--project="$project"); fi
@@ -246,7 +246,7 @@ flags=(--workdir="$mounted${workdir#gs://"$bucket"}" "$@")
 id=$commit-$(quoted "${flags[@]}" | cksum | tr ' ' -)
 
 if [[ $(git -C "$repo" --no-optional-locks status --porcelain) ]]; then
-  note "uncommitted changes stay here: the workers get commit $commit"
+  note "uncommitted changes are not copied: the workers get commit $commit"
 fi
 # Made once, so that a restart next week is still this commit.
 scratch=/tmp
@@ -256,7 +256,7 @@ if [[ -z $dry ]]; then
 fi
 archive=$scratch/mhc-$commit.tar.gz
 run git -C "$repo" archive --format=tar.gz --output="$archive" HEAD
-trap 'note "stopped watching: what was started on the slice goes on, and the
+trap 'note "stopped watching: the run continues on the slice, and the
 same command follows it"; exit 130' INT
 
 failures=0 pause=30
@@ -266,19 +266,19 @@ while :; do
   if [[ $dry ]]; then
     printf '# If it fails: the same commands, up to %s retries, after 30, 60, ' \
       "$retries"
-    printf '... at most 600 s.\n# train.py goes on from the last checkpoint '
+    printf '... at most 600 s.\n# train.py resumes from the last checkpoint '
     printf 'in %s.\n' "$workdir"
     exit
   fi
   if ((status == 0)); then break; fi
-  # How the mains refuse a flag; later, it may also be a disk or a bucket.
+  # The status of a usage error; later, it may also be a disk or a bucket.
   if ((status == 2 && failures == 0 && SECONDS < 600)); then
-    note 'exit status 2 is a mistake: not tried again'
+    note 'exit status 2 is a usage error: not retried'
     exit 2
   fi
   failures=$((failures + 1))
   if ((failures > retries)); then
-    note "gave up after $retries retries; the slice is kept, and paid for"
+    note "gave up after $retries retries; the slice is kept, and billed"
     exit 1
   fi
   note "ended with status $status: retry $failures of $retries in $pause s," \
@@ -286,6 +286,6 @@ while :; do
   sleep "$pause"
   pause=$((pause < 300 ? 2 * pause : 600))
 done
-note 'finished. The slice is kept, and paid for; to delete it:'
+note 'finished. The slice is kept, and billed; to delete it:'
 quoted gcloud compute tpus queued-resources delete "$name" --force "${where[@]}"
 echo

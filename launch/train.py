@@ -1,8 +1,8 @@
 """Trains one model: `python launch/train.py --workdir=runs/tiny`.
 
-Many processes train one together: each is given the same flags, and by
+Several processes train one together: each gets the same flags, and with
 --distributed finds the others on its cluster. launch/local_multiprocess.py
-starts some on this machine.
+starts several on this machine.
 """
 
 import pathlib

@@ -1,9 +1,9 @@
-"""What the mains share: settings from flags, errors as one line.
+"""Command-line code that the mains share: config from flags, one-line errors.
 
-A mistake of the user's (an unknown flag, a value out of range, unusable data, a
-folder that belongs to another run) ends in one line on stderr and exit code 2;
-anything else is ours and keeps its traceback. Of many processes the first one
-says what goes well, each what does not.
+A usage error (an unknown flag, a value out of range, unusable data, a folder
+that belongs to another run) ends in one line on stderr and exit status 2;
+anything else is a bug and keeps its traceback. Of several processes only the
+first one reports progress; each reports its errors.
 """
 
 from collections.abc import Callable
@@ -30,15 +30,15 @@ from mhc.runtime import multihost
 from mhc.runtime import preemption
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
-AGAIN = 'The same command goes on from here.'
+AGAIN = 'The same command resumes the run.'
 
 flags.DEFINE_bool('traceback', False, 'Show the traceback of a usage error.')
 
 
 def define_config(default: str):
-  """The flag --config: a file of configs/, its settings as --config.NAME."""
-  # Not as the flag's default: ml_collections applies overrides to that first,
-  # also to those that are meant for another file.
+  """Defines --config: a file of configs/, its settings as --config.NAME."""
+  # Not as the flag's default: ml_collections would first apply the overrides to
+  # that, even those for another file.
   if not any(re.match('--?config(=|$)', argument) for argument in sys.argv):
     sys.argv.insert(1, f'--config={CONFIGS / default}')
   config_flags.DEFINE_config_file(
@@ -49,57 +49,58 @@ def define_config(default: str):
 
 
 def config[T](cls: type[T]) -> T:
-  """The typed settings that --config and its overrides ask for."""
+  """Returns --config with its overrides as a typed config."""
   return dicts.from_dict(cls, flags.FLAGS.config.to_dict())
 
 
 def define_processes():
-  """The flags by which many processes find each other, see `join`."""
+  """Defines the flags by which processes find each other, see `join`."""
   flags.DEFINE_bool(
     'distributed',
     False,
-    'This is one of many processes, started on a cluster that JAX recognises '
-    '(TPU, Slurm, ...). Elsewhere, the following three.',
+    'Join the other processes of a cluster that JAX recognises (TPU, Slurm, '
+    '...). Elsewhere give --coordinator, --num_processes and --process_id.',
   )
   flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0.')
-  flags.DEFINE_integer('num_processes', None, 'How many there are.')
-  flags.DEFINE_integer('process_id', None, 'Which this is, from 0.')
+  flags.DEFINE_integer('num_processes', None, 'Number of processes in the run.')
+  flags.DEFINE_integer('process_id', None, 'Index of this process, from 0.')
 
 
 def define_end():
-  """The flags about the end of a run that has not come to its own."""
+  """Defines the flags for stopping a run before its last step."""
   flags.DEFINE_string(
     'max_time',
     None,
-    'Save and end after this time, such as 90s, 30m or 1h30m; the same command '
-    'goes on.',
+    'Save a checkpoint and stop after this time, such as 90s, 30m or 1h30m; '
+    'the same command resumes the run.',
   )
   flags.DEFINE_integer(
     'stop_status',
     0,
-    'Exit status of a run that was told to end, and has been saved.',
+    'Exit status of a run that was stopped by SIGTERM or --max_time, and saved '
+    'its checkpoint.',
     0,
     255,
   )
 
 
 def deadline() -> float | None:
-  """When --max_time is up, by `time.monotonic`.
+  """Returns when --max_time is up, by `time.monotonic`.
 
   Raises:
-    ValueError: it is no time.
+    ValueError: --max_time is not a time.
   """
   text = flags.FLAGS.max_time
   return None if text is None else time.monotonic() + preemption.seconds(text)
 
 
 def join():
-  """Makes this process one of many, if the flags say so.
+  """Initializes jax.distributed, if the flags ask for it.
 
-  Before anything asks for a device.
+  To be called before anything uses a device.
 
   Raises:
-    ValueError: flags that do not go together, or no cluster.
+    ValueError: conflicting or missing flags, or no cluster.
   """
   names = ('coordinator', 'num_processes', 'process_id')
   coordinator, number, index = given = [flags.FLAGS[n].value for n in names]
@@ -108,27 +109,28 @@ def join():
       return
   elif flags.FLAGS.distributed:
     raise ValueError(
-      '--distributed finds out what --coordinator, --num_processes and '
-      '--process_id say: give either'
+      '--distributed detects the cluster by itself: do not combine it with '
+      '--coordinator, --num_processes or --process_id'
     )
   elif None in given:
     missing = ', '.join(f'--{n}' for n in names if flags.FLAGS[n].value is None)
     raise ValueError(
-      '--coordinator, --num_processes and --process_id go together: '
-      f'{missing} missing'
+      '--coordinator, --num_processes and --process_id are required together: '
+      f'add {missing}'
     )
   elif not re.fullmatch(r'.+:\d+', coordinator):
     raise ValueError(f'--coordinator={coordinator} must be HOST:PORT')
   elif not 0 <= index < number:
     raise ValueError(
-      f'--process_id={index} must be from 0 to --num_processes={number} less 1'
+      f'--process_id={index} must be at least 0 and less than '
+      f'--num_processes={number}'
     )
   try:
     jax.distributed.initialize(coordinator, number, index)
   except ValueError as error:
     raise ValueError(
-      f'--distributed is for clusters that JAX recognises ({error}): give '
-      '--coordinator, --num_processes and --process_id'
+      f'--distributed found no cluster that JAX recognises ({error}): give '
+      '--coordinator, --num_processes and --process_id instead'
     ) from error
 
 
@@ -137,16 +139,16 @@ def run(
   choices: tuple[str, ...] = (),
   words: bool = False,
 ):
-  """absl's app.run for a main without arguments, or with one of `choices`.
+  """Runs a main without arguments, or with one of `choices`, as app.run does.
 
   The choice is the command line's first word, by default the first of them.
-  With `words`, main takes whatever words there are.
+  With `words`, main receives all words.
   """
   accelerators = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
   if 'JAX_PLATFORMS' not in os.environ and not any(
     map(glob.glob, (*accelerators, '/dev/kfd'))
   ):
-    # libtpu, installed to compile for TPUs, would look for one at length.
+    # libtpu, installed to compile for TPUs, would search for one at length.
     jax.config.update('jax_platforms', 'cpu')
   app.run(
     lambda rest: _guarded(functools.partial(main, *rest[1:])),
@@ -162,8 +164,8 @@ def _guarded(main):
     status = _explain(error)
     ended = isinstance(error, multihost.RunRefused | multihost.RunStopped)
     if multihost.count() > 1 and not ended:
-      # The others wait for this process in a computation; as Python ends it
-      # would wait for them.
+      # The others wait for this process in a computation; at a normal exit
+      # Python would wait for them.
       _leave(status)
     if status == 1 and not _stranded():
       raise
@@ -175,9 +177,9 @@ def _guarded(main):
 
 
 def _stranded() -> bool:
-  """Whether Python would wait for threads of a save that failed.
+  """Whether Python's exit would wait for threads of a save that failed.
 
-  They wait for its folder, ten minutes or, if the clock was set back, for ever.
+  They wait for its folder, ten minutes or, if the clock was set back, forever.
   """
   return any(
     type(thread).__module__.startswith('orbax.') and not thread.daemon
@@ -192,7 +194,7 @@ def _leave(status):
 
 
 def _explain(error) -> int:
-  """Says why this process ends; returns its exit status."""
+  """Reports why this process ends; returns its exit status."""
   match error:
     case multihost.RunStopped():
       if multihost.is_first():
@@ -208,7 +210,7 @@ def _explain(error) -> int:
       _complain(str(error))
       return 2
   if multihost.count() > 1:
-    _complain('what follows')
+    _complain('unexpected exception, traceback follows')
   if multihost.count() > 1 or _stranded():
     traceback.print_exception(error)
   return 1
@@ -228,22 +230,24 @@ def _parse(arguments, choices, free):
     _fail(f'{words[0]!r} must be one of {choices}')
   if len(words) > bool(choices) and not free:
     _fail(
-      f'unexpected argument {words[-1]!r}: settings go as --config.NAME=VALUE'
+      f'unexpected argument {words[-1]!r}: give settings as --config.NAME=VALUE'
     )
   if flags.FLAGS['verbosity'].using_default_value:
-    # Libraries report every step of theirs at INFO, and at ERROR what is said
-    # here in a line; --verbosity=0 shows all of it.
+    # Libraries log their every step at INFO, and at ERROR what is reported here
+    # in one line; --verbosity=0 shows all of it.
     flags.FLAGS.verbosity = logging.FATAL
   return [rest[0], *words]
 
 
 def _check_names(arguments):
-  """Every --config.NAME is a setting of the file that --config names."""
+  """Checks that every --config.NAME is a setting of the file of --config."""
   joined = '\0'.join(arguments)  # --config=FILE and --config FILE alike
   given = re.findall('(?:^|\0)--?config[=\0]([^\0]*)', joined)
   path, _, argument = ''.join(given[-1:]).partition(':')
   if not pathlib.Path(path).is_file():
-    raise ValueError(f'--config={path}: there is no such file')
+    raise ValueError(
+      f'--config={path} does not exist: choose a file such as configs/tiny.py'
+    )
   get_config = runpy.run_path(path)['get_config']
   values = get_config(argument) if argument else get_config()
   known = [f'config.{name}' for name in dicts.leaves(values.to_dict())]
@@ -261,7 +265,7 @@ def _fail(message: str):
 def _complain(message: str):
   line = re.sub(r'\s*\n\s*', ' ', message)
   number = multihost.index() if multihost.count() > 1 else None
-  if number is None:  # it may have come no further than to its flags
+  if number is None:  # jax.distributed may not be initialized yet
     given = re.search('\0--?process_id[=\0]([0-9]+)', '\0'.join(sys.argv))
     number = given and given[1]
   where = '' if number is None else f' in process {number}'

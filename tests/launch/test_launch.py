@@ -137,11 +137,11 @@ MISTAKES = {
   ),
   'half of where the others are': (
     ['--coordinator=localhost:1', '--process_id=1'],
-    ['go together', '--num_processes missing'],
+    ['required together', 'add --num_processes'],
   ),
   'the others in two ways': (
     ['--distributed', '--num_processes=2'],
-    ['--distributed', 'give either'],
+    ['--distributed', 'do not combine'],
   ),
 }
 
