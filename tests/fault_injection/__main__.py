@@ -1,13 +1,12 @@
-"""Does a run survive? Trains tiny ones under faults and counts.
+"""Injects faults into small training runs and counts those that survive.
 
     python tests/fault_injection                      # 50 trials, minutes
     python tests/fault_injection --trials=10 --faults=killed_in_save,flipped
     python tests/fault_injection --json
 
-Each trial is a training that something happens to, started again until it is
-finished, and compared bit for bit with one that nothing happened to; see
-harness.py. Folders of trials that were not survived stay for a look. A full
-disk is a small tmpfs, which takes the right to mount it.
+Each trial is a run with one fault, restarted until it is finished, and compared
+bit for bit with an undisturbed one; see harness.py. Folders of failed trials
+are kept. A full disk is a small tmpfs, which requires the right to mount it.
 """
 
 import json
@@ -21,13 +20,17 @@ import harness
 from mhc.runtime import cli
 from mhc.runtime import console
 
-TRIALS = flags.DEFINE_integer('trials', 50, 'How many.', lower_bound=1)
-SEED = flags.DEFINE_integer('seed', 0, 'Of what happens when.')
+TRIALS = flags.DEFINE_integer('trials', 50, 'Number of trials.', lower_bound=1)
+SEED = flags.DEFINE_integer('seed', 0, 'Seed of the fault schedule.')
 FAULTS = flags.DEFINE_list(
-  'faults', None, f'Some of {", ".join(harness.FAULTS)}; all by default.'
+  'faults',
+  None,
+  f'Faults to inject, of {", ".join(harness.FAULTS)}; by default all.',
 )
-JOBS = flags.DEFINE_integer('jobs', 2, 'Trials at a time.', lower_bound=1)
-WORKDIR = flags.DEFINE_string('workdir', None, 'Default: a temporary folder.')
+JOBS = flags.DEFINE_integer('jobs', 2, 'Parallel trials.', lower_bound=1)
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the trials; by default a temporary one.'
+)
 JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 
 
@@ -36,17 +39,17 @@ def main():
   for name in names:
     if name not in harness.FAULTS:
       raise ValueError(
-        f'--faults={name}: must be some of {", ".join(harness.FAULTS)}'
+        f'--faults={name} is unknown: choose from {", ".join(harness.FAULTS)}'
       )
-  root = pathlib.Path(WORKDIR.value or tempfile.mkdtemp(prefix='torture-'))
+  root = pathlib.Path(WORKDIR.value or tempfile.mkdtemp(prefix='faults-'))
   counts = {name: [0, 0] for name in names}
-  with console.progress_bar(TRIALS.value, 0, 'torture') as bar:
+  with console.progress_bar(TRIALS.value, 0, 'trials') as bar:
     for trial in harness.trials(
       root, TRIALS.value, SEED.value, names, JOBS.value
     ):
       counts[trial.fault][0] += trial.survived
       counts[trial.fault][1] += 1
-      verdict = 'survived' if trial.survived else 'LOST'
+      verdict = 'survived' if trial.survived else 'FAILED'
       console.print_line(
         f'{trial.number:3} {trial.fault:16} {verdict} ({trial.seconds:.0f} s): '
         f'{trial.said}'
@@ -67,7 +70,7 @@ def main():
       print(f'| {name} | {good} | {number} | {what} |')
     print(f'| all | {survived} | {tried} | |')
   if survived < tried:
-    print(f'what was lost is in {root}', file=sys.stderr)
+    print(f'the failed trials are in {root}', file=sys.stderr)
     sys.exit(1)
 
 

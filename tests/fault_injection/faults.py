@@ -1,11 +1,12 @@
-"""What can go wrong, made to go wrong: for the trials of harness.py.
+"""Faults for the trials of harness.py.
 
-To files (`truncate`, `flip`, `fill`), and to a process, which is started as
+Those of files are `truncate`, `flip` and `fill`; those of a process, which is
+started as
 
     python faults.py nan launch/train.py --workdir=...
 
     nan      the loss and the gradient of a batch that holds a byte 1 are NaN
-    clock    the time of day jumps by years, forth and back
+    clock    the time of day jumps by years, forward and back
 """
 
 import functools
@@ -24,7 +25,7 @@ YEAR = 365 * 86400.0
 
 
 def largest(folder: pathlib.Path) -> pathlib.Path:
-  """The file in it with the most bytes."""
+  """Returns the largest file of a folder."""
   files = (path for path in folder.rglob('*') if path.is_file())
   return max(files, key=lambda path: (path.stat().st_size, str(path)))
 
@@ -44,7 +45,7 @@ def flip(file: pathlib.Path, chance: random.Random):
 
 
 def fill(folder: pathlib.Path) -> pathlib.Path:
-  """Takes all room that the file system of the folder has; returns the file."""
+  """Fills the file system of the folder; returns the file that does."""
   filler = folder / 'filler'
   with filler.open('ab', buffering=0) as file:
     for size in (2**16, 2**10, 1):
@@ -57,7 +58,7 @@ def fill(folder: pathlib.Path) -> pathlib.Path:
 
 
 def nan():
-  """See above."""
+  """Replaces the loss and gradient of a batch that holds a byte 1 by NaN."""
   from mhc.parallel import replicated
 
   real = replicated.loss_and_grads
@@ -74,7 +75,7 @@ def nan():
 
 
 def clock():
-  """See above: what Python's `time.time` says, another year every 2 s."""
+  """Makes Python's `time.time` jump to another year every 2 s."""
   real, start = time.time, time.monotonic()
 
   def jumping():

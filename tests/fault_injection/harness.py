@@ -1,10 +1,9 @@
-"""Trains under faults, and compares what comes out with a run without any.
+"""Trains under faults, and compares the result with an undisturbed run.
 
-A trial starts launch/train.py in a process of its own, lets something happen to
-it, and starts the same command again until the run is finished. It has survived
-if every start ended as promised, without a traceback, and if the run's losses,
-parameters and optimiser are bit for bit those of the run that nothing happened
-to.
+A trial starts launch/train.py in a process of its own, injects a fault, and
+starts the same command again until the run is finished. It survives if every
+start ended as promised, without a traceback, and if the run's losses,
+parameters and optimiser are bit for bit those of the undisturbed run.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,12 +49,11 @@ SETTINGS = {
   'data.batch_size': 4,
   'mesh.num_devices': 1,
 }
-PATIENCE = 180.0  # seconds for what takes a few
-STARTS = 4  # of one command, until it has to be finished
+PATIENCE = 180.0  # timeout in seconds, for what takes a few
 
 
 class Failure(Exception):
-  """A promise was not kept."""
+  """A run did not behave as promised."""
 
 
 class Trial(NamedTuple):
@@ -63,7 +61,7 @@ class Trial(NamedTuple):
   number: int
   survived: bool
   seconds: float
-  said: str  # what happened, or which promise was not kept
+  said: str  # the fault, or the reason of the failure
 
 
 @dataclasses.dataclass
@@ -103,14 +101,14 @@ class Run:
     )
 
   def wait(self, process: subprocess.Popen, tracebacks: bool = False) -> int:
-    """Its exit status, once it has ended; keeps what it said.
+    """Waits for its end; returns the exit status and logs its stderr.
 
-    With `tracebacks`, it may say one: a process whose partner is gone.
+    `tracebacks` allows one, as of a process whose peer is gone.
     """
     try:
       said = process.communicate(timeout=PATIENCE)[1]
     except subprocess.TimeoutExpired:
-      process.send_signal(signal.SIGABRT)  # it says where it is
+      process.send_signal(signal.SIGABRT)  # prints its stack
       said = process.communicate()[1]
       raise Failure(f'no end after {PATIENCE:.0f} s: {said}') from None
     self.log += said
@@ -136,7 +134,7 @@ class Run:
       return 0
 
   def saved(self) -> list[int]:
-    """Steps of the states in its folder, the newest first."""
+    """Steps of its checkpoints, the newest first."""
     try:
       names = [p.name for p in (self.workdir / 'checkpoints').iterdir()]
     except FileNotFoundError:
@@ -147,23 +145,23 @@ class Run:
     return self.workdir / 'checkpoints' / str(self.saved()[0])
 
   def finish(self):
-    """The same command, until it is finished: the first start should do."""
+    """Starts the same command again, which must finish the run."""
     status = self.wait(self.start())
     if status or not (self.workdir / 'summary.json').exists():
-      raise Failure(f'started again, it ended with status {status}: {self.log}')
+      raise Failure(f'restarted, it ended with status {status}: {self.log}')
 
   def outcome(self) -> tuple[list[dict], state_lib.TrainState]:
-    """Every step's numbers but times, and the last state."""
+    """Returns every step's metrics except times, and the last checkpoint."""
     lines = files_lib.read_lines(self.workdir / 'metrics.jsonl')
     config = workdir_lib.read_config(self.workdir)
     one = dataclasses.replace(config.mesh, num_devices=1)
     programs = step_lib.build(dataclasses.replace(config, mesh=one))
     state = checkpoint.restore(self.workdir, programs.saved_state)
-    kept = [
+    metrics = [
       {k: v for k, v in line.items() if not k.startswith('time/')}
       for line in lines
     ]
-    return kept, jax.device_get(state)
+    return metrics, jax.device_get(state)
 
 
 def killed(run: Run, chance: random.Random) -> str:
@@ -178,7 +176,7 @@ def killed(run: Run, chance: random.Random) -> str:
 
 
 def killed_at_start(run: Run, chance: random.Random) -> str:
-  """SIGKILL at some time of the first seconds, before or after a step."""
+  """SIGKILL within the first seconds, before or after a step."""
   process, delay = run.start(), chance.uniform(0.2, 8)
   time.sleep(delay)
   process.kill()
@@ -187,7 +185,7 @@ def killed_at_start(run: Run, chance: random.Random) -> str:
 
 
 def killed_in_save(run: Run, chance: random.Random) -> str:
-  """SIGKILL while a state is being written."""
+  """SIGKILL while a checkpoint is being written."""
   states, least = run.workdir / 'checkpoints', chance.randrange(0, STEPS // 2)
   for attempt in range(1, 11):
     process = run.start()
@@ -203,11 +201,11 @@ def killed_in_save(run: Run, chance: random.Random) -> str:
     if halves:
       return f'attempt {attempt} left {halves[0]}'
     least = 1
-  raise Failure('never caught in a save')
+  raise Failure('no SIGKILL interrupted a save')
 
 
 def terminated(run: Run, chance: random.Random) -> str:
-  """SIGTERM: saved after the step at hand, status 0."""
+  """SIGTERM: saved after the current step, status 0."""
   process = run.start()
   run.reaches(chance.randrange(1, STEPS - 40), process)
   process.terminate()
@@ -218,7 +216,7 @@ def terminated(run: Run, chance: random.Random) -> str:
   if status or f'saved after step {last}.' not in run.log:
     raise Failure(f'SIGTERM: status {status}: {run.log}')
   if run.saved()[0] != last:
-    raise Failure(f'after step {last} the newest state is {run.saved()[0]}')
+    raise Failure(f'after step {last}, newest checkpoint {run.saved()[0]}')
   return f'saved after step {last}'
 
 
@@ -228,7 +226,7 @@ def _damaged(damage):
     run.reaches(chance.randrange(2 * SAVE_EVERY + 4, STEPS - 4), process)
     process.kill()
     run.wait(process)
-    while len(run.saved()) < 2:  # the background is behind
+    while len(run.saved()) < 2:  # saves in the background lag behind
       process = run.start()
       run.reaches(run.steps() + SAVE_EVERY, process)
       process.kill()
@@ -243,17 +241,17 @@ def _damaged(damage):
 
 
 def truncated(run: Run, chance: random.Random) -> str:
-  """A file of the newest state cut off, after a SIGKILL."""
+  """A file of the newest checkpoint truncated, after a SIGKILL."""
   return _damaged(faults.truncate)(run, chance)
 
 
 def flipped(run: Run, chance: random.Random) -> str:
-  """Bits of the newest state flipped, after a SIGKILL."""
+  """Bits of the newest checkpoint flipped, after a SIGKILL."""
   return _damaged(faults.flip)(run, chance)
 
 
 def full_disk(run: Run, chance: random.Random) -> str:
-  """No room for a while on a tmpfs of 16 MB: it trains on, and saves later."""
+  """A tmpfs of 16 MB is full for a while: training continues, saves later."""
   run.workdir.mkdir(parents=True)
   mount = ['mount', '-t', 'tmpfs', '-o', 'size=16m', 'tmpfs', str(run.workdir)]
   mounted = (
@@ -262,7 +260,7 @@ def full_disk(run: Run, chance: random.Random) -> str:
   )
   try:
     if not mounted:
-      raise Failure('a tmpfs needs the right to mount one: run as root')
+      raise Failure('no permission to mount a tmpfs: run as root')
     process = run.start()
     run.reaches(chance.randrange(5, STEPS // 2), process)
     filler = faults.fill(run.workdir)
@@ -279,7 +277,7 @@ def full_disk(run: Run, chance: random.Random) -> str:
       subprocess.run(['umount', str(run.workdir)], check=True)
   shutil.rmtree(run.workdir)
   target.rename(run.workdir)
-  return f'{lost} states not saved'
+  return f'{lost} checkpoints not saved'
 
 
 def nan_batch(run: Run, chance: random.Random) -> str:
@@ -302,7 +300,7 @@ def clock_jump(run: Run, chance: random.Random) -> str:
 
 
 def one_of_two(run: Run, chance: random.Random) -> str:
-  """SIGKILL of one of two processes: the other ends, both go on."""
+  """SIGKILL of one of two processes: the other ends, both resume."""
   run.processes = 2
   process = run.start()
   run.reaches(chance.randrange(1, STEPS - 60), process)
@@ -340,7 +338,7 @@ def trials(
   names: tuple[str, ...] = tuple(FAULTS),
   jobs: int = 2,
 ) -> Iterator[Trial]:
-  """Tries the faults in turn; the results as they come.
+  """Yields trials of the faults in turn.
 
   Raises:
     Failure: a run without faults does not finish.
@@ -375,7 +373,7 @@ def _text(root, fault):
 
 
 def _references(root, names):
-  """What the runs end with that nothing happens to."""
+  """Outcomes of the undisturbed runs."""
   root.mkdir(parents=True, exist_ok=True)
   words = np.random.default_rng(0).choice(['ab ', 'cde ', 'f\n'], 6000)
   (root / 'text.txt').write_text(''.join(words))
@@ -396,7 +394,7 @@ def _compare(got, want):
   (lines, state), (want_lines, want_state) = got, want
   for line, want_line in zip(lines, want_lines, strict=False):
     if line != want_line:
-      raise Failure(f'another step: {line}, not {want_line}')
+      raise Failure(f'step differs: {line}, not {want_line}')
   if len(lines) != len(want_lines):
     raise Failure(f'{len(lines)} steps, not {len(want_lines)}')
   for (path, a), b in zip(
@@ -409,7 +407,7 @@ def _compare(got, want):
 
 
 def _children(parent):
-  """Process number -> command line."""
+  """Maps the ids of child processes to their command lines."""
   listed = subprocess.run(
     ['ps', '-o', 'pid=,args=', '--ppid', str(parent)],
     capture_output=True,

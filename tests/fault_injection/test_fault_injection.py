@@ -1,4 +1,4 @@
-"""A trial of launch/harness.py, whose fifty are run by hand."""
+"""One trial of harness.py; fifty are run by hand."""
 
 import random
 
@@ -10,14 +10,14 @@ pytestmark = pytest.mark.long
 
 
 def test_a_run_survives(tmp_path):
-  """SIGKILL, and then its newest state is damaged."""
-  (trial,) = harness.trials(tmp_path / 'torture', 1, 0, ('flipped',), jobs=1)
+  """A SIGKILL, and bits flipped in its newest checkpoint."""
+  (trial,) = harness.trials(tmp_path / 'trials', 1, 0, ('flipped',), jobs=1)
   assert trial.fault == 'flipped'
   assert trial.survived, trial.said
 
 
-def test_what_is_not_survived_is_told(tmp_path):
-  """A run that ends elsewhere, and one that does not come to its end."""
+def test_failures_are_reported(tmp_path):
+  """A run that ends with other results, and one that does not finish."""
   run = harness.Run(tmp_path / 'run' / 'run', tmp_path / 'no such text')
   with pytest.raises(harness.Failure, match=r'status 2.*no such text'):
     run.finish()

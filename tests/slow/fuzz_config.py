@@ -1,23 +1,23 @@
-"""Random settings: one training step, or one line that says why not.
+"""Tries random settings: one training step, or an error of one line.
 
     python tests/slow/fuzz_config.py --configs 2000 --seed 0 --minutes 60
 
 Changes one to four settings at a time of small models (dense, with experts, in
-a pipeline, both), most to proper values, some to nonsense: other types, the
-ends of ranges, nan, misspelt names (`settings_strategies`). Each case goes as a
-dict and as a command line, which must agree. What is accepted has to compile on
-eight CPU devices, start with a finite loss, make an update of finite parameters
-and trace what scores and probes; what is refused has to be by a ValueError or
-OSError of one line that names a setting that was changed and its value.
-Anything else is a failure, as are a crash and more than `runner.SECONDS`.
-Settings that make the same programs are run once. Comparisons are only made,
-and some cases go through launch/train.py as well. A model is not tried if it is
-not refused but would take more than `runner.ROOM` or too long to compile here.
+a pipeline, both), most to valid values, some to invalid ones: other types, the
+ends of ranges, nan, misspelt names (`settings_strategies`). Each case is given
+as a dict and as a command line, which must agree. Accepted settings must
+compile on eight CPU devices, start with a finite loss, make an update of finite
+parameters and trace scoring and probes; rejected ones must raise a ValueError
+or OSError of one line that names a changed setting and its value. Anything else
+is a failure, as are a crash and more than `runner.SECONDS`. Settings that make
+the same programs are run once. Comparisons are only built, and some cases also
+run through launch/train.py. An accepted model is not tried if it would take
+more than `runner.ROOM` or too long to compile here.
 
-Prints the counts and, for a failure, the simplest settings that Hypothesis
-finds to fail; exit status 1 for failures. What is refused takes three minutes;
-a program takes 5 s of an idle core or more, and is compiled for as long as
-`--minutes`. tests/config/test_fuzz_config.py does less.
+Prints the counts and, for a failure, the simplest failing settings that
+Hypothesis finds; exit status 1 for failures. The rejected cases take three
+minutes; a program takes 5 s of an idle core or more, and programs are compiled
+for `--minutes`. tests/config/test_fuzz_config.py does less.
 """
 
 import argparse
@@ -55,12 +55,12 @@ from mhc.config import comparison, dicts
 from mhc.runtime import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Cases of a search; it ends with the first that fails.
+# Cases of one search, which ends with the first failure.
 CHUNK = 100
 
 
 def command(settings: dict[str, Any]) -> list[str]:
-  """The flags that ask for them."""
+  """Returns the flags for these settings."""
   return [
     f'--config.{name}={value if isinstance(value, str) else repr(value)}'
     for name, value in settings.items()
@@ -68,13 +68,13 @@ def command(settings: dict[str, Any]) -> list[str]:
 
 
 def shown(case: strategies.Case) -> str:
-  """A command line that shows the case."""
+  """Returns a command line that reproduces the case."""
   given = [*command(case.base | case.changes), '--workdir=/tmp/fuzz']
   return f'python launch/train.py {" ".join(map(shlex.quote, given))[:1500]}'
 
 
 def from_flags(settings: dict[str, Any]) -> config_lib.Config:
-  """As `launch/train.py --config.NAME=VALUE ...` makes it."""
+  """Builds the config as `launch/train.py --config.NAME=VALUE ...` does."""
   arguments = ['train.py', f'--config={ROOT / "configs" / "tiny.py"}']
   arguments += command(settings)
   values = flags.FlagValues()
@@ -86,7 +86,7 @@ def from_flags(settings: dict[str, Any]) -> config_lib.Config:
 
 
 def spellings(value) -> set[str]:
-  """How a message may write a value, that of a flag included."""
+  """Ways to write a value in a message, also as a flag's value."""
   found = {str(value), repr(value)}
   if isinstance(value, list | tuple):
     numbers = tuple(_float(v) if type(v) is int else v for v in value)
@@ -104,7 +104,7 @@ def _float(value) -> float:
 
 
 def unclear(message: str, changes: dict[str, Any]) -> str:
-  """What is wrong with a refusal, '' for nothing."""
+  """Returns what is wrong with an error message, '' for nothing."""
   if '\n' in message:
     return 'more than one line'
   unknown = re.match(r"unknown setting '(?:base\.|config\.)?(.*?)';", message)
@@ -120,7 +120,7 @@ def unclear(message: str, changes: dict[str, Any]) -> str:
 
 
 def refusal(make, changes) -> tuple[Any, str, str]:
-  """(what it makes, '' or why it refuses, '' or what is wrong with that)."""
+  """(result, error message or '', '' or what is wrong with the message)."""
   try:
     return make(), '', ''
   except (ValueError, OSError) as error:
@@ -175,7 +175,7 @@ def check_comparison(changes: tuple[dict, dict]) -> tuple[str, str]:
     made, why, wrong = refusal(make, named)
   except Exception as error:
     return 'failed', repr(error)
-  # About a run it names the run's setting, not the panel's list.
+  # An error about a run names the run's setting, not the panel's list.
   if wrong and not any(name.removesuffix('s') in why for name in panel):
     return 'failed', f'{wrong}: {why}'
   return ('made' if made else 'refused'), why
@@ -225,7 +225,7 @@ class Search:
     self.counts, self.shrinking = collections.Counter(), False
 
   def __call__(self, what: str, strategy, check, number: int):
-    """Takes so many cases of a strategy; `check` returns outcome, message."""
+    """Tries `number` cases of a strategy; `check` returns outcome, message."""
     for start in range(0, number, CHUNK):
       self._chunk(what, strategy, check, min(CHUNK, number - start), start)
       print(f'{what} {start + CHUNK}: {dict(self.counts)}', flush=True)
@@ -251,7 +251,7 @@ class Search:
       phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
     )
     source = random.Random(f'{self._seed} {what} {start}')
-    # What fails by chance is a failure, too.
+    # A flaky failure counts as a failure.
     none = hypothesis.errors.NoSuchExample, hypothesis.errors.Flaky
     with contextlib.suppress(*none):
       hypothesis.find(strategy, fails, settings=settings, random=source)
@@ -274,7 +274,7 @@ def main() -> int:
     '--minutes',
     type=float,
     default=600,
-    help='After which nothing is compiled any more.',
+    help='Minutes after which no further programs are compiled.',
   )
   arguments = parser.parse_args()
   end = time.monotonic() + 60 * arguments.minutes

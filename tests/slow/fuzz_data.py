@@ -1,15 +1,16 @@
-"""Malformed data of every format: good batches, or one line that says why not.
+"""Tries malformed data of every format: good batches, or an error of one line.
 
     python tests/slow/fuzz_data.py --files 500 --seed 0
 
-Makes that many damaged copies of good data (text, JSON lines, Parquet,
-ArrayRecord, folders of tokens with and without digests, nanoGPT's and llm.c's
-files, a vocabulary) and goes with each the way of a run, and of a preparation,
+Makes --files corrupted copies of good data (text, JSON lines, Parquet,
+ArrayRecord, token folders with and without digests, nanoGPT's and llm.c's
+files, a vocabulary) and loads each as a run does, and as the tokenisation does,
 with data.on_damage 'stop' and 'skip'. Whatever ends neither in batches of
 tokens of the vocabulary nor in a ValueError or OSError of one line that names
-the place is a failure, as are a hang and a crash. Of tokens with digests no row
-may be another than was written. Some go through launch/train.py as well. Prints
-the counts, exit status 1 for failures; tests/data/test_corruption.py does less.
+the place is a failure, as are a hang and a crash. Tokens with digests must give
+exactly the rows that were written. Some cases also run through launch/train.py.
+Prints the counts, exit status 1 for failures; tests/data/test_corruption.py
+does less.
 """
 
 import argparse
@@ -41,7 +42,7 @@ VOCAB = 320
 SETTINGS = config.DataConfig(seq_len=32, batch_size=8)
 SECONDS = 60
 WAY_OUT = 'prepare|repair|set |bring |convert |give |name the |shorten |choose '
-# Kinds that hold documents, so that they can be prepared.
+# Kinds that hold documents, which can be tokenised.
 DOCUMENTS = ('text', 'jsonl', 'parquet', 'packed', 'array_record')
 TOKENS = ('bytes', 'bpe', 'old', 'nanogpt', 'llmc')
 KINDS = (*DOCUMENTS, *TOKENS, 'tokenizer')
@@ -52,7 +53,7 @@ NONSENSE = (
 
 
 def make_good(folder: pathlib.Path):
-  """One folder of good data a kind."""
+  """Writes one folder of good data per kind."""
   rng = np.random.default_rng(0)
   words = np.array(['ab ', 'cde ', 'f\n', 'ü', '<|stop|>', '日本 '])
   texts = [
@@ -115,7 +116,7 @@ def _files(folder):
 
 
 def _edit(change):
-  """Damage to the bytes of one file, from what does it to a bytearray."""
+  """Turns a change of a bytearray into damage to one file."""
 
   def damage(rng, file, good):
     content = bytearray(file.read_bytes())
@@ -202,7 +203,7 @@ def other_encoding(rng, content):
 
 @_edit
 def nonsense_value(rng, content):
-  """Some JSON value, which may stand in the middle of a file, is another."""
+  """Replaces some JSON value, which may be in the middle of a file."""
   values = list(re.finditer(rb': ("[^"]*"|[\d.]+|\[[^\]]*\])', content))
   value = NONSENSE[rng.integers(len(NONSENSE))].encode()
   if not values:
@@ -254,13 +255,13 @@ def removed(rng, file, good):
 
 
 def foreign(rng, file, good):
-  """A file of another kind under this name."""
+  """Puts a file of another kind under this name."""
   others = [other for kind in KINDS for other in _files(good / kind)]
   shutil.copy(others[rng.integers(len(others))], file)
 
 
 def swapped(rng, file, good):
-  """Two files of the folder under each other's name."""
+  """Swaps two files of the folder."""
   others = _files(file.parent)
   other = others[rng.integers(len(others))]
   mine, theirs = file.read_bytes(), other.read_bytes()
@@ -275,7 +276,7 @@ def odd_name(rng, file, good):
 
 
 def other_columns(rng, file, good):
-  """Where that makes a Parquet file; of the wrong types."""
+  """Writes a Parquet file of other columns or types."""
   values = [
     {'text': list(range(50))},
     {'body': ['x'] * 50},
@@ -330,7 +331,7 @@ ONLY = {
 
 
 def damaged(number: int, seed: int, good: pathlib.Path, folder: pathlib.Path):
-  """Case `number`: what it is, and a damaged copy in `folder`."""
+  """Writes case `number`, a corrupted copy, to `folder`; returns kind, name."""
   rng = np.random.default_rng([seed, number])
   kind = KINDS[number % len(KINDS)]
   shutil.copytree(good / kind, folder)
@@ -349,7 +350,7 @@ def damaged(number: int, seed: int, good: pathlib.Path, folder: pathlib.Path):
 
 
 def _few_batches(path, policy):
-  """What a run reads first, checked for what the model relies on."""
+  """Reads a run's first batches, and checks what the model relies on."""
   batches_lib.load.cache_clear()
   corpus = batches_lib.load(path, policy)
   batches_lib.check_vocabulary(corpus, VOCAB)
@@ -380,7 +381,7 @@ def _prepared(path, policy, out, tokenizer='bytes'):
 
 @functools.cache
 def _written(folder):
-  """All rows that a good folder of tokens has."""
+  """All rows of a good folder of tokens."""
   rows = set()
   for shard in token_dataset.read(folder).train:
     values = shard[:].astype(np.int32)
@@ -390,7 +391,7 @@ def _written(folder):
 
 
 def check(number: int, seed: int, good: pathlib.Path, scratch: pathlib.Path):
-  """(what, outcome, message) of every way that case `number` goes.
+  """Yields (what, outcome, message) of every way to load case `number`.
 
   The outcome is 'clean', 'refused' or 'failed'.
   """
@@ -438,7 +439,7 @@ def check(number: int, seed: int, good: pathlib.Path, scratch: pathlib.Path):
 
 
 def launched(number: int, seed: int, good: pathlib.Path, scratch: pathlib.Path):
-  """The same of launch/train.py, as a user runs it."""
+  """The same for launch/train.py, as a user runs it."""
   folder = scratch / f'case{number}'
   _, what = damaged(number, seed, good, folder)
   for policy in POLICIES:
@@ -473,7 +474,7 @@ def launched(number: int, seed: int, good: pathlib.Path, scratch: pathlib.Path):
 
 
 def _child(arguments, scratch):
-  """Cases in a process of their own, a line of JSON each."""
+  """Checks cases in a process of their own; prints a line of JSON for each."""
   out = os.fdopen(os.dup(1), 'w')
   os.dup2(2, 1)
   for number in range(arguments.first, arguments.files):
@@ -484,7 +485,7 @@ def _child(arguments, scratch):
 
 
 def _watched(arguments, scratch):
-  """Results of all cases, a process that crashed or hung counted as failed."""
+  """Yields results of all cases; one whose process crashed or hung failed."""
   first = 0
   while first < arguments.files:
     child = subprocess.Popen(
@@ -544,7 +545,7 @@ def main() -> int:
       for number in range(arguments.launches):
         step = max(1, arguments.files // arguments.launches)
         place = scratch / 'good', scratch
-        # A prime more each time, so that all kinds have their turn.
+        # One more each time, so that all kinds have their turn.
         case = (number * step + number) % arguments.files
         yield from launched(case, arguments.seed, *place)
 

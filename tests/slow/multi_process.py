@@ -1,14 +1,14 @@
-"""Many processes against one, on a mesh of all three axes.
+"""Compares several processes with one, on a mesh of all three axes.
 
     python tests/slow/multi_process.py
 
 Trains mHC with experts for 20 steps on data 2 x pipe 2 x expert 2 devices that
 belong to one, two and four processes; all losses and gradient norms must be
-within 1e-5 of the one process's. From the checkpoint that two of them saved
-together half-way, four go on with another mesh and one with yet another, to the
-same losses. Then what Gloo sums and scatters is compared with numpy, and
-SIGTERM has to end in a checkpoint. A line a check, exit status 1 if one fails;
-about ten minutes on two cores. tests/runtime/test_multihost.py does less.
+within 1e-5 of the one process's. From the checkpoint that two processes saved
+half-way, four resume on another mesh and one on yet another, to the same
+losses. Then Gloo's psum_scatter is compared with numpy, and SIGTERM must end in
+a checkpoint. One line per check, exit status 1 if one fails; about ten minutes
+on two cores. tests/runtime/test_multihost.py does less.
 """
 
 import os
@@ -52,14 +52,14 @@ TINY = dict(
 
 
 def write_text(folder: pathlib.Path) -> dict:
-  """Something to learn, as a change of settings."""
+  """Writes a text to learn; returns the settings that use it."""
   words = np.random.default_rng(0).choice(['ab ', 'cde ', 'f\n'], 4000)
   (folder / 'book.txt').write_text(''.join(words))
   return dict(data=dict(path=str(folder / 'book.txt')))
 
 
 def merge(*changes: dict) -> dict:
-  """The later, the stronger."""
+  """Merges nested settings, of which the last ones win."""
   merged = {}
   for change in changes:
     for name, value in change.items():
@@ -72,7 +72,7 @@ def merge(*changes: dict) -> dict:
 def start(
   workdir: pathlib.Path, changes: dict, processes: int, devices: int
 ) -> subprocess.Popen:
-  """Many processes, through the launcher."""
+  """Starts a run of several processes, through the launcher."""
   settings = [f'--config.{k}={v}' for k, v in dicts.leaves(changes).items()]
   main = ROOT / 'launch' / 'train.py'
   return launch(processes, devices, main, f'--workdir={workdir}', *settings)
@@ -90,7 +90,7 @@ def launch(processes: int, devices: int, *command) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, timeout: float) -> tuple[int, str, str]:
-  """Exit status, stdout, stderr; at the latest after `timeout` seconds."""
+  """Returns exit status, stdout, stderr; ends it after `timeout` seconds."""
   try:
     out, error = process.communicate(timeout=timeout)
   finally:
@@ -102,12 +102,12 @@ def finish(process: subprocess.Popen, timeout: float) -> tuple[int, str, str]:
 
 
 def alone(workdir: pathlib.Path, changes: dict):
-  """In this process, on its devices."""
+  """Trains in this process, on its devices."""
   run.train(dicts.replace(config.Config(), **changes), workdir)
 
 
 def half_way(folder: pathlib.Path, step: int) -> pathlib.Path:
-  """A run of its own that has come no further than that checkpoint."""
+  """Copies a run as it was at its checkpoint of `step`."""
   copy = folder.with_name(folder.name + '-copy')
   shutil.rmtree(copy, ignore_errors=True)
   shutil.copytree(folder, copy)
@@ -119,10 +119,10 @@ def half_way(folder: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def difference(folder: pathlib.Path, reference: pathlib.Path) -> dict:
-  """The largest relative one of losses and gradient norms, over all steps.
+  """The largest relative differences of losses and gradient norms, over steps.
 
-  Not of gains, which are 1 up to what Sinkhorn's iterations leave: that hangs
-  on parameters whose gradients are rounding errors, and Adam scales those up.
+  Gains are excluded: they are 1 up to Sinkhorn's residual, which depends on
+  parameters whose gradients are rounding errors, and Adam scales those up.
   """
   both = [
     files.read_lines(path / 'metrics.jsonl') for path in (folder, reference)
@@ -141,7 +141,7 @@ def difference(folder: pathlib.Path, reference: pathlib.Path) -> dict:
 
 
 def scatter():
-  """What a process of the check of psum_scatter does."""
+  """Checks psum_scatter in one of several processes."""
   given = dict(a.removeprefix('--').split('=') for a in sys.argv if '=' in a)
   jax.distributed.initialize(
     given['coordinator'], int(given['num_processes']), int(given['process_id'])
@@ -182,7 +182,7 @@ FULL = dict(
   probe_every=10,
   checkpoint_every=10,
 )
-# The checkpoint of two processes goes on in so many, on such meshes.
+# (processes, settings) that resume from the checkpoint of two processes.
 OTHERS = (
   (4, dict(mesh=dict(pipe=2, expert=4, schedule='1f1b'))),
   (1, dict(mesh=dict(pipe=1, expert=2), data=dict(microbatch_size=2))),
@@ -238,7 +238,7 @@ def main():
     status, _, error = finish(process, timeout=300)
     report('psum_scatter', status == 0, error if status else '')
 
-    workdir = folder / 'told'
+    workdir = folder / 'stopped'
     long = merge(TINY, write_text(folder), dict(num_steps=5000))
     process = start(workdir, long, 2, 1)
     deadline = time.monotonic() + 300

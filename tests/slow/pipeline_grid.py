@@ -1,10 +1,10 @@
-"""Gradients of every schedule, mesh and kind against one device.
+"""Compares gradients of every schedule, mesh and kind with one device.
 
     python tests/slow/pipeline_grid.py              float32, within 3e-5
     python tests/slow/pipeline_grid.py --x64        float64, within 1e-11
 
-132 cases of a few seconds each, half an hour on two cores; a line a case, exit
-status 1 if one fails. `--only=TEXT` takes the cases whose line contains it.
+132 cases of a few seconds each, half an hour on two cores; one line per case,
+exit status 1 if one fails. `--only=TEXT` runs the cases whose line contains it.
 Buffers and idle devices are filled with NaN throughout.
 tests/pipeline/test_executor.py runs some of the cases.
 """
@@ -31,7 +31,7 @@ import numpy as np
 
 if __name__ == '__main__' and '--x64' in sys.argv:
   jax.config.update('jax_enable_x64', True)
-  # What is float32 whatever the activations are.
+  # The parts that are float32 regardless of the activations.
   jnp.float32 = jnp.float64
 
 from mhc import config as config_lib
@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 def cases():
-  """All of the grid; transports, heads and sub-batches take turns."""
+  """Yields the grid; transports, heads and sub-batches take turns."""
   turn = itertools.count()
   for experts, kind, mesh in itertools.product((False, True), KINDS, MESHES):
     if mesh[2] > 1 and not experts:
@@ -80,7 +80,7 @@ def cases():
 def config(
   case: Case, dtype: str = 'float32', recompute: str = 'mhc'
 ) -> config_lib.Config:
-  """With as many blocks as the longest pipeline has stages, and one more."""
+  """A config with one block more than the pipeline has stages, at least 5."""
   data, pipe, expert = case.mesh
   stages = pipe * (1 if case.schedule in ('gpipe', '1f1b') else 2)
   moe = config_lib.MoEConfig()
@@ -91,7 +91,7 @@ def config(
       num_dense_blocks=1,
       balance_loss=0.1,
       transport=case.transport,
-      # So small that there are further rounds.
+      # So small that there are overflow rounds.
       buffer_factor=0.75,
     )
   model = config_lib.ModelConfig(
@@ -123,14 +123,14 @@ def config(
 
 
 def gradient(settings: config_lib.Config) -> dict:
-  """Loss, gradient and loads of generic parameters, in order of depth."""
+  """Loss, gradient and loads at generic parameters, in depth order."""
   mesh = mesh_lib.make_mesh(settings.mesh, settings.data)
   p = Placement(settings, mesh)
   rng = np.random.default_rng(0)
 
   def generic(path, leaf):
-    # Norms, gates and what reads and writes around 1. HC's own mappings near
-    # I, or they would amplify rounding from block to block.
+    # Norms, gates, H_pre and H_post are around 1. HC's own mappings are near I,
+    # or they would amplify rounding from block to block.
     name, noise = path[-1].key, 0.2 * rng.normal(size=leaf.shape)
     if name in ('theta_res', 'bias_res'):
       noise *= 0.1
@@ -168,10 +168,10 @@ def _filled(shapes, *extra, value):
 
 
 def worst(got: dict, want: dict) -> tuple[float, str]:
-  """The largest error, relative to the largest value of its array; where.
+  """The largest error, relative to the largest value of its array; its path.
 
-  Or to a thousandth of the largest of all: what the first sub-layer reads by
-  has no gradient but for rounding, its streams being equal and normed.
+  At least relative to a thousandth of the largest of all: the first sub-layer's
+  H_pre has no gradient but rounding, its streams being equal and normed.
   """
   errors = {}
   least = 1e-3 * max(
@@ -187,7 +187,7 @@ def worst(got: dict, want: dict) -> tuple[float, str]:
 
 
 def reference(case: Case, dtype: str = 'float32') -> dict:
-  """Of one device, which computes nothing again."""
+  """The gradient on one device, without recomputation."""
   settings = config(case, dtype, recompute='none')
   return gradient(
     dataclasses.replace(

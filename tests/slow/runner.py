@@ -1,4 +1,4 @@
-"""Runs settings for a step, each program once, in a process with limits."""
+"""Runs settings for one step, each program once, in a process with limits."""
 
 from collections.abc import Callable
 import contextlib
@@ -24,9 +24,9 @@ from mhc.parallel.placement import Placement
 from mhc.training import checkpoint
 from mhc.training import step
 
-# Seconds of a core that a case may take.
+# CPU seconds that a case may take.
 SECONDS = 60
-# Bytes that a case may take by formula, and a process in all.
+# Bytes that a case may take by formula, and a process in total.
 ROOM, LIMIT = 2**29, 10 * 2**30
 # Settings that compiled programs do not depend on.
 OUTSIDE = {
@@ -48,7 +48,7 @@ Check = Callable[[strategies.Case, 'Runner'], tuple[str, str]]
 
 
 def nested(settings: dict[str, Any]) -> dict[str, Any]:
-  """Dotted names as groups; a name below a setting stays as it is."""
+  """Turns dotted names into nested groups."""
   tree = {}
   for name, value in settings.items():
     *path, last = name.split('.')
@@ -56,7 +56,7 @@ def nested(settings: dict[str, Any]) -> dict[str, Any]:
     for part in path:
       place = place.setdefault(part, {})
       if not isinstance(place, dict):
-        raise ValueError(f'{name}={value!r} is no setting')
+        raise ValueError(f'{name}={value!r} is not a setting')
     place[last] = value
   return tree
 
@@ -104,15 +104,15 @@ class Runner:
   """Runs configs, each program once.
 
   Attributes:
-    work: 'check' does what `train.train` does before any work, 'build' what
-      comes before something compiles, 'all' everything.
+    work: 'check' does what `run.train` does before any work, 'build' everything
+      before a compilation, 'all' everything.
   """
 
   def __init__(self, work: Work = 'all'):
     self.work, self._done, self._compiled = work, set(), 0
 
   def __call__(self, config: config_lib.Config) -> str:
-    """Makes one step as `train.train` does; returns what became of it."""
+    """Makes one step as `run.train` does; returns the outcome."""
     corpus, vocab_size = batches_lib.load_for(config), config.model.vocab_size
     batches = batches_lib.train_batches(
       corpus, config.data, config.seed, vocab_size
@@ -150,7 +150,7 @@ class Runner:
       step._build.cache_clear()
       jax.clear_caches()
     self._step(config, corpus, heldout, programs)
-    self._done.update(keys)  # what fails would fail again
+    self._done.update(keys)  # not if it failed: it would fail again
     return 'ran'
 
   def _step(self, config, corpus, heldout, programs):
@@ -194,19 +194,19 @@ class Runner:
 
 
 class Child:
-  """A process that checks case after case; another follows one that ended."""
+  """A process that checks case after case, replaced when it ends."""
 
   def __init__(self, check: Check, scratch: pathlib.Path):
     self._check, self._errors = check, scratch / 'stderr'
     self._process = None
 
   def __call__(self, case: strategies.Case, work: Work) -> tuple[str, str]:
-    """Returns what `check` does, or 'failed' for a crash or too long a time."""
+    """Returns the result of `check`, or 'failed' for a crash or a timeout."""
     if self._process is None:
       self._start()
     try:
       self._pipe.send((case, work))
-      # The child counts its own time; others may have most of the machine's.
+      # The child counts its own CPU time; the machine may be busy.
       if self._pipe.poll(5 * SECONDS):
         result, took = self._pipe.recv()
         slow = 'failed', f'took {took:.0f} s'

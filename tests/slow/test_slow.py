@@ -1,7 +1,6 @@
-"""The slow proofs as tests: `pytest -m slow tests/slow`, hours in all.
+"""The slow proofs as tests: `pytest -m slow tests/slow`, hours in total.
 
-Each is a script that is as well run by hand; tests/README.md says what it
-proves.
+Each is a script that can also be run by hand; tests/README.md describes them.
 """
 
 import faulthandler
@@ -13,13 +12,13 @@ import sys
 import pytest
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
-# What conftest sets is for its own process.
+# Variables that conftest sets for its own process only.
 SET = ('JAX_PLATFORMS', 'TRITON_INTERPRET', 'XLA_FLAGS')
 
 
 @pytest.fixture
 def no_time_limit():
-  """Takes back the five minutes of pyproject.toml's faulthandler_timeout."""
+  """Cancels pyproject.toml's faulthandler_timeout of five minutes."""
   faulthandler.cancel_dump_traceback_later()
 
 
