@@ -1,26 +1,23 @@
-"""The states of a run, saved so that it can go on, and never believed unread.
+"""Checkpoints of a run: saved in the background, verified when restored.
 
-    checkpoints/STEP/state   parameters, optimiser, biases, in order of depth
-    checkpoints/STEP/record  what `state` is: format, settings, and of every
-                             array type, shape and fingerprint; beside it what
-                             else goes on from there (the position in the data)
-    damaged/STEP             what turned out to be unreadable or not what was
-                             written
+    checkpoints/STEP/state   parameters, optimiser, biases, in depth order
+    checkpoints/STEP/record  format, settings, type, shape and checksum of every
+                             array, and the other values that a resumed run
+                             needs (the position in the data)
+    damaged/STEP             corrupted checkpoints
 
 A state is copied off the devices at once and written in the background, under a
-temporary name that is dropped when all of it is there: a killed process leaves
-the one before. Processes that train together write it together, each its part
-of the arrays; other processes, on another mesh, can go on from it.
+temporary name until it is complete: a killed process leaves the previous one.
+Processes that train together write it together, each its part of the arrays;
+other processes, on another mesh, can resume from it.
 
-A state that is read is compared with its record, bit for bit. One that is
-damaged is set aside and the one before it is taken; one that is whole but of
-another run is refused, and so is a disk that does not let itself be read.
+A state that is read is compared with its record, bit for bit. A corrupted one
+is moved to damaged/ and the previous one is restored; an intact one of another
+run raises an error, and so does one that cannot be read for lack of permission.
 """
 
 from collections.abc import Callable, Mapping
 import contextlib
-import hashlib
-import json
 import math
 import os
 import pathlib
@@ -32,24 +29,17 @@ import jax
 import orbax.checkpoint as ocp
 
 from mhc import config as config_lib
-from mhc.config import dicts
 from mhc.runtime import console
-from mhc.runtime import files
 from mhc.runtime import multihost
-from mhc.training import checksum
+from mhc.training import checkpoint_record
 from mhc.training import orbax_workarounds
 from mhc.training import state as state_lib
 from mhc.training import workdir as workdir_lib
-
-FORMAT = 'mhc checkpoint 1'
-
-
-class Damaged(Exception):
-  """A checkpoint that is not what was written."""
+from mhc.training.checkpoint_record import Corrupted
 
 
 class Saved(NamedTuple):
-  """A state in order of depth, and what else was saved with it."""
+  """A state in depth order, and the extra values saved with it."""
 
   state: state_lib.TrainState
   extra: dict[str, Any]
@@ -58,16 +48,16 @@ class Saved(NamedTuple):
 def restore_model(
   workdir: pathlib.Path, device: jax.Device | None = None
 ) -> state_lib.TrainState:
-  """The newest whole state of a run but for the optimiser's, on one device.
+  """Restores the newest intact state, without optimiser, to one device.
 
-  A third of the bytes of a state are read, and no step is built.
+  It reads a third of the bytes of a state, and builds no step.
 
   Args:
-    workdir: the run's folder, which is not changed.
+    workdir: work directory of the run, which is not changed.
     device: by default the first one.
 
   Raises:
-    ValueError: no run is there, it has no state yet, or none that is whole.
+    ValueError: there is no run, no checkpoint yet, or none that is intact.
   """
   config = workdir_lib.read_config(workdir)
   return restore(workdir, state_lib.abstract_model(config.model, device))
@@ -76,14 +66,14 @@ def restore_model(
 def restore(
   workdir: pathlib.Path, abstract: state_lib.TrainState
 ) -> state_lib.TrainState:
-  """The newest whole state of the run in `workdir`, which is not changed.
+  """Restores the newest intact state of the run in `workdir`.
 
   Args:
-    workdir: the run's folder.
+    workdir: work directory of the run, which is not changed.
     abstract: as for `Checkpoints.restore`.
 
   Raises:
-    ValueError: it has none yet, or none that is whole.
+    ValueError: there is no checkpoint yet, or none that is intact.
   """
   saved = None
   if (workdir / workdir_lib.CHECKPOINTS).is_dir():
@@ -96,7 +86,7 @@ def restore(
 
 
 class Checkpoints:
-  """The states saved under `workdir`; with `reading`, nothing is changed."""
+  """The checkpoints in `workdir`; with `reading`, nothing is changed."""
 
   def __init__(
     self,
@@ -106,12 +96,12 @@ class Checkpoints:
     reading: bool = False,
     failed: Callable[[int, str], None] = lambda step, reason: None,
   ):
-    """`failed` hears of each state that could not be written, and why."""
+    """`failed` is called with every step that is not saved or corrupted."""
     self._workdir, self._config = workdir.absolute(), config
     self._states = self._workdir / workdir_lib.CHECKPOINTS
     self._reading, self._failed = reading, failed
     self._writing: int | None = None
-    self._last_save_ok = True  # so far, the last one
+    self._last_save_ok = True
     self._open()
     self._closing = contextlib.ExitStack()
     self._closing.enter_context(orbax_workarounds.draining_event_loops())
@@ -125,27 +115,20 @@ class Checkpoints:
     self._closing.close()
 
   def steps(self) -> list[int]:
-    """Of the states there are, the newest first."""
+    """Returns the steps of the checkpoints, the newest first."""
     return sorted(self._manager.all_steps(), reverse=True)
 
   def save(self, state: state_lib.TrainState, extra: Mapping[str, Any]):
-    """Begins to save a state in order of depth under its number of updates.
+    """Begins to save a state in depth order under its number of updates.
 
-    What could not be written is said, to the user and to `failed`; the run goes
-    on, and tries again when it saves the next time.
+    A failure is logged and passed to `failed`; the run goes on, and tries again
+    at the next save.
     """
     self.wait()
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    record = _signed(
-      {
-        'format': FORMAT,
-        'config': dicts.leaves(self._config),
-        'arrays': _arrays(state),
-        'extra': dict(extra),
-      }
-    )
+    record = checkpoint_record.make(self._config, state, extra)
     self._writing = step
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
@@ -153,42 +136,41 @@ class Checkpoints:
     self._attempt(lambda: self._begin(step, args))
 
   def wait(self) -> bool:
-    """Until the last state is written; whether it was."""
+    """Waits until the last state is written; returns whether it was."""
     if self._writing is not None:
       self._attempt(self._written)
     return self._last_save_ok
 
   def restore(self, abstract: state_lib.TrainState) -> Saved | None:
-    """The newest whole state; None if none was ever saved.
+    """Restores the newest intact state; None if there is no checkpoint.
 
     Args:
-      abstract: of a state in order of depth, with the shardings to restore to;
-      without opt_state the optimiser's is not read.
+      abstract: an abstract state in depth order, with the shardings to restore
+        to; without opt_state the optimiser's is not read.
 
     Raises:
-      ValueError: one that is not damaged but of another run or version, one
-        that may not be read, or if all there are are damaged.
+      ValueError: a checkpoint is intact but of another run or version, one may
+        not be read, or all are corrupted.
     """
     self.wait()
     found = self.steps()
     for step in found:
       try:
         return self._read_twice(step, abstract)
-      except Damaged as damage:
-        self._set_aside(step, str(damage))
+      except Corrupted as error:
+        self._set_aside(step, str(error))
     if found:
       raise ValueError(
-        f'{self._workdir} has no checkpoint that is whole, see the messages '
-        'above: put one back, or start again with another --workdir'
+        f'{self._workdir} has no intact checkpoint, see the messages above: '
+        'put one back, or start again with another --workdir'
       )
     return None
 
   def discard(self, step: int):
-    """Deletes a state that is not to be taken again, if others are older.
+    """Deletes a checkpoint that led to alerts twice, if older ones exist.
 
-    What led into trouble twice, with other data the second time, is part of it.
-    One that has newer ones is left to `keep_checkpoints`, and so is the only
-    one.
+    Both times with other data, so the state itself is suspect. One that has
+    newer ones is left to `keep_checkpoints`; the only one is kept.
     """
     self.wait()
     newest, *older = self.steps() or [None]
@@ -208,7 +190,7 @@ class Checkpoints:
 
   def _begin(self, step, args):
     with multihost.raise_together():
-      # Threads of Orbax would wait ten minutes for a folder it cannot make.
+      # Orbax would wait ten minutes for a folder that it cannot create.
       if multihost.is_first():
         os.rmdir(tempfile.mkdtemp(dir=self._states))
     self._manager.save(step, args=args)
@@ -223,7 +205,7 @@ class Checkpoints:
     try:
       action()
       self._last_save_ok = True
-    except Exception as error:  # what storage and Orbax raise has many classes
+    except Exception as error:  # storage and Orbax raise many classes
       self._writing, self._last_save_ok = None, False
       reason = _one_line(error)
       console.print_line(
@@ -234,11 +216,11 @@ class Checkpoints:
       self._start_over()
 
   def _start_over(self):
-    """Makes room and forgets the failed attempt."""
+    """Deletes the partial files of a failed save and reopens the manager."""
     if multihost.is_first():
       for leftover in self._states.glob('*tmp*'):
         shutil.rmtree(leftover, ignore_errors=True)
-    with contextlib.suppress(Exception):  # the failure again, already said
+    with contextlib.suppress(Exception):  # the same failure, already logged
       self._manager.close()
     self._open()
 
@@ -249,48 +231,37 @@ class Checkpoints:
   def _read_twice(self, step, abstract):
     try:
       return self._read(step, abstract)
-    except Damaged:
-      # A shared disk may have had a bad moment.
+    except Corrupted:
+      # It may have been a transient error of a shared disk.
       return self._read(step, abstract)
 
   def _read(self, step, abstract):
     where = self._states / str(step)
-    old = where / 'data'
-    if old.is_dir() and not (where / 'record').exists():
+    if (where / 'data').is_dir() and not (where / 'record').exists():
       raise ValueError(
         f'{where} is of an earlier version of mhc, without a record: go on '
         'with that version, or choose another --workdir'
       )
     args = {'record': ocp.args.JsonRestore()}
-    record = _checked(self._load(step, args)['record'], where)
-    difference = workdir_lib.other_setting(record['config'], self._config)
-    if difference:
-      raise ValueError(
-        f'{where} is the state of a run with {difference}: it does not belong '
-        'here'
-      )
-    ours = _shapes(abstract)
-    theirs = {name: known[:2] for name, known in record['arrays'].items()}
-    if abstract.opt_state is None:
-      theirs = {
-        n: v for n, v in theirs.items() if n.split('.')[0] != 'opt_state'
-      }
-    for name in theirs | ours:
-      if ours.get(name) != theirs.get(name):
-        raise ValueError(
-          f'{where} holds {name}={theirs.get(name)}, this model and optimiser '
-          f'have {ours.get(name)}: it does not belong here'
-        )
+    signed = self._load(step, args)['record']
+    record = checkpoint_record.verified(signed, where)
+    checkpoint_record.check_config(record, self._config, where)
+    # Earlier versions named SinglePass.next_mhc `inner`. Their states are read
+    # for one release; this and `renamed` go with the next.
+    is_old = any('.inner.' in name for name in record['arrays'])
+    if is_old:
+      abstract = checkpoint_record.renamed(abstract, 'next_mhc', 'inner')
+    checkpoint_record.check_shapes(record, abstract, where)
     args = {'state': _restore_args(abstract)}
     loaded = self._load(step, args)['state']
     if not isinstance(loaded, dict):
       loaded = dict(zip(state_lib.TrainState._fields, loaded, strict=True))
     state = abstract._replace(**loaded)
-    for name, digits in checksum.tree_checksums(state).items():
-      if digits != record['arrays'][name][2]:
-        raise Damaged(f'{name} is not what was written')
+    checkpoint_record.check_sums(record, state)
     if int(state.step) != step:
-      raise Damaged(f'it is the state after step {int(state.step)}')
+      raise Corrupted(f'it is the state after step {int(state.step)}')
+    if is_old:
+      state = checkpoint_record.renamed(state, 'inner', 'next_mhc')
     return Saved(state, record['extra'])
 
   def _load(self, step, args):
@@ -300,11 +271,11 @@ class Checkpoints:
       )
     except Exception as failure:  # of any class, see `_attempt`
       where = self._states / str(step)
-      error = _refusal(where) or failure
+      error = _permission_error(where) or failure
     reason = _one_line(error)
     if isinstance(error, PermissionError) or 'PERMISSION_DENIED' in reason:
       raise ValueError(f'{where} may not be read: {reason}')
-    raise Damaged(reason)
+    raise Corrupted(reason)
 
   def _set_aside(self, step, reason):
     source = self._states / str(step)
@@ -318,11 +289,11 @@ class Checkpoints:
       target = next(aside / n for n in names if not (aside / n).exists())
       source.rename(target)
       console.print_line(
-        f'{source} is damaged ({reason}): moved to {target}; the one before it '
-        'is taken.'
+        f'{source} is damaged ({reason}): moved to {target}; the previous one '
+        'is restored.'
       )
     self._failed(step, f'damaged: {reason}')
-    multihost.all_gather_text('')  # until it is done
+    multihost.all_gather_text('')  # a barrier: it has been moved
     self._manager.reload()
 
 
@@ -344,7 +315,7 @@ def check_room(workdir: pathlib.Path, abstract: state_lib.TrainState):
 
 
 def _restore_args(abstract):
-  """All of a state or, without the optimiser's, the parts that there are."""
+  """Arguments for a whole state or, without opt_state, its other fields."""
   if abstract.opt_state is not None:
     return ocp.args.StandardRestore(abstract)
   item = {n: tree for n, tree in abstract._asdict().items() if tree is not None}
@@ -355,52 +326,8 @@ def _restore_args(abstract):
   )
 
 
-def _shapes(tree):
-  """Path -> [dtype, shape], in the order of `fingerprint.of`."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='.'): [
-      leaf.dtype.name,
-      [*leaf.shape],
-    ]
-    for path, leaf in leaves
-  }
-
-
-def _arrays(state):
-  digits = checksum.tree_checksums(state)
-  return {
-    name: [*known, digits[name]] for name, known in _shapes(state).items()
-  }
-
-
-def _digest(record):
-  text = json.dumps(record, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _signed(record):
-  record = json.loads(json.dumps(files.jsonable(record)))
-  return {'record': record, 'sha256': _digest(record)}
-
-
-def _checked(signed, where):
-  try:
-    record, digest = signed['record'], signed['sha256']
-  except (TypeError, KeyError):
-    raise Damaged('its record is not one') from None
-  if _digest(record) != digest:
-    raise Damaged('its record is not what was written')
-  if record['format'] != FORMAT:
-    raise ValueError(
-      f'{where} is in the format {record["format"]!r}, this version of mhc '
-      f'reads {FORMAT!r}: go on with the version that wrote it'
-    )
-  return record
-
-
-def _refusal(where):
-  """Of a folder that may not be listed: what is in it seems to be missing."""
+def _permission_error(where):
+  """Returns that of a folder that may not be listed, and so seems empty."""
   errors = []
   for _ in where.walk(on_error=errors.append):
     pass

@@ -1,13 +1,16 @@
-"""One run in one folder (`workdir`), from its last checkpoint to its summary.
+"""One run in one work directory, from its last checkpoint to its summary.
 
-With many processes (`multihost`) each does all of this, and the first one
-writes the files; the folder must be one that all of them see.
+With several processes (`multihost`) each does all of this, and the first one
+writes the files; all of them must see the same work directory.
 """
 
 import json
 import pathlib
+from typing import NamedTuple
 
+import grain
 import jax
+import numpy as np
 
 from mhc import config as config_lib
 from mhc.config import dicts
@@ -26,6 +29,14 @@ from mhc.training import step as step_lib
 from mhc.training import workdir as workdir_lib
 
 
+class Data(NamedTuple):
+  """What a run reads: batches to train on, rows to evaluate on."""
+
+  corpus: batches_lib.Corpus
+  batches: grain.DatasetIterator
+  heldout: np.ndarray
+
+
 def train(
   config: config_lib.Config,
   workdir: pathlib.Path,
@@ -34,17 +45,39 @@ def train(
 ) -> dict:
   """Runs `config` to its end and returns its summary.
 
-  A finished run is returned as it is. An interrupted one goes on from its
-  newest checkpoint, with the losses that it would have had, on whatever mesh
-  and in however many processes.
+  A finished run returns its summary at once. An interrupted one resumes from
+  its newest checkpoint, with the losses that it would have had, on any mesh and
+  any number of processes.
 
   Raises:
-    ValueError, OSError: unusable settings, data or folder, before any work.
-    processes.Stopped: the run was told to end, or `deadline` (of
+    ValueError, OSError: unusable settings, data or work directory, before any
+      work.
+    multihost.RunStopped: the run received a signal, or `deadline` (of
       `time.monotonic`) has passed; it is saved.
-    guards.Stop: a guard ended it.
+    guards.Stop: a guard stopped it.
   """
-  first = multihost.is_first()
+  data = _prepare(config)
+  summary = _claim(config, workdir, data.corpus)
+  if summary is not None:
+    return summary
+  step = _compile(config, workdir)
+  with (
+    preemption.StopSignal(deadline) as stop_signal,
+    loop.Loop(
+      config, workdir, step, data.batches, data.heldout, data.corpus, label
+    ) as running,
+  ):
+    values = running.run(stop_signal)
+  summary = _summarise(config, step, data.corpus, values)
+  with multihost.raise_together():
+    if multihost.is_first():
+      text = json.dumps(files.jsonable(summary), indent=2) + '\n'
+      files.replace(workdir / workdir_lib.SUMMARY, text)
+  return summary
+
+
+def _prepare(config) -> Data:
+  """Opens the data and checks that the devices can run `config`."""
   with multihost.raise_together():
     corpus, vocab_size = batches_lib.load_for(config), config.model.vocab_size
     batches = batches_lib.train_batches(
@@ -54,14 +87,24 @@ def train(
       corpus, config.data.seq_len, config.eval_sequences, vocab_size
     )
     mesh = mesh_lib.make_mesh(config.mesh, config.data)
-    Placement(config, mesh)  # checks that the devices can do it
+    Placement(config, mesh)  # checks that the devices can run it
     memory.check(config, mesh)
   multihost.assert_same(
     {'the text': corpus.sha256, 'jax': jax.__version__, **dicts.leaves(config)}
   )
+  return Data(corpus, batches, heldout)
+
+
+def _claim(config, workdir, corpus) -> dict | None:
+  """Initialises the work directory; returns the summary of a finished run."""
+  first = multihost.is_first()
   with multihost.raise_together():
     if first:
-      _claim(workdir, config, corpus)
+      workdir_lib.initialize(workdir, config)
+      if corpus.tokenizer is not None and corpus.tokenizer.name != 'bytes':
+        # So that the run can be sampled without its data.
+        text = corpus.tokenizer.description
+        files.replace(workdir / workdir_lib.TOKENIZER, text)
   with multihost.raise_together():
     if not (workdir / workdir_lib.CONFIG).exists():
       raise ValueError(
@@ -69,27 +112,23 @@ def train(
         'must see the same --workdir'
       )
     summary = workdir_lib.read_summary(workdir) if first else None
-  summary = multihost.broadcast_from_first(summary)
-  if summary is not None:
-    return summary
+  return multihost.broadcast_from_first(summary)
 
+
+def _compile(config, workdir) -> step_lib.Step:
+  """Compiles the update, and logs its memory."""
   step = step_lib.build(config)
   with multihost.raise_together():
-    if first:
+    if multihost.is_first():
       checkpoint.check_room(workdir, step.saved_state)
-  # Compiles the update, which all do at the same time.
-  line = _memory_line(config, step)
-  if first:
+  line = _memory_line(config, step)  # compiles, in all processes at a time
+  if multihost.is_first():
     console.print_line(line)
-  with (
-    preemption.StopSignal(deadline) as asked,
-    loop.Loop(
-      config, workdir, step, batches, heldout, corpus, label
-    ) as running,
-  ):
-    values = running.run(asked)
+  return step
 
-  summary = {
+
+def _summarise(config, step, corpus, values) -> dict:
+  return {
     'num_params': sum(
       leaf.size for leaf in jax.tree.leaves(step.saved_state.params)
     ),
@@ -110,23 +149,10 @@ def train(
     'device': jax.devices()[0].device_kind,
     'jax': jax.__version__,
   }
-  with multihost.raise_together():
-    if first:
-      text = json.dumps(files.jsonable(summary), indent=2) + '\n'
-      files.replace(workdir / workdir_lib.SUMMARY, text)
-  return summary
-
-
-def _claim(workdir, config, corpus):
-  """Makes the folder this run's."""
-  workdir_lib.initialize(workdir, config)
-  if corpus.tokenizer is not None and corpus.tokenizer.name != 'bytes':
-    # So that the run can be sampled where its data are not.
-    files.replace(workdir / workdir_lib.TOKENIZER, corpus.tokenizer.description)
 
 
 def _memory_line(config, step):
-  """What the recompute policy is predicted to keep, beside XLA's own count."""
+  """Memory of a device: predicted activations, and XLA's own count."""
   predicted = memory.predicted(config, step.mesh.size)
   parts = ', '.join(f'{k} {v / 2**20:.1f}' for k, v in predicted.items())
   every = recompute.recompute_interval(config.model)

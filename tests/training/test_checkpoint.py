@@ -22,6 +22,7 @@ import pytest
 from mhc import config as config_lib
 from mhc.config import dicts
 from mhc.training import checkpoint
+from mhc.training import checkpoint_record
 from mhc.training import checksum
 from mhc.training import state as state_lib
 from mhc.training import workdir as workdir_lib
@@ -116,7 +117,7 @@ def rewrite(where, **changes):
   """A record that is whole, and says something else."""
   signed = json.loads(record_of(where).read_text())
   record = signed['record'] | changes
-  signed = {'record': record, 'sha256': checkpoint._digest(record)}
+  signed = {'record': record, 'sha256': checkpoint_record.digest(record)}
   record_of(where).write_text(json.dumps(signed))
 
 
@@ -208,7 +209,7 @@ def test_all_of_them_damaged_is_said(saved, tmp_path):
     flip(arrays_of(where))
   with (
     checkpoint.Checkpoints(workdir, CONFIG) as checkpoints,
-    pytest.raises(ValueError, match=r'no checkpoint that is whole'),
+    pytest.raises(ValueError, match=r'no intact checkpoint'),
   ):
     checkpoints.restore(abstract())
 
@@ -254,9 +255,31 @@ def test_another_model_or_optimiser_is_refused(saved):
   for other, name in ((wider, r'params\.a\.w'), (stateless, r'opt_state\.0')):
     with (
       checkpoint.Checkpoints(saved, CONFIG, reading=True) as checkpoints,
-      pytest.raises(ValueError, match=rf'{name}.*does not belong here'),
+      pytest.raises(ValueError, match=rf'{name}.*choose another --workdir'),
     ):
       checkpoints.restore(abstract(other))
+
+
+def test_names_of_single_pass_in_earlier_versions(tmp_path):
+  config = dicts.replace(
+    CONFIG,
+    model=dict(
+      num_blocks=1, dim=8, ffn_dim=8, connection=dict(kind='mhc_single_pass')
+    ),
+  )
+  current = state_lib.init(config, 0)
+  earlier = checkpoint_record.renamed(current, 'next_mhc', 'inner')
+  names = checksum.tree_checksums(earlier)
+  assert 'params.dense_blocks.ffn_connection.inner.phi' in names
+  assert any(n.startswith('opt_state') and '.inner.' in n for n in names)
+  assert not any('next_mhc' in name for name in names)
+  workdir_lib.initialize(tmp_path / 'run', config)
+  with checkpoint.Checkpoints(tmp_path / 'run', config) as checkpoints:
+    checkpoints.save(earlier, {})
+  for want in (current, current._replace(opt_state=None)):
+    found = checkpoint.restore(tmp_path / 'run', abstract(want))
+    assert jax.tree.structure(found) == jax.tree.structure(want)
+    assert equal(found, want)
 
 
 DENIED = {

@@ -87,7 +87,7 @@ def test_a_state_that_cannot_be_gone_on_from(finished, text, tmp_path):
   for state in (workdir / 'checkpoints').iterdir():
     shutil.rmtree(state / 'state')
   policy = asyncio.get_event_loop_policy()
-  with pytest.raises(ValueError, match='no checkpoint that is whole'):
+  with pytest.raises(ValueError, match='no intact checkpoint'):
     run.train(with_text(text), workdir)
   assert asyncio.get_event_loop_policy() is policy
 
