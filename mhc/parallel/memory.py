@@ -1,13 +1,13 @@
 r"""Bytes of a training step: by formula before it is compiled, and by XLA.
 
-What cannot fit is refused by them (`check`).
+`check` raises for a run that cannot fit, by the formulas.
 
-A token's activations that are kept for the backward pass, with L sub-layers, n
-streams of d numbers and `recompute.peak_stream_units` for Eq. 20, come as
+A token's activations that are saved for the backward pass, with L sub-layers, n
+streams of d numbers and `recompute.peak_stream_units` for Eq. 20, are
 
     streams   recompute 'none': (n + 2) L d, the streams, H_pre x and its norm
               of every sub-layer (2 L d for the plain residual); else Eq. 20
-    outputs   L d, unless everything is computed again
+    outputs   L d, unless everything is recomputed
     inner     the results of the sub-layers' own matrix products, of all of
               them or of one recompute block
     logits    v numbers and their gradient, float32
@@ -45,7 +45,7 @@ SIZES = (
 def activations(
   model: config_lib.ModelConfig, num_blocks: int | None = None
 ) -> dict[str, int]:
-  """Bytes a token by the formulas above, of all blocks or the last of them."""
+  """Bytes a token by the formulas above, of all blocks or the last ones."""
   n, dim = model.connection.streams, model.dim
   size = 2 if model.dtype == 'bfloat16' else 4
   num_blocks = num_blocks or model.num_blocks
@@ -77,10 +77,10 @@ def activations(
 
 
 def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
-  """Bytes of activations on a device, by kind: of the rows taken at a time.
+  """Bytes of activations on a device, by kind, for the rows taken at a time.
 
-  In a pipeline these are those of a stage, and `stages`: the inputs of stages,
-  and gradients, that wait in the slots of the schedule.
+  In a pipeline they are those of a stage, and `stages`: the inputs of stages,
+  and gradients, in the buffer slots of the schedule.
   """
   model, data, mesh = config.model, config.data, config.mesh
   dp_size = num_devices // mesh.pipe
@@ -102,19 +102,16 @@ def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
 
 
 def check(config: config_lib.Config, mesh: Mesh):
-  """Refuses what cannot fit, by the least that a step has at a time.
+  """Raises ValueError if a lower bound of a step's memory exceeds a device's.
 
-  Parameters, their gradients and what the optimiser keeps of them, and the
-  activations by `predicted`. The devices of a CPU share its memory.
-
-  Raises:
-    ValueError: that is more than the devices have.
+  The bound counts parameters, their gradients, the optimiser's moments, and the
+  activations of `predicted`. CPU devices share host memory.
   """
   room = _room(mesh)
   if room is None:
     return
   state = _state(config, mesh)
-  # Those of what is much too large would take long to count.
+  # The activations of a model that is much too large would take long to count.
   kept = 0 if state > room else sum(predicted(config, mesh.size).values())
   if state + kept <= room:
     return
@@ -122,15 +119,15 @@ def check(config: config_lib.Config, mesh: Mesh):
   largest = sorted(ours, key=lambda name: -ours[name] / max(1, usual[name]))
   named = ', '.join(f'{name}={ours[name]}' for name in largest[:4])
   raise ValueError(
-    f'{named} and the other sizes take {state / 2**30:,.1f} GiB for parameters '
-    f'and optimiser and {kept / 2**30:,.1f} for activations at least, of the '
-    f'{room / 2**30:,.1f} that a {mesh.devices.flat[0].platform} device has: '
-    'make them smaller, or take more devices'
+    f'The run needs at least {(state + kept) / 2**30:,.1f} GiB per device '
+    f'(parameters and optimiser {state / 2**30:,.1f}, activations '
+    f'{kept / 2**30:,.1f}); a {mesh.devices.flat[0].platform} device has '
+    f'{room / 2**30:,.1f} GiB. Reduce {named}, ... or use more devices.'
   )
 
 
 def _room(mesh):
-  """Bytes of a device, None where nobody knows."""
+  """Bytes of a device's memory, None if unknown."""
   device = mesh.devices.flat[0]
   if device not in jax.local_devices():
     return None
@@ -141,7 +138,7 @@ def _room(mesh):
 
 
 def _state(config, mesh):
-  """Bytes of a device: parameters, gradients, moments (Muon's is one)."""
+  """Bytes per device: parameters, gradients, moments (Muon has one)."""
   model = config.model
   _, shapes = transformer.abstract(model)
   copies = 3 if config.optimizer.name == 'muon' else 4
@@ -156,7 +153,7 @@ def _state(config, mesh):
 
 
 def _sizes(config):
-  """Settings that arrays grow with."""
+  """Returns the settings that determine the sizes of arrays."""
   flat = dicts.leaves({'model': config.model, 'data': config.data})
   return {
     name: value
@@ -168,7 +165,7 @@ def _sizes(config):
 def compile_gradient(
   model: config_lib.ModelConfig, batch_size: int, seq_len: int
 ) -> jax.stages.Compiled:
-  """The gradient of a model's loss alone, without an update or devices."""
+  """Compiles the gradient of a model's loss, without an update or a mesh."""
   graphdef, params = transformer.abstract(model)
   bias = transformer.abstract_router_bias(model)
   tokens = jax.ShapeDtypeStruct((batch_size, seq_len), jnp.int32)
@@ -182,7 +179,7 @@ def compile_gradient(
 
 
 def peak_bytes(memory) -> int:
-  """On one device; `memory` is what a compiled program's analysis says."""
+  """Peak on one device; `memory` is the analysis of a compiled program."""
   return (
     memory.argument_size_in_bytes
     + memory.output_size_in_bytes
@@ -200,7 +197,7 @@ def _attention(c):
 
 
 def _experts(model):
-  """Gate, up and their product; what the experts take and return."""
+  """Gate, up and their product; inputs and outputs of the experts."""
   c = model.moe
   routed = c.experts_per_token * (3 * c.expert_dim + 2 * model.dim)
   return routed + 3 * c.num_shared * c.expert_dim

@@ -120,11 +120,11 @@ def test_what_devices_cannot_hold_is_refused(name, value, message):
 def test_what_cannot_fit_is_refused_before_any_work(changes):
   settings = made(**changes)
   mesh = mesh_lib.make_mesh(settings.mesh, settings.data)
-  with pytest.raises(ValueError, match='GiB for parameters') as refusal:
+  with pytest.raises(ValueError, match='GiB per device') as refusal:
     memory.check(settings, mesh)
   sizes = {k: v for k, v in changes.items() if isinstance(v, int)}
   name = max(sizes, key=sizes.get)
-  assert str(refusal.value).startswith(f'{name}={sizes[name]}')
+  assert f'Reduce {name}={sizes[name]}, ' in str(refusal.value)
 
 
 def test_what_fits_or_nobody_knows_passes(monkeypatch):
