@@ -1,7 +1,7 @@
-"""Every setting of a run, typed, with its default, checked where it is made.
+"""Every setting of a run: typed, with a default, checked when it is made.
 
-A `Config` is what one training run is. Files in configs/ are short diffs
-against these defaults; `dicts` converts them to and from nested dicts.
+A `Config` describes one training run. Files in configs/ are short diffs against
+these defaults; `dicts` converts them to and from nested dicts.
 """
 
 from mhc.config.model import KINDS

@@ -1,11 +1,12 @@
-"""Settings that had another name or value, in folders of earlier runs.
+"""Former names and values of settings, in work directories of earlier runs.
 
-They are read for one release, so that those runs go on, and never written.
+They are read for one release, so that those runs can be resumed, and never
+written.
 """
 
 from typing import Any
 
-# By the end of the dotted name.
+# The ends of dotted names, before and now.
 NAMES = {'mesh.parts': 'mesh.num_sub_batches'}
 VALUES = {
   'moe.transport': {
@@ -17,7 +18,7 @@ VALUES = {
 
 
 def current(name: str, value: Any) -> tuple[str, Any]:
-  """The name and the value of today for a dotted name of any release."""
+  """Returns the current name and value for a dotted name of any release."""
   for old, new in NAMES.items():
     if f'.{name}'.endswith(f'.{old}'):
       name = name.removesuffix(old) + new

@@ -4,28 +4,28 @@ import difflib
 import typing
 from typing import Literal
 
-# Devices count in int32 and compute in float32: what neither can hold, and the
-# smallest positive number that is not flushed to 0.
+# Devices count in int32 and compute in float32: the largest number of each, and
+# the smallest positive one that is not flushed to 0.
 MOST = 2**31 - 1
 LARGEST, SMALLEST = (2 - 2**-23) * 2.0**127, 2.0**-126
 
 
 def unknown_name(name: str, known: list[str]) -> str:
-  """The message for a setting that does not exist."""
+  """Returns the message for a setting that does not exist."""
   as_known = {one.lower(): one for one in known}
   near = difflib.get_close_matches(name.lower(), as_known, n=1, cutoff=0)
   return f'unknown setting {name!r}; did you mean {as_known[near[0]]!r}?'
 
 
 def _section(config) -> str:
-  """'optimizer.' for an OptimizerConfig, '' for a Config."""
+  """Returns 'optimizer.' for an OptimizerConfig, '' for a Config."""
   return type(config).__name__.removesuffix('Config').lower() + '.' * (
     type(config).__name__ != 'Config'
   )
 
 
 def check_types(config):
-  """Each field has its annotated type; an int passes for a float."""
+  """Checks the type of every field; an int passes for a float."""
   for name, hint in typing.get_type_hints(type(config)).items():
     value = getattr(config, name)
     where = _section(config) + name

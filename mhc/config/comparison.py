@@ -21,7 +21,7 @@ class Panel:
   num_steps: int = 400
   batch_size: int = 8
   clip_norm: float = 1.0
-  # Of the mixture of experts; '' is the base's.
+  # The router of the mixture of experts; '' is the base's.
   router: Literal['', 'bias', 'sinkhorn', 'none'] = ''
 
   def __post_init__(self):
@@ -52,7 +52,7 @@ class Comparison:
       self.runs(panel)
 
   def runs(self, panel: str) -> dict[str, config_lib.Config]:
-    """Run name -> Config, kinds innermost so that equal settings are near."""
+    """Maps run names to configs, kinds innermost."""
     p = self.panels[panel]
     return {
       f'{panel}/{kind}-b{blocks}-lr{rate:g}-s{seed}': dicts.replace(

@@ -1,6 +1,6 @@
-"""Settings to and from nested plain dicts, and changes to them.
+"""Conversion of settings to and from nested dicts, and changes to them.
 
-`from_dict` refuses unknown names and values of the wrong type.
+`from_dict` raises for unknown names and values of the wrong type.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from mhc.config import aliases, checks
 
 
 def to_dict(config) -> Any:
-  """Nested dict of plain values; tuples stay tuples."""
+  """Converts settings to nested dicts of plain values; tuples stay tuples."""
   if dataclasses.is_dataclass(config):
     return {
       field.name: to_dict(getattr(config, field.name))
@@ -25,7 +25,7 @@ def to_dict(config) -> Any:
 
 
 def from_dict[T](cls: type[T], values: Mapping[str, Any], path: str = '') -> T:
-  """Builds `cls` from a nested dict as `to_dict` makes it.
+  """Builds `cls` from a nested dict, the inverse of `to_dict`.
 
   Raises:
     ValueError: an unknown name (with the nearest known one), a value of the
@@ -58,7 +58,7 @@ def from_dict[T](cls: type[T], values: Mapping[str, Any], path: str = '') -> T:
 
 
 def leaves(config, path: str = '') -> dict[str, Any]:
-  """Dotted name -> value of every setting."""
+  """Maps the dotted name of every setting to its value."""
   flat = {}
   for name, value in to_dict(config).items():
     if isinstance(value, dict):
@@ -69,7 +69,7 @@ def leaves(config, path: str = '') -> dict[str, Any]:
 
 
 def replace(config, **changes):
-  """`dataclasses.replace`; a dict stands for changes one level down."""
+  """`dataclasses.replace`, in which a dict holds changes one level down."""
   return dataclasses.replace(
     config,
     **{

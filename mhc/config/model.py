@@ -1,4 +1,4 @@
-"""The settings of a model: connections, attention, experts, the whole."""
+"""The settings of a model: connections, attention, experts, transformer."""
 
 import dataclasses
 import typing
@@ -24,9 +24,9 @@ class ConnectionConfig:
   """The residual connection around every sub-layer."""
 
   kind: Kind = 'mhc'
-  # n. The plain residual has one stream whatever is said here.
+  # n; the plain residual always has one stream.
   num_streams: int = 4
-  # How the streams become one before the last norm; 'mhc_single_pass' closes
+  # How the streams become one before the last norm; 'mhc_single_pass' collapses
   # them by the read weights of its last sub-layer instead.
   collapse: Literal['sum', 'mean', 'learned'] = 'mean'
   sinkhorn_iters: int = 20
@@ -58,7 +58,7 @@ class ConnectionConfig:
     if self.kind == 'mhc_single_pass' and self.collapse == 'learned':
       raise ValueError(
         "connection.collapse='learned' would not be used: mhc_single_pass "
-        'closes the streams by the read weights of its last sub-layer'
+        'collapses the streams by the read weights of its last sub-layer'
       )
 
   @property
@@ -108,7 +108,7 @@ class MoEConfig:
   # Weight of the sequence-wise auxiliary loss.
   balance_loss: float = 0.0
   dispatch: Literal['dropless', 'capacity'] = 'dropless'
-  # Slots over the mean load, for dispatch='capacity'.
+  # Expert capacity over the mean load, for dispatch='capacity'.
   capacity_factor: float = 1.25
   # The collective by which tokens reach experts on other devices: 'all_gather'
   # sends every token to all of them; 'ragged_all_to_all' (not on CPUs) and
@@ -118,8 +118,8 @@ class MoEConfig:
   transport: Literal[
     'auto', 'all_gather', 'all_to_all', 'ragged_all_to_all'
   ] = 'auto'
-  # Rows of those buffers over the mean; what does not fit goes in another
-  # round, nothing is lost.
+  # Rows of those buffers over the mean; the overflow goes in another round, no
+  # token is dropped.
   buffer_factor: float = 1.5
 
   def __post_init__(self):
@@ -151,11 +151,11 @@ class ModelConfig:
   dim: int = 64
   ffn_dim: int = 128
   norm_eps: float = 1e-20
-  # Of streams and activations; parameters and mappings are always float32.
+  # Type of streams and activations; parameters and mappings are float32.
   dtype: Literal['float32', 'bfloat16'] = 'float32'
-  # What is computed again for the gradient, and once in how many sub-layers the
-  # streams are kept (0: the paper's optimum), see recompute.py. Recomputing
-  # whole blocks also saves time on a CPU, whose limit is the cache.
+  # What the backward pass recomputes, and the sub-layers between saved streams
+  # (0: the paper's optimum), see model/recompute.py. Recomputing whole blocks
+  # also saves time on a CPU, whose limit is the cache.
   recompute: Literal['none', 'mhc', 'mhc+block', 'full'] = 'full'
   recompute_every: int = 2
   attention: AttentionConfig = AttentionConfig()

@@ -1,8 +1,8 @@
 """The paper's models, and a ladder of small ones down from them.
 
-`paper` is Table 5 of arXiv 2512.24880. What the table leaves out is chosen so
-that its parameter counts come out to the last digit: untied embeddings, no
-query compression, one leading dense FFN of 8 expert widths.
+`paper` is Table 5 of arXiv 2512.24880. Settings that the table omits are chosen
+to match its parameter counts to the last digit: untied embeddings, no query
+compression, one leading dense FFN of 8 expert widths.
 
 `ladder` keeps the family's proportions at sizes that anyone can train: heads
 1.6, latent rank 0.4 and expert width 0.7 times the model width, two shared
@@ -73,7 +73,7 @@ def paper(size: str, kind: config_lib.Kind = 'mhc') -> config_lib.Config:
     optimizer=config_lib.OptimizerConfig(
       learning_rate=p.learning_rate, warmup_steps=2000
     ),
-    # One row at a time on a device; how many that are depends on the slice.
+    # One row per device at a time; the number of rows depends on the slice.
     data=config_lib.DataConfig(
       seq_len=4096, batch_size=p.batch_size, microbatch_size=1
     ),

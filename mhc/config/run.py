@@ -1,4 +1,4 @@
-"""The settings of a training run: a `Config` is what one run is."""
+"""The settings of a training run, together a `Config`."""
 
 import dataclasses
 from typing import Literal
@@ -12,7 +12,7 @@ Head = Literal['last', 'vocab']
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW with the settings of the paper's Table 5, but for the rate."""
+  """AdamW with the settings of the paper's Table 5, except for the rate."""
 
   # 'muon' orthogonalises the updates of matrices, as DeepSeek-V4 does;
   # embeddings, head, norms and the connections' biases and gates keep AdamW.
@@ -28,7 +28,7 @@ class OptimizerConfig:
   b2: float = 0.95
   eps: float = 1e-20
   weight_decay: float = 0.1
-  # Of the Nesterov momentum, for name='muon'.
+  # Nesterov momentum, for name='muon'.
   muon_momentum: float = 0.95
   # Bound on the global gradient norm, 0 for none. The paper gives none.
   clip_norm: float = 1.0
@@ -38,7 +38,7 @@ class OptimizerConfig:
     checks.positive(self, 'learning_rate', 'eps')
     checks.not_negative(self, 'warmup_steps', 'weight_decay', 'clip_norm')
     for name in ('b1', 'b2', 'muon_momentum'):
-      # What is nearer to 1 is 1 in float32.
+      # Numbers nearer to 1 are 1 in float32.
       if not 0 <= getattr(self, name) <= 1 - 2**-24:
         raise ValueError(
           f'optimizer.{name}={getattr(self, name)} must be in [0, 1 - 2**-24]'
@@ -46,7 +46,7 @@ class OptimizerConfig:
     if len(self.decay_points) != len(self.decay_factors):
       raise ValueError(
         f'optimizer.decay_points={self.decay_points} and '
-        f'decay_factors={self.decay_factors} must be equally many'
+        f'optimizer.decay_factors={self.decay_factors} must be equally many'
       )
     if list(self.decay_points) != sorted(self.decay_points) or not all(
       0 < point < 1 for point in self.decay_points
@@ -65,18 +65,18 @@ class DataConfig:
   """Text, cut into rows of `seq_len` tokens."""
 
   # A file of text, JSON lines, Parquet or ArrayRecord, a folder of them or a
-  # glob pattern, then read as bytes; a folder of tokens that
-  # launch/prepare_data.py wrote; '' is the source code of the running Python's
+  # glob pattern, tokenised to bytes; a token folder written by
+  # launch/prepare_data.py; '' is the source code of the running Python's
   # standard library, about 10 MB.
   path: str = ''
-  # A damaged record, file or block of tokens ends the run, or is left out and
+  # A corrupted record, file or block of tokens stops the run, or is skipped and
   # counted.
   on_damage: Literal['stop', 'skip'] = 'stop'
   seq_len: int = 64
   batch_size: int = 8
-  # Rows that a device takes at a time, 0 for its whole share of the batch.
-  # Gradients are added up; what depends on the tokens taken together (capacity,
-  # the Sinkhorn router) then does so within each such part.
+  # Rows per device and microbatch, 0 for a device's whole share of the batch.
+  # Gradients are accumulated; what depends on the tokens taken together
+  # (capacity, the Sinkhorn router) then depends on those of a microbatch.
   microbatch_size: int = 0
 
   def __post_init__(self):
@@ -86,30 +86,30 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices, and what they split; none of it changes what is computed.
+  """The device mesh; it does not change what is computed.
 
-  `pipe` x `expert` x the rest, which with `expert` splits the batch and alone
-  splits every other array of the training state.
+  `pipe` x `expert` x `data`, the rest of the devices: `data` and `expert` split
+  the batch, `data` alone every other array of the training state.
   """
 
-  # 0 takes the most that divide the batch.
+  # 0 for the largest number that divides the batch.
   num_devices: int = 0
   # Devices that split the depth, a pipeline of stages.
   pipe: int = 1
   # Devices that split the experts of a layer.
   expert: int = 1
-  # The order of the stages' work on microbatches, see pipeline/schedules.py.
+  # The pipeline schedule, see pipeline/schedules.py.
   schedule: Schedule = 'interleaved'
-  # Virtual stages a device (Megatron: model chunks), for
+  # Virtual stages per device (Megatron: model chunks), for
   # schedule='interleaved'; the other schedules fix it.
   chunks: int = 2
-  # Sub-batches of a microbatch that a block computes side by side: the tokens
-  # of one travel to their experts while another is computed.
+  # Sub-batches of a microbatch that a block computes side by side: the
+  # all-to-all of one overlaps the computation of another.
   num_sub_batches: int = 1
-  # Who computes the logits: the device of the last stage, or all, each of its
-  # part of the vocabulary.
+  # Which devices compute the logits: 'last', those of the last stage; 'vocab',
+  # all, each for its part of the vocabulary.
   head: Head = 'last'
-  # Tells the TPU's compiler to send while it computes, see xla_options.py.
+  # Overlap communication with computation on TPUs (training/xla_options.py).
   overlap: bool = True
 
   def __post_init__(self):
@@ -124,17 +124,17 @@ class MeshConfig:
 
 
 Policy = Literal['log', 'skip_step', 'rollback', 'stop']
-# For what is seen between steps only, when there is no step to skip.
+# For guards that act between steps, when there is no step to skip.
 Between = Literal['log', 'rollback', 'stop']
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardsConfig:
-  """What is watched (`guards`), and what to do about it.
+  """The policy and the bounds of every guard (`mhc.training.guards`).
 
-  'log' writes an event, 'skip_step' does not make that update, 'rollback' goes
-  on from the last checkpoint with the data after the trouble, and from the one
-  before when that leads into trouble again, 'stop' ends.
+  'log' writes an event, 'skip_step' skips that update, 'rollback' restores the
+  last checkpoint and continues with the data after the alert, and restores the
+  previous one if that leads to an alert again, 'stop' ends the run.
   """
 
   nonfinite: Policy = 'skip_step'
@@ -153,7 +153,7 @@ class GuardsConfig:
   # More updates skipped in a row, or more rollbacks, end the run.
   max_skips: int = 10
   max_rollbacks: int = 8
-  # What a rollback multiplies the learning rate by.
+  # Factor on the learning rate at each rollback.
   rollback_rate: float = 1.0
 
   def __post_init__(self):
@@ -178,7 +178,7 @@ class GuardsConfig:
 class Config:
   """One training run."""
 
-  # Of the initial parameters and of the order of the data.
+  # Determines the initial parameters and the order of the data.
   seed: int = 0
   num_steps: int = 400
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -191,7 +191,7 @@ class Config:
   eval_sequences: int = 256
   probe_every: int = 25
   checkpoint_every: int = 200
-  # The newest ones stay, and those at multiples of keep_every (0: none).
+  # The newest ones are kept, and those at multiples of keep_every (0: none).
   keep_checkpoints: int = 2
   keep_every: int = 0
   tensorboard: bool = False
@@ -210,7 +210,7 @@ class Config:
     if self.keep_every and not self.checkpoint_every:
       raise ValueError(
         f'keep_every={self.keep_every} keeps nothing with checkpoint_every=0, '
-        'which saves the end alone'
+        'which saves only the end: set checkpoint_every'
       )
     if self.keep_every % (self.checkpoint_every or 1):
       raise ValueError(
@@ -220,13 +220,13 @@ class Config:
     experts = self.model.moe.num_experts
     if self.mesh.expert > 1 and (not experts or experts % self.mesh.expert):
       raise ValueError(
-        f'model.moe.num_experts={experts} does not divide over '
+        f'model.moe.num_experts={experts} is not a multiple of '
         f'mesh.expert={self.mesh.expert}'
       )
     if self.mesh.head == 'vocab' and self.model.vocab_size % self.mesh.pipe:
       raise ValueError(
-        f'model.vocab_size={self.model.vocab_size} does not divide over '
-        f"mesh.pipe={self.mesh.pipe}, which mesh.head='vocab' asks for"
+        f'model.vocab_size={self.model.vocab_size} is not a multiple of '
+        f"mesh.pipe={self.mesh.pipe}, which mesh.head='vocab' requires"
       )
     if self.optimizer.warmup_steps >= self.num_steps:
       raise ValueError(

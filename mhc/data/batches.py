@@ -1,12 +1,11 @@
-"""Text to batches of token rows.
+"""Batches of token rows from text.
 
-A corpus is two token streams, for training and held out. It comes from
-documents, tokenised to bytes as it is read, or from a folder of tokens that
-launch/prepare_data.py wrote. Either stream is cut into rows of `seq_len + 1`
-tokens that overlap by one: inputs are all but the last, targets all but the
-first. Training rows come in an order that is a function of the seed and the
-step alone; a row that is damaged and skipped is replaced by another, whose
-number is a function of its own.
+A corpus is two token streams, for training and held out. It is read from
+documents, tokenised to bytes on the fly, or from a token folder written by
+launch/prepare_data.py. Each stream is cut into rows of `seq_len + 1` tokens
+that overlap by one: inputs are all but the last, targets all but the first. The
+order of training rows is a function of the seed and the step alone; a corrupted
+row that is skipped is replaced by another, chosen by a hash of its number.
 """
 
 from collections.abc import Sequence
@@ -26,18 +25,18 @@ from mhc.data import token_file
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.runtime import console
 
-# Other rows to try for one that is damaged.
+# Replacements tried for a corrupted row.
 ATTEMPTS = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """Token streams of both sides, in shards, and what they were made from."""
+  """The token streams of both sides, in shards, and their origin."""
 
   name: str
   train: tuple[token_file.Tokens, ...]
   heldout: tuple[token_file.Tokens, ...]
-  tokenizer: tokenizer_lib.Tokenizer | None  # None where nobody knows
+  tokenizer: tokenizer_lib.Tokenizer | None  # None if unknown
   num_documents: int
   num_heldout_documents: int
   num_bytes: int
@@ -49,9 +48,9 @@ class Corpus:
 
   @property
   def num_skipped(self) -> int:
-    """Damaged places that were left out: a record, a block or a file each.
+    """Number of corrupted records, blocks and files that were skipped.
 
-    Blocks of tokens count once something in them has been asked for.
+    A block of tokens counts once it has been read.
     """
     return self.num_skipped_before + self.log.count
 
@@ -78,9 +77,9 @@ def load(path: str, on_damage: str = 'stop') -> Corpus:
   """Reads the text or the tokens at `path` (see `DataConfig`).
 
   Raises:
-    FileNotFoundError: nothing is there.
-    ValueError: no text in it; what is damaged or not UTF-8, if that is to stop
-      the run, or if nothing else remains.
+    FileNotFoundError: nothing is at `path`.
+    ValueError: it holds no text; something is corrupted or not UTF-8 and
+      `on_damage` is 'stop', or nothing else remains.
   """
   log = corruption.SkipLog(on_damage)
   if path and token_dataset.holds(pathlib.Path(path)):
@@ -143,17 +142,17 @@ def _from_tokens(path, log):
 
 
 def load_for(config: config_lib.Config) -> Corpus:
-  """The text of a run, which its model can read; see `load`."""
+  """Loads the text of a run and checks its vocabulary; see `load`."""
   corpus = load(config.data.path, config.data.on_damage)
   check_vocabulary(corpus, config.model.vocab_size)
   return corpus
 
 
 def check_vocabulary(corpus: Corpus, vocab_size: int):
-  """Raises ValueError if a model of that vocabulary cannot read the corpus.
+  """Raises ValueError if a token is not below `vocab_size`.
 
-  Where the vocabulary is not known, only the start of each file is looked at;
-  `Rows` looks at the rest as it comes.
+  Without a known tokenizer only the start of each shard is checked; `Rows`
+  checks the rest as it is read.
   """
   if corpus.tokenizer is not None:
     largest = corpus.tokenizer.num_tokens - 1
@@ -176,9 +175,8 @@ def _largest(shard):
 class Rows:
   """Random access to the rows of a token stream, int32 [seq_len + 1] each.
 
-  No row crosses from one shard to the next. In place of a row that is damaged
-  stands another, by a hash of its number: the next one would come again and
-  again where much is damaged.
+  No row spans two shards. A corrupted row is replaced by one chosen by a hash
+  of its number: the next row would be repeated often where much is corrupted.
   """
 
   def __init__(
@@ -188,24 +186,24 @@ class Rows:
     name: str,
     num_tokens: int,
   ):
-    """`num_tokens` are known to the model; `name` is for messages."""
+    """Tokens must be below `num_tokens`; `name` is for messages."""
     self._shards = tuple(shards)
     self._seq_len, self._name, self._num_tokens = seq_len, name, num_tokens
-    # Rows up to the end of each shard.
+    # Number of rows up to the end of each shard.
     counts = [max(0, len(shard) - 1) // seq_len for shard in self._shards]
     self._ends = np.cumsum(counts)
     if not counts or not self._ends[-1]:
       raise ValueError(
         f'data.seq_len={seq_len} needs more than '
         f'{max(map(len, self._shards), default=0)} tokens of {name}: '
-        'shorten the rows or bring more text'
+        'reduce data.seq_len or give more text'
       )
 
   def __len__(self) -> int:
     return int(self._ends[-1])
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """Raises ValueError for damage that ends the run."""
+    """Raises ValueError for corruption that stops the run."""
     row = index
     for attempt in range(ATTEMPTS):
       try:
@@ -215,8 +213,8 @@ class Rows:
         row = int.from_bytes(digest) % len(self)
     shard, _ = self._place(index)
     raise ValueError(
-      f'{self._name}: all of {ATTEMPTS} rows are damaged, such as one of '
-      f'{shard}: prepare the data again'
+      f'{self._name}: all {ATTEMPTS} rows tried are damaged, such as one '
+      f'of {shard}: prepare the data again'
     )
 
   def _place(self, index):
@@ -228,12 +226,12 @@ class Rows:
     shard, start = self._place(index)
     row = shard[start : start + self._seq_len + 1]
     if (largest := row.max()) >= self._num_tokens:
-      # The model's table would take it for its last token.
+      # The embedding lookup would clamp it to the last token.
       where = self._name if isinstance(shard, np.ndarray) else shard
       raise ValueError(
-        f'{where}: token {largest}, from position {start} on, is not one of '
-        f'{self._num_tokens}: set model.vocab_size to what the tokens need, or '
-        'prepare the data again'
+        f'{where}: token {largest}, in the row from position {start} on, is '
+        f'not below {self._num_tokens}: set model.vocab_size to what the '
+        'tokens need, or prepare the data again'
       )
     return row.astype(np.int32)
 
@@ -241,9 +239,9 @@ class Rows:
 def train_batches(
   corpus: Corpus, config: config_lib.DataConfig, seed: int, vocab_size: int
 ) -> grain.DatasetIterator:
-  """Endless int32 [batch_size, seq_len + 1]; its state is the batch's number.
+  """Endless batches, int32 [batch_size, seq_len + 1].
 
-  Every epoch is shuffled anew.
+  The iterator's state is the number of the batch; every epoch is reshuffled.
   """
   rows = _rows(corpus, 'train', config.seq_len, vocab_size)
   dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
@@ -261,7 +259,7 @@ def heldout_rows(
 ) -> np.ndarray:
   """Rows spread evenly over the held-out text, int32 [rows, seq_len + 1].
 
-  `num_rows` of them, or all for None and where the text is shorter.
+  `num_rows` of them; all if it is None or the text has fewer.
   """
   rows = _rows(corpus, 'heldout', seq_len, vocab_size)
   count = len(rows) if num_rows is None else min(num_rows, len(rows))

@@ -1,6 +1,6 @@
-"""What to do with damaged data: end the run in one line, or leave it out.
+"""Policy for corrupted data: stop the run with a one-line error, or skip it.
 
-What is left out is counted, with the first few places and reasons.
+The log counts what is skipped and keeps the first few places and reasons.
 """
 
 from collections.abc import Iterable
@@ -13,13 +13,13 @@ HINT = (
   '--on_damage=skip) to leave out what is damaged'
 )
 
-# Names that are kept of what was left out, see `documents.split`: among more
-# of them some fall on either side.
+# Limit on the kept names of skipped documents, for `documents.split`: of more
+# documents, some are on either side in any case.
 MANY_NAMES = 1000
 
-# Of the errors of a file system, those that are about this file; EIO is what
-# bad sectors give, though also a file system that is gone.
-_OF_THE_FILE = {
+# Errors that concern one file; EIO is raised for bad sectors, though also for a
+# file system that is gone.
+_FILE_ERRNOS = {
   errno.EACCES,
   errno.EBADMSG,
   errno.EIO,
@@ -32,11 +32,11 @@ _OF_THE_FILE = {
 
 
 class Skipped(Exception):
-  """What was asked for is damaged and left out."""
+  """Raised for data that is corrupted and skipped."""
 
 
 class SkipLog:
-  """What was left out; with policy 'stop' nothing ever is."""
+  """Counts what is skipped; with policy 'stop' it raises instead."""
 
   def __init__(self, policy: str = 'stop'):
     self.policy = policy
@@ -45,7 +45,7 @@ class SkipLog:
     self._places = []
 
   def report(self, problem: str, names: Iterable[str] = ()):
-    """Takes note of a problem with the documents of these names.
+    """Records a problem with the documents of these names.
 
     Raises:
       ValueError: the policy is 'stop'.
@@ -60,7 +60,7 @@ class SkipLog:
     self.names.extend(itertools.islice(names, max(0, room)))
 
   def summary(self) -> str:
-    """Of what was left out, '' for nothing."""
+    """Returns one line about what was skipped, '' for nothing."""
     if not self.count:
       return ''
     more = self.count - len(self._places)
@@ -71,14 +71,14 @@ class SkipLog:
 
 
 def reason(error: BaseException) -> str:
-  """Why a file cannot be used, in a line.
+  """Returns in one line why a file cannot be used.
 
   Raises:
-    OSError: the error itself, if it is not about the file: a file system that
-      is gone, no memory.
+    OSError: `error` itself, if it does not concern this file: a file system
+      that is gone, no memory.
   """
   if isinstance(error, OSError):
-    if error.errno is not None and error.errno not in _OF_THE_FILE:
+    if error.errno is not None and error.errno not in _FILE_ERRNOS:
       raise error
     return one_line(error.strerror or str(error))
   return one_line(str(error) or type(error).__name__)

@@ -6,8 +6,8 @@
     anything else    one UTF-8 document
 
 About one document in twenty is held out, chosen by a hash of its name, so that
-the split depends neither on order nor on what else is in the folder. A record
-that is damaged keeps its number, so the names of the others do not change.
+the split depends neither on order nor on what else is in the folder. A
+corrupted record keeps its number, so the names of the others do not change.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,13 +32,13 @@ class Document(NamedTuple):
 
 
 def files(path: str) -> dict[str, pathlib.Path]:
-  """Name -> file, of a file, a folder (without hidden ones) or a pattern.
+  """Maps names to files: one, those of a folder (none hidden) or of a pattern.
 
-  A link to nowhere counts as a file, which cannot be read.
+  A dangling link counts as a file, one that cannot be read.
 
   Raises:
-    FileNotFoundError: nothing is there.
-    OSError: a folder that cannot be read.
+    FileNotFoundError: there is no such file.
+    OSError: a folder cannot be read.
   """
   root = pathlib.Path(path)
   if root.is_file():
@@ -70,14 +70,14 @@ def files(path: str) -> dict[str, pathlib.Path]:
 def read(
   name: str, file: pathlib.Path, log: corruption.SkipLog | None = None
 ) -> Iterator[tuple[Document, int]]:
-  """A file's documents, each with the bytes of the file that it took.
+  """Yields a file's documents, each with the bytes of the file that it takes.
 
-  What `log` skips is missing.
+  Documents that `log` skips are missing.
 
   Raises:
-    ValueError: a line, row or file that is not UTF-8 text, if `log` is to stop
-      at it (the default).
-    OSError: a file system that is gone.
+    ValueError: a line, row or file is not UTF-8 text, and the policy of `log`
+      is 'stop' (the default).
+    OSError: the file system is gone.
   """
   formats = {
     '.jsonl': _json_lines,
@@ -104,7 +104,7 @@ def standard_library() -> list[Document]:
 
 
 def distinct(documents: list[Document]) -> list[Document]:
-  """Without empty documents and exact copies; the first name wins."""
+  """Drops empty documents and exact copies; the first name wins."""
   first = {d.text: d for d in sorted(documents, reverse=True) if d.text.strip()}
   return list(first.values())
 
@@ -116,13 +116,12 @@ def is_held_out(name: str) -> bool:
 def split(
   documents: list[Document], skipped: Sequence[str] = ()
 ) -> tuple[list[Document], list[Document]]:
-  """(train, held out); of a single document the last twentieth is held out.
+  """Returns (train, held out); a single document has its last 1/20 held out.
 
-  Documents that were `skipped`, known by their names, do not change the side of
-  the others.
+  `skipped` documents, given by name, do not change the side of the others.
 
   Raises:
-    ValueError: one side was skipped altogether.
+    ValueError: all documents of one side were skipped.
   """
   names = {d.name for d in documents}.union(skipped)
   if len(names) == 1:
@@ -206,9 +205,9 @@ def _parquet(name, file, log):
       table.metadata.row_group(group).num_rows
       for group in range(table.num_row_groups)
     ]
-  except Exception as error:  # pyarrow has a class for each kind of damage
+  except Exception as error:  # pyarrow has a class for each kind of corruption
     problem = corruption.reason(error)
-    log.report(f'{file} is not a Parquet file to be read: {problem}', [name])
+    log.report(f'{file} is not a readable Parquet file: {problem}', [name])
     return
   if TEXT not in columns:
     log.report(f'{file} has no column {TEXT!r}, only {columns}', [name])
@@ -231,7 +230,7 @@ def _parquet(name, file, log):
       except Exception as error:
         problem = corruption.reason(error)
         if isinstance(error, StopIteration):
-          problem = 'they are not there'
+          problem = 'they are missing'
         log.report(
           f'{file}, rows {number + 1} to {end}, cannot be read: {problem}',
           (f'{name}:{row + 1}' for row in range(number, end)),
@@ -261,11 +260,9 @@ def _array_record(name, file, log):
     reader = reader_from(0)
     count = reader.num_records()
     assert count, 'no records'
-  except Exception as error:  # likewise; a damaged file may also seem empty
+  except Exception as error:  # likewise; a corrupted file may also seem empty
     problem = corruption.reason(error)
-    log.report(
-      f'{file} is not an ArrayRecord file to be read: {problem}', [name]
-    )
+    log.report(f'{file} is not a readable ArrayRecord file: {problem}', [name])
     return
   for number in range(1, count + 1):
     name_, where = f'{name}:{number}', f'{file}, record {number}'
@@ -273,14 +270,14 @@ def _array_record(name, file, log):
       text = reader.read()
     except Exception as error:
       log.report(f'{where} cannot be read: {corruption.reason(error)}', [name_])
-      reader = reader_from(number)  # after an error it reads no more
+      reader = reader_from(number)  # it reads nothing after an error
       continue
     yield from _document(name_, text, where, log, size // count)
   reader.close()
 
 
 def _document(name, text, where, log, size):
-  """One of them, or none."""
+  """Yields the document, or reports why it is not text."""
   if isinstance(text, str):
     text = text.encode('utf-8', 'replace')
   try:

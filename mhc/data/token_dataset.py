@@ -1,17 +1,17 @@
-"""Folders of tokens, written once and then read in any order.
+"""Token folders, written once and then read in any order.
 
-    index.json       format, dtype, tokenizer, what the text was, digests of the
-                     other files; written last, so a folder without it is not
-                     finished
+    index.json       format, dtype, tokenizer, origin of the text, digests of
+                     the other files; written last, so a folder without it is
+                     incomplete
     tokenizer.json   the vocabulary, if it is not bytes
     train-00000.bin, heldout-00000.bin, ...
     train-00000.crc, heldout-00000.crc, ...
 
-The token files are flat little-endian uint16 or uint32; .crc is that of
-`shards`, whose SHA-256 the index has. Files of that kind from elsewhere
-(nanoGPT's train.bin and val.bin; with the 1,024-byte header of llm.c also) are
-read without an index; their vocabulary is then unknown, as is, but for their
-size, whether they are damaged.
+The token files are flat little-endian uint16 or uint32; for .crc see
+`token_file`, the index has its SHA-256. Such files from elsewhere (nanoGPT's
+train.bin and val.bin; also with the 1,024-byte header of llm.c) are read
+without an index; then their vocabulary is unknown, and corruption is detected
+by their size only.
 """
 
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ def _are_counts(value):
   return _is_list(int)(value) and all(0 <= count < 2**48 for count in value)
 
 
-# What an index must have.
+# Required fields of an index, and their checks.
 FIELDS = {
   'name': _is(str),
   'tokenizer': ('bytes', 'tokenizer.json').__contains__,
@@ -76,7 +76,7 @@ class Folder(NamedTuple):
 
 
 class Writer:
-  """Writes a folder of tokens; not finished before `close`."""
+  """Writes a token folder, incomplete until `close`."""
 
   def __init__(self, path: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer):
     path.mkdir(parents=True, exist_ok=True)
@@ -119,8 +119,8 @@ class Writer:
     for side in SIDES:
       if not sum(self._counts[side]):
         raise ValueError(
-          f'{name}: no document fell on the side {side!r}: one in twenty is '
-          'held out by its name, bring more or smaller documents'
+          f'{name}: no document is in {side!r} (one in twenty is held out, '
+          'by its name): give more or smaller documents'
         )
     digests = {side: [] for side in SIDES}
     for side in SIDES:
@@ -156,21 +156,21 @@ class Writer:
 
 
 def holds(path: pathlib.Path) -> bool:
-  """Whether a folder is one of tokens."""
+  """Whether `path` is a token folder."""
   return path.is_dir() and (
     (path / 'index.json').exists() or any(path.glob('*.bin'))
   )
 
 
 def read(path: pathlib.Path, log: corruption.SkipLog | None = None) -> Folder:
-  """Opens a folder's tokens.
+  """Opens a token folder.
 
-  What is damaged in a token file stops the run or is skipped as `log` says (by
-  default it stops); the index and the vocabulary must be whole.
+  Corruption of a token file stops the run or is skipped, by the policy of `log`
+  ('stop' by default); the index and the vocabulary must be intact.
 
   Raises:
-    ValueError: not finished, damaged, or of another format.
-    OSError: a file that cannot be read.
+    ValueError: the folder is incomplete, corrupted, or of another format.
+    OSError: a file cannot be read.
   """
   log = log or corruption.SkipLog()
   if not (path / 'index.json').exists():
@@ -195,13 +195,13 @@ def read(path: pathlib.Path, log: corruption.SkipLog | None = None) -> Folder:
     vocabulary = path / vocabulary
     if digests and _sha256(vocabulary) != digests.get(vocabulary.name):
       raise ValueError(
-        f'{vocabulary} is not as it was written: prepare the data again'
+        f'{vocabulary} does not match its digest: prepare the data again'
       )
   tokenizer = tokenizer_lib.load(vocabulary)
   if tokenizer.num_tokens != index['num_tokens']:
     raise ValueError(
-      f'{vocabulary} has {tokenizer.num_tokens} tokens, {path / "index.json"} '
-      f'says {index["num_tokens"]}: prepare the data again'
+      f'{vocabulary} has {tokenizer.num_tokens} tokens, not the '
+      f'{index["num_tokens"]} of {path / "index.json"}: prepare the data again'
     )
   return Folder(**shards, tokenizer=tokenizer, index=index)
 
@@ -230,15 +230,15 @@ def _index(file):
 
 
 def _foreign(path, log):
-  """Files by their names: *val* is held out, everything else for training."""
+  """Opens token files without an index: *val* is held out, the rest trains."""
   found = sorted(path.glob('*.bin'))
   heldout = [file for file in found if 'val' in file.name]
   train = [file for file in found if file not in heldout]
   if not heldout or not train:
     raise ValueError(
       f'{path} has no index.json, and its token files are not a train*.bin and '
-      f'a *val*.bin, but {[file.name for file in found]}: bring what is '
-      'missing, or prepare the data again'
+      f'a *val*.bin, but {[file.name for file in found]}: give both, or '
+      'prepare the data again'
     )
   digest = hashlib.sha256()
   shards = {}
@@ -270,7 +270,7 @@ def _foreign_shard(file, log):
     return token_file.Shard(file, 'uint16', HEADER_BYTES, count, log)
   if magic == HEADER_MAGIC or count == (size - HEADER_BYTES) // 2:
     raise ValueError(
-      f'{file} is damaged, its header is not one of llm.c: bring it again'
+      f'{file} is damaged, its header is not that of llm.c: copy it again'
     )
   return token_file.Shard(file, 'uint16', 0, size // 2, log)
 

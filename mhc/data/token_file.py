@@ -1,10 +1,10 @@
-"""A file of tokens, read a row at a time and compared with its digests.
+"""A token file, read a row at a time and verified by its CRCs.
 
-To FILE.bin belongs FILE.crc, the CRC-32 of each of its blocks as little-endian
-uint32. A block is compared when something in it is first read, so that a start
-reads no more than it would: 128 KiB are what Linux reads around each page of a
-memory map that is touched. A block is damaged as a whole or not at all, so what
-can be read depends on the files alone, not on what was read before.
+FILE.bin comes with FILE.crc, the CRC-32 of each of its blocks as little-endian
+uint32. A block is verified when it is first read, which adds nothing to what a
+start reads: 128 KiB is also what Linux reads around each touched page of a
+memory map. A block is corrupted as a whole or not at all, so what can be read
+depends on the files alone, not on what was read before.
 """
 
 import array
@@ -25,7 +25,7 @@ UNREAD, GOOD, BAD = range(3)
 
 
 class Shard:
-  """The tokens of one file, read as they are asked for: `len` and slices."""
+  """The tokens of one file, read on demand: `len` and slices."""
 
   def __init__(
     self,
@@ -36,10 +36,10 @@ class Shard:
     log: corruption.SkipLog,
     digest: str | None = None,
   ):
-    """`count` tokens from byte `offset`; `digest` is that of the CRCs.
+    """`count` tokens from byte `offset`; `digest` is the SHA-256 of the CRCs.
 
     Raises:
-      ValueError: the file has another size, if `log` is to stop at that.
+      ValueError: the file has another size, and the policy of `log` is 'stop'.
     """
     self._file, self._offset, self._count = file, offset, count
     self._dtype = np.dtype(dtype).newbyteorder('<')
@@ -48,7 +48,7 @@ class Shard:
     self._state = np.zeros(-(-self._size // BLOCK), np.uint8)  # UNREAD
     found, want = size_of(file), offset + self._size
     if found != want:
-      self._tell(f' has {found} bytes instead of {want}')
+      self._report(f' has {found} bytes instead of {want}')
       self._state[max(0, found - offset) // BLOCK :] = BAD
 
   def __len__(self) -> int:
@@ -58,11 +58,11 @@ class Shard:
     return str(self._file)
 
   def __getitem__(self, window: slice) -> np.ndarray:
-    """The tokens of a slice without steps.
+    """Returns the tokens of a slice without steps.
 
     Raises:
-      ValueError: they are damaged, if it is to stop.
-      damage.Skipped: they are in a damaged block, if it is to go on.
+      ValueError: they are corrupted, and the policy is 'stop'.
+      corruption.Skipped: they are in a corrupted block, and the policy 'skip'.
     """
     first, last = (
       n * self._dtype.itemsize for n in window.indices(self._count)[:2]
@@ -73,20 +73,20 @@ class Shard:
     if all(self._state[block] == GOOD for block in blocks):
       data = self._read(first, last)
     else:
-      data = b''.join(map(self._checked, blocks))
+      data = b''.join(map(self._verified, blocks))
       data = data[first % BLOCK :][: last - first]
     return np.frombuffer(data, self._dtype)
 
-  def _checked(self, block):
-    """A whole block, as it was written if that is known."""
+  def _verified(self, block):
+    """Reads a whole block and verifies it, if its CRC is known."""
     if self._state[block] == BAD:
       raise corruption.Skipped
     first, last = block * BLOCK, min((block + 1) * BLOCK, self._size)
     data = self._read(first, last)
     if self._digest and zlib.crc32(data) != self._crcs[block]:
-      data = self._read(first, last)  # perhaps only the reading went wrong
+      data = self._read(first, last)  # the read itself may have failed
       if zlib.crc32(data) != self._crcs[block]:
-        self._refuse(block, 'is not as it was written')
+        self._reject(block, 'does not match its CRC-32')
     self._state[block] = GOOD
     return data
 
@@ -97,36 +97,36 @@ class Shard:
     except OSError as error:
       data, problem = b'', f'cannot be read: {corruption.reason(error)}'
     if len(data) < last - first:
-      self._refuse((first + len(data)) // BLOCK, problem)
+      self._reject((first + len(data)) // BLOCK, problem)
     return data
 
   @functools.cached_property
   def _crcs(self):
-    """Of all blocks; -1, which is none, where there are too few."""
+    """CRCs of all blocks; -1, which matches none, where one is missing."""
     file = self._file.with_suffix('.crc')
     try:
       data, problem = (
         retry.with_retries(file.read_bytes, file),
-        'not as it was written',
+        'does not match its digest',
       )
     except OSError as error:
-      data, problem = b'', f'unreadable ({corruption.reason(error)})'
+      data, problem = b'', f'is unreadable ({corruption.reason(error)})'
     if hashlib.sha256(data).hexdigest() != self._digest:
-      # What agrees with what remains of it is good nevertheless.
-      self._tell(f' cannot be checked in full, {file.name} is {problem}')
+      # Blocks that match the remaining CRCs are good nevertheless.
+      self._report(f' cannot be checked in full, {file.name} {problem}')
     crcs = np.full(len(self._state), -1)
     found = np.frombuffer(data[: len(data) // 4 * 4], '<u4')[: len(crcs)]
     crcs[: len(found)] = found
     return crcs
 
-  def _refuse(self, block, problem):
-    """Never reads this block again."""
+  def _reject(self, block, problem):
+    """Reports a block and marks it as bad: it is not read again."""
     self._state[block] = BAD
     first = self._offset + block * BLOCK
-    self._tell(f', block {block} (from byte {first} on) {problem}')
+    self._report(f', block {block} (from byte {first} on) {problem}')
     raise corruption.Skipped
 
-  def _tell(self, problem):
+  def _report(self, problem):
     problem = f'{self._file}{problem}'
     self._log.report(problem)
     if self._log.count.bit_count() == 1:
@@ -144,7 +144,7 @@ def _opened(shard):
 
 
 class Crcs:
-  """CRC-32 of each block of what is appended."""
+  """The CRC-32 of each block of appended data."""
 
   def __init__(self):
     self._values, self._room = array.array('I'), 0
@@ -164,7 +164,7 @@ class Crcs:
 
 
 def size_of(file: pathlib.Path) -> int:
-  """Bytes of a file, 0 where there is none."""
+  """Returns the size of a file in bytes, 0 if it does not exist."""
   try:
     return retry.with_retries(file.stat, file).st_size
   except FileNotFoundError:

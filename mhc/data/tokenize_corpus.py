@@ -1,4 +1,4 @@
-"""Documents to a folder of tokens, in one pass over files of any size."""
+"""Documents to a token folder, in one pass over files of any size."""
 
 from collections.abc import Iterator
 import hashlib
@@ -13,7 +13,7 @@ from mhc.data import token_file
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.runtime import console
 
-# Documents tokenised together, and enough of them to tell small corpora.
+# Documents tokenised together; a corpus of fewer is split as a whole.
 BATCH = 512
 VOCABULARY_BYTES = 100_000_000
 
@@ -26,7 +26,7 @@ def prepare(
   Args:
     path: file, folder or pattern of files that `documents` reads; '' for the
       standard library.
-    out: an empty or new folder, or one that an earlier call did not finish.
+    out: an empty or new folder, or one that an earlier call left incomplete.
     tokenizer: 'bytes', a tokenizer.json, or 'train:N' to learn a byte-level
       BPE vocabulary of N tokens from the first 100 MB.
     on_damage: as `DataConfig.on_damage`; the index counts what was skipped.
@@ -48,7 +48,7 @@ def prepare(
       why = log.summary() or 'every file is empty'
       raise ValueError(f'{path!r} holds no text: {why}')
     if len(first) < BATCH:
-      # Few enough to make sure that both sides get some.
+      # Few enough to give both sides some.
       for side, part in zip(
         token_dataset.SIDES,
         documents_lib.split(first, log.names),
@@ -80,7 +80,7 @@ def _vocabulary(files, total, tokenizer, on_damage):
     return tokenizer_lib.load(tokenizer)
   if not number.isdigit() or int(number) < 258:
     raise ValueError(
-      f'tokenizer={tokenizer!r}: train:N wants the number of tokens, 258 or '
+      f'tokenizer={tokenizer!r}: train:N needs the number of tokens, 258 or '
       'more, such as train:32768'
     )
   tokenizer_lib.library()  # before a bar is drawn
@@ -101,7 +101,7 @@ def _sample(documents):
 
 
 def _read(files, progress, log) -> Iterator[documents_lib.Document]:
-  """Documents of the files, or of the standard library if there are none."""
+  """Yields documents of the files or, without any, the standard library's."""
   if not files:
     for document in documents_lib.standard_library():
       yield document
@@ -113,7 +113,7 @@ def _read(files, progress, log) -> Iterator[documents_lib.Document]:
 
 
 def _distinct(documents):
-  """Without empty documents and exact copies; the first one stays."""
+  """Drops empty documents and exact copies; the first one stays."""
   seen = set()
   for document in documents:
     digest = hashlib.sha1(document.text).digest()

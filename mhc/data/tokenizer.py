@@ -17,7 +17,7 @@ from mhc.data import corruption
 from mhc.runtime import retry
 
 TRAINED_MARKS = ('<|start|>', '<|stop|>')
-WAY_OUT = "bring another one, or learn one with --tokenizer='train:32768'"
+HINT = "give another one, or train one with --tokenizer='train:32768'"
 MOST_TOKENS = 2**24
 # Names that published vocabularies give to the mark after a document.
 STOP_MARKS = (
@@ -40,7 +40,7 @@ class Bytes:
   stop = 257
 
   def encode(self, text: bytes) -> UInt[np.ndarray, 't']:
-    """Without marks."""
+    """Encodes a text without marks."""
     return np.frombuffer(text, np.uint8)
 
   def encode_documents(
@@ -63,7 +63,7 @@ class Bytes:
     return tokens[tokens < 256].astype(np.uint8).tobytes()
 
   def num_bytes(self, tokens: Integer[np.ndarray, '...']) -> int:
-    """Of text that the tokens stand for."""
+    """Returns the bytes of text that the tokens stand for."""
     return int((tokens < 256).sum())
 
 
@@ -83,12 +83,12 @@ class BPE:
     except Exception as error:  # the library raises nothing more specific
       problem = corruption.one_line(str(error))
       raise ValueError(
-        f'{source} is not a tokenizer.json: {problem}; {WAY_OUT}'
+        f'{source} is not a tokenizer.json: {problem}; {HINT}'
       ) from None
     if 'ByteLevel' not in json.dumps(json.loads(description).get('decoder')):
       raise ValueError(
-        f'{source} is not a byte-level vocabulary: its tokens do not say how '
-        f'many bytes they stand for; {WAY_OUT}'
+        f'{source} is not a byte-level vocabulary: the bytes that its tokens '
+        f'stand for are unknown; {HINT}'
       )
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
@@ -96,7 +96,7 @@ class BPE:
     if self.num_tokens > MOST_TOKENS:
       raise ValueError(
         f'{source} numbers its tokens up to {self.num_tokens}, more than '
-        f'{MOST_TOKENS}: it is damaged; {WAY_OUT}'
+        f'{MOST_TOKENS}: it is damaged; {HINT}'
       )
     marks = {
       token.content: number
@@ -138,11 +138,11 @@ class BPE:
 
   @property
   def description(self) -> str:
-    """What `tokenizer.json` holds."""
+    """The content of `tokenizer.json`."""
     return self._tokenizer.to_str()
 
   def encode(self, text: bytes) -> UInt[np.ndarray, 't']:
-    """Without marks; marks that are spelled out in the text are text."""
+    """Encodes a text without marks; marks spelled out in it are text."""
     return self._encode([text])[0]
 
   def encode_documents(
@@ -151,7 +151,7 @@ class BPE:
     """One flat array: tokens and stop of every document, start if it differs.
 
     Raises:
-      ValueError: the vocabulary does not give a document back.
+      ValueError: a document cannot be decoded from its tokens.
     """
     parts = []
     for text, tokens in zip(documents, self._encode(documents), strict=True):
@@ -159,7 +159,7 @@ class BPE:
         raise ValueError(
           f'{self._source} is lossy: {len(text)} bytes became tokens of '
           f'{self.num_bytes(tokens)}, in the document {text[:60]!r}...; a '
-          f'normalizer in it does that, or damage; {WAY_OUT}'
+          f'normalizer in it does that, or damage; {HINT}'
         )
       if self.start != self.stop:
         parts.append([self.start])
@@ -178,12 +178,12 @@ class BPE:
     )
 
   def num_bytes(self, tokens: Integer[np.ndarray, '...']) -> int:
-    """Of text that the tokens stand for."""
+    """Returns the bytes of text that the tokens stand for."""
     return int(self._lengths[tokens].sum())
 
   @property
   def dtype(self):
-    """The smallest that holds every token."""
+    """The smallest type that holds every token."""
     return np.uint16 if self.num_tokens <= 2**16 else np.uint32
 
   def _encode(self, documents):
@@ -199,11 +199,11 @@ Tokenizer = Bytes | BPE
 
 
 def load(source: Literal['bytes'] | str | pathlib.Path) -> Tokenizer:
-  """'bytes', or the vocabulary in a tokenizer.json.
+  """Loads the vocabulary of a tokenizer.json, or 'bytes'.
 
   Raises:
-    OSError: no such file.
-    ValueError: not a lossless byte-level vocabulary.
+    OSError: the file does not exist.
+    ValueError: it is not a lossless byte-level vocabulary.
   """
   if source == 'bytes':
     return Bytes()

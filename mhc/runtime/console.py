@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: lines and a progress bar."""
+"""Console output of a run on stderr: lines and a progress bar."""
 
 import sys
 
@@ -8,7 +8,7 @@ import tqdm
 def progress_bar(
   total: int, done: int, label: str, shown: bool = True
 ) -> tqdm.tqdm:
-  """Steps with time left; one line every 15 s where there is no terminal."""
+  """A bar of steps with time left; without a terminal, a line every 15 s."""
   return _bar(
     disable=not shown,
     total=total,
@@ -21,13 +21,13 @@ def progress_bar(
 
 
 def byte_bar(total: int, label: str) -> tqdm.tqdm:
-  """Bytes of files with time left; `total` 0 for unknown."""
+  """A bar of bytes with time left; `total` 0 for unknown."""
   return _bar(total=total or None, desc=label, unit='B', unit_scale=True)
 
 
 def print_line(text: str):
   """Prints a line on stderr, above the progress bar."""
-  # In one piece, which other processes' lines do not fall into.
+  # In one write, so that lines of other processes do not interleave.
   tqdm.tqdm.write(f'{text}\n', file=sys.stderr, end='')
 
 
@@ -44,7 +44,7 @@ def _bar(**options) -> tqdm.tqdm:
 
 
 class _LogStream:
-  """Stderr as a log: what would overwrite a line starts a new one."""
+  """Stderr as a log: a carriage return starts a new line."""
 
   def write(self, text: str):
     sys.stderr.write(text.replace('\r', '\n'))

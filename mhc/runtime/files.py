@@ -1,4 +1,4 @@
-"""The records of a run: JSON lines, files replaced as a whole, TensorBoard."""
+"""Output files of a run: JSON lines, atomically replaced files, TensorBoard."""
 
 from collections.abc import Mapping
 import contextlib
@@ -18,7 +18,7 @@ class JsonLines:
 
   On resume, lines past the restored step, or more than `most`, are dropped, as
   is a line that a killed process left half-written. Numbers that are not finite
-  are null.
+  become null.
   """
 
   def __init__(
@@ -36,7 +36,7 @@ class JsonLines:
     self._size, self._waiting, self._name = len(text), b'', path.name
 
   def write(self, step: int, values: Mapping):
-    """Writes a line; on a disk that is full, as soon as there is room again."""
+    """Writes a line; on a full disk, as soon as there is room again."""
     first = not self._waiting
     self._waiting += _line({'step': step, **values}).encode()
     try:
@@ -61,7 +61,7 @@ class JsonLines:
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
-  """The objects of a JSON-lines file, up to the first broken line."""
+  """Returns the objects of a JSON-lines file, up to the first broken line."""
   lines = []
   if path.exists():
     for line in path.read_text().splitlines():
@@ -73,14 +73,14 @@ def read_lines(path: pathlib.Path) -> list[dict]:
 
 
 def replace(path: pathlib.Path, text: str):
-  """Writes a file so that a killed process leaves the old or the new one."""
+  """Replaces a file atomically: a killed process leaves the old or the new."""
   partial = path.with_name(path.name + '.partial')
   partial.write_text(text)
   partial.replace(path)
 
 
 class TensorBoard:
-  """A mirror of the scalars, for those who watch runs there."""
+  """A copy of the scalars for TensorBoard."""
 
   def __init__(self, workdir: pathlib.Path):
     import tensorboardX  # slow to import and off by default
@@ -100,7 +100,7 @@ def _line(values: Mapping) -> str:
 
 
 def jsonable(value):
-  """Arrays to lists; numbers that are not finite to None."""
+  """Converts arrays to lists, and non-finite numbers to None."""
   if isinstance(value, Mapping):
     return {key: jsonable(item) for key, item in value.items()}
   if isinstance(value, list | tuple):

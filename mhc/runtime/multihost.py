@@ -1,9 +1,9 @@
-"""The processes that train one run together, and how they agree.
+"""Agreement between the processes that train one run together.
 
 Each runs the same program for its own devices and reads the data itself. The
-first one writes the run's files and speaks to the user. What one alone can find
-out, that a folder is taken or a disk is full, the others must hear of before
-they wait for it in a computation that it will never join.
+first one writes the run's files and logs to the console. An error that only one
+of them can see, such as a full disk, must reach the others before they wait for
+it in a collective that it will never join.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,14 @@ import numpy as np
 
 
 class RunRefused(ValueError):
-  """Why the run cannot go on, raised by every process at the same point."""
+  """A user error, raised by every process at the same point."""
 
 
 class RunStopped(Exception):
-  """The run was asked to end and is saved after a step, in every process."""
+  """The run has stopped as requested, and is saved; raised by every process."""
 
   def __init__(self, why: str, step: int, status: int | None = None):
-    """`status` is what a main exits with, None for what it was told to."""
+    """`status` is the exit status of a main, None for --stop_status."""
     super().__init__(f'{why}: saved after step {step}')
     self.why, self.step, self.status = why, step, status
 
@@ -42,7 +42,7 @@ def is_first() -> bool:
 
 
 def all_gather_text(text: str) -> list[str]:
-  """What every process says, in their order."""
+  """Returns the text of every process, in their order."""
   if count() == 1:
     return [text]
   data = np.frombuffer(text.encode(), np.uint8)
@@ -56,13 +56,13 @@ def all_gather_text(text: str) -> list[str]:
 
 
 def broadcast_from_first(value: Any) -> Any:
-  """The first process's value, of what JSON can say."""
+  """Returns the first process's value, which JSON must be able to encode."""
   return json.loads(all_gather_text(json.dumps(value) if is_first() else '')[0])
 
 
 @contextlib.contextmanager
 def raise_together() -> Iterator[None]:
-  """A mistake of the user's that any process meets in the block ends them all.
+  """Raises a user error that occurs in the block of any process in all of them.
 
   Raises:
     RunRefused: in every process, for a ValueError or OSError in one.
@@ -74,30 +74,30 @@ def raise_together() -> Iterator[None]:
     if count() == 1:
       raise
     failure = error
-  said = all_gather_text(f' {failure}' if failure else '')
+  texts = all_gather_text(f' {failure}' if failure else '')
   if failure:
     raise RunRefused(str(failure)) from failure
-  for number, text in enumerate(said):
+  for number, text in enumerate(texts):
     if text:
       raise RunRefused(f'process {number} cannot go on:{text}')
 
 
 def assert_same(values: Mapping[str, Any]):
-  """Raises RunRefused if a value is another one in another process."""
+  """Raises RunRefused if a value differs between processes."""
   mine = {name: repr(value) for name, value in values.items()}
-  said = [json.loads(text) for text in all_gather_text(json.dumps(mine))]
-  for number, other in enumerate(said):
-    for name, value in said[0].items():
+  given = [json.loads(text) for text in all_gather_text(json.dumps(mine))]
+  for number, other in enumerate(given):
+    for name, value in given[0].items():
       if other.get(name) != value:
         raise RunRefused(
           f'{name} is {value} in process 0 and {other.get(name)} in process '
-          f'{number}: all must be started alike'
+          f'{number}: start all with the same settings and data'
         )
 
 
 def stopping(step: int) -> bool:
-  """Whether a SIGTERM to any of many processes asks to stop after this step.
+  """Whether any process received a SIGTERM, to stop all after this step.
 
-  The same answer everywhere. To be asked after every step.
+  The answer is the same in all of them. To be called after every step.
   """
   return multihost_utils.reached_preemption_sync_point(step)

@@ -1,6 +1,6 @@
-"""Reading that outlasts the hiccups of a shared file system.
+"""Reads with exponential backoff on transient errors of a shared file system.
 
-Explicit reads: an error in a memory map would end the process by a signal.
+Reads are explicit: an error in a memory map would end the process by a signal.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import time
 
 import tqdm
 
-# Seconds before each new attempt, about a minute altogether.
+# Seconds before each retry, about a minute in total.
 BACKOFF_SECONDS = (0.5, 1, 2, 4, 8, 16, 32)
 TRANSIENT_ERRNOS = {
   errno.EAGAIN,
@@ -36,16 +36,16 @@ TRANSIENT_ERRNOS = {
   errno.ETIMEDOUT,
 }
 
-sleep = time.sleep  # a test puts another one here
+sleep = time.sleep  # replaced in tests
 
 
 def with_retries[T](function: Callable[[], T], what: str | pathlib.Path) -> T:
-  """`function()`, called again after errors that may pass.
+  """Returns `function()`, called again after transient errors.
 
-  Each new attempt is announced.
+  Every retry is logged.
 
   Raises:
-    OSError: another error, or one that did not pass, with `what` as its file.
+    OSError: another error, or one that persists, with `what` as its file.
   """
   waits = iter(BACKOFF_SECONDS)
   while True:
@@ -65,16 +65,16 @@ def with_retries[T](function: Callable[[], T], what: str | pathlib.Path) -> T:
 
 
 class File(io.RawIOBase):
-  """A file to be read, at any place or from its start on.
+  """A read-only file with retries, for random access or sequential reads.
 
-  Opened at the first read, and again after an error.
+  It is opened at the first read, and again after an error.
   """
 
   def __init__(self, path: pathlib.Path):
-    self._path, self._descriptor, self._place = path, None, 0
+    self._path, self._descriptor, self._position = path, None, 0
 
   def pread(self, first: int, size: int) -> bytes:
-    """Bytes from `first` on: `size` of them, less only at the file's end."""
+    """Returns `size` bytes from `first` on, fewer only at the file's end."""
     return with_retries(lambda: self._pread(first, size), self._path)
 
   def readable(self) -> bool:
@@ -84,23 +84,23 @@ class File(io.RawIOBase):
     return True
 
   def tell(self) -> int:
-    return self._place
+    return self._position
 
   def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
     match whence:
       case os.SEEK_CUR:
-        offset += self._place
+        offset += self._position
       case os.SEEK_END:
         offset += with_retries(self._path.stat, self._path).st_size
     if offset < 0:
       raise ValueError(f'{self._path} has no byte {offset}')
-    self._place = offset
+    self._position = offset
     return offset
 
   def readinto(self, buffer) -> int:
-    data = self.pread(self._place, len(buffer))
+    data = self.pread(self._position, len(buffer))
     buffer[: len(data)] = data
-    self._place += len(data)
+    self._position += len(data)
     return len(data)
 
   def close(self):
@@ -126,5 +126,5 @@ class File(io.RawIOBase):
 
 
 def stream(path: pathlib.Path) -> io.BufferedReader:
-  """A file to be read from its start on, by lines or seeking."""
+  """Opens a file for buffered reads, by lines or seeking."""
   return io.BufferedReader(File(path), 2**20)

@@ -1,4 +1,4 @@
-r"""A number for the bits of an array that does not depend on how it is spread.
+r"""Checksums of the bits of arrays, independent of how they are sharded.
 
 With the array's elements as unsigned integers u_i of 32 bits (wider ones as
 several, narrower ones widened) at their index i in row-major order,
@@ -7,9 +7,9 @@ several, narrower ones widened) at their index i in row-major order,
 
 for two salts, where `mix` is a bijection of 32 bits in which every bit of the
 input reaches every bit of the output (murmur3's finaliser). Sums of integers
-have no rounding and no order, so every mesh gives the same number, from arrays
-of which each device holds a part. A flipped bit always changes it; other damage
-goes unnoticed once in 2^64.
+have no rounding and no order, so every mesh gives the same number for a sharded
+array. A flipped bit always changes it; other corruption goes unnoticed once in
+2^64.
 """
 
 import functools
@@ -27,13 +27,13 @@ SALTS = (0x9E3779B9, 0x7F4A7C15)
 
 
 def tree_checksums(tree: Any) -> dict[str, str]:
-  """Path -> 16 hexadecimal digits, of every array of a tree.
+  """Maps the path of every array of a tree to 16 hexadecimal digits.
 
-  The arrays may be spread over processes; all must call it.
+  The arrays may be sharded over processes; all must call it.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   arrays = [leaf for _, leaf in leaves]
-  found = jax.device_get(_program(_whole(arrays[0].sharding))(arrays))
+  found = jax.device_get(_program(_replicated(arrays[0].sharding))(arrays))
   return {
     jax.tree_util.keystr(path, simple=True, separator='.'): ''.join(
       f'{part:08x}' for part in digits.tolist()
@@ -43,15 +43,15 @@ def tree_checksums(tree: Any) -> dict[str, str]:
 
 
 @functools.cache
-def _program(whole):
+def _program(sharding):
   return jax.jit(
     lambda leaves: jnp.stack([*map(array_checksum, leaves)]),
-    out_shardings=whole,
+    out_shardings=sharding,
   )
 
 
-def _whole(sharding):
-  """So that every process can read it."""
+def _replicated(sharding):
+  """The sharding of a result that every process can read."""
   if isinstance(sharding, NamedSharding):
     return NamedSharding(sharding.mesh, PartitionSpec())
   return None
@@ -70,7 +70,7 @@ def array_checksum(x: Array) -> UInt32[Array, '2']:
 
 
 def _words(x):
-  """uint32; of wider types one more dimension."""
+  """The bits of x as uint32; wider types have one more dimension."""
   if x.dtype == jnp.bool_:
     return x.astype(jnp.uint32)
   size = x.dtype.itemsize

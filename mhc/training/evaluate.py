@@ -28,10 +28,9 @@ def evaluate(
 ) -> dict[str, float]:
   """Scores every target of `rows`, int32 [r, t + 1].
 
-  `batch_size` is the training batch, of which the devices divide multiples.
-  Bits per byte divides all nats, those of document marks included, by the
-  number of target bytes: comparable between tokenizers. It is nan where the
-  tokenizer is not known.
+  `batch_size` is the training batch, whose multiples the devices divide. Bits
+  per byte are all nats, those of document marks included, over the number of
+  target bytes: comparable between tokenizers, nan without a known one.
   """
   nats, size = 0.0, BATCHES * batch_size
   for start in range(0, len(rows), size):
@@ -57,12 +56,12 @@ def evaluate_checkpoint(
   """Scores the newest checkpoint of the run in `workdir`.
 
   Args:
-    workdir: the run's folder.
-    path: text to score, None for the run's own; of either the held-out side.
-    num_rows: rows to score, 0 for all there are.
+    workdir: the work directory of the run.
+    path: text to score, None for the run's own; its held-out side is used.
+    num_rows: rows to score, 0 for all.
 
   Raises:
-    ValueError, OSError: no run or no checkpoint there, unusable text.
+    ValueError, OSError: there is no run or no checkpoint, or unusable text.
   """
   config = workdir_lib.read_config(workdir)
   if path is not None:

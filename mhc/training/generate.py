@@ -1,4 +1,4 @@
-"""Text from a trained model, token by token from a latent cache.
+"""Generates text from a trained model, token by token with a latent cache.
 
 The next token is drawn from softmax(logits / temperature), cut to its nucleus:
 the fewest most probable tokens whose probabilities add up to `top_p`
@@ -26,14 +26,14 @@ from mhc.training import workdir as workdir_lib
 def sample_token(
   logits: Float[Array, 'b v'], key: jax.Array, temperature: float, top_p: float
 ) -> Int[Array, 'b']:
-  """One token a row; see above."""
+  """Samples one token a row; see above."""
   if temperature == 0:
     return jnp.argmax(logits, axis=-1)
   logits = logits / temperature
   ranked = jnp.sort(logits, axis=-1, descending=True)
-  share = jax.nn.softmax(ranked, axis=-1)
-  # A token is in if those before it do not yet reach top_p.
-  inside = jnp.cumsum(share, axis=-1) - share < top_p
+  probability = jax.nn.softmax(ranked, axis=-1)
+  # The nucleus has the tokens before which the sum is less than top_p.
+  inside = jnp.cumsum(probability, axis=-1) - probability < top_p
   least = jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
   logits = jnp.where(logits >= least, logits, -jnp.inf)
   return jax.random.categorical(key, logits)
@@ -54,10 +54,10 @@ def generate(
 
   Args:
     model: as trained; see `inference_config` for models with experts.
-    router_bias: its router's, with experts.
+    router_bias: that of a model with experts.
     prompt: at least one token.
-    num_samples, num_tokens: how many continuations, how long.
-    seed: of the draws.
+    num_samples, num_tokens: number and length of the continuations.
+    seed: seed of the sampler.
     temperature: 0 or more.
     top_p: more than 0, at most 1.
 
@@ -65,12 +65,12 @@ def generate(
     the next token of every continuation, `num_tokens` times.
 
   Raises:
-    ValueError: a value out of its range.
+    ValueError: a value is out of its range.
   """
   if not 0 <= temperature < math.inf:
     raise ValueError(f'temperature={temperature} must be 0 or more')
   if not 0 <= seed < 2**31:
-    raise ValueError(f'seed={seed} must be from 0 and have 32 bits')
+    raise ValueError(f'seed={seed} must be from 0 to 2**31 - 1')
   if not 0 < top_p <= 1:
     raise ValueError(f'top_p={top_p} must be above 0 and at most 1')
   if len(prompt) == 0:
@@ -100,11 +100,11 @@ def generate(
 
 
 def inference_config(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
-  """The model as it can run token by token.
+  """The settings of a model for generation, token by token.
 
-  What a token's experts are must not depend on other tokens: nothing is
-  dropped, and a Sinkhorn router, which balances a batch, gives way to the plain
-  order of affinities (its bias has stayed 0).
+  A token's experts must not depend on other tokens: none is dropped, and a
+  Sinkhorn router, which balances a batch, is replaced by the plain order of
+  affinities (its bias has stayed 0).
   """
   moe = dataclasses.replace(config.moe, dispatch='dropless', router='bias')
   return dataclasses.replace(config, moe=moe)
@@ -115,10 +115,10 @@ def restore(
 ) -> tuple[
   transformer.Transformer, Float[Array, 'l e'] | None, tokenizer_lib.Tokenizer
 ]:
-  """The model of a run's newest checkpoint, its router's bias, its tokens.
+  """Restores the model of the newest checkpoint, its router bias and tokenizer.
 
   Raises:
-    ValueError: no run or no checkpoint in the folder.
+    ValueError: `workdir` holds no run or no checkpoint.
   """
   config = workdir_lib.read_config(workdir)
   state = checkpoint.restore_model(workdir)

@@ -1,6 +1,6 @@
-r"""Watches a run for what comes before a lost one, and says what to do.
+r"""Guards against diverging runs: each raises alerts and has a policy.
 
-    guard       metric             trouble
+    guard       metric             alert
     nonfinite   loss, gradient     is not a finite number
     loss_spike  loss               z > `spike_score` of the steps before
     gain        gains              composite Amax gain (paper, Eq. 4) above
@@ -14,13 +14,13 @@ r"""Watches a run for what comes before a lost one, and says what to do.
 
 z is robust: (loss - median) / (1.4826 MAD), over a window of `spike_window`
 steps, MAD being the median distance from the median, and at least 0.1 % of it.
-The device is told the loss that would be a spike, so that it can refuse the
-update at once. The first two are looked at in each step, the others where the
-run is probed.
+The device receives the loss above which a step is a spike, so that it can skip
+the update at once. The first two guards check every step, the others the steps
+at which the run is probed.
 
-What is said of a step is a function of the metrics up to it alone: a run that
-is killed and goes on says the same. An `Event` is made when trouble begins, not
-again while it lasts.
+The events of a step are a function of the metrics up to it alone: a resumed run
+raises the same. An `Event` marks the start of an alert and is not repeated
+while it lasts.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ from mhc import config as config_lib
 # Kinds whose H_res should have the row and column sums of a permutation.
 STOCHASTIC = frozenset(config_lib.KINDS) - {'hc', 'orthogonal'}
 SEVERITY = ('log', 'skip_step', 'rollback', 'stop')
-# The window says nothing before it holds as many losses.
+# There is no limit on the loss before the window holds as many losses.
 LEAST = 16
 
 
@@ -44,7 +44,7 @@ class Stop(ValueError):
 
 
 class Event(NamedTuple):
-  """Trouble that began at a step, and the `policy` for it."""
+  """An alert that began at a step, and the `policy` for it."""
 
   step: int
   guard: str
@@ -62,22 +62,23 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass
 class GuardState:
-  """What a guard knows of the steps before; saved with the state."""
+  """What guards keep of earlier steps; saved in checkpoints."""
 
   losses: list[float] = dataclasses.field(default_factory=list)
-  # Of the next two steps: the next is dispatched before the last is looked at.
+  # Loss limits of the next two steps: a step is dispatched before the metrics
+  # of the last one are fetched.
   limits: list[float | None] = dataclasses.field(
     default_factory=lambda: [None, None]
   )
   active_alerts: list[str] = dataclasses.field(default_factory=list)
-  streams_have_differed: bool = False  # whether the streams have differed
-  skipped: int = 0  # updates in a row that were not made
+  streams_have_differed: bool = False  # cosine has been below its bound
+  skipped: int = 0  # updates skipped in a row
   rollbacks: int = 0
   rate: float = 1.0  # factor on the learning rate
 
   @classmethod
   def from_saved(cls, state: Mapping[str, Any]) -> 'GuardState':
-    """From a checkpoint, with the names of before for one release."""
+    """Reads the state in a checkpoint; former names for one release."""
     old = {'apart': 'streams_have_differed', 'troubled': 'active_alerts'}
     return cls(**{old.get(name, name): value for name, value in state.items()})
 
@@ -96,14 +97,14 @@ class Guards:
     self.memory = GuardState.from_saved(state)
 
   def loss_limit(self) -> float:
-    """Of the next step: a loss above is a spike. To be asked once a step."""
+    """Returns the loss above which the next step is a spike; once a step."""
     limit = self.memory.limits.pop(0)
     return math.inf if limit is None else limit
 
   def step(
     self, step: int, limit: float, values: Mapping[str, float]
   ) -> list[Event]:
-    """What a step's metrics say, that was given `limit`."""
+    """Returns the events of a step's metrics; `limit` was its loss limit."""
     config, memory = self._config, self.memory
     loss, norm = values['loss/train'], values['grad/global_norm']
     name, value = ('loss', loss)
@@ -131,7 +132,7 @@ class Guards:
     return [event for event in found if event]
 
   def _limit(self) -> float | None:
-    """That of the step after next; None while there are too few losses."""
+    """The loss limit of the step after next; None for too few losses."""
     losses = np.array(self.memory.losses)
     if len(losses) < LEAST:
       return None
@@ -140,7 +141,7 @@ class Guards:
     return median + self._config.spike_score * max(spread, 1e-3 * abs(median))
 
   def probe(self, step: int, seen: Mapping[str, float]) -> list[Event]:
-    """What the `measures` of a probe after a step say."""
+    """Returns the events of a probe after a step, from its `measures`."""
     config, memory = self._config, self.memory
     gain, cosine, growth = seen['gain'], seen['cosine'], seen['growth']
     found = [
@@ -188,28 +189,29 @@ class Guards:
     return [event for event in found if event]
 
   def roll_back(self, state: Mapping[str, Any] | None):
-    """Goes on from what an earlier step knew, but for what happened since.
+    """Restores the state of an earlier step, except for rollbacks and rate.
 
     Raises:
-      Stop: that was one rollback too many.
+      Stop: there were more than guards.max_rollbacks.
     """
     number = self.memory.rollbacks + 1
     if number > self._config.max_rollbacks:
       raise Stop(
-        f'{number} rollbacks are more than guards.max_rollbacks: lower '
-        'optimizer.learning_rate or guards.rollback_rate, or look at '
-        'events.jsonl for what is wrong'
+        f'{number} rollbacks are more than '
+        f'guards.max_rollbacks={self._config.max_rollbacks}: reduce '
+        'optimizer.learning_rate or guards.rollback_rate; events.jsonl has the '
+        'alerts'
       )
     rate = self.memory.rate * self._config.rollback_rate
     self.memory = GuardState.from_saved(state or {})
     self.memory.rollbacks, self.memory.rate = number, rate
 
   def _alert_on_rise(
-    self, step, guard, metric, value, bound, trouble
+    self, step, guard, metric, value, bound, alert
   ) -> Event | None:
-    """An event if there is trouble that there was not before."""
+    """Returns an event for an alert that was not active before."""
     active_alerts = self.memory.active_alerts
-    if not trouble:
+    if not alert:
       self.memory.active_alerts = [
         name for name in active_alerts if name != metric
       ]
@@ -222,7 +224,7 @@ class Guards:
 
 
 def measures(profile: Mapping[str, Any]) -> dict[str, float]:
-  """The numbers of a probe (`step.Functions`) that guards look at."""
+  """The numbers of a probe (`step.probe`) that guards check."""
   rms = np.asarray(profile['stream_rms'], np.float64)
   return {
     'gain': float(
@@ -237,5 +239,5 @@ def measures(profile: Mapping[str, Any]) -> dict[str, float]:
 
 
 def most_severe(events: list[Event]) -> str:
-  """The policy to follow; '' without events."""
+  """Returns the most severe policy of the events; '' without events."""
   return max((e.policy for e in events), key=SEVERITY.index, default='')

@@ -1,13 +1,12 @@
-"""What goes on while a run trains: steps, records, probes, guards, states.
+"""The training loop: steps, metrics, probes, guards, checkpoints.
 
-A step's numbers are fetched after the next step has been dispatched, so that
-the device does not wait for the host; where something is due after a step
-(evaluation, a probe, a state to save), before. What guards decide depends on
+A step's metrics are fetched after the next step has been dispatched, so that
+the device does not wait for the host; before it, if something is due after the
+step (evaluation, a probe, a checkpoint). The decisions of guards depend on
 neither, see `guards`.
 
-Lines of metrics, probes and events (`workdir`) belong to the run as it went on:
-those of steps that were rolled back, or repeated after a kill, are dropped, but
-for events.
+The lines of metrics and probes (`workdir`) of steps that were rolled back, or
+repeated after a kill, are dropped; those of events are kept.
 """
 
 import math
@@ -35,7 +34,7 @@ DUE = ('eval_every', 'probe_every', 'checkpoint_every')
 
 
 class Pending(NamedTuple):
-  """A step that was dispatched and not looked at."""
+  """A step that was dispatched and whose metrics were not fetched."""
 
   step: int
   limit: float  # the loss above which it is a spike
@@ -44,7 +43,7 @@ class Pending(NamedTuple):
 
 
 class Loop:
-  """One run from where its folder stands to its end."""
+  """One run, from its newest checkpoint to its end."""
 
   def __init__(
     self,
@@ -62,7 +61,7 @@ class Loop:
     self._guards = guards_lib.Guards(config)
     self._sinks, self._events = {}, None
     self._num_events = 0
-    self._noticed = []  # before there was a file for it
+    self._early_events = []  # from before their file is open
     self._last_inputs = self._inputs = None
     self._position = None  # in the data, after the last step's batch
     self._rolled_back_to = None  # the step of the last rollback's state
@@ -79,16 +78,17 @@ class Loop:
       raise
 
   def _begin(self):
-    extra, noticed = self._restore(), self._noticed
+    extra, early = self._restore(), self._early_events
     if extra is not None:
       self._batches.set_state(extra['data'])
       self._guards.restore(extra['guards'])
-    self._num_events, self._noticed = extra['events'] if extra else 0, []
+    self._num_events = extra['events'] if extra else 0
+    self._early_events = []
     if multihost.is_first():
       self._events = files.JsonLines(
         self._workdir / workdir_lib.EVENTS, most=self._num_events
       )
-    for step, values in noticed:
+    for step, values in early:
       self._event(step, **values)
 
   def __enter__(self) -> 'Loop':
@@ -101,12 +101,12 @@ class Loop:
     self._bar.close()
     self._checkpoints.__exit__()
 
-  def run(self, asked: preemption.StopSignal) -> dict[str, float]:
-    """To the end of the run; the numbers of its last step.
+  def run(self, stop_signal: preemption.StopSignal) -> dict[str, float]:
+    """Trains to the end of the run and returns the metrics of its last step.
 
     Raises:
-      processes.Stopped: the run was asked to end, and is saved.
-      guards.Stop: a guard ended it.
+      multihost.RunStopped: the run was asked to stop, and is saved.
+      guards.Stop: a guard stopped it.
       OSError: its end could not be saved.
     """
     pending, values = None, {}
@@ -122,7 +122,7 @@ class Loop:
           pending = None
           continue
         self._record(before.step, values)
-      stopped = asked.stopping(self._step)
+      stopped = stop_signal.stopping(self._step)
       if self._step == self._config.num_steps:
         stopped = None
       if not (stopped or any(map(self._is_due, DUE))):
@@ -142,7 +142,7 @@ class Loop:
         self._must_be_saved(str(stopped))
         raise stopped
     self._must_be_saved('The run has come to its end')
-    # A run that was killed after its last save has nothing left to do.
+    # A run that was killed after its last save has no steps left.
     return values or self._evaluated()
 
   def _is_due(self, name) -> bool:
@@ -156,10 +156,10 @@ class Loop:
     limit, mesh = self._guards.loss_limit(), self._compiled.mesh
     self._step += 1
     tokens = partition.put(batch, mesh, partition.BATCH)
-    known = (limit if skips else math.inf, self._guards.memory.rate)
-    if known != self._last_inputs:
-      self._last_inputs = known
-      self._inputs = self._compiled.inputs(*known)
+    inputs = (limit if skips else math.inf, self._guards.memory.rate)
+    if inputs != self._last_inputs:
+      self._last_inputs = inputs
+      self._inputs = self._compiled.inputs(*inputs)
     with jax.transfer_guard('disallow'):
       self._state, metrics = self._compiled.train(
         self._state, tokens, self._inputs
@@ -168,8 +168,8 @@ class Loop:
     return Pending(self._step, limit, self._position, metrics)
 
   def _end_without_data(self, pending):
-    """Saves what was done before the data could not be read."""
-    # Of many processes the others may have read theirs.
+    """Saves the steps before the data that could not be read."""
+    # With several processes, the others may have read theirs.
     if self._position is None or multihost.count() > 1:
       return
     if pending is not None:
@@ -179,7 +179,7 @@ class Loop:
     self._checkpoints.wait()
 
   def _fetch_metrics(self, pending):
-    """The numbers of a step, once it is done, and what guards say of them."""
+    """Returns the metrics of a step, once it is done, and their events."""
     fetched = jax.device_get(pending.metrics)
     values = {name: float(value) for name, value in fetched.items()}
     now = time.perf_counter()
@@ -200,7 +200,7 @@ class Loop:
     )
 
   def _run_probe(self, values) -> list[guards_lib.Event]:
-    """Adds what a probe measures to the values of the step."""
+    """Adds the numbers of a probe to the metrics; returns its events."""
     row = self._heldout[:1, :-1]
     row = partition.put(row, self._compiled.mesh, partition.REPLICATED)
     profile = jax.device_get(self._compiled.probe(self._state, row))
@@ -231,13 +231,13 @@ class Loop:
     if self._events is not None:
       self._events.write(step, values)
     elif multihost.is_first():
-      self._noticed.append((step, values))
+      self._early_events.append((step, values))
 
   def _rolled_back(self, events, pending) -> bool:
-    """Follows the strongest policy; whether it is to go on from before.
+    """Follows the most severe policy; returns whether it rolled back.
 
     Raises:
-      guards.Stop: it is to end here.
+      guards.Stop: the policy is 'stop'.
     """
     policy = guards_lib.most_severe(events)
     for event in events:
@@ -253,7 +253,7 @@ class Loop:
     extra = self._restore()
     self._guards.roll_back(extra and extra['guards'])
     self._rolled_back_to = self._step
-    # On with the data after the trouble.
+    # Continue with the data after the alert.
     self._batches.set_state(pending.position)
     self._event(
       pending.step, guard='rollback', metric='back to step', value=self._step
@@ -266,7 +266,7 @@ class Loop:
     return True
 
   def _restore(self) -> dict[str, Any] | None:
-    """Takes the newest state, or a fresh one; what else was saved with it."""
+    """Restores the newest state, or makes one; returns its other values."""
     compiled = self._compiled
     saved = self._checkpoints.restore(compiled.saved_state)
     if saved is None:
@@ -313,5 +313,5 @@ class Loop:
     if not self._checkpoints.wait():
       raise OSError(
         f'{why}, but the state after step {self._step} could not be saved: '
-        'make room; the same command then goes on from the last one'
+        'make room; the same command then goes on from the last one saved'
       )

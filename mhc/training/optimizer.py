@@ -1,4 +1,4 @@
-"""AdamW and Muon, the learning rate over the run, and what decays."""
+"""AdamW and Muon, the learning rate schedule, and the weight decay mask."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ UPDATE_RMS = 0.2
 def make(
   config: config_lib.OptimizerConfig, num_steps: int
 ) -> optax.GradientTransformation:
-  """Clips the global gradient norm, then AdamW or Muon, decay decoupled."""
+  """Global norm clipping, then AdamW or Muon with decoupled weight decay."""
   rate = learning_rate(config, num_steps)
   update = optax.adamw(
     rate,
@@ -33,7 +33,7 @@ def make(
       beta=config.muon_momentum,
       weight_decay=config.weight_decay,
       consistent_rms=UPDATE_RMS,
-      # Leading dimensions (stacked blocks, experts) hold matrices each.
+      # Leading dimensions (stacked blocks, experts) index matrices.
       muon_weight_dimension_numbers=lambda params: jax.tree.map(
         lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), params
       ),
@@ -45,7 +45,7 @@ def make(
 
 
 def labels(params) -> dict:
-  """The tree of 'muon' and 'adamw', as `parameters` has them."""
+  """The tree of 'muon' and 'adamw', by the table of `parameters`."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: parameters.row(path).optimizer, params
   )
@@ -54,7 +54,7 @@ def labels(params) -> dict:
 def learning_rate(
   config: config_lib.OptimizerConfig, num_steps: int
 ) -> Callable[[jax.Array], jax.Array]:
-  """Update number (0, 1, ...) -> rate: a linear warm-up, then the schedule."""
+  """The optax schedule: linear warm-up, then the decay of `config.schedule`."""
 
   def rate(count):
     warmup = jnp.minimum((count + 1) / (config.warmup_steps + 1), 1.0)
@@ -74,7 +74,7 @@ def learning_rate(
 
 
 def decayed(params) -> dict:
-  """The tree of booleans: does weight decay act on this parameter?"""
+  """The mask of weight decay, a tree of booleans."""
   return jax.tree_util.tree_map_with_path(
     lambda path, _: parameters.row(path).decays, params
   )

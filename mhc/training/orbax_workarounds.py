@@ -1,4 +1,4 @@
-"""Event loops that, when closed, first wait for the tasks they have begun.
+"""Event loops that, when closed, first wait for their running tasks.
 
 Orbax reads and writes the arrays of a state concurrently, in an asyncio loop
 that it closes as soon as one of them fails (`asyncio_utils.run_sync` of
@@ -16,7 +16,7 @@ from typing import Any
 
 from orbax.checkpoint._src import asyncio_utils
 
-# Longer than what is left of a read takes; what hangs is not waited for.
+# Longer than the rest of a read takes; a read that hangs is abandoned.
 SECONDS = 60
 
 
@@ -45,7 +45,7 @@ class DrainingEventLoop(asyncio.SelectorEventLoop):
 
 
 class _Asyncio:
-  """The module asyncio with another function that makes loops."""
+  """The module asyncio with another `new_event_loop`."""
 
   new_event_loop = DrainingEventLoop
 
@@ -55,10 +55,10 @@ class _Asyncio:
 
 @contextlib.contextmanager
 def draining_event_loops():
-  """Makes the loops of Orbax, in any thread, draining ones.
+  """Makes Orbax use draining event loops, in any thread.
 
   It replaces the name `asyncio` in the one module of Orbax that makes loops, so
-  that no other library's loops change. (An event loop policy would reach them
+  that no other library's loops change. (An event loop policy would change them
   all, and is deprecated from Python 3.14.)
   """
   before = asyncio_utils.asyncio
@@ -72,8 +72,7 @@ def draining_event_loops():
 def in_thread[T](call: Callable[[], T]) -> T:
   """Returns call(), made in a thread that has no event loop.
 
-  In the thread of a notebook, which has one, Orbax takes a loop of another
-  kind.
+  In the thread of a notebook, which has one, Orbax uses a loop of another kind.
   """
   with futures.ThreadPoolExecutor(1) as pool:
     return pool.submit(call).result()

@@ -1,4 +1,4 @@
-"""The state of a run: what an update changes and a checkpoint holds."""
+"""The training state, which an update changes and a checkpoint holds."""
 
 from typing import Any, NamedTuple
 
@@ -16,16 +16,16 @@ from mhc.training import optimizer as optimizer_lib
 
 
 class TrainState(NamedTuple):
-  """Blocks lie in the order of the pipeline while it trains, by depth saved."""
+  """Blocks are in pipeline order in training, in depth order when saved."""
 
   step: jax.Array  # int32 [], updates done
   params: Params
   opt_state: optax.OptState
-  router_bias: jax.Array | None  # float32 [l, e] of the l blocks with experts
+  router_bias: jax.Array | None  # float32 [l, e], l blocks with experts
 
 
 def init(config: config_lib.Config, seed: Any) -> TrainState:
-  """A fresh state, in order of depth."""
+  """Initialises a state, in depth order."""
   model = config.model
   fresh = transformer.Transformer(model, rngs=nnx.Rngs(jax.random.key(seed)))
   params = nnx.to_pure_dict(nnx.state(fresh))
@@ -41,7 +41,7 @@ def init(config: config_lib.Config, seed: Any) -> TrainState:
 def abstract_model(
   model: config_lib.ModelConfig, device: jax.Device | None = None
 ) -> TrainState:
-  """Shapes of a state without the optimiser's, by depth, on one device."""
+  """The abstract state without optimiser, in depth order, on one device."""
   sharding = SingleDeviceSharding(device or jax.devices()[0])
   _, params = transformer.abstract(model)
   state = TrainState(
@@ -59,13 +59,13 @@ def abstract_model(
 
 
 def abstract_saved(p: Placement) -> TrainState:
-  """Shapes of a state in order of depth, with their shardings."""
+  """The abstract state in depth order, with shardings."""
   shapes = jax.eval_shape(lambda: init(p.config, 0))
   return partition.abstract(shapes, p.specs(shapes), p.mesh)
 
 
 def abstract_training(p: Placement) -> TrainState:
-  """Shapes of a state in the order of the pipeline, with their shardings."""
+  """The abstract state in pipeline order, with shardings."""
   shapes = jax.eval_shape(lambda: p.to_pipeline_order(init(p.config, 0)))
   return partition.abstract(shapes, p.specs(shapes), p.mesh)
 

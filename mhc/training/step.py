@@ -1,9 +1,9 @@
 """The training step of a run: initialise, update, score, probe.
 
 `train_step`, `token_losses` and `probe` are functions of a `Placement` and
-global arrays; `Step` compiles each when it is first asked for. Loss and
+global arrays; `Step` compiles each at its first use. Loss and
 gradient run inside a `shard_map` (`mhc.parallel`); the update is plain jit on
-arrays as they lie.
+sharded arrays.
 """
 
 from collections.abc import Callable
@@ -34,25 +34,25 @@ from mhc.training.state import TrainState
 
 
 class StepInputs(NamedTuple):
-  """What the host knows of the steps before, float32 [] each; see `guards`."""
+  """Inputs of a step from the host, float32 [] each; see `guards`."""
 
-  loss_limit: jax.Array  # a loss above is a spike
+  loss_limit: jax.Array  # a loss above it is a spike
   rate: jax.Array  # multiplies the learning rate
 
 
 def train_step(
   p: Placement, state: TrainState, tokens: jax.Array, inputs: StepInputs
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update; one that guards refuse counts, and changes nothing else.
+  """One update; one that guards skip is counted and changes nothing else.
 
   Args:
-    p: what the step is compiled for.
-    state: in the order of the pipeline.
+    p: config and mesh that the step is compiled for.
+    state: in pipeline order.
     tokens: int32 [b, t + 1].
-    inputs: of the host.
+    inputs: those of the host.
 
   Returns:
-    the state after it, and metrics.
+    the new state, and metrics.
   """
   config = p.config
   mean_nats, grads, load = sharded.loss_and_grads(p)(
@@ -90,7 +90,7 @@ def train_step(
 
 
 def _reasons_to_skip(guards, nats, norm, inputs):
-  """Why the update must not be made: booleans, none if nothing skips."""
+  """Conditions that skip the update: booleans, none if no guard skips."""
   reasons = []
   if guards.nonfinite == 'skip_step':
     reasons.append(~(jnp.isfinite(nats) & jnp.isfinite(norm)))
@@ -109,10 +109,11 @@ def token_losses(
 def probe(
   p: Placement, state: TrainState, tokens: jax.Array
 ) -> dict[str, jax.Array]:
-  """`gains.profile` of H_res on tokens int32 [1, t], and of the streams.
+  """Returns `gains.profile` of H_res on tokens int32 [1, t], and stream stats.
 
-  The streams that enter each of l sub-layers have stream_cosine and stream_rms
-  [l]: mean cosine of their pairs and root mean square, averaged over tokens.
+  stream_cosine and stream_rms [l] are of the streams that enter each of l
+  sub-layers: mean cosine of their pairs and root mean square, averaged over
+  tokens.
   """
   stack, before = sharded.stream_stats(p)(
     state.params, state.router_bias, tokens
@@ -136,13 +137,13 @@ def _by_sublayer(stats):
   return stats.reshape(-1, *stats.shape[2:])
 
 
-def _identity(state):
+def _unchanged(state):
   return state
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """The programs of a run, each compiled when it is first asked for."""
+  """The programs of a run, each compiled at its first use."""
 
   placement: Placement
 
@@ -152,12 +153,12 @@ class Step:
 
   @functools.cached_property
   def abstract_state(self) -> TrainState:
-    """Shapes and shardings of a state as it trains."""
+    """The abstract state in pipeline order, as it trains."""
     return state_lib.abstract_training(self.placement)
 
   @functools.cached_property
   def saved_state(self) -> TrainState:
-    """Shapes and shardings of a state as it is saved."""
+    """The abstract state in depth order, as it is saved."""
     return state_lib.abstract_saved(self.placement)
 
   @property
@@ -171,12 +172,12 @@ class Step:
 
   @property
   def abstract_inputs(self) -> StepInputs:
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._everywhere)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._replicated)
     return StepInputs(scalar, scalar)
 
   @functools.cached_property
   def init(self) -> Callable:
-    """seed -> a fresh state, as it trains."""
+    """seed -> initial state in pipeline order."""
     return jax.jit(
       self._init,
       static_argnums=0,
@@ -185,17 +186,17 @@ class Step:
 
   @functools.cached_property
   def to_pipeline_order(self) -> Callable:
-    """A state as it is saved -> as it trains."""
+    """State in depth order -> in pipeline order."""
     p = self.placement
     return self._reordered(p.to_pipeline_order, self.abstract_state)
 
   @functools.cached_property
   def to_depth_order(self) -> Callable:
-    """A state as it trains -> as it is saved."""
+    """State in pipeline order -> in depth order."""
     return self._reordered(self.placement.to_depth_order, self.saved_state)
 
   def lower(self) -> jax.stages.Lowered:
-    """The update from abstract shapes; it donates the state."""
+    """Lowers the update, which donates the state."""
     update = jax.jit(
       functools.partial(train_step, self.placement),
       donate_argnums=0,
@@ -211,7 +212,7 @@ class Step:
     return self.lower().compile(compiler_options(self.placement))
 
   def inputs(self, loss_limit=math.inf, rate=1.0) -> StepInputs:
-    """Inputs on the devices; by default of a step that nothing holds back."""
+    """Puts inputs on the devices; the defaults restrict nothing."""
     both = StepInputs(np.float32(loss_limit), np.float32(rate))
     return partition.put(both, self.mesh, partition.REPLICATED)
 
@@ -234,27 +235,27 @@ class Step:
 
   def _reordered(self, reorder, abstract):
     if self.placement.layout.is_depth_order:
-      return _identity
-    whole, model = (
+      return _unchanged
+    full, model = (
       jax.jit(reorder, out_shardings=state_lib.shardings(state))
       for state in (abstract, abstract._replace(opt_state=None))
     )
-    return lambda state: (model if state.opt_state is None else whole)(state)
+    return lambda state: (model if state.opt_state is None else full)(state)
 
   def _compiled(self, function):
     return jax.jit(
       functools.partial(function, self.placement),
-      out_shardings=self._everywhere,
+      out_shardings=self._replicated,
     )
 
   @property
-  def _everywhere(self):
-    """So that every process can read it."""
+  def _replicated(self):
+    """The sharding of results that every process can read."""
     return NamedSharding(self.mesh, partition.REPLICATED)
 
 
 def build(config: config_lib.Config) -> Step:
-  """The step of a run; runs that differ in what is not compiled share it."""
+  """The step of a run, shared by configs that compile to the same programs."""
   data = dataclasses.replace(config.data, path='', on_damage='stop')
   guards = config_lib.GuardsConfig(
     nonfinite=_skips(config.guards.nonfinite),
@@ -280,7 +281,7 @@ def _build(config):
 
 
 def compiler_options(p: Placement) -> dict:
-  """The options for the compiler of the mesh's devices, see `xla_options`."""
+  """The compiler options for the devices of the mesh, see `xla_options`."""
   kind = p.mesh.devices.flat[0].device_kind
   for generation, chip in chips.CHIPS.items():
     if chip.kind == kind and p.config.mesh.overlap and p.mesh.size > 1:

@@ -1,17 +1,17 @@
-"""The folder of a run, which is that run's alone.
+"""The work directory of a run, which belongs to that run alone.
 
-    config.json         the settings; the latest of those that may change
+    config.json         the settings; for those that may change, the latest
     tokenizer.json      the vocabulary, if it is not bytes
     metrics.jsonl       a line a step: loss, gradient norm, rate, time; held-out
-                        loss and what guards watch where they were measured
+                        loss and the metrics of guards where measured
     probes.jsonl        gains, streams and mean matrices of H_res on one row
-    events.jsonl        what guards saw and did, what could not be saved
+    events.jsonl        alerts and actions of guards, failed saves
     checkpoints/STEP    the states, see `checkpoint`
-    damaged/STEP        states that were not what was written
-    tensorboard/        a mirror of the metrics, if asked for
-    summary.json        written last: what the run was and how it ended
+    damaged/STEP        corrupted states
+    tensorboard/        a copy of the metrics, if `tensorboard` is set
+    summary.json        written last: size, data, losses and devices of the run
 
-To read a run takes no more than this file; its parameters,
+This module reads everything but the parameters, which are read by
 `checkpoint.restore_model`.
 """
 
@@ -28,9 +28,9 @@ CONFIG, SUMMARY, TOKENIZER = 'config.json', 'summary.json', 'tokenizer.json'
 METRICS, PROBES, EVENTS = 'metrics.jsonl', 'probes.jsonl', 'events.jsonl'
 CHECKPOINTS, DAMAGED = 'checkpoints', 'damaged'
 
-# Settings that may change when a run goes on, beside those of the mesh: none
-# enters the computation, but the last for what depends on the tokens that are
-# taken together.
+# Settings that may change when a run is resumed, beside those of the mesh: none
+# enters the computation, except the last for what depends on the tokens taken
+# together.
 MUTABLE_ON_RESUME = (
   'eval_every',
   'probe_every',
@@ -44,10 +44,10 @@ MUTABLE_ON_RESUME = (
 
 
 def check(workdir: pathlib.Path, config: config_lib.Config):
-  """Checks that `workdir` is free or holds this very run; changes nothing.
+  """Checks that `workdir` is unused or holds this run; changes nothing.
 
   Raises:
-    ValueError: the folder holds something else, or a run with other settings.
+    ValueError: it holds something else, or a run with other settings.
   """
   if (workdir / CONFIG).exists():
     difference = other_setting(dicts.leaves(read_config(workdir)), config)
@@ -64,7 +64,7 @@ def check(workdir: pathlib.Path, config: config_lib.Config):
 
 
 def other_setting(old: Mapping[str, Any], config: config_lib.Config) -> str:
-  """The first setting in which an `old` run differs, '' for none.
+  """Returns the first setting in which an `old` run differs, '' for none.
 
   Those of `MUTABLE_ON_RESUME`, of the mesh and of guards do not count.
   """
@@ -72,14 +72,14 @@ def other_setting(old: Mapping[str, Any], config: config_lib.Config) -> str:
   old = dict(aliases.current(*item) for item in files.jsonable(old).items())
   for name, new in ours.items():
     free = name in MUTABLE_ON_RESUME or name.startswith(('mesh.', 'guards.'))
-    # What an earlier version did not have yet it had by default.
+    # Settings that an earlier version did not have were at their defaults.
     if not free and name in old and old[name] != new:
       return f'{name}={old[name]!r}, this one has {new!r}'
   return ''
 
 
 def initialize(workdir: pathlib.Path, config: config_lib.Config):
-  """Makes `workdir` the folder of this run, once `check` has passed."""
+  """Makes `workdir` the work directory of this run, after `check`."""
   check(workdir, config)
   workdir.mkdir(parents=True, exist_ok=True)
   text = json.dumps(dicts.to_dict(config), indent=2) + '\n'
@@ -87,10 +87,10 @@ def initialize(workdir: pathlib.Path, config: config_lib.Config):
 
 
 def read_config(workdir: pathlib.Path) -> config_lib.Config:
-  """The settings of the run in `workdir`.
+  """Reads the settings of the run in `workdir`.
 
   Raises:
-    ValueError: there is none, or it is from another version.
+    ValueError: there is no run, or it is from another version.
   """
   file = workdir / CONFIG
   try:
@@ -102,12 +102,12 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
 
 
 def read_summary(workdir: pathlib.Path) -> dict | None:
-  """The summary of a finished run, None for an unfinished one."""
+  """Reads the summary of a finished run; None for an unfinished one."""
   file = workdir / SUMMARY
   return json.loads(file.read_text()) if file.exists() else None
 
 
 def tokenizer_source(workdir: pathlib.Path) -> pathlib.Path | str:
-  """What `tokenizer.load` takes for the run's vocabulary."""
+  """The argument of `tokenizer.load` for the run's vocabulary."""
   file = workdir / TOKENIZER
   return file if file.exists() else 'bytes'

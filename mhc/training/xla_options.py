@@ -1,4 +1,4 @@
-"""What XLA is told so that TPUs compute while they send.
+"""XLA options that overlap communication with computation on TPUs.
 
 By default a TPU program waits for every collective but `ppermute`. Each option
 here was seen to make one kind asynchronous, with matrix products scheduled
@@ -38,10 +38,10 @@ OPTIONS['v6e'] = OPTIONS['v5p'] | {f'{SPARSE_CORE}nd_reduce_scatter': True}
 
 
 def options(generation: str, ahead: bool) -> dict[str, bool | str]:
-  """For a generation of `chips.CHIPS`.
+  """Returns the options for a generation of `chips.CHIPS`.
 
-  `ahead` is for programs that gather in a loop; others would only take longer
-  to compile.
+  `ahead` is for programs that gather in a loop; others would only compile
+  longer.
   """
   if generation == 'v5e' or not ahead:
     return dict(OPTIONS.get(generation, {}))

@@ -152,8 +152,8 @@ def test_damage_is_named(tmp_path):
     ('a.jsonl', b'{"text": "x"}\n{"txt": 1}\n', "line 2.*'text'"),
     ('a.jsonl', b'{"text": 3}\n', 'not a string'),
     ('a.jsonl', b'{"text": \n', 'line 1: not a JSON'),
-    ('a.parquet', b'PAR1', 'not a Parquet file'),
-    ('a.array_record', b'nothing', 'not an ArrayRecord'),
+    ('a.parquet', b'PAR1', 'not a readable Parquet'),
+    ('a.array_record', b'nothing', 'not a readable ArrayRecord'),
     ('a.txt', b'ab\xff', r'not UTF-8 text \(byte 2\)'),
   ],
 )

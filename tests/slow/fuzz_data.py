@@ -41,8 +41,8 @@ POLICIES = ('stop', 'skip')
 VOCAB = 320
 SETTINGS = config.DataConfig(seq_len=32, batch_size=8)
 SECONDS = 60
-WAY_OUT = 'prepare|repair|set |bring |convert |give |name the |shorten |choose '
-# Kinds that hold documents, which can be tokenised.
+HINTS = 'prepare|repair|set |copy |convert |give |name the |reduce |choose '
+# Kinds that hold documents, so that they can be prepared.
 DOCUMENTS = ('text', 'jsonl', 'parquet', 'packed', 'array_record')
 TOKENS = ('bytes', 'bpe', 'old', 'nanogpt', 'llmc')
 KINDS = (*DOCUMENTS, *TOKENS, 'tokenizer')
@@ -425,7 +425,7 @@ def check(number: int, seed: int, good: pathlib.Path, scratch: pathlib.Path):
     except (ValueError, OSError) as error:
       message, outcome = str(error), 'refused'
       names = re.search(f'(case|out){number}|such as .*txt', message)
-      leads = isinstance(error, OSError) or re.search(WAY_OUT, message)
+      leads = isinstance(error, OSError) or re.search(HINTS, message)
       if '\n' in message or not names or not leads:
         outcome, message = 'failed', f'unclear: {error!r}'
     except BaseException as error:
