@@ -38,8 +38,8 @@ mesh.chunks
 mesh.expert
 mesh.head
 mesh.num_devices
-mesh.overlap
 mesh.num_sub_batches
+mesh.overlap
 mesh.pipe
 mesh.schedule
 model.attention.head_dim

@@ -179,8 +179,8 @@ class Full:
     self.file, self.room = file, room
 
   def write(self, data):
-    self.room -= (taken := min(self.room, len(batches)))
-    return self.file.write(batches[:taken])
+    self.room -= (taken := min(self.room, len(data)))
+    return self.file.write(data[:taken])
 
   def __getattr__(self, name):
     return getattr(self.file, name)
