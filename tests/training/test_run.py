@@ -118,7 +118,7 @@ def test_tensorboard_mirrors_the_scalars(text, tmp_path):
 
 
 def test_gone_on_bit_for_bit(finished, text, tmp_path):
-  """As after a kill: mhc/torture.py kills, this leaves what would be there."""
+  """As after a kill; tests/fault_injection kills, this leaves what would be."""
   uninterrupted, summary = finished
   workdir = tmp_path / 'run'
   shutil.copytree(uninterrupted, workdir)
