@@ -1,5 +1,8 @@
 """Manifold-constrained hyper-connections for JAX and Flax."""
 
+from mhc import functional
+from mhc import gains
+from mhc import kernels
 from mhc.connections import HC, MHC, Residual, SinglePass
 from mhc.manifold import sinkhorn_project
 from mhc.streams import Collapse, expand
@@ -11,6 +14,9 @@ __all__ = [
   'Residual',
   'SinglePass',
   'expand',
+  'functional',
+  'gains',
+  'kernels',
   'sinkhorn_project',
 ]
 

@@ -67,13 +67,7 @@ def stream_stats(p, params, router_bias, tokens):
 
 def _objective(p, params, router_bias, tokens):
   """The sum over local tokens, and beside it nats and the experts' loads."""
-  model, gather_block = _network(p, params)
-  logits, stats = model.logits_and_stats(
-    tokens[:, :-1],
-    router_bias,
-    num_sub_batches=p.config.mesh.num_sub_batches,
-    gather_block=gather_block,
-  )
+  logits, stats = _forward(p, params)(tokens[:, :-1], router_bias)
   rows = loss.nats_of_rows(logits, tokens[:, 1:])
   nats = total = jnp.sum(rows)
   if stats is not None:
@@ -84,14 +78,18 @@ def _objective(p, params, router_bias, tokens):
 
 
 def _nats_of_rows(p, params, router_bias, tokens):
+  logits, _ = _forward(p, params)(tokens[:, :-1], router_bias)
+  return loss.nats_of_rows(logits, tokens[:, 1:])
+
+
+def _forward(p, params):
+  """`Transformer.logits_and_stats` with the device's parameters."""
   model, gather_block = _network(p, params)
-  logits, _ = model.logits_and_stats(
-    tokens[:, :-1],
-    router_bias,
+  return functools.partial(
+    model.logits_and_stats,
     num_sub_batches=p.config.mesh.num_sub_batches,
     gather_block=gather_block,
   )
-  return loss.nats_of_rows(logits, tokens[:, 1:])
 
 
 def _network(p, params):
