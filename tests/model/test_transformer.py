@@ -54,7 +54,8 @@ def logits_of(model, x):
 
 @jax.jit
 def final_streams(model, x):
-  return model._run(x, None)[0][0]
+  states, _ = model.embed_and_expand(x)
+  return model.run_stage(states, x.shape, None)[0][0]
 
 
 loss_and_grads = jax.jit(jax.value_and_grad(loss))
@@ -152,7 +153,7 @@ def test_recompute_changes_no_gradient(policy, every):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
-def test_sites_come_in_order_of_depth():
+def test_stream_stats_come_in_order_of_depth():
   model = transformer.Transformer(settings('mhc'), rngs=nnx.Rngs(0))
   for number, name in enumerate(('attention_connection', 'ffn_connection')):
     bias = getattr(model.dense_blocks, name).bias
@@ -161,7 +162,8 @@ def test_sites_come_in_order_of_depth():
       bias[...].at[:, 8:].set(strength[:, None] * jnp.eye(4).reshape(1, 16))
     )
   matrices = model.stream_stats(tokens()).res
-  assert matrices.shape == (6, 32, 4, 4)
+  assert matrices.shape == (3, 2, 32, 4, 4)
+  matrices = matrices.reshape(6, 32, 4, 4)
   want = jnp.exp(jnp.arange(1.0, 7.0))
   np.testing.assert_allclose(matrices[:, 0, 0, 0], want / (want + 3), rtol=1e-5)
 

@@ -182,7 +182,7 @@ def play(built):
     for shift, side in transfers.SIDES.items():
       is_open = shift == 0 or (what, shift) in built.channels
       came = np.roll(values, shift) if is_open else np.full(p, np.nan)
-      slots = row[f'r{what[0]}_{side}']
+      slots = row[f'recv_{what}_{side}']
       there = slots >= 0
       buffer[there, slots[there]] = came[there]
 
@@ -282,7 +282,11 @@ def test_one_device_accumulates_gradients():
   for name in NAMES:
     built = table_lib.build(name, 1, 5)
     assert built.channels == ()
-    sides = [built.table[f'r{r}_{s}'] for r in 'ag' for s in ('left', 'right')]
+    sides = [
+      built.table[f'recv_{what}_{side}']
+      for what in ('act', 'grad')
+      for side in ('left', 'right')
+    ]
     assert (np.stack(sides) == -1).all()
 
 
