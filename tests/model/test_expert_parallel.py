@@ -10,7 +10,6 @@ from mhc import axes
 from mhc import config
 from mhc.model import expert_parallel
 from mhc.model import experts
-from mhc.model import experts as experts_lib
 
 DEVICES, TOKENS, NUM, K, DIM = 4, 32, 8, 3, 6
 
@@ -58,7 +57,7 @@ def over_devices(settings):
 
 
 def one_device(x, gates, weights, chosen):
-  return experts_lib.combine(experts.dropless(x, chosen, weights), gates)
+  return experts.combine(experts.dropless(x, chosen, weights), gates)
 
 
 def settings(**options):
@@ -89,6 +88,25 @@ def test_nothing_is_lost(transport, load):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
+@pytest.mark.parametrize('dispatch', ['dropless', 'capacity'])
+@pytest.mark.parametrize('transport', ['all_to_all', 'all_gather'])
+def test_no_expert_is_no_output(transport, dispatch):
+  """As of a padded layer; tokens that have experts are not changed by it."""
+  *floats, chosen, _ = inputs('random')
+  options = settings(
+    transport=transport, dispatch=dispatch, capacity_factor=100.0
+  )
+  apply = jax.jit(over_devices(options))
+  none = jnp.full_like(chosen, NUM)
+  np.testing.assert_array_equal(apply(*floats, none)[0], 0)
+  some = jnp.where(jnp.arange(TOKENS)[:, None] % 2 == 0, chosen, NUM)
+  out, dropped = apply(*floats, some)
+  want = one_device(*floats, chosen)
+  assert dropped == 0
+  np.testing.assert_array_equal(out[1::2], 0)
+  np.testing.assert_allclose(out[::2], want[::2], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('transport', ['all_to_all', 'all_gather'])
 def test_a_capacity_drops_and_says_so(transport):
   def dropped(load, factor):
@@ -111,7 +129,7 @@ def test_an_expert_has_no_more_slots_than_there_are_tokens():
   chosen = jnp.zeros((NUM, K), jnp.int32)
   for factor, number in ((1.0, K), (1e30, NUM)):
     options = settings(dispatch='capacity', capacity_factor=factor)
-    assert experts_lib.expert_capacity(options, chosen) == number
+    assert experts.expert_capacity(options, chosen) == number
 
 
 def test_what_auto_is():
