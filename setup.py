@@ -23,6 +23,7 @@ train = [
   'optax>=0.2.8',
   'orbax-checkpoint>=0.12',
   'safetensors>=0.5',
+  'scipy>=1.13',
   'tensorboardX>=2.6',
   'tqdm>=4.66',
 ]

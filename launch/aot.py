@@ -26,9 +26,9 @@ import jax
 
 from mhc import config as config_lib
 from mhc.kernels import chips
+from mhc.parallel import counts
 from mhc.pipeline import draw
 from mhc.pipeline import table as table_lib
-from mhc.planner import counts
 from mhc.planner import plan as plan_lib
 from mhc.planner import search
 from mhc.planner import table as plan_table

@@ -2,7 +2,7 @@
 
 python launch/compare.py                     # all runs, then the report
 python launch/compare.py --report_only       # the report of finished runs
-python launch/compare.py --config.panels.main.seeds='(0,)'
+python launch/compare.py --panels=main --config.panels.main.seeds='(0,)'
 """
 
 import pathlib
@@ -20,6 +20,9 @@ WORKDIR = flags.DEFINE_string(
 REPORT_ONLY = flags.DEFINE_bool(
   'report_only', False, 'Render the report of the runs that have finished.'
 )
+PANELS = flags.DEFINE_list(
+  'panels', None, 'Panels to train and report, by name; all if not given.'
+)
 cli.define_config('compare.py')
 cli.define_end()
 
@@ -27,7 +30,7 @@ cli.define_end()
 def main():
   workdir = pathlib.Path(WORKDIR.value)
   if not REPORT_ONLY.value:
-    comparison = cli.config(comparison_lib.Comparison)
+    comparison = cli.config(comparison_lib.Comparison).only(PANELS.value)
     run_all.train_all(comparison, workdir, cli.deadline())
   rows = report.render(workdir)
   print(report.summary(rows))

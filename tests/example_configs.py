@@ -17,6 +17,7 @@ TINY_RUN = config.Config(
   data=config.DataConfig(seq_len=16, batch_size=4),
   eval_every=6,
   eval_sequences=20,
+  final_sequences=20,
   probe_every=5,
   checkpoint_every=4,
 )

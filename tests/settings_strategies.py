@@ -31,6 +31,7 @@ TINY = {
   'data.path': str(ROOT / 'mhc' / '*.py'),  # beside it may be bytecode
   'data.seq_len': 8,
   'eval_sequences': 8,
+  'final_sequences': 8,
   'mesh.num_devices': 1,
 }
 EXPERTS = {'model.moe.num_experts': 4, 'model.moe.expert_dim': 8}

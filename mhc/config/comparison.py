@@ -1,6 +1,6 @@
 """A comparison: a base run and the panels of runs that vary it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import types
 from typing import Literal
@@ -50,6 +50,21 @@ class Comparison:
       raise ValueError('a comparison needs at least one panel')
     for panel in self.panels:
       self.runs(panel)
+
+  def only(self, panels: Sequence[str] | None) -> 'Comparison':
+    """The comparison of some of the panels; None for all.
+
+    Raises:
+      ValueError: there is no such panel.
+    """
+    for name in panels or ():
+      checks.one_of('--panels', name, tuple(self.panels))
+    kept = {
+      name: panel
+      for name, panel in self.panels.items()
+      if panels is None or name in panels
+    }
+    return dataclasses.replace(self, panels=types.MappingProxyType(kept))
 
   def runs(self, panel: str) -> dict[str, config_lib.Config]:
     """Maps run names to configs, kinds innermost."""

@@ -189,6 +189,8 @@ class Config:
   # Each `*_every` is in steps, 0 for only at the end.
   eval_every: int = 100
   eval_sequences: int = 256
+  # Held-out rows of the last evaluation, which the summary is of; 0 for all.
+  final_sequences: int = 4096
   probe_every: int = 25
   checkpoint_every: int = 200
   # The newest ones are kept, and those at multiples of keep_every (0: none).
@@ -206,6 +208,7 @@ class Config:
       'probe_every',
       'checkpoint_every',
       'keep_every',
+      'final_sequences',
     )
     if self.keep_every and not self.checkpoint_every:
       raise ValueError(

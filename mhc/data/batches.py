@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -265,6 +266,22 @@ def heldout_rows(
   count = len(rows) if num_rows is None else min(num_rows, len(rows))
   indices = np.arange(count) * len(rows) // count
   return np.stack([rows[index] for index in indices.tolist()])
+
+
+class Heldout(NamedTuple):
+  """Held-out rows of a run, int32 [rows, seq_len + 1]."""
+
+  periodic: np.ndarray  # `eval_sequences` of them
+  final: np.ndarray  # `final_sequences`
+
+
+def heldout_for(config: config_lib.Config, corpus: Corpus) -> Heldout:
+  """The held-out rows of a run; see `heldout_rows`."""
+  counts = config.eval_sequences, config.final_sequences or None
+  seq_len, vocab_size = config.data.seq_len, config.model.vocab_size
+  return Heldout(
+    *(heldout_rows(corpus, seq_len, count, vocab_size) for count in counts)
+  )
 
 
 def _rows(corpus, side, seq_len, vocab_size):

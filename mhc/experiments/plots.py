@@ -1,6 +1,7 @@
 """The report's figures, each a function of the finished runs of one setting.
 
-Lines are means over seeds, bands run from the lowest seed to the highest.
+Lines are means over seeds (geometric for gains), bands run from the lowest seed
+to the highest.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from matplotlib import colors
 from matplotlib import ticker
 from matplotlib.figure import Figure
 import numpy as np
+from scipy import stats
 
 from mhc.experiments import events as events_lib
 from mhc.experiments import results
@@ -163,7 +165,7 @@ def gains_over_training(by_kind: ByKind) -> Figure:
     for kind, runs in by_kind.items():
       steps = np.array([probe['step'] for probe in runs[0].probes])
       curves = np.stack([run.probe(name).max(axis=1) for run in runs])
-      _band(axis, kind, steps, curves, **STYLES.get(kind, {}))
+      _band(axis, kind, steps, curves, stats.gmean, **STYLES.get(kind, {}))
     _gain_axis(axis)
     _label(
       axis, f'{title} composite gain', 'step', 'Amax gain, largest over depth'
@@ -183,7 +185,7 @@ def gains_over_depth(by_kind: ByKind) -> Figure:
     for kind, runs in by_kind.items():
       curves = np.stack([run.probe(name)[-1] for run in runs])
       depth = np.arange(1, curves.shape[1] + 1)
-      _band(axis, kind, depth, curves, **STYLES.get(kind, {}))
+      _band(axis, kind, depth, curves, stats.gmean, **STYLES.get(kind, {}))
     _gain_axis(axis)
     _label(axis, title, 'sub-layer l', 'Amax gain')
   return figure
@@ -348,9 +350,13 @@ def _axes(rows, columns, width=10.5, height=3.8, share_y=False):
   return figure, axes.reshape(-1)
 
 
-def _band(axis, kind, steps, curves, **style):
+def _band(axis, kind, steps, curves, mean=np.mean, **style):
   axis.plot(
-    steps, curves.mean(axis=0), color=COLORS[kind], label=LABELS[kind], **style
+    steps,
+    mean(curves, axis=0),
+    color=COLORS[kind],
+    label=LABELS[kind],
+    **style,
   )
   if len(curves) > 1:
     axis.fill_between(

@@ -10,10 +10,12 @@ import pathlib
 import numpy as np
 
 from mhc.experiments import claims
+from mhc.experiments import contrasts
 from mhc.experiments import events
 from mhc.experiments import html
 from mhc.experiments import plots
 from mhc.experiments import results
+from mhc.experiments import statistics
 from mhc.runtime import files
 
 TITLE = 'Residual designs compared'
@@ -133,7 +135,7 @@ def summary(rows: list[dict]) -> str:
     loss = np.mean([row['heldout_nats'] for row in group])
     gaps = [row['gap_nats'] for row in group if row['gap_nats'] is not None]
     forward, backward = (
-      claims.number(max(row[name] for row in group))
+      claims.number(statistics.geometric_mean([row[name] for row in group]))
       for name in ('gain_fwd_max', 'gain_bwd_max')
     )
     spikes = ' / '.join(str(row['grad_spikes']) for row in group)
@@ -163,7 +165,7 @@ def _introduction(comparison, panels, unfinished) -> list[html.Block]:
     f'{corpus["num_documents"]} documents, of which '
     f'{corpus["num_heldout_documents"]} are held out whole; sha256 '
     f'{corpus["sha256"][:16]}. Held-out loss is over '
-    f'{first.config.eval_sequences * data.seq_len:,} tokens. Device: '
+    f'{first.summary["heldout_rows"] * data.seq_len:,} tokens. Device: '
     f'{first.summary["num_devices"]} x {first.summary["device"]}, jax '
     f'{first.summary["jax"]}.',
   ]
@@ -203,15 +205,11 @@ def _panel(workdir, name, title, runs, rows) -> list[html.Block]:
     )
     selected = [r for r in rows if (r['blocks'], r['lr']) == setting]
     parts.append(_table(selected))
-    judged = claims.evaluate(selected)
-    if judged:
-      parts.append(
-        html.Table(
-          ['The papers', 'Here', 'Verdict'],
-          [[c.claimed, c.measured, c.verdict] for c in judged],
-          numeric=False,
-        )
-      )
+    judged = contrasts.judge([*contrasts.of_kinds(selected)])
+    claimed = claims.evaluate(selected, judged)
+    if claimed:
+      header = ['Claim', 'Paper', 'Here', 'Verdict']
+      parts.append(html.Table(header, [[*c] for c in claimed], numeric=False))
     folder = pathlib.Path('figures') / f'{name}-b{blocks}-lr{rate:g}'
     for file, caption in plots.draw_all(here, workdir / folder).items():
       parts.append(html.Figure(str(folder / file), caption))
@@ -219,7 +217,7 @@ def _panel(workdir, name, title, runs, rows) -> list[html.Block]:
 
 
 def _table(rows) -> html.Table:
-  """One row per kind: means over seeds, the loss with its range."""
+  """One row per kind: means over seeds, or a value a seed."""
   lines = []
   for kind in dict.fromkeys(row['variant'] for row in rows):
     group = [row for row in rows if row['variant'] == kind]
@@ -228,22 +226,26 @@ def _table(rows) -> html.Table:
       values = [row[name] for row in group if row[name] is not None]
       return float(reduce(values)) if values else None
 
+    def by_seed(name, group=group):
+      return ' / '.join(claims.number(row[name]) for row in group)
+
     heldout = [row['heldout_nats'] for row in group]
     lines.append(
       [
         plots.LABELS[kind],
-        _fixed(column('train_nats'), 3),
+        _fixed(column('train_nats_last_25'), 3),
         f'{np.mean(heldout):.4f}'
         + (
           f' ({min(heldout):.3f}-{max(heldout):.3f})' if len(group) > 1 else ''
         ),
         _fixed(column('bits_per_byte'), 3),
         _fixed(column('gap_nats'), 4, sign=True),
-        claims.number(column('gain_fwd_max', max)),
-        claims.number(column('gain_bwd_max', max)),
-        f'{claims.number(column("grad_norm_mean"))} ± '
-        f'{claims.number(column("grad_norm_std"))}',
-        claims.number(column('grad_norm_max', max)),
+        _fixed(column('stream_cosine', np.median), 4),
+        by_seed('gain_fwd_max'),
+        by_seed('gain_bwd_max'),
+        claims.number(column('grad_norm_mean')),
+        by_seed('grad_norm_cv'),
+        by_seed('grad_norm_max'),
         ' / '.join(str(row['grad_spikes']) for row in group),
         ' / '.join(str(row['loss_spikes']) for row in group),
         _fixed(column('step_time_ratio', np.median), 2),
@@ -254,13 +256,15 @@ def _table(rows) -> html.Table:
     )
   header = [
     'connection',
-    'train loss (nats)',
+    'train loss, last 25 steps (nats)',
     'held-out loss (nats)',
     'bits per byte',
     'gap',
-    'max gain fwd',
-    'max gain bwd',
+    'cosine of streams',
+    'gain fwd',
+    'gain bwd',
     'grad norm',
+    'its variation',
     'its max',
     'its spikes',
     'loss spikes',
@@ -281,10 +285,13 @@ def _notes() -> list[html.Block]:
     'parentheses; `gap` is to the plain residual of the same seed. Gains are '
     'the Amax gain magnitudes of the mHC paper (Sec. 3.1): the largest '
     'absolute row sum (forward) or column sum (backward) of the product of '
-    'all H_res, averaged over the tokens of one held-out row, maximum over '
-    'depth, probes and seeds. The gradient norm is taken before clipping, mean '
-    f'± standard deviation; a spike is a step above '
-    f'{results.GRAD_SPIKE_FACTOR:g} times the median of the '
+    'all H_res, averaged over the tokens of the probe, maximum over depth and '
+    'probes, seed by seed. The cosine is of pairs of streams where a sub-layer '
+    'reads, median over depth and seeds at the end: near 1 the n streams are '
+    'one, and nothing can be said of mixing them. The gradient norm is taken '
+    'before clipping, over the steps after warm-up: its mean, and by seed its '
+    'coefficient of variation over these steps and its maximum; a spike is a '
+    f'step above {results.GRAD_SPIKE_FACTOR:g} times the median of the '
     f'{results.WINDOW} steps before it, a loss spike one more than '
     f'{results.LOSS_SPIKE_NATS:g} nat above that median; spikes are counted '
     'seed by seed. Step time (median), memory (XLA: arguments, temporaries '

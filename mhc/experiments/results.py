@@ -6,7 +6,14 @@ Definitions, all over the steps after warm-up:
   median of the 25 steps before it;
 * a loss spike is a step whose loss is more than 1 nat above that median of the
   loss;
-* gains are maxima over depth and over the probes taken during the run.
+* the gradient norm's mean, maximum and coefficient of variation (standard
+  deviation over mean) are over these steps of one run;
+* the roughness of the loss is the standard deviation, over these steps, of the
+  loss minus the median of the 25 steps before it;
+* gains are maxima over depth and over the probes taken during the run, the
+  larger one of forward and backward: mHC's forward gain is 1 by construction;
+* the cosine of the streams is the median over the sub-layers, at the end of the
+  run; the first sub-layer, whose streams are copies, is left out.
 """
 
 import dataclasses
@@ -78,17 +85,46 @@ class Run:
       return None
     return float(np.mean(self.series('moe/load_max_over_mean')[1][-WINDOW:]))
 
+  @property
+  def flops(self) -> float | None:
+    """Training FLOPs as the paper counts; None for a run without the count."""
+    each = self.summary.get('flops_per_token')
+    return None if each is None else float(each * self.summary['tokens'])
+
   @functools.cached_property
   def step_seconds(self) -> float:
     return float(np.median(self.series('time/step_s')[1]))
 
+  @functools.cached_property
+  def grad_norm(self) -> np.ndarray:
+    """The gradient norm after warm-up; of all steps, if none is after."""
+    values = self.series('grad/global_norm')[1]
+    return values[self._warm :] if len(values) > self._warm else values
+
+  @functools.cached_property
+  def roughness(self) -> float | None:
+    _, loss, median = self._against_median('loss/train')
+    return float(np.std(loss - median)) if len(loss) else None
+
+  @functools.cached_property
+  def stream_cosine(self) -> float | None:
+    """None for one stream, or for a run from before it was recorded."""
+    if self.kind == 'residual' or 'stream_cosine' not in self.probes[-1]:
+      return None
+    return float(np.median(self.probe('stream_cosine')[-1][1:]))
+
+  @property
+  def _warm(self) -> int:
+    """The first step, counted from 0, that is judged."""
+    return max(WINDOW, self.config.optimizer.warmup_steps)
+
   def _against_median(self, name):
     steps, values = self.series(name)
-    if len(values) <= WINDOW:
+    if len(values) <= self._warm:
       return (np.zeros(0),) * 3
     windows = np.lib.stride_tricks.sliding_window_view(values[:-1], WINDOW)
-    first = max(WINDOW, self.config.optimizer.warmup_steps)
     medians = np.median(windows, axis=1)
+    first = self._warm
     return steps[first:], values[first:], medians[first - WINDOW :]
 
 
@@ -148,7 +184,10 @@ def rows(panel: str, runs: list[Run]) -> list[dict]:
 
 
 def _row(panel, run, baseline):
-  grad_norm = run.series('grad/global_norm')[1]
+  model, norm = run.config.model, run.grad_norm
+  forward, backward = (
+    float(run.probe(f'composite_{way}').max()) for way in ('fwd', 'bwd')
+  )
 
   def ratio_to_baseline(value):
     return None if baseline is None else value(run) / value(baseline)
@@ -159,19 +198,28 @@ def _row(panel, run, baseline):
   return {
     'panel': panel,
     'variant': run.kind,
+    'kind': run.kind,
     'seed': run.config.seed,
     'blocks': run.comparison_key[0],
     'lr': run.comparison_key[1],
+    'num_streams': model.connection.streams,
+    'sinkhorn_iters': model.connection.sinkhorn_iters,
+    'dim': model.dim,
     'steps': run.config.num_steps,
-    'train_nats': float(np.mean(run.series('loss/train')[1][-WINDOW:])),
+    'tokens': run.summary['tokens'],
+    'flops': run.flops,
+    'train_nats_last_25': float(np.mean(run.series('loss/train')[1][-WINDOW:])),
     'heldout_nats': run.summary['heldout_nats'],
     'bits_per_byte': run.summary['heldout_bits_per_byte'],
     'gap_nats': gap,
-    'gain_fwd_max': float(run.probe('composite_fwd').max()),
-    'gain_bwd_max': float(run.probe('composite_bwd').max()),
-    'grad_norm_mean': float(grad_norm.mean()),
-    'grad_norm_std': float(grad_norm.std()),
-    'grad_norm_max': float(grad_norm.max()),
+    'gain_fwd_max': forward,
+    'gain_bwd_max': backward,
+    'gain_max': max(forward, backward),
+    'stream_cosine': run.stream_cosine,
+    'roughness': run.roughness,
+    'grad_norm_mean': float(norm.mean()),
+    'grad_norm_cv': float(norm.std() / norm.mean()),
+    'grad_norm_max': float(norm.max()),
     'grad_spikes': run.grad_spikes,
     'loss_spikes': run.loss_spikes,
     **events_lib.counts(run.events, run.metrics, run.config),

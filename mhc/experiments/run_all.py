@@ -31,12 +31,7 @@ def train_all(
   }
   for name, config in runs.items():
     workdir_lib.check(workdir / name, config)
-    batches.heldout_rows(
-      batches.load_for(config),
-      config.data.seq_len,
-      config.eval_sequences,
-      config.model.vocab_size,
-    )
+    batches.heldout_for(config, batches.load_for(config))
   workdir.mkdir(parents=True, exist_ok=True)
   text = json.dumps(dicts.to_dict(comparison), indent=2) + '\n'
   files.replace(workdir / 'comparison.json', text)

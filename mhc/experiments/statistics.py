@@ -4,13 +4,14 @@ A contrast of two designs is the differences d_1 ... d_N of their held-out
 losses, seed by seed: the same data order and initial weights on both sides. Its
 questions, and the answers here:
 
-    how large?               mean, t interval                    `paired`
-    is there a difference?   paired t-test, Holm's correction    `paired`, `holm`
-    is there none?           two one-sided t-tests (TOST)        `paired`
-    what could be seen?      minimum detectable effect           `mde`
-    how many seeds for x?    the inverse of that                 `seeds_needed`
-    how often does it spike? Clopper-Pearson, Fisher's exact     `proportion`
-    how much larger?         geometric means, ratios on a log    `log_ratio`
+    how large?               mean, t interval                  `paired`
+    is there a difference?   paired t-test, Holm's correction  `paired`, `holm`
+    is there none?           two one-sided t-tests (TOST)      `paired`
+    what could be seen?      minimum detectable effect         `mde`
+    how many seeds for x?    the inverse of that               `seeds_needed`
+    for other text as well?  seeds and text as random effects  `crossed`
+    how often does it spike? Clopper-Pearson, Fisher's exact   `proportion`
+    how much larger?         geometric means, ratios on a log  `log_ratio`
 
 Differences are taken as normal with an unknown spread. An exact test without
 that assumption, by flipping signs, stands beside; with N seeds its smallest p
@@ -27,6 +28,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize
 from scipy import stats
+
+Numbers = Sequence[float] | np.ndarray
 
 ALPHA, POWER = 0.05, 0.8
 # Signs are flipped in every way up to this many seeds, beyond it at random.
@@ -57,7 +60,7 @@ class Paired(NamedTuple):
 
 
 def paired(
-  differences: Sequence[float], *, margin: float, num_contrasts: int = 1
+  differences: Numbers, *, margin: float, num_contrasts: int = 1
 ) -> Paired:
   """Estimates the mean of paired differences and tests it.
 
@@ -98,7 +101,7 @@ def _tail(distance, sd, n):
   return float(stats.t.sf(distance * math.sqrt(n) / sd, n - 1))
 
 
-def sign_flip(differences: Sequence[float]) -> float:
+def sign_flip(differences: Numbers) -> float:
   """The exact two-sided p of the mean under random signs.
 
   The share of the 2^N ways to choose signs whose mean is as far from 0; beyond
@@ -165,7 +168,7 @@ def seeds_needed(
   return high
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Numbers) -> list[float]:
   """Holm's adjusted p-values: all below ALPHA are differences, jointly.
 
   The probability of one false among them is at most ALPHA, however the tests
@@ -220,13 +223,13 @@ def fisher(hits: int, n: int, other_hits: int, other_n: int) -> float:
   return float(stats.fisher_exact(table).pvalue)
 
 
-def geometric_mean(values: Sequence[float]) -> float:
+def geometric_mean(values: Numbers) -> float:
   """exp(mean(log values)), for gains, which multiply; inf for one infinite."""
   with np.errstate(divide='ignore'):
     return float(np.exp(np.log(np.asarray(values, np.float64)).mean()))
 
 
-def log_ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
+def log_ratio(above: Numbers, below: Numbers) -> Interval:
   """The geometric mean of the paired ratios, with a t interval of their logs.
 
   Without an interval (nan) for one pair, or where a value is not finite.

@@ -27,6 +27,7 @@ from mhc.config import dicts
 from mhc.kernels import chips
 from mhc.model import expert_parallel
 from mhc.model import parameters
+from mhc.parallel import counts
 from mhc.parallel import fsdp
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
@@ -34,7 +35,6 @@ from mhc.parallel.placement import Placement
 from mhc.pipeline import table as table_lib
 from mhc.pipeline import ticks
 from mhc.planner import collectives
-from mhc.planner import counts
 from mhc.planner import gpu_targets
 from mhc.planner import hlo
 from mhc.training import step as step_lib

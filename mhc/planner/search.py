@@ -29,10 +29,10 @@ from mhc.config import dicts
 from mhc.kernels import chips
 from mhc.model import expert_parallel
 from mhc.model import recompute
+from mhc.parallel import counts
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import table as table_lib
-from mhc.planner import counts
 
 # Fraction of the peak that compiled steps of the paper's models reach in a
 # tick.

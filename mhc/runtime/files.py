@@ -79,6 +79,14 @@ def replace(path: pathlib.Path, text: str):
   partial.replace(path)
 
 
+def replace_array(path: pathlib.Path, array: np.ndarray):
+  """`replace` for an array, as a .npy file."""
+  partial = path.with_name(path.name + '.partial')
+  with partial.open('wb') as file:
+    np.save(file, array)
+  partial.replace(path)
+
+
 class TensorBoard:
   """A copy of the scalars for TensorBoard."""
 

@@ -19,33 +19,43 @@ from mhc.training import workdir as workdir_lib
 BATCHES = 4
 
 
-def evaluate(
+def row_nats(
   step: step_lib.Step,
   state: state_lib.TrainState,
   rows: np.ndarray,
   batch_size: int,
-  tokenizer: tokenizer_lib.Tokenizer | None,
-) -> dict[str, float]:
-  """Scores every target of `rows`, int32 [r, t + 1].
+) -> np.ndarray:
+  """The summed nats of the t targets of each of `rows`, int32 [r, t + 1].
 
-  `batch_size` is the training batch, whose multiples the devices divide. Bits
-  per byte are all nats, those of document marks included, over the number of
-  target bytes: comparable between tokenizers, nan without a known one.
+  `batch_size` is the training batch, whose multiples the devices divide.
   """
-  nats, size = 0.0, BATCHES * batch_size
+  nats, size = [], BATCHES * batch_size
   for start in range(0, len(rows), size):
     batch = rows[start : start + size]
     missing = size - len(batch)
     padded = np.pad(batch, ((0, missing), (0, 0)))
     tokens = partition.put(padded, step.mesh, partition.BATCH)
     scores = jax.device_get(step.token_losses(state, tokens))
-    nats += float(scores[: len(batch)].sum(dtype=np.float64))
-  targets = rows[:, 1:]
+    nats.append(scores[: len(batch)])
+  return np.concatenate(nats)
+
+
+def losses(
+  nats: np.ndarray,
+  rows: np.ndarray,
+  tokenizer: tokenizer_lib.Tokenizer | None,
+) -> dict[str, float]:
+  """Held-out loss from the `row_nats` of `rows`.
+
+  Bits per byte are all nats, those of document marks included, over the number
+  of target bytes: comparable between tokenizers, nan without a known one.
+  """
+  targets, total = rows[:, 1:], float(nats.sum(dtype=np.float64))
   bits = math.nan
   if tokenizer is not None:
-    bits = nats / math.log(2) / tokenizer.num_bytes(targets)
+    bits = total / math.log(2) / tokenizer.num_bytes(targets)
   return {
-    'loss/heldout': nats / targets.size,
+    'loss/heldout': total / targets.size,
     'loss/heldout_bits_per_byte': bits,
   }
 
@@ -75,9 +85,10 @@ def evaluate_checkpoint(
   step = step_lib.build(config)
   abstract = step.saved_state._replace(opt_state=None)
   state = step.to_pipeline_order(checkpoint.restore(workdir, abstract))
+  nats = row_nats(step, state, rows, config.data.batch_size)
   return {
     'step': int(state.step),
-    **evaluate(step, state, rows, config.data.batch_size, corpus.tokenizer),
+    **losses(nats, rows, corpus.tokenizer),
     'rows': len(rows),
     'corpus': corpus.name,
     'corpus_sha256': corpus.sha256,

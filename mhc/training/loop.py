@@ -15,7 +15,6 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from mhc import config as config_lib
 from mhc.data import batches as batches_lib
@@ -51,7 +50,7 @@ class Loop:
     workdir: pathlib.Path,
     step: step_lib.Step,
     batches,
-    heldout: np.ndarray,
+    heldout: batches_lib.Heldout,
     corpus: batches_lib.Corpus,
     label: str,
   ):
@@ -191,17 +190,19 @@ class Loop:
     return values, self._guards.step(pending.step, pending.limit, values)
 
   def _evaluated(self):
-    return evaluate.evaluate(
-      self._compiled,
-      self._state,
-      self._heldout,
-      self._config.data.batch_size,
-      self._corpus.tokenizer,
+    """Held-out loss; at the end of the run over more rows, which are kept."""
+    last = self._step == self._config.num_steps
+    rows = self._heldout.final if last else self._heldout.periodic
+    nats = evaluate.row_nats(
+      self._compiled, self._state, rows, self._config.data.batch_size
     )
+    if last and multihost.is_first():
+      files.replace_array(self._workdir / workdir_lib.HELDOUT, nats)
+    return evaluate.losses(nats, rows, self._corpus.tokenizer)
 
   def _run_probe(self, values) -> list[guards_lib.Event]:
     """Adds the numbers of a probe to the metrics; returns its events."""
-    row = self._heldout[:1, :-1]
+    row = self._heldout.periodic[:1, :-1]
     row = partition.put(row, self._compiled.mesh, partition.REPLICATED)
     profile = jax.device_get(self._compiled.probe(self._state, row))
     if 'probes' in self._sinks:

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import grain
 import jax
-import numpy as np
 
 from mhc import config as config_lib
 from mhc.config import dicts
 from mhc.data import batches as batches_lib
 from mhc.model import recompute
+from mhc.parallel import counts
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel.placement import Placement
@@ -34,7 +34,7 @@ class Data(NamedTuple):
 
   corpus: batches_lib.Corpus
   batches: grain.DatasetIterator
-  heldout: np.ndarray
+  heldout: batches_lib.Heldout
 
 
 def train(
@@ -68,7 +68,7 @@ def train(
     ) as running,
   ):
     values = running.run(stop_signal)
-  summary = _summarise(config, step, data.corpus, values)
+  summary = _summarise(config, step, data, values)
   with multihost.raise_together():
     if multihost.is_first():
       text = json.dumps(files.jsonable(summary), indent=2) + '\n'
@@ -83,9 +83,7 @@ def _prepare(config) -> Data:
     batches = batches_lib.train_batches(
       corpus, config.data, config.seed, vocab_size
     )
-    heldout = batches_lib.heldout_rows(
-      corpus, config.data.seq_len, config.eval_sequences, vocab_size
-    )
+    heldout = batches_lib.heldout_for(config, corpus)
     mesh = mesh_lib.make_mesh(config.mesh, config.data)
     Placement(config, mesh)  # checks that the devices can run it
     memory.check(config, mesh)
@@ -127,7 +125,9 @@ def _compile(config, workdir) -> step_lib.Step:
   return step
 
 
-def _summarise(config, step, corpus, values) -> dict:
+def _summarise(config, step, data, values) -> dict:
+  corpus = data.corpus
+  counted = counts.count(config.model, config.data.seq_len)
   return {
     'num_params': sum(
       leaf.size for leaf in jax.tree.leaves(step.saved_state.params)
@@ -139,6 +139,8 @@ def _summarise(config, step, corpus, values) -> dict:
     'peak_bytes': memory.peak_bytes(step.memory),
     'heldout_nats': values['loss/heldout'],
     'heldout_bits_per_byte': values['loss/heldout_bits_per_byte'],
+    'heldout_rows': len(data.heldout.final),
+    'flops_per_token': counted['flops_per_token'],
     'tokens': config.num_steps * config.tokens_per_step,
     'epochs': config.num_steps
     * config.tokens_per_step

@@ -8,6 +8,7 @@
     events.jsonl        alerts and actions of guards, failed saves
     checkpoints/STEP    the states, see `checkpoint`
     damaged/STEP        corrupted states
+    heldout.npy         nats of each held-out row at the end, float32 [rows]
     tensorboard/        a copy of the metrics, if `tensorboard` is set
     summary.json        written last: size, data, losses and devices of the run
 
@@ -25,6 +26,7 @@ from mhc.config import aliases, dicts
 from mhc.runtime import files
 
 CONFIG, SUMMARY, TOKENIZER = 'config.json', 'summary.json', 'tokenizer.json'
+HELDOUT = 'heldout.npy'
 METRICS, PROBES, EVENTS = 'metrics.jsonl', 'probes.jsonl', 'events.jsonl'
 CHECKPOINTS, DAMAGED = 'checkpoints', 'damaged'
 

@@ -18,6 +18,7 @@ data.path
 data.seq_len
 eval_every
 eval_sequences
+final_sequences
 guards.cosine_bound
 guards.gain
 guards.gain_bound

@@ -9,7 +9,7 @@ import pytest
 from mhc import config
 from mhc.config import presets
 from mhc.model import transformer
-from mhc.planner import counts
+from mhc.parallel import counts
 
 
 @pytest.mark.parametrize(

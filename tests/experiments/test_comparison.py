@@ -13,6 +13,7 @@ from mhc import config
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
 from mhc.experiments import claims
+from mhc.experiments import contrasts
 from mhc.experiments import report
 from mhc.experiments import results
 from mhc.experiments import run_all
@@ -27,6 +28,7 @@ BASE = config.Config(
   data=config.DataConfig(seq_len=16),
   eval_every=10,
   eval_sequences=16,
+  final_sequences=64,
   probe_every=10,
   checkpoint_every=0,
 )
@@ -95,8 +97,11 @@ def test_rows_are_computed_from_the_files(finished):
   run = results.read(workdir / name, comparison.runs('small')[name])
   (row,) = results.rows('small', [run])
   assert row['gap_nats'] is None  # no residual beside it
-  norms = [m['grad/global_norm'] for m in run.metrics]
+  norms = [m['grad/global_norm'] for m in run.metrics][results.WINDOW :]
   np.testing.assert_allclose(row['grad_norm_max'], max(norms))
+  np.testing.assert_allclose(
+    row['grad_norm_cv'], np.std(norms) / np.mean(norms)
+  )
   composite = max(max(probe['composite_fwd']) for probe in run.probes)
   np.testing.assert_allclose(row['gain_fwd_max'], composite)
 
@@ -186,45 +191,82 @@ def test_spikes_are_counted_against_the_running_median():
 def row(kind, seed=0, **values):
   defaults = dict(
     variant=kind,
+    kind=kind,
     seed=seed,
-    heldout_nats=2.0,
-    gain_fwd_max=1.0,
-    gain_bwd_max=1.0,
-    grad_norm_std=0.5,
-    grad_norm_max=2.0,
-    grad_spikes=0,
+    heldout_nats=2.0 + 0.001 * seed,
+    gain_max=1.0 + 0.01 * seed,
+    grad_norm_cv=0.5 + 0.01 * seed,
     loss_spikes=0,
     step_time_ratio=1.5,
-    load_max_over_mean=None,
+    stream_cosine=None if kind == 'residual' else 0.5,
   )
   return {**defaults, **values}
 
 
 def verdicts(rows):
-  return {claim.claimed: claim.reproduced for claim in claims.evaluate(rows)}
+  judged = contrasts.judge([*contrasts.of_kinds(rows)])
+  return {c.claimed: c.verdict for c in claims.evaluate(rows, judged)}
 
 
 def test_claims_follow_the_rows():
-  calm = [row('residual'), row('hc'), row('mhc')]
-  paper = [
-    row('residual', heldout_nats=2.1),
-    row(
-      'hc',
-      heldout_nats=2.05,
-      gain_fwd_max=3000.0,
-      grad_norm_std=9.0,
-      grad_spikes=12,
-      loss_spikes=2,
-    ),
-    row('mhc', gain_bwd_max=1.6, step_time_ratio=1.067),
-  ]
-  shown = verdicts(paper)
-  assert all(shown.values())
-  assert len(shown) == 8
+  """Four seeds like the paper's run, four without a difference, and two."""
+  paper, calm = [], []
+  for seed in range(4):
+    noise = 1e-3 * (seed - 1.5)
+    calm += [
+      row(kind, seed, heldout_nats=2 + noise * (1 + (kind == 'mhc')))
+      for kind in ('residual', 'hc', 'mhc')
+    ]
+    paper += [
+      row('residual', seed, heldout_nats=2.1 + noise),
+      row(
+        'hc',
+        seed,
+        heldout_nats=2.05 + noise,
+        gain_max=3000.0 + seed,
+        grad_norm_cv=9.0 + seed,
+        loss_spikes=2,
+      ),
+      row('mhc', seed, heldout_nats=2.02 + 1.1 * noise, gain_max=1.6),
+    ]
+  loss, gain, spikes = (
+    "mHC's final loss against the plain residual's",
+    "HC's composite gain against mHC's, the larger of forward and backward",
+    "Runs whose loss spikes: HC's, against mHC's",
+  )
+  found = verdicts(paper)
+  assert found[loss].startswith('lower by 0.0800 [0.0798, 0.0802]')
+  assert found[gain].startswith('higher by a factor of 1,876 [')
+  assert found[spikes] == "more often (Fisher's p 0.029)"
   absent = verdicts(calm)
-  assert absent.keys() == shown.keys()
-  assert [v for v in absent.values() if v] == [True]  # forward gain is 1
+  assert absent.keys() == found.keys()
+  assert absent[loss] == 'equivalent within 0.01'
+  assert absent[gain].startswith('not resolved (factor 1.00')
+  assert absent[spikes] == "not resolved (Fisher's p 1.00)"
+  few = verdicts([r for r in paper if r['seed'] < 2])
+  for name in (loss, gain, spikes):
+    assert few[name] == 'not tested (fewer than 4 seeds)'
   assert verdicts([row('residual'), row('identity')]) == {}
+
+
+def test_streams_that_are_one_say_nothing_of_mixing():
+  rows = [
+    row(kind, seed, stream_cosine=cosine)
+    for seed in range(4)
+    for kind, cosine in (('residual', None), ('identity', 0.2), ('mhc', 0.999))
+  ]
+  judged = contrasts.judge([*contrasts.of_kinds(rows)])
+  assert [(j.contrast.other, j.verdict) for j in judged] == [
+    ('residual', 'equivalent within 0.01'),
+    ('identity', 'not tested (streams equal: cosine 0.9990)'),
+  ]
+
+
+def test_a_diverged_run_is_said():
+  rows = [row(k, s) for s in range(5) for k in ('residual', 'mhc')]
+  rows[3]['heldout_nats'] = float('inf')
+  (judged,) = contrasts.judge([*contrasts.of_kinds(rows)])
+  assert judged.verdict == 'not tested (1 of 5 losses are not finite)'
 
 
 def test_numbers_read_well():
