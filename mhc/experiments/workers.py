@@ -1,6 +1,7 @@
 """Workers that share the jobs of one folder, on one machine or several."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+import functools
 import glob
 import os
 import pathlib
@@ -14,8 +15,8 @@ from mhc.runtime import leases
 
 GPUS = '/dev/nvidia[0-9]*'
 POLL_S = 0.05
-# Ends as on SIGTERM if its parent ends, however that happens; then becomes the
-# worker. Not by subprocess's preexec_fn, which may deadlock beside JAX's threads.
+# Becomes the worker, which gets SIGTERM when its parent ends, even by SIGKILL.
+# Not by subprocess's preexec_fn, which may deadlock beside JAX's threads.
 _START = """
 import ctypes, os, signal, sys
 parent, *command = sys.argv[1:]
@@ -58,7 +59,7 @@ def run_jobs(
     poll_s: seconds between two looks while there is nothing to do.
     say: is given lines for people.
   """
-  watcher = leases.Watcher(patience)
+  watcher, program_of = leases.Watcher(patience), functools.cache(program_of)
   done: set[str] = set()
   compiled: set[Hashable] = set()
   waiting = False
@@ -94,7 +95,7 @@ def run_jobs(
 
 def _choose(todo, free, program_of, compiled) -> str | None:
   """The job to do next, the first in the given order of the best kind."""
-  elsewhere = {program_of(name) for name in todo if name not in free}
+  elsewhere = {program_of(name) for name in {*todo} - {*free}}
 
   def rank(name):
     program = program_of(name)
@@ -147,7 +148,8 @@ def start_local(number: int, arguments: Sequence[str]) -> list[int]:
     raise
   finally:
     for each, handler in replaced.items():
-      signal.signal(each, handler)
+      if handler is not None:  # not one of C++, which Python cannot restore
+        signal.signal(each, handler)
   return [worker.returncode for worker in workers]
 
 
