@@ -243,7 +243,7 @@ def test_local_workers_end_when_their_parent_does(tmp_path, script):
   parent = plain_python.start(START, 2, script, tmp_path, 'wait')
   wait_for_workers(tmp_path, 'worker')
   parent.kill()
-  parent.communicate()  # until the workers have closed their ends
+  parent.communicate(timeout=10)  # until the workers have closed their ends
   assert wait_for_workers(tmp_path, 'ended') == [f'[{int(signal.SIGTERM)}]'] * 2
 
 
