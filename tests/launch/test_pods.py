@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -16,15 +17,21 @@ import subprocess
 import sys
 import time
 
+from kubeflow_trainer_api.models import io_k8s_api_batch_v1_job
 from kubeflow_trainer_api.models import jobset_v1alpha2_job_set
 import pytest
 import yaml
 
+from mhc.config import dicts
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FAKES = pathlib.Path(__file__).with_name('fakes')
-POD, SLURM, JOBSET = (
+POD, SLURM, JOBSET, COMPARE, JOB = (
   ROOT / 'launch' / name
-  for name in ('tpu_pod.sh', 'slurm.sbatch', 'gke_jobset.yaml')
+  for name in (
+    *('tpu_pod.sh', 'slurm.sbatch', 'gke_jobset.yaml'),
+    *('compare.sbatch', 'compare_job.yaml'),
+  )
 )
 FLAGS = (
   '--config=configs/paper_27b.py',
@@ -56,10 +63,15 @@ class Cluster:
       (self.folder / f'real_{name}').symlink_to(shutil.which(name))
     shutil.copytree(FAKES, bin_, dirs_exist_ok=True)
     (self.clone / 'launch').mkdir(parents=True)
-    for name in ('launch/tpu_pod.sh', 'launch/train.py', 'constraints.txt'):
-      shutil.copy(ROOT / name, self.clone / name)
+    for name in ('tpu_pod.sh', 'train.py', 'compare.py'):
+      shutil.copy(ROOT / 'launch' / name, self.clone / 'launch' / name)
+    shutil.copy(ROOT / 'constraints.txt', self.clone)
     # Slurm runs a copy in a folder of its own.
     self.spooled = pathlib.Path(shutil.copy(SLURM, folder / 'slurm_script'))
+    self.compare = pathlib.Path(shutil.copy(COMPARE, folder / 'compare_script'))
+    self.python = self.clone / '.venv' / 'bin' / 'python'
+    self.python.parent.mkdir(parents=True)
+    self.python.symlink_to(FAKES / 'train')
     self.environment = {
       'FAKE': str(self.folder),
       'HOME': str(folder),
@@ -145,7 +157,9 @@ def commands(stdout):
 
 
 @pytest.mark.parametrize(
-  'script', [POD, SLURM, *sorted(FAKES.iterdir())], ids=lambda path: path.name
+  'script',
+  [POD, SLURM, COMPARE, *sorted(FAKES.iterdir())],
+  ids=lambda path: path.name,
 )
 def test_shellcheck(script):
   checker = pathlib.Path(sys.executable).with_name('shellcheck')
@@ -412,7 +426,102 @@ def test_slurm_starts_a_process_a_gpu():
   assert 'gpus-per-task' not in header
 
 
-# --- gke_jobset.yaml ---
+# --- compare.sbatch ---
+
+
+def test_compare_dry_run_prints_the_command(cluster):
+  result = cluster.run(
+    COMPARE,
+    '--workdir=/s/r',
+    *FLAGS,
+    MHC_DRY_RUN='1',
+    SLURM_JOB_ID='',
+    SLURM_SUBMIT_DIR='',
+  )
+  assert result.returncode == 0, result.stderr
+  printed = commands(result.stdout)
+  assert printed[:2] == [
+    ['cd', str(ROOT)],
+    ['export', 'JAX_PLATFORMS=cuda,cpu'],
+  ]
+  python = str(ROOT / '.venv' / 'bin' / 'python')
+  words = ['launch/compare.py', STARTED[1], '--workdir=/s/r', *FLAGS]
+  assert printed[2] == [python, *words]
+  assert printed[3] == ['scontrol', 'requeue', 'JOB']
+
+
+def test_compare_leaves_the_runs_of_a_worker_that_fails(cluster):
+  cluster.lives(1, 0)
+  first = cluster.run(cluster.compare, '--workdir=/s/r', *FLAGS)
+  assert first.returncode == 1
+  assert 'ended with status 1: the other workers go on' in first.stderr
+  second = cluster.run(cluster.compare, '--workdir=/s/r', *FLAGS)
+  assert second.returncode == 0, second.stderr
+  assert 'finished' in second.stderr
+  assert not cluster.lines('scontrol')
+  words = ['launch/compare.py', STARTED[1], '--workdir=/s/r', *FLAGS]
+  assert cluster.lines('../arguments') == ['cuda,cpu', *words]
+
+
+@pytest.mark.parametrize('state', ['RUNNING', 'COMPLETING'])
+def test_compare_saves_before_its_time_is_up(cluster, state):
+  """A worker of a job that is cancelled has its own signal, and needs one."""
+  cluster.lives('wait')
+  cluster.write('squeue', state)
+  with cluster.start(cluster.compare, '--workdir=/s/r') as job:
+    cluster.wait_for('../arguments')
+    time.sleep(0.1)  # until it handles signals
+    os.kill(job.pid, signal.SIGTERM)
+    if state == 'COMPLETING':
+      time.sleep(0.1)
+      assert not cluster.lines('../ended')
+      cluster.write('go', 'yes')
+    job.stderr.read()
+  again = state == 'RUNNING'
+  assert job.returncode == (143 if again else 0)
+  assert cluster.lines('../ended') == ['yes'] * again
+  assert cluster.lines('scontrol') == ['requeue 7'] * again
+
+
+def test_compare_refuses_in_one_line(cluster):
+  refused(cluster.run(cluster.compare), '--workdir')
+  refused(cluster.run(cluster.compare, '--workdir=runs/x'), 'runs/x')
+  good = cluster.compare, '--workdir=/s/r'
+  refused(cluster.run(*good, SLURM_JOB_ID=''), 'sbatch')
+  refused(cluster.run(*good, SLURM_SUBMIT_DIR='/'), 'launch/compare.py')
+  cluster.python.unlink()
+  refused(cluster.run(*good), '.venv/bin/python is missing: install')
+
+
+def test_compare_starts_workers_of_one_gpu():
+  header = dict(
+    re.findall(r'^#SBATCH --(\S+?)=(\S+)', COMPARE.read_text(), re.M)
+  )
+  assert header['array'] == '0-7'
+  assert header['nodes'] == header['ntasks'] == header['gpus'] == '1'
+  assert header['signal'] == 'B:TERM@120'
+  assert '%a' in header['output']
+
+
+@pytest.mark.parametrize('file', [COMPARE, JOB], ids=lambda path: path.name)
+def test_compare_is_given_flags_that_exist(file):
+  text = file.read_text()
+  found = re.findall(r'(?<=[ "])--(?:workdir|stop_status|config)[^\s"]*', text)
+  names = {flag[2:].split('=')[0] for flag in found}
+  assert {'workdir', 'stop_status', 'config'} <= names
+  (config,) = {flag.split('=')[1] for flag in found if '--config=' in flag}
+  path, _, argument = config.partition(':')
+  get_config = runpy.run_path(ROOT / path)['get_config']
+  known = dicts.leaves(get_config(argument).to_dict())
+  settings = {n[len('config.') :] for n in names if n.startswith('config.')}
+  assert settings <= known.keys()
+  assert (
+    "cli.define_config('compare.py')"
+    in (ROOT / 'launch' / 'compare.py').read_text()
+  )
+
+
+# --- gke_jobset.yaml and compare_job.yaml ---
 
 
 def test_jobset_has_only_fields_of_its_schema():
@@ -461,8 +570,42 @@ def test_jobset_starts_the_main_on_every_host():
   )
 
 
-def test_jobset_says_how_to_set_what_is_to_be_set():
-  text = JOBSET.read_text()
+def test_job_has_only_fields_of_its_schema():
+  values = yaml.safe_load(JOB.read_text())
+  model = io_k8s_api_batch_v1_job.IoK8sApiBatchV1Job
+  assert model.from_dict(values).to_dict() == values
+  wrong = yaml.safe_load(JOB.read_text().replace('claimName:', 'claim:'))
+  assert model.from_dict(wrong).to_dict() != wrong
+
+
+def test_job_starts_a_worker_a_gpu():
+  values = yaml.safe_load(JOB.read_text())
+  assert (values['apiVersion'], values['kind']) == ('batch/v1', 'Job')
+  job = values['spec']
+  assert job['completionMode'] == 'Indexed'
+  assert job['completions'] == job['parallelism'] == 8
+  assert job['backoffLimitPerIndex'] > 0
+  pod = job['template']['spec']
+  # Kubernetes refuses the limit per index with OnFailure.
+  assert pod['restartPolicy'] == 'Never'
+  assert pod['terminationGracePeriodSeconds'] >= 120
+  (container,) = pod['containers']
+  assert container['resources']['limits'] == {'nvidia.com/gpu': 1}
+  assert container['command'][:2] == ['python', 'launch/compare.py']
+  (mount,) = container['volumeMounts']
+  (volume,) = pod['volumes']
+  assert mount['name'] == volume['name']
+  for word in container['command']:
+    if '=/' in word:
+      assert word.split('=')[1].startswith(mount['mountPath'] + '/')
+  rules = job['podFailurePolicy']['rules']
+  assert [rule['action'] for rule in rules] == ['Ignore', 'FailIndex']
+  assert rules[1]['onExitCodes']['containerName'] == container['name']
+
+
+@pytest.mark.parametrize('file', [JOBSET, JOB], ids=lambda path: path.name)
+def test_jobset_says_how_to_set_what_is_to_be_set(file):
+  text = file.read_text()
   for name, value in re.findall(r"'s#(\w+)#([^']*)#'", text):
     text = re.sub(rf"(?<!'s#){name}", value, text)
   assert 'REPLACE' not in yaml.safe_dump(yaml.safe_load(text))
