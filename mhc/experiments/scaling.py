@@ -1,4 +1,4 @@
-r"""How a gap and a design's worth change over sizes: trends, compute multipliers.
+r"""How a gap, and what a design is worth in compute, change over sizes.
 
 Cells are sizes: at size i, seeds s have trained the plain residual and a design
 with the same data and weights. Everything is estimated from the cells' means;
