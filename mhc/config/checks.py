@@ -2,7 +2,7 @@
 
 import difflib
 import typing
-from typing import Literal
+from typing import Any, Literal
 
 # Devices count in int32 and compute in float32: the largest number of each, and
 # the smallest positive one that is not flushed to 0.
@@ -35,8 +35,9 @@ def check_types(config):
       entry = typing.get_args(hint)[0]
       if not isinstance(value, tuple):
         raise ValueError(f'{where}={value!r} must be a tuple')
-      converted = tuple(_converted(where, item, entry) for item in value)
-      object.__setattr__(config, name, converted)
+      if entry is not Any and typing.get_origin(entry) is not tuple:
+        value = tuple(_converted(where, item, entry) for item in value)
+      object.__setattr__(config, name, value)
     else:
       object.__setattr__(config, name, _converted(where, value, hint))
 

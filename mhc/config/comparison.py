@@ -1,39 +1,165 @@
-"""A comparison: a base run and the panels of runs that vary it."""
+"""A comparison: a base run and the panels of runs that vary it.
 
-from collections.abc import Mapping, Sequence
+A panel trains every design at every setting of its axes with every seed. A
+design is a kind of connection, a control of `CONTROLS`, or a name of its own
+for some settings (`Panel.designs`). An axis is any setting of `Config` by its
+dotted name, or `ladder`, the rungs of `presets.ladder`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import itertools
+import re
 import types
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 from mhc import config as config_lib
-from mhc.config import checks, dicts
+from mhc.config import checks, dicts, presets
+
+# Plain residuals matched to the panel's `partner`: in total parameters (a wider
+# FFN), in memory (wider streams), in time (more steps), and the residual again
+# with its sums in another order.
+CONTROLS = (
+  'residual_params',
+  'residual_memory',
+  'residual_time',
+  'residual_replicate',
+)
+# Declared where a panel that reports names none and trains both.
+CONTRASTS = (
+  ('mhc', 'residual'),
+  ('mhc', 'identity'),
+  ('mhc', 'hc'),
+)
+LADDER = 'ladder'
+Setting = tuple[tuple[str, Any], ...]  # (axis, value), in the panel's order
+_SHORT = {'model.num_blocks': 'b', 'optimizer.learning_rate': 'lr'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-  """A group of runs that are drawn together: every kind at every setting."""
+  """A group of runs that are drawn together."""
 
   title: str = ''
   kinds: tuple[str, ...] = ('residual', 'hc', 'mhc')
-  seeds: tuple[int, ...] = (0,)
+  seeds: tuple[int, ...] = (0, 1, 2, 3)
+  # Two axes under shorter names; () for the base's value.
   num_blocks: tuple[int, ...] = (4,)
   learning_rates: tuple[float, ...] = (3e-3,)
+  # More axes, ((setting, values), ...) or a dict. An axis of the connection
+  # does not vary the plain residual, nor one that a design fixes that design.
+  axes: Setting = ()
+  # Designs of its own, ((name, ((setting, value), ...)), ...) or dicts.
+  designs: Setting = ()
+  # Settings of all its runs, ((setting, value), ...) or a dict.
+  settings: Setting = ()
   num_steps: int = 400
+  # In place of num_steps: tokens for each active parameter of the residual.
+  tokens_per_param: float = 0.0
   batch_size: int = 8
   clip_norm: float = 1.0
   # The router of the mixture of experts; '' is the base's.
   router: Literal['', 'bias', 'sinkhorn', 'none'] = ''
+  # 'report' has verdicts on its contrasts; 'explore' has estimates with
+  # intervals and no verdicts; 'tune' chooses each design's learning rate.
+  role: Literal['report', 'explore', 'tune'] = 'report'
+  # (design, other), declared before training; () for those of CONTRASTS.
+  contrasts: tuple[Any, ...] = ()
+  # Differences within it are equivalent, in nats a token.
+  margin: float = 0.01
+  # The panel that has chosen the rates, '' for learning_rates.
+  tuned_on: str = ''
+  # What the controls are matched to.
+  partner: str = 'mhc'
+  # The seeds that were declared before training, kept by `run_all`; more may be
+  # added, and the report says so.
+  declared_seeds: tuple[int, ...] = ()
+  # Standard deviations over seeds that the differences are expected to have,
+  # (((design, other), nats), ...), from a panel of noise: `--list` tells what
+  # can be resolved.
+  expected_sd: tuple[Any, ...] = ()
+  # Panels of one name are the sizes of one fit over compute; '' for none.
+  curve: str = ''
 
   def __post_init__(self):
+    for name in ('axes', 'designs', 'settings', 'contrasts', 'expected_sd'):
+      object.__setattr__(self, name, _pairs(name, getattr(self, name)))
     checks.check_types(self)
     for name in ('kinds', 'seeds', 'num_blocks', 'learning_rates'):
       values = getattr(self, name)
-      if not values or len(set(values)) != len(values):
+      optional = name in ('num_blocks', 'learning_rates')
+      if not (values or optional) or len(set(values)) != len(values):
         raise ValueError(
           f'panel.{name}={values} must list at least one value, none twice'
         )
-    for kind in self.kinds:
-      checks.one_of('panel.kinds', kind, config_lib.KINDS)
+    for axis, values in self.axes:
+      if not isinstance(values, tuple) or not values:
+        raise ValueError(
+          f'panel.axes: {axis}={values!r} must be a tuple of values'
+        )
+    own = tuple(name for name, _ in self.designs)
+    for kind in (*self.kinds, self.partner):
+      checks.one_of('panel.kinds', kind, (*config_lib.KINDS, *CONTROLS, *own))
+    if self.margin <= 0:
+      raise ValueError(f'panel.margin={self.margin} must be positive')
+    self._check_contrasts()
+
+  def _check_contrasts(self):
+    for pair in self.contrasts:
+      if not isinstance(pair, tuple) or len(pair) != 2 or pair[0] == pair[1]:
+        raise ValueError(f'panel.contrasts: {pair!r} must be two designs')
+      for design in pair:
+        if design not in self.kinds:
+          raise ValueError(
+            f'panel.contrasts: {pair!r} names {design!r}, which the panel does '
+            f'not train: add it to panel.kinds={self.kinds}'
+          )
+    if self.declared and len(self.seeds) < 2:
+      raise ValueError(
+        f'panel.seeds={self.seeds}: a contrast needs two seeds at least, and '
+        "four for a verdict; add seeds, or set the panel's role='explore'"
+      )
+
+  @property
+  def declared(self) -> tuple[tuple[str, str], ...]:
+    """The contrasts that get verdicts."""
+    if self.role != 'report':
+      return ()
+    return self.contrasts or self.described
+
+  @property
+  def described(self) -> tuple[tuple[str, str], ...]:
+    """The contrasts that are estimated."""
+    known = [pair for pair in CONTRASTS if {*pair} <= {*self.kinds}]
+    others = [
+      (kind, 'residual')
+      for kind in self.kinds
+      if 'residual' in self.kinds
+      and kind not in ('residual', 'mhc')
+      and self.role != 'report'
+    ]
+    return self.contrasts or (*known, *others)
+
+  @property
+  def all_axes(self) -> Setting:
+    rates = () if self.tuned_on else self.learning_rates
+    axes = (
+      ('model.num_blocks', self.num_blocks),
+      ('optimizer.learning_rate', rates),
+      *self.axes,
+    )
+    return tuple((axis, values) for axis, values in axes if values)
+
+
+class Cell(NamedTuple):
+  """One run of a comparison, before its controls are matched."""
+
+  name: str  # its folder: PANEL/DESIGN-AXIS=VALUE...-sSEED
+  panel: str
+  design: str
+  setting: Setting  # what varies it
+  seed: int
+  config: config_lib.Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,42 +174,167 @@ class Comparison:
   def __post_init__(self):
     if not self.panels:
       raise ValueError('a comparison needs at least one panel')
-    for panel in self.panels:
-      self.runs(panel)
+    for name, panel in self.panels.items():
+      self.cells(name)
+      if panel.tuned_on:
+        self._check_tuning(name, panel)
 
-  def only(self, panels: Sequence[str] | None) -> 'Comparison':
-    """The comparison of some of the panels; None for all.
+  def _check_tuning(self, name, panel):
+    tune = self.panels.get(panel.tuned_on)
+    if tune is None or tune.role != 'tune':
+      raise ValueError(
+        f'panels.{name}.tuned_on={panel.tuned_on!r} is no panel with '
+        "role='tune'"
+      )
+    both = {*tune.seeds} & {*panel.seeds}
+    if both:
+      raise ValueError(
+        f'panels.{name}.seeds and those of {panel.tuned_on!r} share '
+        f'{sorted(both)}: rates are chosen on other seeds than those reported'
+      )
+    for kind in panel.kinds:
+      if rate_of(kind) not in tune.kinds:
+        raise ValueError(
+          f'panels.{name}.kinds: {panel.tuned_on!r} tunes no rate for {kind!r}'
+        )
+
+  def check_panels(self, names: Sequence[str] | None):
+    """Raises ValueError if there is no panel of one of these names."""
+    for name in names or ():
+      checks.one_of('--panels', name, tuple(self.panels))
+
+  def cells(self, panel: str) -> list[Cell]:
+    """The runs of a panel, designs innermost, each once.
 
     Raises:
-      ValueError: there is no such panel.
+      ValueError: an axis or a design sets what does not exist.
     """
-    for name in panels or ():
-      checks.one_of('--panels', name, tuple(self.panels))
-    kept = {
-      name: panel
-      for name, panel in self.panels.items()
-      if panels is None or name in panels
-    }
-    return dataclasses.replace(self, panels=types.MappingProxyType(kept))
+    return _cells(self.base, panel, self.panels[panel])
 
-  def runs(self, panel: str) -> dict[str, config_lib.Config]:
-    """Maps run names to configs, kinds innermost."""
+  def partners(self, panel: str) -> list[Cell]:
+    """The runs of a panel's partner, whether they are trained there or not."""
     p = self.panels[panel]
-    return {
-      f'{panel}/{kind}-b{blocks}-lr{rate:g}-s{seed}': dicts.replace(
-        self.base,
-        seed=seed,
-        num_steps=p.num_steps,
-        model=dict(
-          num_blocks=blocks,
-          connection=dict(kind=kind),
-          moe=dict(router=p.router or self.base.model.moe.router),
-        ),
-        optimizer=dict(learning_rate=rate, clip_norm=p.clip_norm),
-        data=dict(batch_size=p.batch_size),
-      )
-      for blocks in p.num_blocks
-      for rate in p.learning_rates
-      for seed in p.seeds
-      for kind in p.kinds
-    }
+    alone = dataclasses.replace(
+      p, kinds=(p.partner,), contrasts=(), role='explore'
+    )
+    return _cells(self.base, panel, alone)
+
+  def settings(self, panel: str) -> Iterator[Setting]:
+    """Every setting of a panel's axes, whole."""
+    return _settings(self.panels[panel])
+
+
+def read(values: Mapping[str, Any]) -> Comparison:
+  """A comparison from its file; one from before roles had declared nothing."""
+  panels = {
+    name: {'role': 'explore', **panel}
+    for name, panel in values['panels'].items()
+  }
+  return dicts.from_dict(Comparison, {**values, 'panels': panels})
+
+
+def rate_of(design: str) -> str:
+  """The design whose tuned learning rate a design takes."""
+  return 'residual' if design in CONTROLS else design
+
+
+def stands_for(own: Setting, setting: Setting) -> bool:
+  """Whether a run, varied by `own`, is its design's at a whole setting."""
+  return {*own} <= {*setting}
+
+
+def _settings(panel) -> Iterator[Setting]:
+  axes = panel.all_axes
+  for values in itertools.product(*(values for _, values in axes)):
+    yield tuple((a, v) for (a, _), v in zip(axes, values, strict=True))
+
+
+def _cells(base, name, panel) -> list[Cell]:
+  found = {}
+  for whole in _settings(panel):
+    for seed in panel.seeds:
+      for design in panel.kinds:
+        setting = tuple(one for one in whole if _varies(panel, design, one[0]))
+        words = _words(setting, panel.all_axes)
+        folder = f'{name}/{"-".join([design, *words, f"s{seed}"])}'
+        if folder not in found:
+          config = _config(base, panel, design, setting, seed)
+          found[folder] = Cell(folder, name, design, setting, seed, config)
+        elif found[folder].setting != setting:
+          raise ValueError(f'panels.{name}: two runs would be named {folder}')
+  return list(found.values())
+
+
+def _config(base, panel, design, setting, seed) -> config_lib.Config:
+  config, setting = base, dict(setting)
+  if LADDER in setting:
+    rung = presets.ladder(setting.pop(LADDER))
+    model = dataclasses.replace(rung.model, connection=config.model.connection)
+    rate = dataclasses.replace(
+      config.optimizer, learning_rate=rung.optimizer.learning_rate
+    )
+    config = dataclasses.replace(config, model=model, optimizer=rate)
+  return dicts.override(
+    config,
+    {
+      'num_steps': panel.num_steps,
+      'data.batch_size': panel.batch_size,
+      'optimizer.clip_norm': panel.clip_norm,
+      'model.moe.router': panel.router or config.model.moe.router,
+      'model.connection.kind': _kind(panel, design),
+      **dict(panel.settings),
+      **setting,
+      'seed': seed,
+      **dict(_own(panel, design)),
+    },
+  )
+
+
+def _pairs(name, values):
+  """Tuples all the way down, from dicts, lists (of JSON) or tuples."""
+  if isinstance(values, Mapping):
+    values = tuple(values.items())
+  if isinstance(values, list | tuple):
+    return tuple(
+      _pairs(name, v) if isinstance(v, list | tuple | Mapping) else v
+      for v in values
+    )
+  raise ValueError(f'panel.{name}={values!r} must be a dict or a tuple')
+
+
+def _own(panel, design) -> Setting:
+  return dict(panel.designs).get(design, ())
+
+
+def _kind(panel, design) -> str:
+  own = dict(_own(panel, design)).get('model.connection.kind')
+  if own is not None:
+    return own
+  if design in CONTROLS:
+    return 'residual'
+  if design in config_lib.KINDS:
+    return design
+  raise ValueError(f'panel.designs: {design!r} must set model.connection.kind')
+
+
+def _varies(panel, design, axis) -> bool:
+  if axis in dict(_own(panel, design)):
+    return False
+  matched = design in CONTROLS and design != 'residual_replicate'
+  is_plain = _kind(panel, design) == 'residual' and not matched
+  return not (is_plain and axis.startswith('model.connection.'))
+
+
+def _words(setting, axes) -> list[str]:
+  """The name's parts, an axis by the end of its name if that tells it."""
+  ends = [axis.rpartition('.')[2] for axis, _ in axes]
+  words = []
+  for axis, value in setting:
+    end = axis.rpartition('.')[2]
+    text = f'{value:g}' if isinstance(value, float) else str(value)
+    text = re.sub(r'[^\w.+-]', '_', text)
+    if axis in _SHORT:
+      words.append(f'{_SHORT[axis]}{text}')
+    else:
+      words.append(f'{end if ends.count(end) == 1 else axis}={text}')
+  return words

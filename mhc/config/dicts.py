@@ -81,6 +81,26 @@ def replace(config, **changes):
   )
 
 
+def override[T](config: T, changes: Mapping[str, Any]) -> T:
+  """Changes settings by their dotted names, checked as a whole.
+
+  Raises:
+    ValueError: an unknown name, or a value that does not fit.
+  """
+  values = to_dict(config)
+  for name, value in changes.items():
+    *groups, last = name.split('.')
+    group = values
+    for one in groups:
+      group = group.get(one) if isinstance(group, dict) else None
+    if not isinstance(group, dict) or last not in group:
+      raise ValueError(checks.unknown_name(name, list(leaves(config))))
+    if isinstance(group[last], dict):
+      raise ValueError(f'{name} is a group of settings: name one of them')
+    group[last] = value
+  return from_dict(type(config), values)
+
+
 def _mapping(name, value):
   if not isinstance(value, Mapping):
     raise ValueError(f'{name}={value!r} must be a group of settings')

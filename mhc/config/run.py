@@ -180,6 +180,9 @@ class Config:
 
   # Determines the initial parameters and the order of the data.
   seed: int = 0
+  # The order of the data alone, to vary it and the parameters apart; -1 for
+  # `seed`.
+  data_seed: int = -1
   num_steps: int = 400
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -200,7 +203,9 @@ class Config:
 
   def __post_init__(self):
     checks.check_types(self)
-    checks.at_least(self, num_steps=1, eval_sequences=1, keep_checkpoints=1)
+    checks.at_least(
+      self, num_steps=1, eval_sequences=1, keep_checkpoints=1, data_seed=-1
+    )
     checks.not_negative(
       self,
       'seed',
@@ -236,6 +241,11 @@ class Config:
         f'optimizer.warmup_steps={self.optimizer.warmup_steps} must be less '
         f'than num_steps={self.num_steps}'
       )
+
+  @property
+  def data_order(self) -> int:
+    """The seed of the order of the data."""
+    return self.seed if self.data_seed < 0 else self.data_seed
 
   @property
   def tokens_per_step(self) -> int:

@@ -153,6 +153,12 @@ def start_local(number: int, arguments: Sequence[str]) -> list[int]:
   return [worker.returncode for worker in workers]
 
 
+def most() -> int:
+  """The number of workers that this machine has a GPU or a core for."""
+  gpus = len(glob.glob(GPUS))
+  return gpus or len(os.sched_getaffinity(0))
+
+
 def _start(index, number, arguments, environment) -> subprocess.Popen:
   command = (sys.executable, *arguments, '--worker')
   # A child inherits the cores of the thread that starts it.

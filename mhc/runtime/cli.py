@@ -6,7 +6,7 @@ anything else is a bug and keeps its traceback. Of several processes only the
 first one reports progress; each reports its errors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import glob
 import os
@@ -154,6 +154,22 @@ def run(
     lambda rest: _guarded(functools.partial(main, *rest[1:])),
     flags_parser=functools.partial(_parse, choices=choices, free=words),
   )
+
+
+def end_with_workers(statuses: Sequence[int]):
+  """Ends this process as its workers have ended, which have not done all.
+
+  Raises:
+    ChildProcessError: one of them failed; else they had been asked to stop.
+  """
+  bad = [status for status in statuses if status]
+  if bad:
+    raise ChildProcessError(
+      f'{len(bad)} of {len(statuses)} workers ended with status '
+      f'{", ".join(map(str, bad))}, see their lines above. {AGAIN}'
+    )
+  console.print_line(f'The workers have been stopped. {AGAIN}')
+  sys.exit(flags.FLAGS.stop_status)
 
 
 def _guarded(main):

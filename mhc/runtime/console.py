@@ -20,6 +20,14 @@ def progress_bar(
   )
 
 
+def share_bar() -> tqdm.tqdm:
+  """A bar of a share of work with time left; `n` and `total` are set later."""
+  return _bar(
+    total=1,
+    bar_format='{desc} {percentage:3.0f}%|{bar:24}| [{elapsed}<{remaining}]',
+  )
+
+
 def byte_bar(total: int, label: str) -> tqdm.tqdm:
   """A bar of bytes with time left; `total` 0 for unknown."""
   return _bar(total=total or None, desc=label, unit='B', unit_scale=True)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import uuid
 
 import numpy as np
 
@@ -72,9 +73,13 @@ def read_lines(path: pathlib.Path) -> list[dict]:
   return lines
 
 
-def replace(path: pathlib.Path, text: str):
-  """Replaces a file atomically: a killed process leaves the old or the new."""
-  partial = path.with_name(path.name + '.partial')
+def replace(path: pathlib.Path, text: str, *, shared: bool = False):
+  """Replaces a file atomically: a killed process leaves the old or the new.
+
+  With `shared`, other processes may do the same at a time.
+  """
+  middle = f'.{uuid.uuid4().hex}' if shared else ''
+  partial = path.with_name(f'{path.name}{middle}.partial')
   partial.write_text(text)
   partial.replace(path)
 

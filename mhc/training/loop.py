@@ -52,7 +52,7 @@ class Loop:
     batches,
     heldout: batches_lib.Heldout,
     corpus: batches_lib.Corpus,
-    label: str,
+    label: str | None,
   ):
     self._config, self._workdir, self._compiled = config, workdir, step
     self._batches, self._heldout = batches, heldout
@@ -68,7 +68,10 @@ class Loop:
       workdir, config, failed=self._not_saved
     )
     self._bar = console.progress_bar(
-      config.num_steps, 0, label, shown=multihost.is_first()
+      config.num_steps,
+      0,
+      label or '',
+      shown=label is not None and multihost.is_first(),
     )
     try:
       self._begin()

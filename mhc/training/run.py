@@ -40,7 +40,7 @@ class Data(NamedTuple):
 def train(
   config: config_lib.Config,
   workdir: pathlib.Path,
-  label: str = 'train',
+  label: str | None = 'train',
   deadline: float | None = None,
 ) -> dict:
   """Runs `config` to its end and returns its summary.
@@ -48,6 +48,8 @@ def train(
   A finished run returns its summary at once. An interrupted one resumes from
   its newest checkpoint, with the losses that it would have had, on any mesh and
   any number of processes.
+
+  `label` stands before its progress bar, None for none.
 
   Raises:
     ValueError, OSError: unusable settings, data or work directory, before any
@@ -60,7 +62,7 @@ def train(
   summary = _claim(config, workdir, data.corpus)
   if summary is not None:
     return summary
-  step = _compile(config, workdir)
+  step = _compile(config, workdir, shown=label is not None)
   with (
     preemption.StopSignal(deadline) as stop_signal,
     loop.Loop(
@@ -81,7 +83,7 @@ def _prepare(config) -> Data:
   with multihost.raise_together():
     corpus, vocab_size = batches_lib.load_for(config), config.model.vocab_size
     batches = batches_lib.train_batches(
-      corpus, config.data, config.seed, vocab_size
+      corpus, config.data, config.data_order, vocab_size
     )
     heldout = batches_lib.heldout_for(config, corpus)
     mesh = mesh_lib.make_mesh(config.mesh, config.data)
@@ -113,14 +115,14 @@ def _claim(config, workdir, corpus) -> dict | None:
   return multihost.broadcast_from_first(summary)
 
 
-def _compile(config, workdir) -> step_lib.Step:
+def _compile(config, workdir, *, shown) -> step_lib.Step:
   """Compiles the update, and logs its memory."""
   step = step_lib.build(config)
   with multihost.raise_together():
     if multihost.is_first():
       checkpoint.check_room(workdir, step.saved_state)
   line = _memory_line(config, step)  # compiles, in all processes at a time
-  if multihost.is_first():
+  if shown and multihost.is_first():
     console.print_line(line)
   return step
 

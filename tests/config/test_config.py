@@ -19,6 +19,7 @@ data.seq_len
 eval_every
 eval_sequences
 final_sequences
+data_seed
 guards.cosine_bound
 guards.gain
 guards.gain_bound

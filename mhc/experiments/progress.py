@@ -1,0 +1,66 @@
+"""One progress bar for the runs of several workers, read from their files."""
+
+import pathlib
+import threading
+
+from mhc.experiments import jobs as jobs_lib
+from mhc.runtime import console
+from mhc.training import workdir as workdir_lib
+
+POLL_S = 2.0
+
+
+class Progress:
+  """A context in which a thread shows how far the runs of `jobs` are.
+
+  A run counts by its tokens times its blocks, roughly its time.
+  """
+
+  def __init__(self, jobs: jobs_lib.Jobs):
+    self._jobs, self._ended = jobs, threading.Event()
+    self._bar = console.share_bar()
+    self._thread = threading.Thread(target=self._run, daemon=True)
+
+  def __enter__(self):
+    self._thread.start()
+    return self
+
+  def __exit__(self, *_):
+    self._ended.set()
+    self._thread.join()
+    self._show()
+    self._bar.close()
+
+  def _run(self):
+    while not self._ended.wait(POLL_S):
+      self._show()
+
+  def _show(self):
+    done, whole, finished, runs = share(self._jobs)
+    self._bar.total = whole
+    self._bar.n = min(done, whole)
+    self._bar.set_description_str(f'{finished} of {runs} runs', refresh=False)
+    self._bar.refresh()
+
+
+def share(jobs: jobs_lib.Jobs) -> tuple[float, float, int, int]:
+  """(work done, all work, finished runs, runs)."""
+  done = whole = finished = 0
+  cells = jobs.cells()
+  for cell in cells:
+    config, folder = cell.config, jobs.workdir / cell.name
+    work = config.tokens_per_step * config.model.num_blocks * config.num_steps
+    whole += work
+    if jobs.is_done(cell.name):
+      done, finished = done + work, finished + 1
+    else:
+      steps = _lines(folder / workdir_lib.METRICS)
+      done += work * min(1, steps / config.num_steps)
+  return done, whole, finished, len(cells)
+
+
+def _lines(path: pathlib.Path) -> int:
+  try:
+    return path.read_bytes().count(b'\n')
+  except OSError:
+    return 0
