@@ -1,6 +1,7 @@
 """The verdict on each contrast: which of two designs has the lower loss.
 
-A contrast pairs the runs of two kinds by their seed. Its verdict is one of
+A contrast pairs the runs of two designs by their seed, at one setting of a
+panel's axes. Those that the panel has declared before training get one of
 
     lower by a [lo, hi]               Holm's p < 0.05; the 95 % interval
     higher by a [lo, hi]
@@ -8,37 +9,46 @@ A contrast pairs the runs of two kinds by their seed. Its verdict is one of
     not resolved (could have seen x)  x is the minimum detectable effect
     not tested (reason)               the runs cannot answer
 
-and nothing else: a mean below zero is not a difference.
+and nothing else: a mean below zero is not a difference. Holm's correction is
+over all contrasts of a report that were declared and can be tested. The others
+are estimates: they have intervals and no verdict.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mhc.config import comparison as comparison_lib
 from mhc.experiments import statistics
+from mhc.experiments import tuning
 
 # Fewer seeds are not tested: the t quantile of two is 12.7.
 MIN_SEEDS = 4
 # Streams whose median cosine is above it are one stream for most of the depth.
 EQUAL_STREAMS = 0.99
-MARGIN = 0.01
-DEFAULT = (('mhc', 'residual'), ('mhc', 'identity'), ('mhc', 'hc'))
+Choices = Mapping[str, tuning.Choice]
 
 
 class Contrast(NamedTuple):
   """Losses of `kind` minus losses of `other`, nats a token, by seed."""
 
+  panel: str
+  setting: dict[str, Any]
   kind: str
   other: str
-  seeds: tuple[int, ...]
-  differences: tuple[float, ...]
+  declared: bool
+  seeds: list[int]
+  differences: list[float]
   margin: float
-  # Median over seeds, of the mixing kind with the more equal streams; None if
+  # Median over seeds, of the mixing design with the more equal streams; None if
   # neither mixes.
   cosine: float | None
   found: statistics.Paired | None  # None for fewer than two finite differences
+  # The mean's interval for other text as well; None without the losses by part.
+  crossed: statistics.Interval | None
+  reason: str  # why it is not tested; '' if it is
 
 
 class Judged(NamedTuple):
@@ -47,37 +57,91 @@ class Judged(NamedTuple):
   contrast: Contrast
   p: float | None  # Holm's
   p_equivalence: float | None
-  verdict: str
+  verdict: str  # '' for one that was not declared
 
 
-def pair(
+def collect(
+  comparison: comparison_lib.Comparison,
   rows: Sequence[dict],
-  kind: str,
-  other: str,
-  *,
-  margin: float = MARGIN,
-  num_contrasts: int = 1,
-) -> Contrast | None:
-  """The contrast of two kinds among rows of one setting; None without pairs."""
-  by_kind = {
-    name: {row['seed']: row for row in rows if row['variant'] == name}
-    for name in (kind, other)
-  }
-  seeds = sorted(by_kind[kind].keys() & by_kind[other].keys())
-  if not seeds:
-    return None
-  differences = tuple(
-    by_kind[kind][seed]['heldout_nats'] - by_kind[other][seed]['heldout_nats']
-    for seed in seeds
+  choices: Mapping[str, Choices] | None = None,
+) -> list[Contrast]:
+  """The contrasts of all panels that have pairs among `rows`.
+
+  `choices` are the tuned rates by tuning panel.
+  """
+  choices = choices or {}
+  number = sum(
+    len(panel.declared) * len([*comparison.settings(name)])
+    for name, panel in comparison.panels.items()
   )
-  found = None
-  if len(seeds) > 1 and all(map(math.isfinite, differences)):
-    found = statistics.paired(
-      differences, margin=margin, num_contrasts=num_contrasts
+  return [
+    contrast
+    for name, panel in comparison.panels.items()
+    for contrast in _of_panel(
+      comparison,
+      name,
+      [row for row in rows if row['panel'] == name],
+      choices.get(panel.tuned_on, {}),
+      max(1, number),
     )
-  cosines = [_cosine(by_kind[name]) for name in (kind, other)]
+  ]
+
+
+def _of_panel(comparison, name, rows, choices, number) -> Iterator[Contrast]:
+  panel, seen = comparison.panels[name], set()
+  if panel.role == 'tune':
+    return
+  for setting in comparison.settings(name):
+    here = [
+      row
+      for row in rows
+      if comparison_lib.stands_for(tuple(row['setting'].items()), setting)
+    ]
+    for pair in panel.described:
+      sides = [
+        {row['seed']: row for row in here if row['variant'] == design}
+        for design in pair
+      ]
+      seeds = sorted(sides[0].keys() & sides[1].keys())
+      runs = tuple(id(side[seed]) for side in sides for seed in seeds)
+      if seeds and runs not in seen:
+        seen.add(runs)
+        common = dict(panel=name, setting=dict(setting))
+        common |= dict(kind=pair[0], other=pair[1], margin=panel.margin)
+        common |= dict(declared=pair in panel.declared, seeds=seeds)
+        yield _contrast(common, sides, choices, number)
+
+
+def _contrast(common, sides, choices, number) -> Contrast:
+  pairs = [tuple(side[seed] for side in sides) for seed in common['seeds']]
+  differences = [
+    _finite(one['heldout_nats']) - _finite(other['heldout_nats'])
+    for one, other in pairs
+  ]
+  found = crossed = None
+  if len(pairs) > 1 and all(map(math.isfinite, differences)):
+    found = statistics.paired(
+      differences, margin=common['margin'], num_contrasts=number
+    )
+    blocks = [[row['heldout_blocks'] for row in pair] for pair in pairs]
+    if all(all(one) for one in blocks):
+      parts = np.array(blocks)
+      crossed = statistics.crossed(parts[:, 0] - parts[:, 1])
+  cosines = [_cosine(side) for side in sides]
   cosine = max((c for c in cosines if c is not None), default=None)
-  return Contrast(kind, other, tuple(seeds), differences, margin, cosine, found)
+  contrast = Contrast(
+    **common,
+    differences=differences,
+    cosine=cosine,
+    found=found,
+    crossed=crossed,
+    reason='',
+  )
+  return contrast._replace(reason=_reason(contrast, pairs, choices))
+
+
+def _finite(value):
+  return math.inf if value is None else value
 
 
 def _cosine(by_seed):
@@ -89,33 +153,38 @@ def _cosine(by_seed):
   return float(np.median(cosines)) if cosines else None
 
 
+def _reason(contrast, pairs, choices) -> str:
+  bad = sum(not math.isfinite(d) for d in contrast.differences)
+  if bad:
+    return f'{bad} of {len(contrast.seeds)} losses are not finite'
+  if len(contrast.seeds) < MIN_SEEDS:
+    return f'fewer than {MIN_SEEDS} seeds'
+  for design in (contrast.kind, contrast.other):
+    choice = choices.get(comparison_lib.rate_of(design))
+    if choice and choice.at_edge:
+      return f'best rate of {design} at the edge: {choice.rate:g}'
+  both_wide = all(row['kind'] != 'residual' for row in pairs[0])
+  if both_wide and (contrast.cosine or 0) > EQUAL_STREAMS:
+    return f'streams equal: cosine {contrast.cosine:.4f}'
+  return ''
+
+
 def judge(contrasts: Sequence[Contrast]) -> list[Judged]:
-  """Verdicts on contrasts that were declared together."""
-  tested = [c for c in contrasts if c.found and not _reason(c)]
+  """Verdicts on the declared ones; the others stay as they are."""
+  tested = [c for c in contrasts if c.declared and not c.reason]
   p = iter(statistics.holm([c.found.p for c in tested]))
   same = iter(statistics.holm([c.found.p_equivalence for c in tested]))
   judged = []
   for contrast in contrasts:
-    if _reason(contrast):
-      text = f'not tested ({_reason(contrast)})'
+    if not contrast.declared:
+      judged.append(Judged(contrast, None, None, ''))
+    elif contrast.reason:
+      text = f'not tested ({contrast.reason})'
       judged.append(Judged(contrast, None, None, text))
     else:
       both = next(p), next(same)
       judged.append(Judged(contrast, *both, _verdict(contrast, *both)))
   return judged
-
-
-def _reason(contrast) -> str:
-  """Why a contrast is not tested; '' for one that is."""
-  bad = [d for d in contrast.differences if not math.isfinite(d)]
-  if bad:
-    return f'{len(bad)} of {len(contrast.seeds)} losses are not finite'
-  if len(contrast.seeds) < MIN_SEEDS:
-    return f'fewer than {MIN_SEEDS} seeds'
-  both_wide = 'residual' not in (contrast.kind, contrast.other)
-  if both_wide and (contrast.cosine or 0) > EQUAL_STREAMS:
-    return f'streams equal: cosine {contrast.cosine:.4f}'
-  return ''
 
 
 def _verdict(contrast, p, p_equivalence) -> str:
@@ -132,11 +201,16 @@ def _verdict(contrast, p, p_equivalence) -> str:
   return f'not resolved (could have seen {found.mde:.4f})'
 
 
-def of_kinds(rows: Sequence[dict]) -> Iterator[Contrast]:
-  """The default contrasts that rows of one setting have both kinds of."""
-  kinds = {row['variant'] for row in rows}
-  known = [pair for pair in DEFAULT if kinds.issuperset(pair)]
-  for kind, other in known:
-    found = pair(rows, kind, other, num_contrasts=len(known))
-    if found is not None:
-      yield found
+def as_dict(judged: Judged) -> dict[str, Any]:
+  """A contrast as it stands in results.json."""
+  contrast = judged.contrast
+  values = contrast._asdict()
+  found, crossed = values.pop('found'), values.pop('crossed')
+  names = statistics.Paired._fields
+  values |= found._asdict() if found else dict.fromkeys(names)
+  values['crossed'] = crossed and [crossed.low, crossed.high]
+  return values | {
+    'p_holm': judged.p,
+    'p_equivalence_holm': judged.p_equivalence,
+    'verdict': judged.verdict,
+  }

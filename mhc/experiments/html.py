@@ -3,7 +3,7 @@
 import base64
 from html import escape
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px;
@@ -32,10 +32,10 @@ class Table(NamedTuple):
 
 
 class Details(NamedTuple):
-  """A table of text, collapsed under its title."""
+  """Blocks that are collapsed under their title."""
 
   title: str
-  table: Table
+  blocks: list[Any]
 
 
 class Figure(NamedTuple):
@@ -47,6 +47,10 @@ Block = Heading | Table | Details | Figure | str  # str is a paragraph
 
 
 def markdown(parts: list[Block]) -> str:
+  return '\n\n'.join(_markdown_blocks(parts)) + '\n'
+
+
+def _markdown_blocks(parts) -> list[str]:
   blocks = []
   for part in parts:
     match part:
@@ -54,17 +58,17 @@ def markdown(parts: list[Block]) -> str:
         blocks.append('#' * level + ' ' + text)
       case Table():
         blocks.append(_markdown_table(part))
-      case Details(title, table):
+      case Details(title, inner):
         blocks += [
           f'<details><summary>{escape(title)}</summary>',
-          _markdown_table(table),
+          *_markdown_blocks(inner),
           '</details>',
         ]
       case Figure(path, caption):
         blocks.append(f'![{caption}]({path})\n\n*{caption}*')
       case text:
         blocks.append(text)
-  return '\n\n'.join(blocks) + '\n'
+  return blocks
 
 
 def _markdown_table(table: Table) -> str:
@@ -78,6 +82,16 @@ def _markdown_table(table: Table) -> str:
 
 def html(title: str, parts: list[Block], folder: pathlib.Path) -> str:
   """Renders a single HTML file that embeds the figures of `folder`."""
+  return (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    f'<title>{escape(title)}</title>'
+    f'<style>{STYLE}</style></head><body>\n'
+    + '\n'.join(_html_blocks(parts, folder))
+    + '\n</body></html>\n'
+  )
+
+
+def _html_blocks(parts, folder) -> list[str]:
   blocks = []
   for part in parts:
     match part:
@@ -85,11 +99,12 @@ def html(title: str, parts: list[Block], folder: pathlib.Path) -> str:
         blocks.append(f'<h{level}>{escape(text)}</h{level}>')
       case Table():
         blocks.append(_html_table(part))
-      case Details(title, table):
-        blocks.append(
-          f'<details><summary>{escape(title)}</summary>'
-          f'{_html_table(table)}</details>'
-        )
+      case Details(title, inner):
+        blocks += [
+          f'<details><summary>{escape(title)}</summary>',
+          *_html_blocks(inner, folder),
+          '</details>',
+        ]
       case Figure(path, caption):
         data = base64.b64encode((folder / path).read_bytes()).decode()
         caption = escape(caption)
@@ -99,13 +114,7 @@ def html(title: str, parts: list[Block], folder: pathlib.Path) -> str:
         )
       case text:
         blocks.append(f'<p>{_emphasis(escape(text))}</p>')
-  return (
-    '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-    f'<title>{escape(title)}</title>'
-    f'<style>{STYLE}</style></head><body>\n'
-    + '\n'.join(blocks)
-    + '\n</body></html>\n'
-  )
+  return blocks
 
 
 def _html_table(table: Table) -> str:

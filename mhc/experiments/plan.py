@@ -49,7 +49,7 @@ class Speed(NamedTuple):
 def calibrate(jobs: jobs_lib.Jobs) -> Speed:
   """Times two short programs, once a folder."""
   panel = jobs.panels[0]
-  plain = next(cell.config for cell in jobs.comparison.cells(panel))
+  plain = jobs.comparison.cells(panel)[0].config
   pair = {
     kind: dicts.override(plain, {'model.connection.kind': kind})
     for kind in ('residual', 'mhc')
@@ -161,9 +161,6 @@ def _work(config) -> tuple[float, float]:
   if connection.kind == 'residual':
     return model, 0.0
   n = connection.num_streams
-  each = n * n + 2 * n + connection.sinkhorn_iters * n * n / config.model.dim
+  each = config.model.dim * (n * n + 2 * n) + connection.sinkhorn_iters * n * n
   share = STREAM_WORK.get(connection.kind, 1.0)
-  return (
-    model,
-    share * each * config.model.dim * config.model.num_blocks * tokens,
-  )
+  return model, share * each * config.model.num_blocks * tokens

@@ -19,13 +19,13 @@ Definitions, all over the steps after warm-up:
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 
 import numpy as np
 
 from mhc import config as config_lib
 from mhc.config import comparison as comparison_lib
-from mhc.config import dicts
 from mhc.experiments import events as events_lib
 from mhc.runtime import files
 from mhc.training import workdir as workdir_lib
@@ -33,6 +33,8 @@ from mhc.training import workdir as workdir_lib
 WINDOW = 25
 GRAD_SPIKE_FACTOR = 3.0
 LOSS_SPIKE_NATS = 1.0
+# Parts of the held-out text, whose rows stand in the order of its documents.
+BLOCKS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +46,25 @@ class Run:
   metrics: list[dict]
   probes: list[dict]
   events: list[dict] | None = None
+  design: str = ''  # '' for its kind
+  setting: comparison_lib.Setting = ()
+  row_nats: np.ndarray | None = None  # of the held-out rows at the end
+
+  @property
+  def variant(self) -> str:
+    return self.design or self.kind
 
   @property
   def kind(self) -> str:
     return self.config.model.connection.kind
 
   @property
-  def comparison_key(self) -> tuple[int, float]:
-    """(blocks, learning rate): runs of a panel with equal keys are compared."""
-    return self.config.model.num_blocks, self.config.optimizer.learning_rate
+  def blocks(self) -> tuple[float, ...] | None:
+    """Nats a token of BLOCKS successive parts of the held-out rows."""
+    if self.row_nats is None or len(self.row_nats) < 2 * BLOCKS:
+      return None
+    parts = np.array_split(self.row_nats.astype(np.float64), BLOCKS)
+    return tuple(float(p.mean()) / self.config.data.seq_len for p in parts)
 
   def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of a metric where it was recorded; null becomes inf."""
@@ -128,17 +140,25 @@ class Run:
     return steps[first:], values[first:], medians[first - WINDOW :]
 
 
-def read(folder: pathlib.Path, config: config_lib.Config) -> Run | None:
+def read(
+  folder: pathlib.Path,
+  design: str = '',
+  setting: comparison_lib.Setting = (),
+) -> Run | None:
   """The run in `folder`, None if it has not finished."""
   summary = workdir_lib.read_summary(folder)
   if summary is None:
     return None
+  heldout = folder / workdir_lib.HELDOUT
   return Run(
-    config,
+    workdir_lib.read_config(folder),
     summary,
-    files.read_lines(folder / 'metrics.jsonl'),
-    files.read_lines(folder / 'probes.jsonl'),
+    files.read_lines(folder / workdir_lib.METRICS),
+    files.read_lines(folder / workdir_lib.PROBES),
     events_lib.read(folder),
+    design,
+    setting,
+    np.load(heldout) if heldout.exists() else None,
   )
 
 
@@ -156,14 +176,12 @@ def read_comparison(
       f'{workdir} holds no comparison ({file} is missing): run without '
       '--report_only first, or give the --workdir of one'
     )
-  comparison = dicts.from_dict(
-    comparison_lib.Comparison, json.loads(file.read_text())
-  )
+  comparison = comparison_lib.read(json.loads(file.read_text()))
   panels, unfinished = {}, 0
   for panel in comparison.panels:
     runs = [
-      read(workdir / name, config)
-      for name, config in comparison.runs(panel).items()
+      read(workdir / cell.name, cell.design, cell.setting)
+      for cell in comparison.cells(panel)
     ]
     panels[panel] = [run for run in runs if run is not None]
     unfinished += runs.count(None)
@@ -172,15 +190,19 @@ def read_comparison(
 
 def rows(panel: str, runs: list[Run]) -> list[dict]:
   """One row per run; ratios and gaps are to its plain residual counterpart."""
-  baselines = {
-    (run.comparison_key, run.config.seed): run
-    for run in runs
-    if run.kind == 'residual'
-  }
-  return [
-    _row(panel, run, baselines.get((run.comparison_key, run.config.seed)))
-    for run in runs
-  ]
+  return [_row(panel, run, _baseline(run, runs)) for run in runs]
+
+
+def _baseline(run, runs) -> Run | None:
+  """The plain residual of a run's seed at its setting."""
+  for other in runs:
+    if (
+      other.variant == 'residual'
+      and other.config.seed == run.config.seed
+      and comparison_lib.stands_for(other.setting, run.setting)
+    ):
+      return other
+  return None
 
 
 def _row(panel, run, baseline):
@@ -194,14 +216,16 @@ def _row(panel, run, baseline):
 
   gap = None
   if baseline is not None:
-    gap = run.summary['heldout_nats'] - baseline.summary['heldout_nats']
+    losses = (r.summary['heldout_nats'] for r in (run, baseline))
+    gap = float(np.subtract(*map(_finite, losses)))
   return {
     'panel': panel,
-    'variant': run.kind,
+    'variant': run.variant,
     'kind': run.kind,
     'seed': run.config.seed,
-    'blocks': run.comparison_key[0],
-    'lr': run.comparison_key[1],
+    'setting': dict(run.setting),
+    'blocks': model.num_blocks,
+    'lr': run.config.optimizer.learning_rate,
     'num_streams': model.connection.streams,
     'sinkhorn_iters': model.connection.sinkhorn_iters,
     'dim': model.dim,
@@ -209,7 +233,8 @@ def _row(panel, run, baseline):
     'tokens': run.summary['tokens'],
     'flops': run.flops,
     'train_nats_last_25': float(np.mean(run.series('loss/train')[1][-WINDOW:])),
-    'heldout_nats': run.summary['heldout_nats'],
+    'heldout_nats': _finite(run.summary['heldout_nats']),
+    'heldout_blocks': run.blocks,
     'bits_per_byte': run.summary['heldout_bits_per_byte'],
     'gap_nats': gap,
     'gain_fwd_max': forward,
@@ -228,8 +253,23 @@ def _row(panel, run, baseline):
     'step_time_ratio': ratio_to_baseline(lambda r: r.step_seconds),
     'peak_bytes_ratio': ratio_to_baseline(lambda r: r.summary['peak_bytes']),
     'params': run.summary['num_params'],
+    'column_residual': _last(run, 'column_residual_mean', np.mean),
+    'sigma_diff': _last(run, 'sigma_diff_fwd', lambda depth: depth[-1]),
+    'streams_read': _last(run, 'streams_read', np.mean),
     'params_ratio': ratio_to_baseline(lambda r: r.summary['num_params']),
   }
+
+
+def _last(run, name, reduce) -> float | None:
+  """A quantity over depth at the end; None if the run has not kept it."""
+  if name not in run.probes[-1]:
+    return None
+  return float(reduce(run.probe(name)[-1]))
+
+
+def _finite(value: float | None) -> float:
+  """A loss; inf for null, which stands for what is not finite."""
+  return math.inf if value is None else value
 
 
 def _array(values) -> np.ndarray:
