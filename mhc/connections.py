@@ -127,15 +127,15 @@ class HC(nnx.Module):
       bias_pre = jnp.full_like(bias_pre, 1 / n)
     if parts[1] == 'off':
       bias_post = jnp.ones_like(bias_post)
-    res = None
-    if parts[2] != 'off':
-      res = width * jnp.swapaxes(dynamic[:, 2:], 0, 1)
-      res = res + self.bias_res[...][..., None]
-    return Mappings(
+    mapped = Mappings(
       pre=width * dynamic[:, 0] + bias_pre[:, None],
       post=depth * dynamic[:, 1] + bias_post[:, None],
-      res=res,
+      res=None,
     )
+    if parts[2] == 'off':
+      return mapped
+    res = width * jnp.swapaxes(dynamic[:, 2:], 0, 1)
+    return mapped._replace(res=res + self.bias_res[...][..., None])
 
   def pre(
     self, x: Float[Array, '*batch n d']

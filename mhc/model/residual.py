@@ -108,15 +108,14 @@ def expand_streams(
   """
   n = config.streams
   if _defers_post(config) and config.expand_scale == 'ones':
-    empty = precision.mark('streams', streams.expand(0 * x, n))
-    return _pending(config, x, empty)
+    return _pending(config, x)
+  zeros = _zeros(x)
   wide = streams.expand(x, n, config.expand_scale)
   wide = precision.mark('streams', wide)
   if config.kind != 'mhc_single_pass':
     return with_empty_pending_output(config, wide)
   first = jnp.arange(n) == 0
-  weights = first.astype(jnp.float32)[:, None] + _zeros(x)[None]
-  return StreamsWithPre(wide, weights)
+  return StreamsWithPre(wide, first.astype(jnp.float32)[:, None] + zeros[None])
 
 
 def begin_sublayer(
@@ -212,13 +211,15 @@ def stream_stats(context: Context) -> StreamStats:
   return StreamStats(res, cosine, rms)
 
 
-def _pending(config, y, x):
-  """An output y that is to be added to each of the streams x."""
+def _pending(config, y, x=None):
+  """An output y that is to be added to each of the streams x, 0 for None."""
   n, zeros = config.streams, _zeros(y)
   res = None
   if config.mixes_streams:
     res = jnp.eye(n)[..., None] + zeros[None, None]
   ones = jnp.ones((n, 1)) + zeros[None]
+  if x is None:
+    x = precision.mark('streams', streams.expand(0 * y, n))
   return PendingOutput(y, Context(x, functional.Mappings(ones, ones, res)))
 
 
