@@ -107,6 +107,7 @@ class Options:
 
   @property
   def mixing_used(self) -> mixing_lib.Mixing:
+    """The parameterisation of H_res behind `res`."""
     return 'identity' if self.res == 'off' else self.mixing
 
 

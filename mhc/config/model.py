@@ -39,7 +39,9 @@ class ConnectionConfig:
   implementation: Literal['auto', 'xla', 'pallas', 'triton'] = 'auto'
   # The ablations of the paper's Table 1. Each mapping is made from the streams
   # ('dynamic'), is a learned bias alone ('static') or one of the constants
-  # H_pre = 1/n, H_post = 1, H_res = I ('off').
+  # H_pre = 1/n, H_post = 1, H_res = I ('off'). A doubly stochastic H_res keeps
+  # the mean of the streams, which is all that is read with pre='off': then it
+  # changes something only by way of dynamic mappings and collapse='learned'.
   pre: Part = 'dynamic'
   post: Part = 'dynamic'
   res: Part = 'dynamic'
@@ -51,7 +53,7 @@ class ConnectionConfig:
     checks.check_types(self)
     checks.at_least(self, num_streams=1, sinkhorn_iters=1)
     self._check_parts_are_used()
-    self._check_streams_part()
+    self._check_streams_separate()
     if self.sinkhorn_eps and not 1e-12 <= self.sinkhorn_eps <= 1e-2:
       raise ValueError(
         f'connection.sinkhorn_eps={self.sinkhorn_eps} must be 0 (the paper) '
@@ -81,11 +83,11 @@ class ConnectionConfig:
       if getattr(self, name) != default:
         raise ValueError(
           f'connection.{name}={getattr(self, name)!r} would not be used: '
-          f'connection.kind={self.kind!r} has none to choose; leave '
+          f'connection.kind={self.kind!r} has no such choice; leave '
           f'{name}={default!r} or take another kind'
         )
 
-  def _check_streams_part(self):
+  def _check_streams_separate(self):
     """Checks that something makes the streams differ.
 
     They start as copies. Reading all alike (H_pre = 1/n), every gradient is the

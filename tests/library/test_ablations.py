@@ -380,7 +380,7 @@ def test_kernels_have_the_same_parts_and_expansion(monkeypatch):
     state = residual.expand_streams(settings, x)
     defers = implementation == 'pallas'
     assert isinstance(state, residual.PendingOutput) == defers
-    sublayers = perturbed(initial(settings, dim, depth=2))
+    sublayers = perturbed(initial(settings, dim, depth=1))
     results.append(output(settings, sublayers, x))
   np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-4)
 
