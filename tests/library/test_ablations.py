@@ -53,7 +53,7 @@ def random(*shape, seed=0):
   return jnp.asarray(values, jnp.float32)
 
 
-def mhc_reference(params, x, parts):
+def mhc_reference(kind, params, x, parts):
   """Eq. 14-19, with the constants of Table 1, in float64."""
   n = x.shape[1]
   flat = x.reshape(len(x), -1)
@@ -68,14 +68,17 @@ def mhc_reference(params, x, parts):
   if parts[2] == 'off':
     assert len(params['bias']) == 2 * n
     return pre, post, None
-  res = np.exp(logits(2, slice(2 * n, None))).reshape(n, n, -1)
+  res = np.exp(logits(2, slice(2 * n, None)))
+  if kind == 'kromhc':  # of two streams
+    return pre, post, np.stack([res, res[::-1]]) / res.sum(0)
+  res = res.reshape(n, n, -1)
   for _ in range(ITERS):
     res = res / res.sum(0, keepdims=True)
     res = res / res.sum(1, keepdims=True)
   return pre, post, res
 
 
-def hc_reference(params, x, parts):
+def hc_reference(kind, params, x, parts):
   """Eq. 5, with the constants of Table 1, in float64."""
   normed = x / np.sqrt(np.mean(x**2, axis=2, keepdims=True)) * params['gain']
   width, depth = params['alpha']
@@ -95,16 +98,24 @@ def hc_reference(params, x, parts):
   )
 
 
-@pytest.mark.parametrize('n', [1, 2])
-@pytest.mark.parametrize('kind', ['hc', 'mhc'])
-def test_mappings_are_the_papers_or_its_constants(kind, n):
-  reference = mhc_reference if kind == 'mhc' else hc_reference
+@pytest.mark.parametrize(
+  ('kind', 'n', 'combinations'),
+  [
+    ('hc', 1, SOME),
+    ('hc', 2, EVERY),
+    ('mhc', 1, [('off', 'static', 'off'), ('static', 'off', 'off')]),
+    ('mhc', 2, SOME),  # compiles Sinkhorn once a combination
+    ('kromhc', 2, EVERY),
+  ],
+)
+def test_mappings_are_the_papers_or_its_constants(kind, n, combinations):
+  reference = hc_reference if kind == 'hc' else mhc_reference
   x = random(TOKENS, n, DIM)
-  for parts in EVERY if n == 2 else SOME:
+  for parts in combinations:
     # Whatever the parameters of a part that does not use them are.
     connection = perturbed(make(kind, parts, n))
     params = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(connection)))
-    want = list(reference(params, np.float64(x), parts))
+    want = list(reference(kind, params, np.float64(x), parts))
     for number, constant in enumerate((1 / n, 1.0)):
       if parts[number] == 'off':
         want[number] = np.full((n, TOKENS), constant)
