@@ -61,6 +61,11 @@ class HC(nnx.Module):
   H_pre and H_res), b_pre = one-hot at stream `index` mod n, b_post = 1,
   b_res = I. d + d (n + 2) + n (n + 2) + 2 parameters.
 
+  `pre`, `post` and `res` choose each mapping for ablations, as in `functional`:
+  'static' drops its theta, 'off' is H_pre = 1/n, H_post = 1 or H_res = I. The
+  parameters are the same ones; what is not used starts as that constant and
+  does not train.
+
   The HC paper also scales the initial output projections of F by sqrt(n). Those
   weights belong to F, and the scaling would make HC start from another function
   than the other kinds, so it is left out here.
@@ -74,17 +79,25 @@ class HC(nnx.Module):
     *,
     norm_eps: float = 1e-20,
     implementation: kernels.Implementation | None = None,
+    pre: functional.Part = 'dynamic',
+    post: functional.Part = 'dynamic',
+    res: functional.Part = 'dynamic',
   ):
-    initial_stream = jnp.arange(num_streams) == index % num_streams
+    functional.check_parts(pre=pre, post=post, res=res)
+    initial_read = jnp.full(num_streams, 1 / num_streams, jnp.float32)
+    if pre != 'off':
+      initial_stream = jnp.arange(num_streams) == index % num_streams
+      initial_read = initial_stream.astype(jnp.float32)
     self.gain = nnx.Param(jnp.ones(dim))
     self.theta_pre = nnx.Param(jnp.zeros(dim))
     self.theta_post = nnx.Param(jnp.zeros(dim))
     self.theta_res = nnx.Param(jnp.zeros((num_streams, dim)))
     self.alpha = nnx.Param(jnp.full(2, 0.01, jnp.float32))  # s_width, s_depth
-    self.bias_pre = nnx.Param(initial_stream.astype(jnp.float32))
+    self.bias_pre = nnx.Param(initial_read)
     self.bias_post = nnx.Param(jnp.ones(num_streams))
     self.bias_res = nnx.Param(jnp.eye(num_streams))
     self.shape = (num_streams, dim)
+    self.parts = (pre, post, res)
     self.norm_eps = norm_eps
     self.implementation = implementation
 
@@ -100,17 +113,29 @@ class HC(nnx.Module):
         self.theta_res[...],
       ]
     )
+    n, parts = len(theta) - 2, self.parts
+    if parts != ('dynamic',) * 3:
+      used = functional.where_parts(parts, ('dynamic',), (1, 1, n))
+      theta = jnp.where(used[:, None], theta, jnp.zeros_like(theta))
     dynamic = jnp.tanh(
       jnp.einsum('tjd,kd->tjk', normed, theta, precision=streams.HIGHEST)
     )
     dynamic = jnp.moveaxis(dynamic, 0, -1)  # [j, k, t]
     width, depth = self.alpha[...]
-    return Mappings(
-      pre=width * dynamic[:, 0] + self.bias_pre[...][:, None],
-      post=depth * dynamic[:, 1] + self.bias_post[...][:, None],
-      res=width * jnp.swapaxes(dynamic[:, 2:], 0, 1)
-      + self.bias_res[...][..., None],
+    bias_pre, bias_post = self.bias_pre[...], self.bias_post[...]
+    if parts[0] == 'off':
+      bias_pre = jnp.full_like(bias_pre, 1 / n)
+    if parts[1] == 'off':
+      bias_post = jnp.ones_like(bias_post)
+    mapped = Mappings(
+      pre=width * dynamic[:, 0] + bias_pre[:, None],
+      post=depth * dynamic[:, 1] + bias_post[:, None],
+      res=None,
     )
+    if parts[2] == 'off':
+      return mapped
+    res = width * jnp.swapaxes(dynamic[:, 2:], 0, 1)
+    return mapped._replace(res=res + self.bias_res[...][..., None])
 
   def pre(
     self, x: Float[Array, '*batch n d']
@@ -147,7 +172,14 @@ class MHC(nnx.Module):
 
   def __init__(self, dim: int, num_streams: int, index, **options):
     self.options = functional.Options(**options)
-    params = functional.init(dim, num_streams, index, self.options.mixing)
+    params = functional.init(
+      dim,
+      num_streams,
+      index,
+      self.options.mixing,
+      pre=self.options.pre,
+      res=self.options.res,
+    )
     self.phi = nnx.Param(params['phi'])
     self.alpha = nnx.Param(params['alpha'])
     self.bias = nnx.Param(params['bias'])
@@ -200,7 +232,8 @@ class SinglePass(nnx.Module):
   travel with the weights that the next one reads by: `StreamsWithPre`.
 
   Parameters and their initial values are those of `MHC`, with the initial
-  stream of the sub-layer that will read.
+  stream of the sub-layer that will read; so `pre` among its options is about
+  what the next sub-layer reads. The first reads stream 0 in any case.
   """
 
   def __init__(self, dim: int, num_streams: int, index, **options):

@@ -21,6 +21,11 @@ parameterisation of H_res, see `mixing`. The RMS norm's gain is absorbed in phi;
 there is no tanh. bias is ordered [pre | post | res]; for Sinkhorn res is row by
 row, and H_res_ij takes stream j to stream i.
 
+For ablations each mapping is 'dynamic' (as above), 'static' (phi = 0: the bias
+alone) or 'off', the constants by which the paper's Table 1 replaces a mapping:
+H_pre = 1/n, H_post = 1, H_res = I. What a part does not use trains no more:
+whatever `params` holds there counts as its constant and gets gradient 0.
+
 `params` is any mapping with the arrays phi [nd, 2n + k], alpha [3] ([2] without
 mixing) and bias [2n + k], float32. Mappings are float32 and lie tokens-minor,
 [n, t] and [n, n, t], t being all leading dimensions of x flattened; streams and
@@ -30,12 +35,14 @@ what is read from them keep the dtype of x.
 from collections.abc import Mapping
 import dataclasses
 import functools
+import math
 import typing
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+import numpy as np
 
 from mhc import kernels
 from mhc import manifold
@@ -44,6 +51,7 @@ from mhc import precision
 from mhc.kernels.xla import streams
 
 Params = Mapping[str, Any]  # arrays, or what `[...]` makes one
+Part = Literal['dynamic', 'static', 'off']
 
 
 class Mappings(NamedTuple):
@@ -72,6 +80,8 @@ class Options:
     sinkhorn_backward: see `sinkhorn_project`.
     norm_eps: added to the mean square of the streams.
     implementation: of the passes over the streams, see `mhc.kernels`.
+    pre, post, res: how each mapping comes about, see the top of the file.
+      res='off' is mixing='identity', without logits.
   """
 
   mixing: mixing_lib.Mixing = 'sinkhorn'
@@ -80,11 +90,38 @@ class Options:
   sinkhorn_backward: manifold.Backward = 'recompute'
   norm_eps: float = 1e-20
   implementation: kernels.Implementation | None = None
+  pre: Part = 'dynamic'
+  post: Part = 'dynamic'
+  res: Part = 'dynamic'
 
   def __post_init__(self):
     known = typing.get_args(mixing_lib.Mixing)
     if self.mixing not in known:
       raise ValueError(f'mixing must be one of {known}, got {self.mixing!r}')
+    check_parts(pre=self.pre, post=self.post, res=self.res)
+    if self.mixing == 'identity' and self.res != 'dynamic':
+      raise ValueError(
+        f"res={self.res!r} would not be used: mixing='identity' is H_res = I "
+        "already; leave res='dynamic'"
+      )
+
+  @property
+  def mixing_used(self) -> mixing_lib.Mixing:
+    """The parameterisation of H_res behind `res`."""
+    return 'identity' if self.res == 'off' else self.mixing
+
+
+def check_parts(**parts: str):
+  """Checks the words for how mappings come about.
+
+  Raises:
+    ValueError: one is unknown.
+  """
+  for name, part in parts.items():
+    if part not in typing.get_args(Part):
+      raise ValueError(
+        f'{name} must be one of {typing.get_args(Part)}, got {part!r}'
+      )
 
 
 def init(
@@ -92,6 +129,9 @@ def init(
   num_streams: int,
   index,
   mixing: mixing_lib.Mixing = 'sinkhorn',
+  *,
+  pre: Part = 'dynamic',
+  res: Part = 'dynamic',
 ) -> dict[str, Float[Array, '...']]:
   """Parameters from which the n copied streams stay equal.
 
@@ -100,22 +140,28 @@ def init(
   the rows of H_res sum to one and a network whose sub-layers start with a norm
   equals the plain pre-norm one. The one-hot b_pre is what breaks the symmetry
   of the streams; with equal b_pre everywhere and phi = 0 they would stay equal
-  for ever.
+  for ever, and so they do with pre='off' if they are opened as copies: use
+  `expand(..., scale='random')`. post='off' starts as any other.
 
   Args:
     dim: d, the width of a stream.
     num_streams: n.
     index: of the sub-layer, attention and FFN counted apart.
     mixing: the parameterisation of H_res.
+    pre, res: as in `Options`; 'off' has the bias of H_pre = 1/n and no logits.
 
   Raises:
     ValueError: the parameterisation does not exist for n streams.
   """
+  options = Options(mixing, pre=pre, res=res)
   initial_stream = jnp.arange(num_streams) == index % num_streams
+  read = jnp.where(initial_stream, 3.0, -3.0).astype(jnp.float32)
+  if pre == 'off':
+    read = jnp.full(num_streams, _uniform_read(num_streams), jnp.float32)
   bias = [
-    jnp.where(initial_stream, 3.0, -3.0).astype(jnp.float32),
+    read,
     jnp.zeros(num_streams),
-    mixing_lib.initial_logits(mixing, num_streams),
+    mixing_lib.initial_logits(options.mixing_used, num_streams),
   ]
   num_alphas = sum(part.size > 0 for part in bias)
   bias = jnp.concatenate(bias)
@@ -132,6 +178,7 @@ def pre(
   options: Options = Options(),
 ) -> tuple[Float[Array, '*batch d'], Context]:
   """H_pre x, what a sub-layer reads, and what `post` needs (Eq. 3)."""
+  params = _with_constants(params, x.shape[-2], options)
   h, z = kernels.pre(
     tokens(x), *_reading(params, x), options.norm_eps, options.implementation
   )
@@ -164,6 +211,7 @@ def advance(
   """`post` of the sub-layer of `context`, `pre` of this one, in one pass."""
   x, mappings = context
   _check_output(y, x)
+  params = _with_constants(params, x.shape[-2], options)
   x_next, h, z = kernels.advance(
     tokens(x),
     y.reshape(-1, y.shape[-1]),
@@ -180,6 +228,7 @@ def mappings(
   params: Params, x: Float[Array, 't n d'], options: Options = Options()
 ) -> Mappings:
   """The mappings of t tokens (Eq. 14-19), without reading the streams."""
+  params = _with_constants(params, x.shape[1], options)
   z = streams.normed_projection(x, params['phi'][...], options.norm_eps).T
   z = precision.mark('mapping_logits', z)
   return _mappings(params, z, x.shape[1], options)
@@ -203,6 +252,42 @@ def named(mapped: Mappings) -> Mappings:
   return jax.tree.map(functools.partial(precision.mark, 'mappings'), mapped)
 
 
+def where_parts(
+  parts: tuple[Part, ...], chosen: tuple[Part, ...], sizes: tuple[int, ...]
+) -> Bool[np.ndarray, 'k']:
+  """Whether the part that each of k numbers belongs to is a chosen word."""
+  return np.repeat([part in chosen for part in parts], sizes)
+
+
+def _with_constants(params, n, options):
+  """The parameters, with constants where a part is not to use them.
+
+  A select has gradient 0 there, and leaves the kernels as they are: they see
+  phi = 0. alpha multiplies x phi = 0 and needs no constant.
+  """
+  parts = options.pre, options.post, options.res
+  if parts == ('dynamic',) * 3:
+    return params
+  phi, bias = params['phi'][...], params['bias'][...]
+  sizes = n, n, len(bias) - 2 * n
+  dynamic = where_parts(parts, ('dynamic',), sizes)
+  learned = where_parts(parts, ('dynamic', 'static'), sizes)
+  off = np.repeat(np.float32([_uniform_read(n), 0, 0]), sizes)
+  return {
+    'phi': jnp.where(dynamic[None], phi, jnp.zeros_like(phi)),
+    'alpha': params['alpha'],
+    'bias': jnp.where(learned, bias, off),
+  }
+
+
+def _uniform_read(n):
+  """The bias of H_pre = 1/n: sigmoid(-log(n - 1)).
+
+  Its limit for one stream is infinite; sigmoid(40) is 1 in float64 as well.
+  """
+  return -math.log(n - 1) if n > 1 else 40.0
+
+
 def _reading(params, x):
   """phi, and alpha and bias of H_pre: arguments of the kernels."""
   return params['phi'][...], params['alpha'][0], params['bias'][: x.shape[-2]]
@@ -222,9 +307,9 @@ def _mappings(params, z, n, options):
   )
   logits = z * alpha[:, None] + params['bias'][...][:, None]
   res = None
-  if options.mixing != 'identity':
+  if options.mixing_used != 'identity':
     res = mixing_lib.matrices(
-      options.mixing,
+      options.mixing_used,
       logits[2 * n :],
       n,
       num_iters=options.sinkhorn_iters,

@@ -16,11 +16,28 @@ from mhc.kernels.xla import streams
 
 
 def expand(
-  x: Float[Array, '*batch d'], num_streams: int
+  x: Float[Array, '*batch d'],
+  num_streams: int,
+  scale: Literal['ones', 'random'] = 'ones',
 ) -> Float[Array, '*batch n d']:
-  """Opens the streams: `num_streams` copies of x."""
+  """Opens the streams: `num_streams` copies of x.
+
+  With scale='random' they are no copies: each number of each stream is
+  multiplied by a constant 1 + 0.1 N(0, 1). Those [n, d] constants are one draw
+  of a fixed key, the same in every model of that shape and for every seed, and
+  no parameter. Connections that all streams enter alike (pre='off') need it.
+  """
+  if scale not in ('ones', 'random'):
+    raise ValueError(f"scale must be 'ones' or 'random', got {scale!r}")
   shape = (*x.shape[:-1], num_streams, x.shape[-1])
-  return jnp.broadcast_to(x[..., None, :], shape)
+  wide = jnp.broadcast_to(x[..., None, :], shape)
+  if scale == 'ones':
+    return wide
+  # Of one generator, whatever JAX's default is: a run goes on anywhere.
+  key = jax.random.key(0, impl='threefry2x32')
+  factors = 1 + 0.1 * jax.random.normal(key, shape[-2:], jnp.float32)
+  factors = factors.reshape(*(1,) * (wide.ndim - 2), *factors.shape)
+  return (wide.astype(jnp.float32) * factors).astype(x.dtype)
 
 
 class Collapse(nnx.Module):

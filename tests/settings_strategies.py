@@ -42,9 +42,12 @@ PIPE = {
   'data.microbatch_size': 4,
 }
 SPLIT = {'mesh.expert': 2, 'mesh.num_devices': 4, 'data.microbatch_size': 2}
+# Without it most ablations of the connection are refused.
+APART = {'model.connection.expand_scale': 'random'}
 # With their shares of the cases: what compiles slowly is seldom.
 BASES = (
-  *[TINY] * 8,
+  *[TINY] * 6,
+  *[TINY | APART] * 2,
   *[TINY | {'mesh.num_devices': 0}] * 4,
   *[TINY | EXPERTS] * 2,
   *[TINY | EXPERTS | SPLIT] * 2,

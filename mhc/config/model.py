@@ -17,6 +17,7 @@ Kind = Literal[
   'mhc_single_pass',
 ]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
+Part = Literal['dynamic', 'static', 'off']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +37,23 @@ class ConnectionConfig:
   # The passes over the streams: 'xla', the TPU kernels ('pallas', interpreted
   # elsewhere) or the GPU kernels ('triton'); 'auto' is the platform's fastest.
   implementation: Literal['auto', 'xla', 'pallas', 'triton'] = 'auto'
+  # The ablations of the paper's Table 1. Each mapping is made from the streams
+  # ('dynamic'), is a learned bias alone ('static') or one of the constants
+  # H_pre = 1/n, H_post = 1, H_res = I ('off'). A doubly stochastic H_res keeps
+  # the mean of the streams, which is all that is read with pre='off': then it
+  # changes something only by way of dynamic mappings and collapse='learned'.
+  pre: Part = 'dynamic'
+  post: Part = 'dynamic'
+  res: Part = 'dynamic'
+  # What the n copies of the embedding are multiplied by: 'random' is a fixed
+  # 1 + 0.1 N(0, 1) for each stream and channel, the same for every seed.
+  expand_scale: Literal['ones', 'random'] = 'ones'
 
   def __post_init__(self):
     checks.check_types(self)
     checks.at_least(self, num_streams=1, sinkhorn_iters=1)
+    self._check_parts_are_used()
+    self._check_streams_separate()
     if self.sinkhorn_eps and not 1e-12 <= self.sinkhorn_eps <= 1e-2:
       raise ValueError(
         f'connection.sinkhorn_eps={self.sinkhorn_eps} must be 0 (the paper) '
@@ -61,9 +75,47 @@ class ConnectionConfig:
         'collapses the streams by the read weights of its last sub-layer'
       )
 
+  def _check_parts_are_used(self):
+    unused = {'residual': ('pre', 'post', 'res', 'expand_scale')}
+    unused |= {'identity': ('res',)}
+    for name in unused.get(self.kind, ()):
+      default = getattr(type(self), name)
+      if getattr(self, name) != default:
+        raise ValueError(
+          f'connection.{name}={getattr(self, name)!r} would not be used: '
+          f'connection.kind={self.kind!r} has no such choice; leave '
+          f'{name}={default!r} or take another kind'
+        )
+
+  def _check_streams_separate(self):
+    """Checks that something makes the streams differ.
+
+    They start as copies. Reading all alike (H_pre = 1/n), every gradient is the
+    same for each of them; writing the same to all (H_post = 1), they differ
+    only if rows of H_res may have different sums.
+    """
+    if self.streams == 1 or self.expand_scale == 'random':
+      return
+    free_rows = self.kind in ('hc', 'orthogonal') and self.res != 'off'
+    why = None
+    if self.pre == 'off':
+      why = "connection.pre='off' reads all streams alike"
+    elif self.post == 'off' and not free_rows:
+      why = "connection.post='off' writes the same to all streams"
+    if why:
+      raise ValueError(
+        f'{why}, which start as copies and would stay equal for ever: set '
+        "connection.expand_scale='random', which makes them differ"
+      )
+
   @property
   def streams(self) -> int:
     return 1 if self.kind == 'residual' else self.num_streams
+
+  @property
+  def mixes_streams(self) -> bool:
+    """Whether there is an H_res; without one it is I."""
+    return self.kind not in ('residual', 'identity') and self.res != 'off'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,7 +91,8 @@ def to_deepseek(
   """Converts a model's connections, and its head's if that is learned.
 
   Raises:
-    ValueError: DeepSeek has no tensors for the model's kind of connection.
+    ValueError: DeepSeek has no tensors for the model's kind of connection, or
+      for its expansion.
   """
   tensors = names_lib.written(_connections(config), params)
   if names == 'deepseek':
@@ -118,9 +119,16 @@ def from_deepseek(
 
   Raises:
     ValueError: a tensor is missing or unknown, of another shape or not float32,
-      or DeepSeek has no tensors for the model's kind of connection.
+      DeepSeek has no tensors for the model's kind of connection or expansion,
+      or a mapping of it is not dynamic.
   """
-  parts, found = _connections(config), {}
+  parts, found, connection = _connections(config), {}, config.connection
+  for name in ('pre', 'post', 'res'):
+    if getattr(connection, name) != 'dynamic':
+      raise ValueError(
+        f'connection.{name}={getattr(connection, name)!r} would ignore tensors '
+        f"of DeepSeek's, which are of dynamic mappings: set {name}='dynamic'"
+      )
   for name, tensor in tensors.items():
     known = NAMES.fullmatch(name)
     if known:
@@ -150,6 +158,11 @@ def _connections(config):
     raise ValueError(
       f'connection.kind={kind!r} must be one of {names_lib.KINDS}: DeepSeek '
       'has no tensors for others'
+    )
+  if not config.connection.mixes_streams:
+    raise ValueError(
+      f'connection.res={config.connection.res!r} leaves no logits of H_res, '
+      "which DeepSeek's tensors have: only 'dynamic' and 'static' do"
     )
   return [
     part for part in names_lib.tensors(config) if NAMES.fullmatch(part.name)

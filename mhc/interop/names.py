@@ -51,9 +51,31 @@ def abstract(config: config_lib.ModelConfig) -> dict:
   return tree if bias is None else tree | {'router_bias': bias}
 
 
+def check_model(config: config_lib.ModelConfig):
+  """Checks that its tensors say all that a model computes.
+
+  Mappings that are static or off do: phi is 0, bias the constant.
+
+  Raises:
+    ValueError: they do not.
+  """
+  if config.connection.expand_scale != 'ones':
+    raise ValueError(
+      f'connection.expand_scale={config.connection.expand_scale!r} cannot be '
+      'exported: no tensor holds the scales of the streams; only models of '
+      "expand_scale='ones' can"
+    )
+
+
+def is_deepseek(connection: config_lib.ConnectionConfig) -> bool:
+  """Whether DeepSeek has tensors for the connection."""
+  return connection.kind in KINDS and connection.mixes_streams
+
+
 @functools.lru_cache(maxsize=8)
 def tensors(config: config_lib.ModelConfig) -> list[Tensor]:
   """All tensors of a model, the blocks' in order of depth."""
+  check_model(config)
   num_dense = config.num_blocks - config.num_moe_blocks
   first = {'dense_blocks': 0, 'moe_blocks': num_dense, 'router_bias': num_dense}
   numbered = []
@@ -77,9 +99,7 @@ def _named(names, path, shape, config):
     return [Tensor(name, path, (), shape)]
   _, row = parameters.locate(path)
   match row.export:
-    case 'deepseek' if (
-      names[0] == 'collapse' or config.connection.kind in KINDS
-    ):
+    case 'deepseek' if names[0] == 'collapse' or is_deepseek(config.connection):
       site, role = names[0], names[-1]
       by_role = {
         t.path[0]: t for t in triple(n, n * config.dim, site == 'collapse')

@@ -42,9 +42,11 @@ def export(
     the number of updates of the checkpoint.
 
   Raises:
-    ValueError: no run, no checkpoint, or `out` is not empty.
+    ValueError: no run, no checkpoint, a model that its tensors do not define,
+      or `out` is not empty.
   """
   config, out = workdir_lib.read_config(workdir), out.absolute()
+  names.check_model(config.model)
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise ValueError(f'{out} is not an empty folder: choose another --out')
   state = checkpoint.restore_model(workdir, jax.local_devices(backend='cpu')[0])

@@ -66,6 +66,7 @@ def make_connection(
 ) -> Connection:
   """The connection of sub-layer `index` (attention and FFN counted apart)."""
   shape = (dim, config.streams, index)
+  parts = dict(pre=config.pre, post=config.post, res=config.res)
   implementation = _implementation(config)
   options = dict(
     sinkhorn_iters=config.sinkhorn_iters,
@@ -73,13 +74,14 @@ def make_connection(
     sinkhorn_backward=config.sinkhorn_backward,
     norm_eps=norm_eps,
     implementation=implementation,
+    **parts,
   )
   match config.kind:
     case 'residual':
       return connections.Residual()
     case 'hc':
       return connections.HC(
-        *shape, norm_eps=norm_eps, implementation=implementation
+        *shape, norm_eps=norm_eps, implementation=implementation, **parts
       )
     case 'mhc':
       return connections.MHC(*shape, **options)
@@ -98,22 +100,20 @@ def make_connection(
 def expand_streams(
   config: config_lib.ConnectionConfig, x: Float[Array, '*batch d']
 ) -> ResidualState:
-  """Opens the streams: the state of a model with x on every stream."""
+  """Opens the streams: the state of a model with x on every stream.
+
+  Where writing is deferred, copies of x are a pending output x of empty
+  streams. Streams that the expansion scales apart are none: they come with an
+  empty output.
+  """
   n = config.streams
-  # Made from x so that, inside a shard_map, it varies over devices as x does.
-  zeros = 0 * x.reshape(-1, x.shape[-1])[:, 0].astype(jnp.float32)
-  if _defers_post(config):
-    res = None
-    if config.kind != 'identity':
-      res = jnp.eye(n)[..., None] + zeros[None, None]
-    ones = jnp.ones((n, 1)) + zeros[None]
-    empty = precision.mark('streams', streams.expand(0 * x, n))
-    return PendingOutput(
-      x, Context(empty, functional.Mappings(ones, ones, res))
-    )
-  wide = precision.mark('streams', streams.expand(x, n))
+  if _defers_post(config) and config.expand_scale == 'ones':
+    return _pending(config, x)
+  zeros = _zeros(x)
+  wide = streams.expand(x, n, config.expand_scale)
+  wide = precision.mark('streams', wide)
   if config.kind != 'mhc_single_pass':
-    return wide
+    return with_empty_pending_output(config, wide)
   first = jnp.arange(n) == 0
   return StreamsWithPre(wide, first.astype(jnp.float32)[:, None] + zeros[None])
 
@@ -174,8 +174,7 @@ def with_empty_pending_output(
   """The inverse of `flush_pending_output`, for the next stage of a pipeline."""
   if not _defers_post(config):
     return state
-  empty = expand_streams(config, 0 * state[..., 0, :])
-  return empty._replace(context=empty.context._replace(x=state))
+  return _pending(config, 0 * state[..., 0, :], state)
 
 
 def collapse_streams(
@@ -210,6 +209,23 @@ def stream_stats(context: Context) -> StreamStats:
   cosine = (jnp.sum(total * total, axis=-1) - n) / pairs + float(n == 1)
   rms = jnp.sqrt(jnp.mean(power, axis=-1) / x.shape[-1])
   return StreamStats(res, cosine, rms)
+
+
+def _pending(config, y, x=None):
+  """An output y that is to be added to each of the streams x, 0 for None."""
+  n, zeros = config.streams, _zeros(y)
+  res = None
+  if config.mixes_streams:
+    res = jnp.eye(n)[..., None] + zeros[None, None]
+  ones = jnp.ones((n, 1)) + zeros[None]
+  if x is None:
+    x = precision.mark('streams', streams.expand(0 * y, n))
+  return PendingOutput(y, Context(x, functional.Mappings(ones, ones, res)))
+
+
+def _zeros(x):
+  """Zeros [t] that vary, inside a shard_map, over devices as x does."""
+  return 0 * x.reshape(-1, x.shape[-1])[:, 0].astype(jnp.float32)
 
 
 def _pending_post_args(config, state):

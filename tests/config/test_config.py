@@ -51,9 +51,13 @@ model.attention.query_rank
 model.attention.rope_dim
 model.attention.rope_theta
 model.connection.collapse
+model.connection.expand_scale
 model.connection.implementation
 model.connection.kind
 model.connection.num_streams
+model.connection.post
+model.connection.pre
+model.connection.res
 model.connection.sinkhorn_backward
 model.connection.sinkhorn_eps
 model.connection.sinkhorn_iters
@@ -142,6 +146,34 @@ def test_an_int_passes_for_a_float():
       "collapse='learned' would not be used",
     ),
     (
+      {'model': {'connection': {'pre': 'of'}}},
+      "connection.pre='of' must be.*did you mean 'off'",
+    ),
+    (
+      {'model': {'connection': {'kind': 'identity', 'res': 'static'}}},
+      "res='static' would not be used.*kind='identity'.*leave res='dynamic'",
+    ),
+    (
+      {'model': {'connection': {'kind': 'residual', 'post': 'static'}}},
+      "post='static' would not be used.*kind='residual'",
+    ),
+    (
+      {'model': {'connection': {'kind': 'residual', 'expand_scale': 'random'}}},
+      "expand_scale='random' would not be used.*kind='residual'",
+    ),
+    (
+      {'model': {'connection': {'kind': 'hc', 'pre': 'off'}}},
+      "pre='off' reads all streams alike.*set connection.expand_scale='random'",
+    ),
+    (
+      {'model': {'connection': {'post': 'off'}}},
+      "post='off' writes the same.*set connection.expand_scale='random'",
+    ),
+    (
+      {'model': {'connection': {'kind': 'hc', 'post': 'off', 'res': 'off'}}},
+      "post='off' writes the same",
+    ),
+    (
       {'model': {'moe': {'num_experts': 4, 'experts_per_token': 5}}},
       'experts_per_token=5 is more than moe.num_experts=4',
     ),
@@ -182,6 +214,17 @@ def test_the_plain_residual_has_one_stream():
   settings = config.ConnectionConfig(kind='residual', num_streams=4)
   assert settings.streams == 1
   assert dataclasses.replace(settings, kind='mhc').streams == 4
+
+
+def test_ablations_in_which_streams_can_part_are_taken():
+  for options in (
+    dict(pre='off', post='off', res='off', expand_scale='random'),
+    dict(pre='off', num_streams=1),  # nothing to part
+    dict(kind='hc', post='off'),  # by rows of H_res that do not sum to one
+    dict(kind='orthogonal', post='off', res='static'),
+    dict(pre='static', post='static', res='off'),
+  ):
+    config.ConnectionConfig(**options)
 
 
 def test_a_comparison_is_a_product():

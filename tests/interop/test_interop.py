@@ -395,6 +395,48 @@ def test_other_layers_are_refused():
       interop.connection_to_deepseek(params, 4)
 
 
+def test_static_and_constant_mappings_are_tensors():
+  """What does not train is where it started: fn = 0, the constant's base."""
+  (x,), (n, parts) = normals(6, (TOKENS, 4, DIM)), (4, ('off', 'static'))
+  module = connections.MHC(
+    DIM, n, 0, sinkhorn_eps=EPS, pre=parts[0], post=parts[1]
+  )
+  params = nnx.to_pure_dict(nnx.state(module))
+  moved = jnp.where(jnp.arange(24) < n, 0, jnp.arange(24.0) / 24)
+  module.bias[...] = params['bias'] = params['bias'] + moved
+  pre, post, comb = coefficients(x, **interop.connection_to_deepseek(params, n))
+  got = module.mappings(jnp.asarray(x))
+  close([got.pre.T, got.post.T], [pre, post])
+  close([jnp.moveaxis(got.res, -1, 0)], [comb.swapaxes(-1, -2)])
+
+
+def test_what_tensors_cannot_say_is_refused(tmp_path):
+  _, state = random_state(DENSE)
+
+  def refused(message, functions=('to', 'from', 'export'), **changes):
+    model = with_kind(DENSE, 'mhc', **changes)
+    calls = {
+      'to': lambda: interop.to_deepseek(state.params, model),
+      'from': lambda: interop.from_deepseek({}, state.params, model),
+      'export': lambda: interop.export(tmp_path / 'run', tmp_path / 'out'),
+    }
+    if 'export' in functions:
+      workdir_lib.initialize(tmp_path / 'run', config.Config(model=model))
+    for name in functions:
+      with pytest.raises(ValueError, match=message):
+        calls[name]()
+
+  refused("expand_scale='random' cannot be exported", expand_scale='random')
+  refused("res='off' leaves no logits of H_res", ('to', 'from'), res='off')
+  refused("post='static' would ignore tensors", ('from',), post='static')
+  # As for other kinds, an export has our names then.
+  names = {
+    t.name for t in names_lib.tensors(with_kind(DENSE, 'mhc', res='off'))
+  }
+  assert {'layers.0.attention_connection.phi', 'hc_head_fn'} <= names
+  assert 'layers.0.hc_attn_fn' not in names
+
+
 def save_run(workdir, model, seed=0):
   """A run's folder with the random state as its checkpoint."""
   settings, state = random_state(model, seed)

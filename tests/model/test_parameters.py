@@ -26,6 +26,11 @@ def models():
       attention=dict(query_rank=rank),
       moe=dict(num_experts=experts),
     )
+  for kind in ('hc', 'mhc', 'mhc_single_pass'):
+    parts = dict(pre='off', post='static', res='off', expand_scale='random')
+    yield dicts.replace(
+      config.ModelConfig(num_blocks=2), connection=dict(kind=kind, **parts)
+    )
 
 
 def leaves(model):
