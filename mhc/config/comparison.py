@@ -171,7 +171,13 @@ class Comparison:
     default_factory=lambda: types.MappingProxyType({'main': Panel()})
   )
 
+  # Step times over the residual's as planned for a pod, ((design, where,
+  # ratio), ...): compute multipliers in time are given for them as well.
+  planned_overhead: tuple[Any, ...] = ()
+
   def __post_init__(self):
+    planned = _pairs('planned_overhead', self.planned_overhead)
+    object.__setattr__(self, 'planned_overhead', planned)
     if not self.panels:
       raise ValueError('a comparison needs at least one panel')
     for name, panel in self.panels.items():

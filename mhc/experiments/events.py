@@ -4,7 +4,7 @@ Runs from before there were events give None, not zero.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import pathlib
 
 from mhc import config as config_lib
@@ -83,14 +83,14 @@ def table_rows(events: Sequence[dict]) -> list[list[str]]:
 
 
 def summary_table(
-  rows: Sequence[dict], labels: dict[str, str]
+  rows: Sequence[dict], label: Callable[[str], str]
 ) -> list[list[str]]:
   """One row per panel and kind, summed over its runs, under SUMMARY_HEADER."""
   groups: dict[tuple, list[dict]] = {}
   for row in rows:
     groups.setdefault((row['panel'], row['variant']), []).append(row)
   return [
-    [panel, labels[kind], str(len(group)), *_sums(group)]
+    [panel, label(kind), str(len(group)), *_sums(group)]
     for (panel, kind), group in groups.items()
   ]
 

@@ -1,53 +1,156 @@
-"""The comparison's report: results.json, report.md, report.html, figures.
+"""The comparison's report: results.json, results.csv, report.md, report.html.
 
 Everything is computed from the runs' files, so a report can be rebuilt at any
-time.
+time; every number in it follows from results.json.
 """
 
+import csv
+import io
 import json
+import math
 import pathlib
+import subprocess
+from typing import Any
 
 import numpy as np
 
 from mhc.experiments import claims
 from mhc.experiments import contrasts
+from mhc.experiments import curves
 from mhc.experiments import events
+from mhc.experiments import figures
 from mhc.experiments import html
 from mhc.experiments import plots
 from mhc.experiments import results
-from mhc.experiments import statistics
+from mhc.experiments import sections
+from mhc.experiments import tables
+from mhc.experiments import timing
+from mhc.experiments import tuning
 from mhc.runtime import files
 
 TITLE = 'Residual designs compared'
+SCHEMA = 2
 
 
-def render(workdir: pathlib.Path) -> list[dict]:
-  """Writes the report of the comparison in `workdir`; returns its rows.
+def render(workdir: pathlib.Path) -> dict[str, Any]:
+  """Writes the report of the comparison in `workdir`.
+
+  Returns:
+    what results.json holds: schema, commit, device, comparison, rows,
+    contrasts, rates, timings, curves and profiles.
 
   Raises:
     ValueError: `workdir` holds no comparison, or no finished run of it.
   """
   comparison, panels, unfinished = results.read_comparison(workdir)
-  if not any(panels.values()):
+  panels = {name: runs for name, runs in panels.items() if runs}
+  if not panels:
     raise ValueError(
       f'{workdir} holds no finished run: run without --report_only first'
     )
-  rows, parts = [], []
+  rows = [r for name, runs in panels.items() for r in results.rows(name, runs)]
+  choices = _choices(comparison, rows)
+  judged = contrasts.judge(contrasts.collect(comparison, rows, choices))
+  found = [contrasts.as_dict(j) for j in judged]
+  timings = {
+    name: read for name in panels if (read := timing.read(workdir, name))
+  }
+  first = next(iter(panels.values()))[0]
+  values = {
+    'schema': SCHEMA,
+    'commit': _commit(),
+    'device': first.summary['device'],
+    'jax': first.summary['jax'],
+    'unfinished': unfinished,
+    'rows': rows,
+    'contrasts': found,
+    'rates': {
+      p: {d: c._asdict() for d, c in x.items()} for p, x in choices.items()
+    },
+    'timings': timings,
+    'curves': curves.collect(comparison, rows, timings),
+    'profiles': {
+      name: sections.profiles(_first_setting(runs))
+      for name, runs in panels.items()
+    },
+  }
+  values = files.jsonable(values)
+  parts = _parts(workdir, comparison, panels, choices, judged, values)
+  text = json.dumps(values, indent=1) + '\n'
+  files.replace(workdir / 'results.json', text, shared=True)
+  files.replace(workdir / 'results.csv', _csv(values['rows']), shared=True)
+  files.replace(workdir / 'report.md', html.markdown(parts), shared=True)
+  page = html.html(TITLE, parts, workdir)
+  files.replace(workdir / 'report.html', page, shared=True)
+  return {**values, 'judged': judged}
+
+
+def _parts(workdir, comparison, panels, choices, judged, values):
+  """The page, section by section."""
+  rows, found = values['rows'], values['contrasts']
+  declared = [c for c in found if c['declared']]
+  parts = [
+    *_introduction(comparison, panels, declared, values),
+    *(sections.contrast_table(found) if found else []),
+    *sections.forest(workdir, found),
+    *sections.tuning(workdir, rows, choices),
+    *curves.section(workdir, values['curves']),
+  ]
   for name, runs in panels.items():
-    if runs:
-      panel_rows = results.rows(name, runs)
-      rows += panel_rows
-      title = comparison.panels[name].title or name
-      parts += _panel(workdir, name, title, runs, panel_rows)
-  parts += _loads(workdir, panels)
-  parts += _events(workdir, panels, rows)
-  parts = [*_introduction(comparison, panels, unfinished), *parts, *_notes()]
-  (workdir / 'results.json').write_text(
-    json.dumps(files.jsonable(rows), indent=2) + '\n'
-  )
-  (workdir / 'report.md').write_text(html.markdown(parts))
-  (workdir / 'report.html').write_text(html.html(TITLE, parts, workdir))
-  return rows
+    parts += tables.panel(workdir, comparison, name, runs, rows, judged)
+    parts += sections.contraction(workdir, name, values['profiles'][name])
+  parts += [
+    *sections.ablation(workdir, comparison, found),
+    *sections.axes(workdir, comparison, rows),
+    *sections.capabilities(),
+    *sections.cost(rows, values['timings']),
+    *_loads(workdir, panels),
+    *_events(workdir, panels, rows),
+    *tables.notes(),
+  ]
+  return parts
+
+
+def _choices(comparison, rows):
+  """The tuned rates of each tuning panel whose runs have all finished."""
+  choices = {}
+  for name, panel in comparison.panels.items():
+    here = [row for row in rows if row['panel'] == name]
+    if panel.role == 'tune' and len(here) == len(comparison.cells(name)):
+      # A byte model that knows nothing.
+      choices[name] = tuning.choose(here, math.log(256))
+  return choices
+
+
+def _first_setting(runs):
+  return [run for run in runs if run.setting == runs[0].setting]
+
+
+def _commit() -> str:
+  """The commit of this package's source, '' where there is none."""
+  try:
+    found = subprocess.run(
+      ['git', 'describe', '--always', '--dirty', '--abbrev=10'],
+      cwd=pathlib.Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return ''
+  return found.stdout.strip()
+
+
+def _csv(rows) -> str:
+  """The rows as a tidy table: a run a line, settings as JSON."""
+  names = [name for name in rows[0] if name != 'heldout_blocks']
+  text = io.StringIO()
+  writer = csv.DictWriter(text, names, extrasaction='ignore')
+  writer.writeheader()
+  for row in rows:
+    nested = {k: json.dumps(v) for k, v in row.items() if isinstance(v, dict)}
+    writer.writerow({**row, **nested})
+  return text.getvalue()
 
 
 def _loads(workdir, panels) -> list[html.Block]:
@@ -83,7 +186,7 @@ def _events(workdir, panels, rows) -> list[html.Block]:
     'were not rolled back.',
     html.Table(
       events.SUMMARY_HEADER,
-      events.summary_table(rows, plots.LABELS),
+      events.summary_table(rows, figures.label),
       numeric=False,
     ),
   ]
@@ -104,16 +207,17 @@ def _events(workdir, panels, rows) -> list[html.Block]:
   for name, runs in panels.items():
     for run in runs:
       if run.events:
-        blocks, rate = run.comparison_key
         number = len(run.events)
+        setting = sections.name_of(dict(run.setting))
         parts.append(
           html.Details(
-            f'{name}: {plots.LABELS[run.kind]}, {blocks} blocks, learning rate '
-            f'{rate:g}, seed {run.config.seed}: {number} '
-            f'event{"s" * (number > 1)}',
-            html.Table(
-              events.HEADER, events.table_rows(run.events), numeric=False
-            ),
+            f'{name}: {figures.label(run.variant)}, {setting}, seed '
+            f'{run.config.seed}: {number} event{"s" * (number > 1)}',
+            [
+              html.Table(
+                events.HEADER, events.table_rows(run.events), numeric=False
+              )
+            ],
           )
         )
   if not any(isinstance(part, html.Details) for part in parts):
@@ -121,188 +225,86 @@ def _events(workdir, panels, rows) -> list[html.Block]:
   return parts
 
 
-def summary(rows: list[dict]) -> str:
-  """Formats the rows' main figures for the terminal, means over seeds."""
+def summary(values: dict[str, Any]) -> str:
+  """Formats a line a design and the verdicts, for the terminal."""
   lines = [
-    f'{"panel":<8} {"connection":<10} {"blocks":>6} {"lr":>7} {"held-out":>9} '
-    f'{"gap":>8} {"gain fwd":>9} {"gain bwd":>9} {"grad spikes":>12}'
+    f'{"panel":<10} {"design":<16} {"setting":<24} {"seeds":>5} '
+    f'{"held-out":>9} {"gain":>9} {"cosine":>7} {"spiked":>7}'
   ]
   groups: dict[tuple, list[dict]] = {}
-  for row in rows:
-    key = row['panel'], row['variant'], row['blocks'], row['lr']
+  for row in values['rows']:
+    key = row['panel'], row['variant'], sections.name_of(row['setting'])
     groups.setdefault(key, []).append(row)
-  for (panel, kind, blocks, rate), group in groups.items():
-    loss = np.mean([row['heldout_nats'] for row in group])
-    gaps = [row['gap_nats'] for row in group if row['gap_nats'] is not None]
-    forward, backward = (
-      claims.number(statistics.geometric_mean([row[name] for row in group]))
-      for name in ('gain_fwd_max', 'gain_bwd_max')
-    )
-    spikes = ' / '.join(str(row['grad_spikes']) for row in group)
+  for (panel, design, setting), group in groups.items():
+    losses = [row['heldout_nats'] for row in group]
+    loss = 'not finite' if None in losses else f'{np.mean(losses):.4f}'
+    gain = plots.geometric([row['gain_max'] for row in group])
+    cosines = [r['stream_cosine'] for r in group if r['stream_cosine']]
+    cosine = f'{np.median(cosines):.3f}' if cosines else ''
+    spiked = sum(row['loss_spikes'] > 0 for row in group)
     lines.append(
-      f'{panel:<8} {kind:<10} {blocks:>6} {rate:>7g} {loss:>9.4f} '
-      f'{_fixed(np.mean(gaps) if gaps else None, 4, sign=True):>8} '
-      f'{forward:>9} {backward:>9} {spikes:>12}'
+      f'{panel:<10} {design:<16} {setting:<24} {len(group):>5} {loss:>9} '
+      f'{claims.number(gain):>9} {cosine:>7} {spiked:>3} of {len(group)}'
     )
-  return '\n'.join(lines)
+  return '\n'.join([*lines, '', *sections.verdict_lines(values['judged'])])
 
 
-def _introduction(comparison, panels, unfinished) -> list[html.Block]:
+def _introduction(comparison, panels, declared, values) -> list[html.Block]:
   first = next(run for runs in panels.values() for run in runs)
   corpus, model = first.summary['corpus'], first.config.model
-  data = first.config.data
+  data, n = first.config.data, comparison.base.model.connection.num_streams
   parts: list[html.Block] = [
     html.Heading(1, TITLE),
     'The same transformer, data order and initial weights; only the residual '
     'connection differs: **residual** (one stream), **HC** (Hyper-Connections, '
     'unconstrained mixing of n streams), **mHC** (mixing projected onto the '
-    'doubly stochastic matrices) and **identity** (mHC without mixing).',
+    'doubly stochastic matrices), **identity** (mHC without mixing), and '
+    'residuals matched to one of them in parameters, memory or time.',
     f'Model: width {model.dim}, {model.attention.num_heads} heads of latent '
-    f'attention, {_ffn(model)}, n = {model.connection.num_streams} '
-    f'streams; a block is two sub-layers. Rows of {data.seq_len} byte tokens. '
-    f'Optimiser: AdamW, {first.config.optimizer.schedule} schedule.',
+    f'attention, {tables.ffn(model)}, n = {n} streams; a block is two '
+    f'sub-layers. Rows of {data.seq_len} byte tokens. Optimiser: AdamW, '
+    f'{first.config.optimizer.schedule} schedule.',
     f'Text: {corpus["name"]}, {corpus["num_bytes"] / 1e6:.1f} MB in '
     f'{corpus["num_documents"]} documents, of which '
     f'{corpus["num_heldout_documents"]} are held out whole; sha256 '
-    f'{corpus["sha256"][:16]}. Held-out loss is over '
-    f'{first.summary["heldout_rows"] * data.seq_len:,} tokens. Device: '
-    f'{first.summary["num_devices"]} x {first.summary["device"]}, jax '
-    f'{first.summary["jax"]}.',
+    f'{corpus["sha256"][:16]}. Device: {first.summary["num_devices"]} x '
+    f'{first.summary["device"]}, jax {first.summary["jax"]}, commit '
+    f'{values["commit"] or "unknown"}.',
   ]
-  if unfinished:
-    parts.append(
-      f'**{unfinished} runs of this comparison have not finished** and are '
-      'missing below.'
+  if declared:
+    names = dict.fromkeys(
+      f'{figures.label(c["kind"])} - {figures.label(c["other"])}'
+      for c in declared
     )
-  return parts
-
-
-def _ffn(model) -> str:
-  moe = model.moe
-  if not moe.num_experts:
-    return f'FFN {model.ffn_dim}'
-  return (
-    f'{moe.experts_per_token} of {moe.num_experts} experts and '
-    f'{moe.num_shared} shared of width {moe.expert_dim} '
-    f'({moe.num_dense_blocks} dense block in front, {model.ffn_dim})'
+    parts.append(
+      f'Declared before training: {", ".join(names)}; {len(declared)} '
+      'contrasts with their settings, corrected together (Holm). Everything '
+      'else is exploratory: estimates with intervals, no verdicts.'
+    )
+  parts += _added_seeds(comparison)
+  tokens = max(row['tokens'] for row in values['rows'])
+  parts.append(
+    f'What this size cannot say: models of this width trained on at most '
+    f'{tokens / 1e6:.2g} million tokens of one corpus say nothing of losses, '
+    'benchmarks or the relative cost at billions of parameters. Phenomena '
+    '(gains, contraction, equal streams) can be compared, rankings cannot.'
   )
-
-
-def _panel(workdir, name, title, runs, rows) -> list[html.Block]:
-  parts: list[html.Block] = [html.Heading(2, title)]
-  for setting in dict.fromkeys(run.comparison_key for run in runs):
-    blocks, rate = setting
-    here = [run for run in runs if run.comparison_key == setting]
-    config = here[0].config
-    clip = config.optimizer.clip_norm
-    seeds = dict.fromkeys(str(run.config.seed) for run in here)
+  if values['unfinished']:
     parts.append(
-      f'{blocks} blocks ({2 * blocks} sub-layers), learning rate {rate:g}, '
-      f'{config.num_steps} steps of {config.tokens_per_step} tokens '
-      f'({here[0].summary["epochs"]:.2g} epochs), '
-      f'{f"gradients clipped at {clip:g}" if clip else "no clipping"}, '
-      f'seeds {", ".join(seeds)}.'
+      f'**{values["unfinished"]} runs of this comparison have not finished** '
+      'and are missing below.'
     )
-    selected = [r for r in rows if (r['blocks'], r['lr']) == setting]
-    parts.append(_table(selected))
-    judged = contrasts.judge([*contrasts.of_kinds(selected)])
-    claimed = claims.evaluate(selected, judged)
-    if claimed:
-      header = ['Claim', 'Paper', 'Here', 'Verdict']
-      parts.append(html.Table(header, [[*c] for c in claimed], numeric=False))
-    folder = pathlib.Path('figures') / f'{name}-b{blocks}-lr{rate:g}'
-    for file, caption in plots.draw_all(here, workdir / folder).items():
-      parts.append(html.Figure(str(folder / file), caption))
   return parts
 
 
-def _table(rows) -> html.Table:
-  """One row per kind: means over seeds, or a value a seed."""
-  lines = []
-  for kind in dict.fromkeys(row['variant'] for row in rows):
-    group = [row for row in rows if row['variant'] == kind]
-
-    def column(name, reduce=np.mean, group=group):
-      values = [row[name] for row in group if row[name] is not None]
-      return float(reduce(values)) if values else None
-
-    def by_seed(name, group=group):
-      return ' / '.join(claims.number(row[name]) for row in group)
-
-    heldout = [row['heldout_nats'] for row in group]
-    lines.append(
-      [
-        plots.LABELS[kind],
-        _fixed(column('train_nats_last_25'), 3),
-        f'{np.mean(heldout):.4f}'
-        + (
-          f' ({min(heldout):.3f}-{max(heldout):.3f})' if len(group) > 1 else ''
-        ),
-        _fixed(column('bits_per_byte'), 3),
-        _fixed(column('gap_nats'), 4, sign=True),
-        _fixed(column('stream_cosine', np.median), 4),
-        by_seed('gain_fwd_max'),
-        by_seed('gain_bwd_max'),
-        claims.number(column('grad_norm_mean')),
-        by_seed('grad_norm_cv'),
-        by_seed('grad_norm_max'),
-        ' / '.join(str(row['grad_spikes']) for row in group),
-        ' / '.join(str(row['loss_spikes']) for row in group),
-        _fixed(column('step_time_ratio', np.median), 2),
-        _fixed(column('peak_bytes_ratio'), 2),
-        _fixed(column('params_ratio'), 2),
-        _fixed(column('load_max_over_mean'), 2),
-      ]
-    )
-  header = [
-    'connection',
-    'train loss, last 25 steps (nats)',
-    'held-out loss (nats)',
-    'bits per byte',
-    'gap',
-    'cosine of streams',
-    'gain fwd',
-    'gain bwd',
-    'grad norm',
-    'its variation',
-    'its max',
-    'its spikes',
-    'loss spikes',
-    'step time',
-    'memory',
-    'parameters',
-    'expert load',
-  ]
-  if all(row['load_max_over_mean'] is None for row in rows):
-    header, lines = header[:-1], [line[:-1] for line in lines]
-  return html.Table(header, lines)
-
-
-def _notes() -> list[html.Block]:
-  return [
-    html.Heading(2, 'How to read this'),
-    'Losses are means over seeds, with the range of the held-out loss in '
-    'parentheses; `gap` is to the plain residual of the same seed. Gains are '
-    'the Amax gain magnitudes of the mHC paper (Sec. 3.1): the largest '
-    'absolute row sum (forward) or column sum (backward) of the product of '
-    'all H_res, averaged over the tokens of the probe, maximum over depth and '
-    'probes, seed by seed. The cosine is of pairs of streams where a sub-layer '
-    'reads, median over depth and seeds at the end: near 1 the n streams are '
-    'one, and nothing can be said of mixing them. The gradient norm is taken '
-    'before clipping, over the steps after warm-up: its mean, and by seed its '
-    'coefficient of variation over these steps and its maximum; a spike is a '
-    f'step above {results.GRAD_SPIKE_FACTOR:g} times the median of the '
-    f'{results.WINDOW} steps before it, a loss spike one more than '
-    f'{results.LOSS_SPIKE_NATS:g} nat above that median; spikes are counted '
-    'seed by seed. Step time (median), memory (XLA: arguments, temporaries '
-    'and outputs of one update) and parameters are ratios to the residual. '
-    'Step times come from runs one after the other on a machine that may be '
-    'busy.',
-    'These models are small and the text is one corpus: read the figures as '
-    'phenomena, not as rankings. Numbers of every run: `results.json`; of '
-    'every step: `metrics.jsonl` in the folders of the runs.',
-  ]
-
-
-def _fixed(value, digits, sign=False):
-  return '' if value is None else f'{value:{"+" if sign else ""}.{digits}f}'
+def _added_seeds(comparison) -> list[html.Block]:
+  parts: list[html.Block] = []
+  for name, panel in comparison.panels.items():
+    added = [s for s in panel.seeds if s not in panel.declared_seeds]
+    if panel.declared_seeds and added and panel.declared:
+      parts.append(
+        f'**Panel {name}: seeds {added} were added after it had begun** with '
+        f'{list(panel.declared_seeds)}; its error rates hold only if that was '
+        'not decided by the results.'
+      )
+  return parts

@@ -256,6 +256,7 @@ def _row(panel, run, baseline):
     'column_residual': _last(run, 'column_residual_mean', np.mean),
     'sigma_diff': _last(run, 'sigma_diff_fwd', lambda depth: depth[-1]),
     'streams_read': _last(run, 'streams_read', np.mean),
+    'flops_ratio': ratio_to_baseline(lambda r: r.flops or math.nan),
     'params_ratio': ratio_to_baseline(lambda r: r.summary['num_params']),
   }
 

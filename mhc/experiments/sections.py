@@ -9,8 +9,10 @@ import numpy as np
 from mhc.experiments import contrasts as contrasts_lib
 from mhc.experiments import figures
 from mhc.experiments import results
-from mhc.experiments.claims import number
-from mhc.experiments.html import Block, Figure, Heading, Table
+from mhc.experiments.html import Block
+from mhc.experiments.html import Figure
+from mhc.experiments.html import Heading
+from mhc.experiments.html import Table
 
 Rows = Sequence[dict[str, Any]]
 SHORT = {'model.num_blocks': 'blocks', 'optimizer.learning_rate': 'rate'}
@@ -59,12 +61,12 @@ def contrast_table(found: Rows) -> list[Block]:
   ]
   return [
     Heading(2, 'Contrasts'),
-    'Held-out loss of the first design minus that of the second, nats a token, '
-    'paired by seed. Intervals are by t over seeds; *for other text* also takes '
-    'the sampling of the held-out text into account. *could see* is the true '
-    'difference that 4 of 5 comparisons like this one find at their level. '
-    '*p by signs* is exact without assumptions; with N seeds it is at least '
-    '2^(1-N). *cosine* is that of the streams: near 1 they are one stream.',
+    'Held-out loss of the first design minus that of the second, nats a '
+    'token, paired by seed. Intervals are by t over seeds; those for other '
+    'text also take the sampling of the held-out text into account. A '
+    'comparison could see the true difference that 4 of 5 like it find at '
+    'their level. p by signs is exact without assumptions; with N seeds it is '
+    'at least 2^(1-N). The cosine is that of the streams: near 1 they are one.',
     Table(header, lines, numeric=False),
   ]
 
@@ -79,7 +81,9 @@ def gap(c: dict[str, Any]) -> str:
 
 
 def _p(value) -> str:
-  return '' if value is None else f'{value:.2g}' if value < 0.1 else f'{value:.2f}'
+  return (
+    '' if value is None else f'{value:.2g}' if value < 0.1 else f'{value:.2f}'
+  )
 
 
 def drawn(
@@ -207,8 +211,8 @@ def cost(rows: Rows, timings) -> list[Block]:
   return [
     Heading(2, 'Cost'),
     'Step times are measured in turn, round by round, on one worker while '
-    'others may train beside it; the ratio is to the plain residual in the same '
-    'round, its median and range over rounds. Memory is counted by XLA '
+    'others may train beside it; the ratio is to the plain residual in the '
+    'same round, its median and range over rounds. Memory is counted by XLA '
     '(arguments, temporaries and outputs of one update), parameters and FLOPs '
     'by the program. At this width the connections are a large part of the '
     "work: the ratios do not carry over to the paper's models (docs/pods.md).",
@@ -312,7 +316,3 @@ def verdict_lines(judged: Sequence[contrasts_lib.Judged]) -> list[str]:
     for j in judged
     if j.contrast.declared
   ]
-
-
-def gains_line(row: dict[str, Any]) -> str:
-  return number(row['gain_max'])

@@ -86,7 +86,7 @@ def test_what_is_watched():
     row('hc', None, seed=2),
   ]
   hc = 'gain 3, save 2, loss_spike 1, rollback 1'
-  lines = events.summary_table(rows, plots.LABELS)
+  lines = events.summary_table(rows, plots.LABELS.__getitem__)
   assert [' | '.join(line) for line in lines] == [
     'stress | residual | 1 | not recorded | 2 | 3 |  |  |  | ',
     'stress | mHC | 1 | none | 2 | 3 | 0 | 0 | 0 / 4 | 0',
