@@ -18,5 +18,6 @@ TINY_RUN = config.Config(
   eval_every=6,
   eval_sequences=20,
   probe_every=5,
+  probe_sequences=2,
   checkpoint_every=4,
 )

@@ -55,6 +55,8 @@ class StreamStats(NamedTuple):
   """What a probe reads of t tokens at a sub-layer; float32."""
 
   res: Float[Array, '*sublayers t n n']  # H_res, I where the kind has none
+  pre: Float[Array, '*sublayers t n']  # H_pre that it reads by; 1 without
+  post: Float[Array, '*sublayers t n']  # H_post; 1 without
   cosine: Float[
     Array, '*sublayers t'
   ]  # mean over pairs of streams; 1 for n = 1
@@ -149,6 +151,25 @@ def begin_sublayer(
   return h, context._replace(mappings=mappings)
 
 
+def read_weights(
+  connection: Connection, before: ResidualState, context: Context
+) -> Float[Array, 'n t'] | None:
+  """H_pre by which a sub-layer has read, None for the plain residual.
+
+  Args:
+    connection: of the sub-layer.
+    before, context: what `begin_sublayer` was given, and has returned. The
+      mappings of single-pass mHC have the H_pre of the next sub-layer.
+  """
+  if context.mappings is None:
+    return None
+  if not isinstance(connection, connections.SinglePass):
+    return context.mappings.pre
+  if isinstance(before, PendingOutput):
+    return before.context.mappings.pre
+  return before.weights
+
+
 def end_block(
   config: config_lib.ConnectionConfig,
   connection: Connection,
@@ -195,21 +216,30 @@ def collapse_streams(
   return total / config.streams if collapse.kind == 'mean' else total
 
 
-def stream_stats(context: Context) -> StreamStats:
-  """The statistics of the streams that enter a sub-layer."""
+def stream_stats(
+  context: Context, read_by: Float[Array, 'n t'] | None
+) -> StreamStats:
+  """The statistics of a sub-layer: of its mappings and of what enters it.
+
+  Args:
+    context: of the sub-layer.
+    read_by: its `read_weights`.
+  """
   n = context.x.shape[-2]
   x = context.x.reshape(-1, *context.x.shape[-2:]).astype(jnp.float32)
-  if context.mappings is None or context.mappings.res is None:
-    res = jnp.broadcast_to(jnp.eye(n), (len(x), n, n))
-  else:
-    res = jnp.moveaxis(context.mappings.res, -1, 0)
+  res = jnp.broadcast_to(jnp.eye(n), (len(x), n, n))
+  pre = post = jnp.ones((len(x), n))
+  if context.mappings is not None:
+    pre, post = read_by.T, context.mappings.post.T
+    if context.mappings.res is not None:
+      res = jnp.moveaxis(context.mappings.res, -1, 0)
   power = jnp.sum(x * x, axis=-1)
   unit = x * jax.lax.rsqrt(power + jnp.finfo(jnp.float32).tiny)[..., None]
   total = jnp.sum(unit, axis=1)
   pairs = max(1, n * (n - 1))
   cosine = (jnp.sum(total * total, axis=-1) - n) / pairs + float(n == 1)
   rms = jnp.sqrt(jnp.mean(power, axis=-1) / x.shape[-1])
-  return StreamStats(res, cosine, rms)
+  return StreamStats(res, pre, post, cosine, rms)
 
 
 def _pending_post_args(config, state):

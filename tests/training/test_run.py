@@ -52,6 +52,7 @@ def test_a_run_leaves_its_record(finished):
   probes = files.read_lines(workdir / 'probes.jsonl')
   assert [probe['step'] for probe in probes] == [5, 10, 12]
   assert np.array(probes[0]['mean']).shape == (2, 4, 4)
+  assert np.array(probes[0]['pre_mean']).shape == (2, 4)
   assert summary['heldout_nats'] == lines[-1]['loss/heldout']
   assert summary['tokens'] == 12 * 64
   assert json.loads((workdir / 'summary.json').read_text()) == summary
@@ -62,7 +63,8 @@ def test_a_run_leaves_its_record(finished):
 def test_a_finished_run_is_not_run_again(finished, text):
   workdir, summary = finished
   before = (workdir / 'metrics.jsonl').stat().st_mtime_ns
-  assert run.train(with_text(text, tensorboard=True), workdir) == summary
+  other = with_text(text, tensorboard=True, probe_sequences=4)
+  assert run.train(other, workdir) == summary
   assert (workdir / 'metrics.jsonl').stat().st_mtime_ns == before
 
 
