@@ -17,7 +17,7 @@ of the streams: H_res = I and H_post = 0. Its parameters are zeros, so that what
 its sub-layers return is zero for connections without mappings as well.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +33,19 @@ from mhc.connections import StreamsWithPre
 from mhc.functional import Context
 from mhc.kernels import api
 
-Connection = (
-  connections.Residual
-  | connections.HC
-  | connections.MHC
-  | connections.SinglePass
-)
+
+@runtime_checkable
+class Connection(Protocol):
+  """What stands around a sub-layer: one of `mhc.connections`, or around one."""
+
+  def pre(self, x):
+    """State -> what the sub-layer reads [..., d], and the context."""
+
+  def post(self, y, context):
+    """What the sub-layer returns, [..., d] -> state."""
+
+  def advance(self, y, context):
+    """`post` of the sub-layer of the context, then `pre` of this one."""
 
 
 class PendingOutput(NamedTuple):

@@ -14,6 +14,7 @@ import pytest
 
 from mhc.data import batches
 from mhc.runtime import files
+from mhc.training import dissect
 from mhc.training import evaluate
 from mhc.training import run
 from mhc.training import workdir as workdir_lib
@@ -111,6 +112,24 @@ def test_held_out_loss_of_a_checkpoint_is_the_recorded_one(finished):
   assert whole['rows'] > 20
   with pytest.raises(ValueError, match='holds no run'):
     evaluate.evaluate_checkpoint(workdir.parent, None, 0)
+
+
+def test_a_run_is_dissected_on_one_device(finished):
+  workdir, summary = finished
+  found = dissect.dissect_checkpoint(workdir, 20)
+  trained, *others = found['interventions']
+  assert (found['step'], found['rows'], found['kind']) == (12, 20, 'mhc')
+  np.testing.assert_allclose(
+    trained['nats'], summary['heldout_nats'], rtol=1e-6
+  )
+  assert len(others) == 8
+  for one in others:
+    np.testing.assert_allclose(
+      one['difference'], one['nats'] - trained['nats'], atol=1e-12
+    )
+    assert one['standard_error'] >= 0
+  with pytest.raises(ValueError, match='holds no run'):
+    dissect.dissect_checkpoint(workdir.parent, 20)
 
 
 def test_tensorboard_mirrors_the_scalars(text, tmp_path):
