@@ -43,8 +43,8 @@ def _difference(row):
   if 'difference' not in row:
     return '|'
   error = row['standard_error']
-  shown = 'unknown' if error is None else f'{error:.4f}'
-  return f'{row["difference"]:+.4f} | {shown}'
+  shown = 'unknown' if error is None else f'{error:.6f}'
+  return f'{row["difference"]:+.6f} | {shown}'
 
 
 if __name__ == '__main__':
