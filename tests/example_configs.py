@@ -19,5 +19,6 @@ TINY_RUN = config.Config(
   eval_sequences=20,
   final_sequences=20,
   probe_every=5,
+  probe_sequences=2,
   checkpoint_every=4,
 )

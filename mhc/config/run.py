@@ -195,6 +195,8 @@ class Config:
   # Held-out rows of the last evaluation, which the summary is of; 0 for all.
   final_sequences: int = 4096
   probe_every: int = 25
+  # Held-out rows of a probe, the first of the eval_sequences.
+  probe_sequences: int = 1
   checkpoint_every: int = 200
   # The newest ones are kept, and those at multiples of keep_every (0: none).
   keep_checkpoints: int = 2
@@ -204,7 +206,12 @@ class Config:
   def __post_init__(self):
     checks.check_types(self)
     checks.at_least(
-      self, num_steps=1, eval_sequences=1, keep_checkpoints=1, data_seed=-1
+      self,
+      num_steps=1,
+      eval_sequences=1,
+      probe_sequences=1,
+      keep_checkpoints=1,
+      data_seed=-1,
     )
     checks.not_negative(
       self,
@@ -215,6 +222,12 @@ class Config:
       'keep_every',
       'final_sequences',
     )
+    if self.probe_sequences > self.eval_sequences:
+      raise ValueError(
+        f'probe_sequences={self.probe_sequences} are more than the '
+        f'eval_sequences={self.eval_sequences} rows that they are taken from: '
+        'set eval_sequences to as many'
+      )
     if self.keep_every and not self.checkpoint_every:
       raise ValueError(
         f'keep_every={self.keep_every} keeps nothing with checkpoint_every=0, '

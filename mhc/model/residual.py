@@ -17,7 +17,7 @@ of the streams: H_res = I and H_post = 0. Its parameters are zeros, so that what
 its sub-layers return is zero for connections without mappings as well.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +33,19 @@ from mhc.connections import StreamsWithPre
 from mhc.functional import Context
 from mhc.kernels import api
 
-Connection = (
-  connections.Residual
-  | connections.HC
-  | connections.MHC
-  | connections.SinglePass
-)
+
+@runtime_checkable
+class Connection(Protocol):
+  """What stands around a sub-layer: one of `mhc.connections`, or around one."""
+
+  def pre(self, x):
+    """State -> what the sub-layer reads [..., d], and the context."""
+
+  def post(self, y, context):
+    """What the sub-layer returns, [..., d] -> state."""
+
+  def advance(self, y, context):
+    """`post` of the sub-layer of the context, then `pre` of this one."""
 
 
 class PendingOutput(NamedTuple):
@@ -55,6 +62,8 @@ class StreamStats(NamedTuple):
   """What a probe reads of t tokens at a sub-layer; float32."""
 
   res: Float[Array, '*sublayers t n n']  # H_res, I where the kind has none
+  pre: Float[Array, '*sublayers t n']  # H_pre that it reads by; 1 without
+  post: Float[Array, '*sublayers t n']  # H_post; 1 without
   cosine: Float[
     Array, '*sublayers t'
   ]  # mean over pairs of streams; 1 for n = 1
@@ -149,6 +158,25 @@ def begin_sublayer(
   return h, context._replace(mappings=mappings)
 
 
+def read_weights(
+  connection: Connection, before: ResidualState, context: Context
+) -> Float[Array, 'n t'] | None:
+  """H_pre by which a sub-layer has read, None for the plain residual.
+
+  Args:
+    connection: of the sub-layer.
+    before, context: what `begin_sublayer` was given, and has returned. The
+      mappings of single-pass mHC have the H_pre of the next sub-layer.
+  """
+  if context.mappings is None:
+    return None
+  if not isinstance(connection, connections.SinglePass):
+    return context.mappings.pre
+  if isinstance(before, PendingOutput):
+    return before.context.mappings.pre
+  return before.weights
+
+
 def end_block(
   config: config_lib.ConnectionConfig,
   connection: Connection,
@@ -194,21 +222,30 @@ def collapse_streams(
   return total / config.streams if collapse.kind == 'mean' else total
 
 
-def stream_stats(context: Context) -> StreamStats:
-  """The statistics of the streams that enter a sub-layer."""
+def stream_stats(
+  context: Context, read_by: Float[Array, 'n t'] | None
+) -> StreamStats:
+  """The statistics of a sub-layer: of its mappings and of what enters it.
+
+  Args:
+    context: of the sub-layer.
+    read_by: its `read_weights`.
+  """
   n = context.x.shape[-2]
   x = context.x.reshape(-1, *context.x.shape[-2:]).astype(jnp.float32)
-  if context.mappings is None or context.mappings.res is None:
-    res = jnp.broadcast_to(jnp.eye(n), (len(x), n, n))
-  else:
-    res = jnp.moveaxis(context.mappings.res, -1, 0)
+  res = jnp.broadcast_to(jnp.eye(n), (len(x), n, n))
+  pre = post = jnp.ones((len(x), n))
+  if context.mappings is not None:
+    pre, post = read_by.T, context.mappings.post.T
+    if context.mappings.res is not None:
+      res = jnp.moveaxis(context.mappings.res, -1, 0)
   power = jnp.sum(x * x, axis=-1)
   unit = x * jax.lax.rsqrt(power + jnp.finfo(jnp.float32).tiny)[..., None]
   total = jnp.sum(unit, axis=1)
   pairs = max(1, n * (n - 1))
   cosine = (jnp.sum(total * total, axis=-1) - n) / pairs + float(n == 1)
   rms = jnp.sqrt(jnp.mean(power, axis=-1) / x.shape[-1])
-  return StreamStats(res, cosine, rms)
+  return StreamStats(res, pre, post, cosine, rms)
 
 
 def _pending(config, y, x=None):

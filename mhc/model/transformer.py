@@ -36,6 +36,8 @@ class BlockAux(NamedTuple):
   """The outputs of a block beside the streams."""
 
   contexts: tuple[functional.Context, functional.Context]
+  # Their `residual.read_weights`.
+  read_by: tuple[Float[Array, 'n t'] | None, Float[Array, 'n t'] | None]
   moe_stats: moe.Stats | None  # with experts
   cache: mla.Cache | None  # in decoding
 
@@ -101,8 +103,11 @@ class Block(nnx.Module):
     else:
       y, cache = self.attention.decode(normed, cache, start)
     y = recompute.name_output(y.reshape(h.shape))
-    h, second = residual.begin_sublayer(
-      self.ffn_connection, residual.PendingOutput(y, first), is_real
+    between = residual.PendingOutput(y, first)
+    h, second = residual.begin_sublayer(self.ffn_connection, between, is_real)
+    read_by = (
+      residual.read_weights(self.attention_connection, state, first),
+      residual.read_weights(self.ffn_connection, between, second),
     )
     stats = None
     normed = self.ffn_norm(h).reshape(*batch, -1)
@@ -114,7 +119,7 @@ class Block(nnx.Module):
     state = residual.end_block(
       self.config, self.ffn_connection, residual.PendingOutput(y, second)
     )
-    return state, BlockAux((first, second), stats, cache)
+    return state, BlockAux((first, second), read_by, stats, cache)
 
 
 class Transformer(nnx.Module):
@@ -375,6 +380,8 @@ def _length(stack) -> int:
 
 def _stream_stats(auxes):
   """[2, s, ...]: the two sub-layers, and the tokens of all sub-batches."""
-  both = [[*map(residual.stream_stats, aux.contexts)] for aux in auxes]
+  both = [
+    [*map(residual.stream_stats, aux.contexts, aux.read_by)] for aux in auxes
+  ]
   stacked = [jax.tree.map(lambda *x: jnp.stack(x), *two) for two in both]
   return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *stacked)

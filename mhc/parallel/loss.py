@@ -11,9 +11,12 @@ have these functions of a `Placement` p and of the device's parts:
       assignments [l], None without experts
     token_losses(p, params, router_bias, tokens)     tokens int32 [b, t + 1]
       the summed loss of every row, [b]
-    stream_stats(p, params, router_bias, tokens)     tokens int32 [1, t]
-      `residual.StreamStats` [l, 2, t, ...] of the blocks that a pipeline is cut
-      from, in its order, and of those before; None if there are none
+    stream_stats(p, params, router_bias, tokens)     tokens int32 [b, t]
+      `residual.StreamStats` [l, 2, b t, ...] of the blocks that a pipeline is
+      cut from, in its order, and of those before; None if there are none
+
+The tokens of `stream_stats` are the same on every device, and any number of
+rows; those of the others are a device's share of a batch.
 
 Every argument is cast to vary over the mesh: the local gradient comes first,
 then one sum over devices, where autodiff would sum at every use of a parameter.

@@ -25,7 +25,7 @@ def token_losses(p: Placement) -> Callable:
 
 
 def stream_stats(p: Placement) -> Callable:
-  """(params, router_bias, tokens int32 [1, t]) -> `StreamStats` twice."""
+  """(params, router_bias, tokens int32 [b, t]) -> `StreamStats` twice."""
   return _shard_map(p, 'stream_stats', REPLICATED, (LAYERS, REPLICATED))
 
 

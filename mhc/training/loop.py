@@ -205,9 +205,9 @@ class Loop:
 
   def _run_probe(self, values) -> list[guards_lib.Event]:
     """Adds the numbers of a probe to the metrics; returns its events."""
-    row = self._heldout.periodic[:1, :-1]
-    row = partition.put(row, self._compiled.mesh, partition.REPLICATED)
-    profile = jax.device_get(self._compiled.probe(self._state, row))
+    rows = self._heldout.periodic[: self._config.probe_sequences, :-1]
+    rows = partition.put(rows, self._compiled.mesh, partition.REPLICATED)
+    profile = jax.device_get(self._compiled.probe(self._state, rows))
     if 'probes' in self._sinks:
       self._sinks['probes'].write(self._step, profile)
     values['mhc/gain_fwd_max'] = float(profile['composite_fwd'].max())

@@ -109,11 +109,15 @@ def token_losses(
 def probe(
   p: Placement, state: TrainState, tokens: jax.Array
 ) -> dict[str, jax.Array]:
-  """Returns `gains.profile` of H_res on tokens int32 [1, t], and stream stats.
+  """Returns `gains.profile` of H_res on tokens int32 [b, t], and the streams.
 
-  stream_cosine and stream_rms [l] are of the streams that enter each of l
-  sub-layers: mean cosine of their pairs and root mean square, averaged over
-  tokens.
+  Averaged over the b t tokens, for each of l sub-layers:
+
+    stream_cosine, stream_rms [l]: of the streams that enter it, the mean cosine
+      of their pairs and the root mean square.
+    pre_mean, post_mean [l, n]: H_pre by which it reads, H_post by which it
+      writes; 1 for the plain residual.
+    streams_read [l]: how many streams it reads, see `gains.streams_read`.
   """
   stack, before = sharded.stream_stats(p)(
     state.params, state.router_bias, tokens
@@ -125,6 +129,9 @@ def probe(
   return gains.profile(found.res) | {
     'stream_cosine': jnp.mean(found.cosine, axis=1),
     'stream_rms': jnp.mean(found.rms, axis=1),
+    'pre_mean': jnp.mean(found.pre, axis=1),
+    'post_mean': jnp.mean(found.post, axis=1),
+    'streams_read': jnp.mean(gains.streams_read(found.pre), axis=1),
   }
 
 

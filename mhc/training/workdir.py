@@ -4,7 +4,7 @@
     tokenizer.json      the vocabulary, if it is not bytes
     metrics.jsonl       a line a step: loss, gradient norm, rate, time; held-out
                         loss and the metrics of guards where measured
-    probes.jsonl        gains, streams and mean matrices of H_res on one row
+    probes.jsonl        gains, streams and mean mappings on held-out rows
     events.jsonl        alerts and actions of guards, failed saves
     checkpoints/STEP    the states, see `checkpoint`
     damaged/STEP        corrupted states
@@ -36,6 +36,7 @@ CHECKPOINTS, DAMAGED = 'checkpoints', 'damaged'
 MUTABLE_ON_RESUME = (
   'eval_every',
   'probe_every',
+  'probe_sequences',
   'checkpoint_every',
   'keep_checkpoints',
   'keep_every',

@@ -95,6 +95,7 @@ optimizer.schedule
 optimizer.warmup_steps
 optimizer.weight_decay
 probe_every
+probe_sequences
 seed
 tensorboard
 """
@@ -197,6 +198,11 @@ def test_an_int_passes_for_a_float():
       r'decay_points=\(0.9, 0.8\) must rise',
     ),
     ({'num_steps': 20}, 'warmup_steps=30.*num_steps=20'),
+    ({'probe_sequences': 0}, 'probe_sequences=0.*at least 1'),
+    (
+      {'probe_sequences': 5, 'eval_sequences': 4},
+      'probe_sequences=5 are more than the eval_sequences=4',
+    ),
     ({'keep_every': 300}, 'keep_every=300.*multiple of checkpoint_every=200'),
     (
       {'keep_every': 300, 'checkpoint_every': 0},

@@ -55,6 +55,9 @@ def test_train_then_evaluate(launch, text, tmp_path):
   assert json.loads(result.stdout)['step'] == 4
   other = launch('evaluate.py', workdir, f'--path={text / "0.txt"}')
   assert json.loads(other.stdout)['corpus'].endswith('0.txt')
+  table = launch('dissect.py', workdir, '--rows=4')
+  assert table.returncode == 0, table.stderr
+  assert re.search(r'\n\| H_res := I \| [0-9.]+ \| [+-]0', table.stdout)
   # The same folder for another model: refused.
   result = launch(
     'train.py',
@@ -215,6 +218,7 @@ def test_threads_of_a_failed_save_are_not_waited_for(
 def test_the_other_mains_refuse_alike(launch, tmp_path):
   empty = f'--workdir={tmp_path}'
   refused(launch('evaluate.py', empty), 'holds no run')
+  refused(launch('dissect.py', empty), 'holds no run')
   refused(launch('compare.py', empty, '--report_only'), 'holds no comparison')
   refused(
     launch('compare.py', empty, '--config.panels.main.seed=(1,)'),

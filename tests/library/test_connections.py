@@ -212,8 +212,12 @@ def test_what_a_probe_sees_of_every_kind():
     connection = make(kind)
     n = 1 if kind == 'residual' else 4
     x = random_streams(n)
-    _, context = connection.pre(x)
-    matrices, cosine, rms = residual.stream_stats(context)
+    h, context = connection.pre(x)
+    read_by = residual.read_weights(connection, x, context)
+    matrices, pre, post, cosine, rms = residual.stream_stats(context, read_by)
+    want = np.einsum('tj,tjd->td', np.float64(pre), x.reshape(10, n, -1))
+    np.testing.assert_allclose(h.reshape(10, -1), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(post, np.ones((10, n)), rtol=1e-6)
     x = np.float64(x).reshape(10, n, -1)
     np.testing.assert_allclose(
       rms, np.sqrt((x**2).mean(axis=(1, 2))), rtol=1e-6

@@ -168,6 +168,22 @@ def test_stream_stats_come_in_order_of_depth():
   np.testing.assert_allclose(matrices[:, 0, 0, 0], want / (want + 3), rtol=1e-5)
 
 
+def test_single_pass_reads_by_the_weights_of_the_sublayer_before():
+  model = transformer.Transformer(settings('mhc_single_pass'), rngs=nnx.Rngs(0))
+  for name in ('attention_connection', 'ffn_connection'):
+    bias = getattr(model.dense_blocks, name).next_mhc.bias
+    bias[...] = bias[...].at[:, :4].set(jnp.arange(4.0))
+  pre = model.stream_stats(tokens()).pre.reshape(6, 32, 4)
+  np.testing.assert_array_equal(pre[0, 0], [1, 0, 0, 0])
+  assert (pre[1:] > 0.3).all()
+  connection = jax.tree.map(lambda leaf: leaf[0], model.dense_blocks)
+  x = streams.expand(model.embed(tokens(), jnp.dtype('float32')), 4)
+  first = connection.attention_connection.next_mhc.mappings(
+    x.reshape(32, 4, -1)
+  )
+  np.testing.assert_allclose(pre[1], first.pre.T, rtol=1e-5)
+
+
 def test_bfloat16_activations():
   model = network('mhc', dtype='bfloat16')
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(model))

@@ -14,6 +14,7 @@ import pytest
 
 from mhc.data import batches
 from mhc.runtime import files
+from mhc.training import dissect
 from mhc.training import evaluate
 from mhc.training import run
 from mhc.training import workdir as workdir_lib
@@ -52,6 +53,7 @@ def test_a_run_leaves_its_record(finished):
   probes = files.read_lines(workdir / 'probes.jsonl')
   assert [probe['step'] for probe in probes] == [5, 10, 12]
   assert np.array(probes[0]['mean']).shape == (2, 4, 4)
+  assert np.array(probes[0]['pre_mean']).shape == (2, 4)
   assert summary['heldout_nats'] == lines[-1]['loss/heldout']
   assert summary['tokens'] == 12 * 64
   assert json.loads((workdir / 'summary.json').read_text()) == summary
@@ -62,7 +64,8 @@ def test_a_run_leaves_its_record(finished):
 def test_a_finished_run_is_not_run_again(finished, text):
   workdir, summary = finished
   before = (workdir / 'metrics.jsonl').stat().st_mtime_ns
-  assert run.train(with_text(text, tensorboard=True), workdir) == summary
+  other = with_text(text, tensorboard=True, probe_sequences=4)
+  assert run.train(other, workdir) == summary
   assert (workdir / 'metrics.jsonl').stat().st_mtime_ns == before
 
 
@@ -109,6 +112,24 @@ def test_held_out_loss_of_a_checkpoint_is_the_recorded_one(finished):
   assert whole['rows'] > 20
   with pytest.raises(ValueError, match='holds no run'):
     evaluate.evaluate_checkpoint(workdir.parent, None, 0)
+
+
+def test_a_run_is_dissected_on_one_device(finished):
+  workdir, summary = finished
+  found = dissect.dissect_checkpoint(workdir, 20)
+  trained, *others = found['interventions']
+  assert (found['step'], found['rows'], found['kind']) == (12, 20, 'mhc')
+  np.testing.assert_allclose(
+    trained['nats'], summary['heldout_nats'], rtol=1e-6
+  )
+  assert len(others) == 8
+  for one in others:
+    np.testing.assert_allclose(
+      one['difference'], one['nats'] - trained['nats'], atol=1e-12
+    )
+    assert one['standard_error'] >= 0
+  with pytest.raises(ValueError, match='holds no run'):
+    dissect.dissect_checkpoint(workdir.parent, 20)
 
 
 def test_tensorboard_mirrors_the_scalars(text, tmp_path):
