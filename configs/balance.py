@@ -27,6 +27,7 @@ def get_config(size: str = '3m') -> ml_collections.ConfigDict:
     router: comparison_lib.Panel(
       title=title,
       kinds=('mhc',),
+      seeds=(0,),
       num_blocks=(base.model.num_blocks,),
       learning_rates=(base.optimizer.learning_rate,),
       num_steps=base.num_steps,

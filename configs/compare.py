@@ -1,10 +1,12 @@
-"""The default comparison: residual, HC, mHC and identity on a CPU.
+"""The default comparison: residual, HC, mHC and identity on two CPU cores.
 
     make compare
 
-`main`: 16 blocks; quality, gains. `stress`: 48 blocks at a learning rate where
-the unconstrained mixing of HC becomes unstable (in two of three seeds tried),
-without clipping. Expected on two CPU cores: about ten minutes.
+`quality`: 8 blocks, cosine decay, 2,048 tokens a step, four seeds: losses,
+gains and what is left of the streams' differences, with verdicts. `stress`: 48
+blocks at a learning rate where the unconstrained mixing of HC becomes unstable,
+without clipping: how often the loss spikes. Settings and expected spreads come
+from configs/noise.py. About eleven minutes on two cores.
 """
 
 import ml_collections
@@ -13,29 +15,53 @@ from mhc import config
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
 
+# Standard deviation over seeds of the differences at `quality`, by noise.py.
+EXPECTED = ((('mhc', 'residual'), 0.006),)
+
 
 def get_config() -> ml_collections.ConfigDict:
-  base = config.Config(eval_every=100, probe_every=25, checkpoint_every=200)
+  base = config.Config(
+    eval_every=0,
+    final_sequences=2048,
+    probe_every=50,
+    probe_sequences=4,
+    checkpoint_every=0,
+    data=config.DataConfig(microbatch_size=8),
+    optimizer=config.OptimizerConfig(schedule='cosine'),
+  )
   panels = {
-    'main': comparison_lib.Panel(
-      title='Main panel: quality and gains',
+    'quality': comparison_lib.Panel(
+      title='Quality: losses, gains and contraction',
       kinds=('residual', 'hc', 'mhc', 'identity'),
-      seeds=(0, 1),
-      num_blocks=(16,),
-      learning_rates=(7e-3,),
-      num_steps=400,
-      batch_size=8,
-      clip_norm=1.0,
+      seeds=(0, 1, 2, 3),
+      num_blocks=(8,),
+      learning_rates=(1e-2,),
+      num_steps=200,
+      batch_size=32,
+      contrasts=(
+        ('mhc', 'residual'),
+        ('mhc', 'identity'),
+        ('mhc', 'hc'),
+      ),
+      expected_sd=EXPECTED,
     ),
     'stress': comparison_lib.Panel(
-      title='Stress panel: depth and a high learning rate, no clipping',
-      kinds=('residual', 'hc', 'mhc'),
-      seeds=(0, 1),
+      title='Stress: depth and a high learning rate, no clipping',
+      kinds=('hc', 'mhc'),
+      seeds=(0, 1, 2, 3),
       num_blocks=(48,),
-      learning_rates=(2e-2,),
-      num_steps=150,
+      learning_rates=(5e-2,),
+      num_steps=60,
       batch_size=4,
       clip_norm=0.0,
+      settings=(
+        ('optimizer.schedule', 'constant'),
+        ('data.microbatch_size', 0),
+        ('eval_sequences', 64),
+        ('final_sequences', 64),
+        ('probe_every', 10),
+      ),
+      role='explore',
     ),
   }
   return ml_collections.ConfigDict(

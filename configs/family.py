@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     learning_rates=(7e-3,),
     num_steps=400,
     batch_size=8,
+    role='explore',
   )
   comparison = comparison_lib.Comparison(config.Config(), {'family': panel})
   return ml_collections.ConfigDict(dicts.to_dict(comparison))

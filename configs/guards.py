@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     ),
   )
   panel = comparison_lib.Panel(
+    role='explore',
     title='Guards: depth and a high learning rate, rolled back',
     kinds=('hc', 'mhc'),
     seeds=(0, 1, 2),

@@ -26,6 +26,7 @@ def get_config(size: str = '3m') -> ml_collections.ConfigDict:
     num_steps=base.num_steps,
     batch_size=base.data.batch_size,
     clip_norm=base.optimizer.clip_norm,
+    role='explore',
   )
   comparison = comparison_lib.Comparison(base, {'ladder': panel})
   return ml_collections.ConfigDict(dicts.to_dict(comparison))

@@ -167,10 +167,19 @@ class MHC(nnx.Module):
     num_streams: n.
     index: of the sub-layer in the network, attention and FFN counted apart. It
       chooses the stream that the sub-layer reads first.
+    res_diagonal: see `mixing.initial_logits`.
     options: fields of `functional.Options`.
   """
 
-  def __init__(self, dim: int, num_streams: int, index, **options):
+  def __init__(
+    self,
+    dim: int,
+    num_streams: int,
+    index,
+    *,
+    res_diagonal: float = 6.0,
+    **options,
+  ):
     self.options = functional.Options(**options)
     params = functional.init(
       dim,
@@ -179,6 +188,7 @@ class MHC(nnx.Module):
       self.options.mixing,
       pre=self.options.pre,
       res=self.options.res,
+      res_diagonal=res_diagonal,
     )
     self.phi = nnx.Param(params['phi'])
     self.alpha = nnx.Param(params['alpha'])

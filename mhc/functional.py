@@ -132,6 +132,7 @@ def init(
   *,
   pre: Part = 'dynamic',
   res: Part = 'dynamic',
+  res_diagonal: float = 6.0,
 ) -> dict[str, Float[Array, '...']]:
   """Parameters from which the n copied streams stay equal.
 
@@ -149,6 +150,7 @@ def init(
     index: of the sub-layer, attention and FFN counted apart.
     mixing: the parameterisation of H_res.
     pre, res: as in `Options`; 'off' has the bias of H_pre = 1/n and no logits.
+    res_diagonal: see `mixing.initial_logits`.
 
   Raises:
     ValueError: the parameterisation does not exist for n streams.
@@ -161,7 +163,7 @@ def init(
   bias = [
     read,
     jnp.zeros(num_streams),
-    mixing_lib.initial_logits(options.mixing_used, num_streams),
+    mixing_lib.initial_logits(options.mixing_used, num_streams, res_diagonal),
   ]
   num_alphas = sum(part.size > 0 for part in bias)
   bias = jnp.concatenate(bias)

@@ -32,11 +32,15 @@ from mhc import manifold
 Mixing = Literal['sinkhorn', 'identity', 'permutations', 'kronecker', 'cayley']
 
 
-def initial_logits(mixing: Mixing, n: int) -> Float[Array, 'k']:
+def initial_logits(
+  mixing: Mixing, n: int, diagonal: float = 6.0
+) -> Float[Array, 'k']:
   """Logits of a matrix close to I, from which training starts.
 
   6 I - 3 is the mHC paper's (ICML version, App. A.6); the others are chosen so
   that the diagonal starts as near to 1 (for n = 4: 0.993, 0.994, 0.995, 1).
+  `diagonal` is by how much Sinkhorn's logits on the diagonal start above the
+  others; at 0 all streams are averaged.
 
   Raises:
     ValueError: the parameterisation does not exist for n streams.
@@ -47,7 +51,7 @@ def initial_logits(mixing: Mixing, n: int) -> Float[Array, 'k']:
     raise ValueError(f'kronecker needs a power of two of streams, got {n}')
   match mixing:
     case 'sinkhorn':
-      return 6.0 * jnp.eye(n).reshape(-1) - 3.0
+      return diagonal * (jnp.eye(n).reshape(-1) - 0.5)
     case 'identity':
       return jnp.zeros(0)
     case 'permutations':  # the first one is the identity

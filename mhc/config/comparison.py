@@ -31,7 +31,7 @@ CONTRASTS = (
   ('mhc', 'identity'),
   ('mhc', 'hc'),
 )
-LADDER = 'ladder'
+LADDER, CONNECTION = 'ladder', 'model.connection.'
 Setting = tuple[tuple[str, Any], ...]  # (axis, value), in the panel's order
 _SHORT = {'model.num_blocks': 'b', 'optimizer.learning_rate': 'lr'}
 
@@ -131,11 +131,14 @@ class Panel:
   def described(self) -> tuple[tuple[str, str], ...]:
     """The contrasts that are estimated."""
     known = [pair for pair in CONTRASTS if {*pair} <= {*self.kinds}]
+    if self.partner in self.kinds:
+      controls = [kind for kind in self.kinds if kind in CONTROLS]
+      known += [(self.partner, kind) for kind in controls]
     others = [
       (kind, 'residual')
       for kind in self.kinds
       if 'residual' in self.kinds
-      and kind not in ('residual', 'mhc')
+      and kind not in ('residual', 'mhc', *CONTROLS)
       and self.role != 'report'
     ]
     return self.contrasts or (*known, *others)
@@ -273,6 +276,13 @@ def _cells(base, name, panel) -> list[Cell]:
 
 def _config(base, panel, design, setting, seed) -> config_lib.Config:
   config, setting = base, dict(setting)
+  shared = dict(panel.settings)
+  if _kind(panel, design) == 'residual':
+    # What a connection could be has no meaning for the plain residual.
+    shared = {k: v for k, v in shared.items() if not k.startswith(CONNECTION)}
+    plain = config_lib.ConnectionConfig(kind='residual')
+    model = dataclasses.replace(config.model, connection=plain)
+    config = dataclasses.replace(config, model=model)
   if LADDER in setting:
     rung = presets.ladder(setting.pop(LADDER))
     model = dataclasses.replace(rung.model, connection=config.model.connection)
@@ -288,12 +298,17 @@ def _config(base, panel, design, setting, seed) -> config_lib.Config:
       'optimizer.clip_norm': panel.clip_norm,
       'model.moe.router': panel.router or config.model.moe.router,
       'model.connection.kind': _kind(panel, design),
-      **dict(panel.settings),
-      **setting,
+      **shared,
+      **{k: v for k, v in setting.items() if not _ignored(panel, design, k)},
       'seed': seed,
       **dict(_own(panel, design)),
     },
   )
+
+
+def _ignored(panel, design, axis) -> bool:
+  """Whether an axis reaches a design only through its partner."""
+  return _kind(panel, design) == 'residual' and axis.startswith(CONNECTION)
 
 
 def _pairs(name, values):
@@ -328,7 +343,7 @@ def _varies(panel, design, axis) -> bool:
     return False
   matched = design in CONTROLS and design != 'residual_replicate'
   is_plain = _kind(panel, design) == 'residual' and not matched
-  return not (is_plain and axis.startswith('model.connection.'))
+  return not (is_plain and axis.startswith(CONNECTION))
 
 
 def _words(setting, axes) -> list[str]:

@@ -48,6 +48,9 @@ class ConnectionConfig:
   # What the n copies of the embedding are multiplied by: 'random' is a fixed
   # 1 + 0.1 N(0, 1) for each stream and channel, the same for every seed.
   expand_scale: Literal['ones', 'random'] = 'ones'
+  # By how much the diagonal of mHC's logits of H_res starts above the others;
+  # 6 is the paper's (H_res near I), at 0 it starts as 1/n.
+  res_diagonal: float = 6.0
 
   def __post_init__(self):
     checks.check_types(self)
@@ -78,7 +81,10 @@ class ConnectionConfig:
   def _check_parts_are_used(self):
     unused = {'residual': ('pre', 'post', 'res', 'expand_scale')}
     unused |= {'identity': ('res',)}
-    for name in unused.get(self.kind, ()):
+    names = unused.get(self.kind, ())
+    if self.kind not in ('mhc', 'mhc_single_pass') or self.res == 'off':
+      names += ('res_diagonal',)
+    for name in names:
       default = getattr(type(self), name)
       if getattr(self, name) != default:
         raise ValueError(

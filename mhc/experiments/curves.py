@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mhc.config import comparison as comparison_lib
+from mhc.experiments import figure_style
 from mhc.experiments import figures
 from mhc.experiments import html
 from mhc.experiments import scaling
@@ -124,7 +125,7 @@ def section(
     missing = f'not tested (fewer than {scaling.MIN_SIZES} sizes)'
     lines.append(
       [
-        f'{figures.label(c["kind"])} - {figures.label(c["other"])}',
+        f'{figure_style.short(c["kind"])} - {figure_style.short(c["other"])}',
         ', '.join(map(str, c['seeds'])),
         '{:+.4f} [{:+.4f}, {:+.4f}]'.format(*c['slope']),
         c['verdict'],

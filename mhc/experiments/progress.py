@@ -1,13 +1,14 @@
 """One progress bar for the runs of several workers, read from their files."""
 
 import pathlib
+import sys
 import threading
 
 from mhc.experiments import jobs as jobs_lib
 from mhc.runtime import console
 from mhc.training import workdir as workdir_lib
 
-POLL_S = 2.0
+POLL_S, LOG_S = 2.0, 30.0  # seconds between looks, for a terminal and a log
 
 
 class Progress:
@@ -32,7 +33,7 @@ class Progress:
     self._bar.close()
 
   def _run(self):
-    while not self._ended.wait(POLL_S):
+    while not self._ended.wait(POLL_S if sys.stderr.isatty() else LOG_S):
       self._show()
 
   def _show(self):

@@ -18,7 +18,7 @@ from mhc.experiments import claims
 from mhc.experiments import contrasts
 from mhc.experiments import curves
 from mhc.experiments import events
-from mhc.experiments import figures
+from mhc.experiments import figure_style
 from mhc.experiments import html
 from mhc.experiments import plots
 from mhc.experiments import results
@@ -186,7 +186,7 @@ def _events(workdir, panels, rows) -> list[html.Block]:
     'were not rolled back.',
     html.Table(
       events.SUMMARY_HEADER,
-      events.summary_table(rows, figures.label),
+      events.summary_table(rows, figure_style.short),
       numeric=False,
     ),
   ]
@@ -211,7 +211,7 @@ def _events(workdir, panels, rows) -> list[html.Block]:
         setting = sections.name_of(dict(run.setting))
         parts.append(
           html.Details(
-            f'{name}: {figures.label(run.variant)}, {setting}, seed '
+            f'{name}: {figure_style.short(run.variant)}, {setting}, seed '
             f'{run.config.seed}: {number} event{"s" * (number > 1)}',
             [
               html.Table(
@@ -273,7 +273,7 @@ def _introduction(comparison, panels, declared, values) -> list[html.Block]:
   ]
   if declared:
     names = dict.fromkeys(
-      f'{figures.label(c["kind"])} - {figures.label(c["other"])}'
+      f'{figure_style.short(c["kind"])} - {figure_style.short(c["other"])}'
       for c in declared
     )
     parts.append(

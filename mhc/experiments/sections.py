@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from mhc.experiments import contrasts as contrasts_lib
+from mhc.experiments import figure_style
 from mhc.experiments import figures
+from mhc.experiments import figures_depth
+from mhc.experiments import figures_heat
 from mhc.experiments import results
 from mhc.experiments.html import Block
 from mhc.experiments.html import Figure
@@ -47,7 +50,7 @@ def contrast_table(found: Rows) -> list[Block]:
   lines = [
     [
       f'{c["panel"]}: {name_of(c["setting"])}',
-      f'{figures.label(c["kind"])} - {figures.label(c["other"])}',
+      f'{figure_style.short(c["kind"])} - {figure_style.short(c["other"])}',
       gap(c),
       '' if not c['crossed'] else '[{:+.4f}, {:+.4f}]'.format(*c['crossed']),
       _p(c['p_holm']),
@@ -94,7 +97,7 @@ def drawn(
     return []
   folder = pathlib.Path('figures')
   (workdir / folder).mkdir(parents=True, exist_ok=True)
-  file = figures.save(figure, workdir / folder, name)
+  file = figure_style.save(figure, workdir / folder, name)
   return [Figure(str(folder / file), caption)]
 
 
@@ -105,7 +108,7 @@ def tuning(workdir, rows: Rows, choices) -> list[Block]:
     here = [row for row in rows if row['panel'] == panel]
     lines = [
       [
-        figures.label(design),
+        figure_style.short(design),
         f'{choice.rate:g}',
         'at the edge of the grid: not used for verdicts'
         if choice.at_edge
@@ -168,7 +171,7 @@ def contraction(workdir, name, found) -> list[Block]:
     *drawn(
       workdir,
       f'contraction_{name}',
-      figures.contraction(found),
+      figures_depth.contraction(found),
       'Left: the largest factor by which H_l ... H_1 keeps a difference of the '
       'streams, mean over tokens, at the end and (dotted) at the first probe; '
       'the line is 0.98^l, as write-ups have it. Middle: effective rank of the '
@@ -177,7 +180,7 @@ def contraction(workdir, name, found) -> list[Block]:
     *drawn(
       workdir,
       f'reads_{name}',
-      figures.reads(found),
+      figures_heat.reads(found),
       'H_pre and H_post by stream and sub-layer, means over tokens, and the '
       'effective number of streams that a sub-layer reads.',
     ),
@@ -198,7 +201,7 @@ def cost(rows: Rows, timings) -> list[Block]:
       lines.append(
         [
           panel,
-          figures.label(design),
+          figure_style.short(design),
           f'{1e3 * each["step_s"]:.1f}',
           f'{middle:.2f} [{low:.2f}, {high:.2f}]',
           _ratio(one['peak_bytes_ratio']),
@@ -251,7 +254,7 @@ def axes(workdir, comparison, rows: Rows) -> list[Block]:
       parts += drawn(
         workdir,
         f'stability_{name}',
-        figures.stability(here),
+        figures_heat.stability(here),
         f'{panel.title or name}: runs whose loss spikes or is not finite, of '
         'all, with the interval of Clopper and Pearson.',
       )
@@ -259,7 +262,7 @@ def axes(workdir, comparison, rows: Rows) -> list[Block]:
       parts += drawn(
         workdir,
         f'axis_{name}',
-        figures.over_axis(here, varied[0], list(panel.kinds)),
+        figures_depth.over_axis(here, varied[0], list(panel.kinds)),
         f'{panel.title or name}: over {varied[0]}, dots are seeds, bars 95 % '
         'intervals.',
       )
@@ -285,7 +288,7 @@ def ablation(workdir, comparison, found: Rows) -> list[Block]:
     *drawn(
       workdir,
       'ablation',
-      figures.ablation(cells),
+      figures_heat.ablation(cells),
       'Gap to the plain residual with each mapping dynamic, static or off '
       '(H_pre = 1/n, H_post = 1, H_res = I), with 95 % intervals.',
     ),
@@ -310,8 +313,8 @@ def forest(workdir, found: Rows) -> list[Block]:
 def verdict_lines(judged: Sequence[contrasts_lib.Judged]) -> list[str]:
   """The verdicts for the terminal."""
   return [
-    f'{j.contrast.panel}: {figures.label(j.contrast.kind)} against '
-    f'{figures.label(j.contrast.other)}, {name_of(j.contrast.setting)}: '
+    f'{j.contrast.panel}: {figure_style.short(j.contrast.kind)} against '
+    f'{figure_style.short(j.contrast.other)}, {name_of(j.contrast.setting)}: '
     f'{j.verdict}'
     for j in judged
     if j.contrast.declared

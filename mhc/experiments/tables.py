@@ -8,7 +8,7 @@ import numpy as np
 from mhc.config import comparison as comparison_lib
 from mhc.experiments import claims
 from mhc.experiments import contrasts
-from mhc.experiments import figures
+from mhc.experiments import figure_style
 from mhc.experiments import html
 from mhc.experiments import plots
 from mhc.experiments import results
@@ -100,7 +100,7 @@ def _table(rows) -> html.Table:
     heldout = [row['heldout_nats'] for row in group]
     lines.append(
       [
-        figures.label(kind),
+        figure_style.short(kind),
         _fixed(column('train_nats_last_25'), 3),
         f'{np.mean(heldout):.4f}'
         + (

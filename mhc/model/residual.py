@@ -93,7 +93,9 @@ def make_connection(
         *shape, norm_eps=norm_eps, implementation=implementation, **parts
       )
     case 'mhc':
-      return connections.MHC(*shape, **options)
+      return connections.MHC(
+        *shape, **options, res_diagonal=config.res_diagonal
+      )
     case 'identity':
       return connections.MHC(*shape, **options, mixing='identity')
     case 'mhc_lite':
@@ -103,7 +105,9 @@ def make_connection(
     case 'orthogonal':
       return connections.MHC(*shape, **options, mixing='cayley')
     case 'mhc_single_pass':
-      return connections.SinglePass(*shape, **options)
+      return connections.SinglePass(
+        *shape, **options, res_diagonal=config.res_diagonal
+      )
 
 
 def expand_streams(

@@ -58,6 +58,7 @@ model.connection.num_streams
 model.connection.post
 model.connection.pre
 model.connection.res
+model.connection.res_diagonal
 model.connection.sinkhorn_backward
 model.connection.sinkhorn_eps
 model.connection.sinkhorn_iters
@@ -231,20 +232,3 @@ def test_ablations_in_which_streams_can_part_are_taken():
     dict(pre='static', post='static', res='off'),
   ):
     config.ConnectionConfig(**options)
-
-
-def test_a_comparison_is_a_product():
-  panel = comparison_lib.Panel(
-    kinds=('residual', 'mhc'), seeds=(0, 1), num_blocks=(2, 3)
-  )
-  comparison = comparison_lib.Comparison(panels={'main': panel})
-  runs = comparison.runs('main')
-  assert len(runs) == 8
-  run = runs['main/mhc-b3-lr0.003-s1']
-  assert run.seed == 1
-  assert run.model.num_blocks == 3
-  assert run.model.connection.kind == 'mhc'
-  with pytest.raises(ValueError, match='none twice'):
-    comparison_lib.Panel(seeds=(0, 0))
-  with pytest.raises(ValueError, match=r"'mch'.*'mhc'"):
-    comparison_lib.Panel(kinds=('mch',))

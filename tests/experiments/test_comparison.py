@@ -8,15 +8,17 @@ from example_configs import TINY_RUN
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 from mhc import config
 from mhc.config import comparison as comparison_lib
-from mhc.config import dicts
 from mhc.experiments import claims
 from mhc.experiments import contrasts
 from mhc.experiments import report
 from mhc.experiments import results
 from mhc.experiments import run_all
+from mhc.experiments import timing
+from mhc.experiments import tuning
 
 pytestmark = pytest.mark.long
 
@@ -30,6 +32,7 @@ BASE = config.Config(
   eval_sequences=16,
   final_sequences=64,
   probe_every=10,
+  probe_sequences=2,
   checkpoint_every=0,
 )
 PANEL = comparison_lib.Panel(
@@ -58,7 +61,9 @@ def finished(text, tmp_path_factory):
 
 def test_the_report_is_whole(finished):
   _, workdir = finished
-  rows = json.loads((workdir / 'results.json').read_text())
+  values = json.loads((workdir / 'results.json').read_text())
+  assert values['schema'] == report.SCHEMA
+  rows = values['rows']
   assert [(row['variant'], row['seed']) for row in rows] == [
     (kind, seed) for seed in (0, 1) for kind in KINDS
   ]
@@ -69,32 +74,44 @@ def test_the_report_is_whole(finished):
     if row['variant'] == 'residual':
       assert row['gap_nats'] == 0
       assert row['gain_fwd_max'] == row['params_ratio'] == 1
-  figures = sorted(p.name for p in workdir.glob('figures/*/*.png'))
-  assert figures == [
-    'gains_depth.png',
-    'gains_training.png',
-    'grad_norm.png',
-    'loss.png',
-    'mappings.png',
-  ]
+  assert [c['verdict'] for c in values['contrasts']] == [
+    'not tested (fewer than 4 seeds)'
+  ] * 3
+  figures = {p.name for p in workdir.rglob('figures/**/*.png')}
+  assert figures >= {
+    *('forest.png', 'gains_depth.png', 'gains_training.png'),
+    *('grad_norm.png', 'loss.png', 'mappings.png', 'contraction_small.png'),
+  }
   markdown = (workdir / 'report.md').read_text()
   page = (workdir / 'report.html').read_text()
   for kind in ('HC', 'mHC', 'residual', 'identity'):
     assert kind in markdown
     assert kind in page
-  assert page.count('data:image/png;base64,') == 5
+  assert page.count('data:image/png;base64,') == page.count('<figure>') > 5
   assert 'src="figures' not in page
   assert 'A small panel' in page
   assert '<h2>Events</h2>' in page
   assert '| small | HC | 2 | none |' in markdown
   assert '\n\nNo events.\n' in markdown
+  assert 'does not show' not in page
+  assert ': shows' not in page
+  table = (workdir / 'results.csv').read_text().splitlines()
+  assert len(table) == 9
+  assert table[0].startswith('panel,variant,')
+
+
+def test_step_times_are_measured_in_turn(finished):
+  _, workdir = finished
+  found = timing.read(workdir, 'small')
+  assert {*found} == {*KINDS, 'device'}
+  assert found['residual']['ratio'] == [1, 1, 1]
+  assert all(found[kind]['step_s'] > 0 for kind in KINDS)
 
 
 def test_rows_are_computed_from_the_files(finished):
   """A changed metrics file changes the report: nothing is remembered."""
-  comparison, workdir = finished
-  name = 'small/hc-b1-lr0.003-s0'
-  run = results.read(workdir / name, comparison.runs('small')[name])
+  _, workdir = finished
+  run = results.read(workdir / 'small/hc-b1-lr0.003-s0')
   (row,) = results.rows('small', [run])
   assert row['gap_nats'] is None  # no residual beside it
   norms = [m['grad/global_norm'] for m in run.metrics][results.WINDOW :]
@@ -104,6 +121,31 @@ def test_rows_are_computed_from_the_files(finished):
   )
   composite = max(max(probe['composite_fwd']) for probe in run.probes)
   np.testing.assert_allclose(row['gain_fwd_max'], composite)
+  nats = np.load(workdir / 'small/hc-b1-lr0.003-s0/heldout.npy')
+  np.testing.assert_allclose(nats.mean() / 16, row['heldout_nats'], rtol=1e-6)
+
+
+def test_numbers_follow_from_the_results(finished):
+  """The contrasts of the report, from the rows of results.json alone."""
+  _, workdir = finished
+  values = json.loads((workdir / 'results.json').read_text())
+  markdown = (workdir / 'report.md').read_text()
+  loss = {(r['variant'], r['seed']): r['heldout_nats'] for r in values['rows']}
+  for c in values['contrasts']:
+    gaps = [loss[c['kind'], s] - loss[c['other'], s] for s in c['seeds']]
+    np.testing.assert_allclose(gaps, c['differences'])
+    test = stats.ttest_1samp(gaps, 0)
+    interval = test.confidence_interval(0.95)
+    np.testing.assert_allclose(
+      [np.mean(gaps), *interval, test.pvalue],
+      [c['mean'], c['low'], c['high'], c['p']],
+      rtol=1e-6,
+    )
+    said = f'{np.mean(gaps):+.4f} [{interval.low:+.4f}, {interval.high:+.4f}]'
+    assert said in markdown
+  for kind in KINDS:
+    nats = [loss[kind, seed] for seed in (0, 1)]
+    assert f'{np.mean(nats):.4f} ({min(nats):.3f}-{max(nats):.3f})' in markdown
 
 
 def test_events_come_into_the_report_and_old_runs_have_none(finished, tmp_path):
@@ -114,13 +156,15 @@ def test_events_come_into_the_report_and_old_runs_have_none(finished, tmp_path):
   file = copy / 'small' / 'hc-b1-lr0.003-s1' / 'events.jsonl'
   file.write_text(json.dumps(told) + '\n')
   (copy / 'small' / 'mhc-b1-lr0.003-s0' / 'events.jsonl').unlink()
-  rows = {(row['variant'], row['seed']): row for row in report.render(copy)}
+  rows = {
+    (row['variant'], row['seed']): row for row in report.render(copy)['rows']
+  }
   assert rows['hc', 1]['events'] == {'gain': 1}
   assert rows['hc', 0]['events'] == {}
   assert rows['mhc', 0]['events'] is rows['mhc', 0]['rollbacks'] is None
   markdown = (copy / 'report.md').read_text()
   page = (copy / 'report.html').read_text()
-  title = 'small: HC, 1 blocks, learning rate 0.003, seed 1: 1 event'
+  title = 'small: HC, 1 blocks, rate 0.003, seed 1: 1 event'
   assert f'<details><summary>{title}</summary>' in page
   assert f'<details><summary>{title}</summary>' in markdown
   assert '| 20 | gain | composite gain 12.5 | 10 | logged |' in markdown
@@ -132,38 +176,41 @@ def test_a_second_comparison_trains_nothing(finished, capsys):
   comparison, workdir = finished
   files = {p: p.stat().st_mtime_ns for p in workdir.rglob('metrics.jsonl')}
   run_all.train_all(comparison, workdir)
-  assert '8 runs' in capsys.readouterr().out
+  assert '9 runs' in capsys.readouterr().out
   assert all(p.stat().st_mtime_ns == t for p, t in files.items())
 
 
-def test_changed_settings_are_refused_before_training(finished):
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(clip_norm=0.5), 'clip_norm=1.0, this one has 0.5'),
+    (dict(contrasts=(('hc', 'residual'),)), 'declared before its runs'),
+    (dict(margin=0.02), r'margin=0.02, but .* begun with 0.01'),
+    (dict(role='explore'), "role='explore', but"),
+  ],
+)
+def test_changes_are_refused_before_training(finished, changes, message):
   comparison, workdir = finished
-  panels = {'small': dataclasses.replace(PANEL, clip_norm=0.5)}
+  panels = {'small': dataclasses.replace(PANEL, **changes)}
   before = (workdir / 'comparison.json').read_text()
-  with pytest.raises(ValueError, match=r'clip_norm=1.0, this one has 0.5'):
+  with pytest.raises(ValueError, match=message):
     run_all.train_all(
       comparison_lib.Comparison(comparison.base, panels), workdir
     )
   assert (workdir / 'comparison.json').read_text() == before
 
 
-def test_unfinished_runs_are_said_to_be_missing(finished, tmp_path):
+def test_added_seeds_are_told(finished, tmp_path):
+  """They are missing, and were not declared."""
   comparison, workdir = finished
+  copy = shutil.copytree(workdir, tmp_path / 'copy')
   panels = {'small': dataclasses.replace(PANEL, seeds=(0, 1, 2))}
-  text = json.dumps(
-    dicts.to_dict(comparison_lib.Comparison(comparison.base, panels))
-  )
-  for path in workdir.iterdir():
-    if path.name != 'comparison.json':
-      (tmp_path / path.name).symlink_to(path)
-  (tmp_path / 'comparison.json').write_text(text)
-  for name in ('results.json', 'report.md', 'report.html', 'figures'):
-    (tmp_path / name).unlink()
-  report.render(tmp_path)
-  assert (
-    '4 runs of this comparison have not finished'
-    in (tmp_path / 'report.md').read_text()
-  )
+  more = comparison_lib.Comparison(comparison.base, panels)
+  run_all.prepare(more, copy)
+  report.render(copy)
+  text = (copy / 'report.md').read_text()
+  assert '4 runs of this comparison have not finished' in text
+  assert 'seeds [2] were added after it had begun** with [0, 1]' in text
 
 
 def run_of(norms, losses):
@@ -190,10 +237,13 @@ def test_spikes_are_counted_against_the_running_median():
 
 def row(kind, seed=0, **values):
   defaults = dict(
+    panel='p',
+    setting={},
     variant=kind,
     kind=kind,
     seed=seed,
     heldout_nats=2.0 + 0.001 * seed,
+    heldout_blocks=None,
     gain_max=1.0 + 0.01 * seed,
     grad_norm_cv=0.5 + 0.01 * seed,
     loss_spikes=0,
@@ -203,9 +253,25 @@ def row(kind, seed=0, **values):
   return {**defaults, **values}
 
 
+def judged_of(rows, choices=None, **changes):
+  """The verdicts on rows of one panel without axes."""
+  panel = comparison_lib.Panel(
+    **{
+      'kinds': tuple(dict.fromkeys(r['variant'] for r in rows)),
+      'seeds': tuple(dict.fromkeys(r['seed'] for r in rows)),
+      'num_blocks': (),
+      'learning_rates': (),
+      **changes,
+    }
+  )
+  comparison = comparison_lib.Comparison(panels={'p': panel})
+  found = contrasts.collect(comparison, rows, {'': choices or {}})
+  return contrasts.judge(found)
+
+
 def verdicts(rows):
-  judged = contrasts.judge([*contrasts.of_kinds(rows)])
-  return {c.claimed: c.verdict for c in claims.evaluate(rows, judged)}
+  claimed = claims.evaluate(rows, judged_of(rows))
+  return {claim.claimed: claim.verdict for claim in claimed}
 
 
 def test_claims_follow_the_rows():
@@ -255,7 +321,7 @@ def test_streams_that_are_one_say_nothing_of_mixing():
     for seed in range(4)
     for kind, cosine in (('residual', None), ('identity', 0.2), ('mhc', 0.999))
   ]
-  judged = contrasts.judge([*contrasts.of_kinds(rows)])
+  judged = judged_of(rows)
   assert [(j.contrast.other, j.verdict) for j in judged] == [
     ('residual', 'equivalent within 0.01'),
     ('identity', 'not tested (streams equal: cosine 0.9990)'),
@@ -265,8 +331,24 @@ def test_streams_that_are_one_say_nothing_of_mixing():
 def test_a_diverged_run_is_said():
   rows = [row(k, s) for s in range(5) for k in ('residual', 'mhc')]
   rows[3]['heldout_nats'] = float('inf')
-  (judged,) = contrasts.judge([*contrasts.of_kinds(rows)])
+  (judged,) = judged_of(rows)
   assert judged.verdict == 'not tested (1 of 5 losses are not finite)'
+
+
+def test_a_rate_at_the_edge_is_not_tested():
+  rows = [row(k, s) for s in range(5) for k in ('residual', 'mhc')]
+  tuned = [
+    dict(variant='mhc', lr=rate, heldout_nats=loss)
+    for rate, loss in ((0.1, 2.0), (0.2, 1.9), (0.4, None))
+  ]
+  choices = tuning.choose(tuned, 5.0)
+  assert (choices['mhc'].rate, choices['mhc'].at_edge) == (0.2, False)
+  np.testing.assert_allclose(choices['mhc'].sensitivity, (0.1 + 0 + 3.1) / 3)
+  (judged,) = judged_of(rows, choices)
+  assert judged.verdict == 'equivalent within 0.01'
+  choices = tuning.choose(tuned[:2], 5.0)
+  (judged,) = judged_of(rows, choices)
+  assert judged.verdict == 'not tested (best rate of mhc at the edge: 0.2)'
 
 
 def test_numbers_read_well():

@@ -1,0 +1,59 @@
+"""How much differences scatter over seeds, at candidates for configs/compare.py.
+
+    python launch/compare.py --config=configs/noise.py --workdir=runs/noise
+
+What a comparison can see is set by the spread of the differences over seeds. The
+panels vary what may reduce it: the learning rate, the tokens a step at equal
+steps, and the length.
+"""
+
+import ml_collections
+
+from mhc import config
+from mhc.config import comparison as comparison_lib
+from mhc.config import dicts
+
+KINDS = ('residual', 'hc', 'mhc', 'identity')
+
+
+def get_config() -> ml_collections.ConfigDict:
+  base = config.Config(
+    eval_every=0,
+    final_sequences=4096,
+    probe_every=50,
+    probe_sequences=4,
+    checkpoint_every=0,
+    data=config.DataConfig(microbatch_size=8),
+    optimizer=config.OptimizerConfig(schedule='cosine'),
+  )
+
+  def panel(title, **changes):
+    return comparison_lib.Panel(
+      **{
+        'title': title,
+        'kinds': KINDS,
+        'seeds': (0, 1, 2, 3, 4, 5),
+        'num_blocks': (8,),
+        'num_steps': 200,
+        'batch_size': 32,
+        'role': 'explore',
+        'contrasts': (
+          ('mhc', 'residual'),
+          ('hc', 'residual'),
+          ('mhc', 'identity'),
+          ('mhc', 'hc'),
+        ),
+        **changes,
+      }
+    )
+
+  panels = {
+    'rate': panel('Learning rates', learning_rates=(1e-2, 2e-2)),
+    'batch': panel(
+      'A quarter of the tokens', batch_size=8, learning_rates=(1e-2,)
+    ),
+    'length': panel('Half of the steps', num_steps=100, learning_rates=(1e-2,)),
+  }
+  return ml_collections.ConfigDict(
+    dicts.to_dict(comparison_lib.Comparison(base, panels))
+  )
