@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import zlib
 
 import matplotlib
+from matplotlib import ticker
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 import numpy as np
@@ -37,8 +38,11 @@ RC: dict[str, Any] = {
 # Wraps a function that draws.
 styled = matplotlib.rc_context(RC)
 PAGE = 7.2  # inches, two columns of a paper
-FADED = '#707070'
 # The lightest colour of text and of lines without a design.
+FADED = '#707070'
+# Where a value of 0 lies on a log axis: below float32's rounding.
+SMALLEST = 1e-8
+LEVEL = 0.14  # inches of a level of `top_strip`
 
 MARKERS = {
   'residual': 's',
@@ -182,20 +186,24 @@ def label(axis, title: str, x: str, y: str) -> None:
   axis.set_title(title)
   axis.set_xlabel(x)
   axis.set_ylabel(y)
+  axis.margins(x=0.07)
   axis.grid(alpha=0.3, linewidth=0.5)
   axis.set_axisbelow(True)
 
 
-def legend(figure: Figure, handles: Sequence[Any], columns: int) -> None:
-  """The figure's one legend, below its panels."""
-  if handles:
-    figure.legend(
-      handles=[*handles],
-      loc='outside lower center',
-      ncols=min(columns, len(handles)),
-      handlelength=3,
-      columnspacing=1.4,
-    )
+def legend(figure: Figure, handles: Sequence[Any]) -> None:
+  """The figure's one legend, below its panels, as wide as the figure."""
+  if not handles:
+    return
+  longest = max(len(one.get_label()) for one in handles)
+  columns = int(figure.get_figwidth() / (0.75 + 0.066 * longest))
+  figure.legend(
+    handles=[*handles],
+    loc='outside lower center',
+    ncols=max(1, min(columns, len(handles))),
+    handlelength=3,
+    columnspacing=1.4,
+  )
 
 
 def handle(look: Look, **style) -> Line2D:
@@ -228,8 +236,12 @@ def log_axis(axis, which: str = 'y', least: float = 4.0) -> None:
   part = axis.xaxis if which == 'x' else axis.yaxis
   decades = math.log10(high / low)
   if decades < 4:
-    part.set_major_formatter(lambda value, _: f'{value:g}')
-  digits = '' if decades > 1.5 else '25' if decades > 0.9 else '235'
+    part.set_major_formatter(lambda value, _: f'{value:.4g}')
+  if decades < 0.9:
+    part.set_major_locator(ticker.MaxNLocator(4))
+    part.set_minor_locator(ticker.NullLocator())
+    return
+  digits = '25' if decades < 1.5 else ''
   part.set_minor_formatter(
     lambda value, _: f'{value:g}' if f'{value:e}'[0] in digits else ''
   )
@@ -264,7 +276,8 @@ def top_strip(axis, marks: dict[Any, list[tuple[float, int]]]) -> None:
   if not marks:
     return
   low, high = axis.get_ylim()
-  step = 0.075 * (high - low)
+  inches = axis.figure.get_figheight() - 1.0 - LEVEL * (len(marks) + 0.5)
+  step = LEVEL / max(1.0, inches) * (high - low)
   axis.axhline(high, color=FADED, linewidth=0.7)
   for level, (one, where) in enumerate(marks.items()):
     y = high + (level + 0.75) * step

@@ -7,9 +7,11 @@ one looks the same in each figure.
 
 from collections.abc import Sequence
 import math
+import re
 import textwrap
 from typing import Any
 
+from matplotlib import ticker
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -36,8 +38,8 @@ def forest(
   lines = sorted(contrasts, key=lambda one: not one['declared'])
   names = [name for one in lines for name in (one['kind'], one['other'])]
   looks = style.looks(names, designs)
-  labels = [textwrap.fill(text, 34) for text in _names(lines)]
-  verdicts = [textwrap.fill(_said(one), 34) for one in lines]
+  labels = [_wrap(text) for text in _names(lines)]
+  verdicts = [_wrap(_said(one)) for one in lines]
   texts = [*labels, *verdicts]
   row = 0.06 + 0.145 * (1 + max(text.count('\n') for text in texts))
   figure, axes = style.subplots(1, 1, 8.0, 0.9 + row * len(lines))
@@ -46,6 +48,8 @@ def forest(
   if bent:
     axis.set_xscale('symlog', linthresh=bent)
     axis.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
+  else:
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(5))
   for y, (one, verdict) in enumerate(zip(lines, verdicts, strict=True)):
     if one.get('margin'):
       half = one['margin']
@@ -68,8 +72,9 @@ def forest(
   for text, one in zip(axis.get_yticklabels(), lines, strict=True):
     text.set_color('black' if one['declared'] else style.FADED)
   axis.tick_params(axis='y', length=0)
-  axis.set_xlabel('difference in held-out loss (nats / token)')
-  style.legend(figure, _forest_legend(lines), 5)
+  end = f'; logarithmic beyond {bent:.2g}' if bent else ''
+  axis.set_xlabel(f'difference in held-out loss (nats / token{end})')
+  style.legend(figure, _forest_legend(lines))
   return figure
 
 
@@ -100,11 +105,9 @@ def _draw_contrast(axis, y, one, look):
       [mean],
       [y],
       marker=look.marker,
-      markersize=6,
+      markersize=8 if look.marker == '*' else 6,
       color=look.color,
       alpha=alpha,
-      markeredgecolor='white',
-      markeredgewidth=0.6,
       zorder=4,
     )
 
@@ -121,6 +124,17 @@ def _names(lines):
     pair = f'{style.short(one["kind"])} - {style.short(one["other"])}'
     words = style.setting_words(one['setting'], told)
     yield f'{one["panel"]}: {pair}' + (f', {words}' if words else '')
+
+
+def _wrap(text):
+  """Breaks a line between settings and before an interval, not within."""
+  bound = re.sub(r'(?<=\d) (?=block)|(?<=,) (?=[-+\d.]+\])', '\xa0', text)
+  bound = re.sub(r'\b(lr|dim|=) (?=\S)| (?==)', _bind, bound)
+  return textwrap.fill(bound, 35).replace('\xa0', ' ')
+
+
+def _bind(found):
+  return found[0].replace(' ', '\xa0')
 
 
 def _said(one):
@@ -147,8 +161,10 @@ def _forest_legend(lines):
     Line2D([], [], marker='.', markersize=4, label='a seed', **plain),
     Line2D([], [], marker='o', label='mean, 95 % interval', color='black'),
   ]
-  if any(one.get('margin') for one in lines):
-    handles.append(Patch(color=BAND, label='margin of equivalence'))
+  margins = {one['margin'] for one in lines if one.get('margin')}
+  if margins:
+    text = f' {margins.pop():g}' if len(margins) == 1 else ''
+    handles.append(Patch(color=BAND, label=f'margin{text}'))
   differences = [style.numbers(one['differences']) for one in lines]
   if not np.isfinite(np.concatenate(differences)).all():
     handles.append(Line2D([], [], marker='x', label='not finite', **plain))
@@ -173,7 +189,9 @@ def rates(
   looks = style.looks((row['variant'] for row in rows), designs)
   if not rows:
     return None
-  figure, axes = style.subplots(1, 1, PANEL[0] * 1.5, PANEL[1] * 1.2)
+  bad = {r['variant'] for r in rows if not _finite(r['heldout_nats'])}
+  height = PANEL[1] * 1.2 + style.LEVEL * len(bad)
+  figure, axes = style.subplots(1, 1, PANEL[0] * 1.5, height)
   axis = axes[0, 0]
   diverged = {}
   for number, (design, look) in enumerate(looks.items()):
@@ -207,7 +225,7 @@ def rates(
   if any(diverged.values()):
     cross = {'marker': 'x', 'linestyle': '', 'color': 'black'}
     handles.append(Line2D([], [], label='not finite (runs)', **cross))
-  style.legend(figure, handles, 4)
+  style.legend(figure, handles)
   return figure
 
 
@@ -216,8 +234,13 @@ RING: dict[str, Any] = {
   'fillstyle': 'none',
   'color': 'black',
   'linestyle': '',
+  'markeredgewidth': 0.8,
 }
 PANEL = (3.5, 2.7)  # inches
+
+
+def _finite(value) -> bool:
+  return math.isfinite(style.number(value))
 
 
 def _line(look):
@@ -274,7 +297,7 @@ def over_compute(
     axis.set_xscale('log')
     style.label(axis, '', f'training {word}', '')
   axes[0, 0].set_ylabel('gap in held-out loss (nats / token)')
-  style.legend(figure, handles, 4)
+  style.legend(figure, handles)
   return figure
 
 

@@ -14,8 +14,6 @@ import numpy as np
 
 from mhc.experiments import figure_style as style
 
-# Where a value of 0 lies on a log axis: below float32's rounding.
-SMALLEST = 1e-8
 # What a sub-layer leaves of a difference of streams, for scale.
 DECAY = 0.98
 
@@ -27,12 +25,13 @@ def contraction(
   """Draws what products of mappings leave of the streams' differences.
 
   Three panels against sub-layer: sigma_diff of the products, trained (solid)
-  and at step 0 (dotted); effective rank; entropy. Designs differ by markers.
+  and at step 0 (dotted), not below SMALLEST; effective rank; entropy. Designs
+  differ by markers.
   """
   panels = (
     ('sigma_diff', 'contraction of differences', 'sigma_diff of the product'),
-    ('effective_rank', 'effective rank', 'effective rank of the product'),
-    ('entropy', 'entropy', 'entropy, 1 is uniform'),
+    ('effective_rank', 'effective rank', 'streams'),
+    ('entropy', 'entropy', 'share of the largest'),
   )
   panels = [one for one in panels if any(p.get(one[0]) for p in profiles)]
   if not panels:
@@ -44,15 +43,19 @@ def contraction(
   for axis, (key, title, unit) in zip(axes[0], panels, strict=True):
     for number, one in enumerate(profiles):
       look = looks[one['design']]
-      style.over_depth(axis, one.get(key), look, number, linestyle='-')
+      values = _floor(one.get(key)) if key == 'sigma_diff' else one.get(key)
+      style.over_depth(axis, values, look, number, linestyle='-')
       if key == 'sigma_diff' and one.get('sigma_diff_init'):
         started = True
         plain = {'linestyle': ':', 'linewidth': 1.0, 'fillstyle': 'none'}
-        style.over_depth(axis, one['sigma_diff_init'], look, number, **plain)
+        values = _floor(one['sigma_diff_init'])
+        style.over_depth(axis, values, look, number, **plain)
     style.label(axis, title, 'sub-layer l', unit)
     axis.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    most = max(len(one.get(key) or ()) for one in profiles)
+    axis.set_xlim(0.4, most + 0.6)
     if key == 'sigma_diff':
-      depth = np.arange(1, max(len(one[key]) for one in profiles) + 1)
+      depth = np.array([0.5, most + 0.5])
       axis.plot(depth, DECAY**depth, color='black', linewidth=0.7)
       style.log_axis(axis)
     elif key == 'effective_rank':
@@ -66,8 +69,13 @@ def contraction(
       handles.append(Line2D([], [], label='at step 0', **dots))
     line = {'color': 'black', 'linewidth': 0.7}
     handles.append(Line2D([], [], label=f'${DECAY:g}^l$', **line))
-  style.legend(figure, handles, 5)
+  style.legend(figure, handles)
   return figure
+
+
+def _floor(values):
+  """A list of numbers, none below what a log axis shows."""
+  return np.maximum(style.numbers(values or []), style.SMALLEST).tolist()
 
 
 @style.styled
@@ -87,7 +95,7 @@ def depth(points: Sequence[dict], designs: Sequence[str] = ()) -> Figure | None:
   for one in points:
     look = looks[one['design']]
     line = {'color': look.color, 'linestyle': look.line, 'marker': look.marker}
-    left = np.maximum(style.numbers(one['sigma_diff']), SMALLEST)
+    left = np.maximum(style.numbers(one['sigma_diff']), style.SMALLEST)
     half = style.numbers(one['half_life'])
     pair[0].plot(one['blocks'], left, **line)
     pair[1].plot(
@@ -104,6 +112,9 @@ def depth(points: Sequence[dict], designs: Sequence[str] = ()) -> Figure | None:
   for axis in pair:
     _axis_values(axis, every)
     style.log_axis(axis)
+  if never:
+    low, high = pair[1].get_ylim()
+    pair[1].set_ylim(low, high * (high / low) ** 0.15)
   style.label(pair[0], '', 'blocks', 'sigma_diff after L sub-layers')
   style.label(pair[1], '', 'blocks', 'half-life (sub-layers)')
   handles = [style.handle(look) for look in looks.values()]
@@ -113,7 +124,7 @@ def depth(points: Sequence[dict], designs: Sequence[str] = ()) -> Figure | None:
     arrow = {'marker': '^', 'linestyle': '', 'color': 'black'}
     arrow |= {'fillstyle': 'none'}
     handles.append(Line2D([], [], label='never halves', **arrow))
-  style.legend(figure, handles, 4)
+  style.legend(figure, handles)
   return figure
 
 
@@ -137,9 +148,9 @@ def over_axis(
   row counts where it has the axis, in `setting` or as a column.
   """
   panels = (
-    ('gap_nats', 'held-out loss', 'gap to residual (nats / token)', False),
+    ('gap_nats', 'held-out loss', 'gap to residual (nats)', False),
     ('column_residual', 'column residual', '|column sum - 1|', True),
-    ('gain_bwd_max', 'backward gain', 'Amax gain, largest over depth', True),
+    ('gain_bwd_max', 'backward gain', 'largest Amax gain', True),
     ('step_time_ratio', 'time of a step', 'ratio to residual', True),
   )
   found = {one: _by_value(rows, axis, kinds, one[0]) for one in panels}
@@ -174,7 +185,7 @@ def over_axis(
     if one[0] != 'column_residual':
       neutral = float(logarithmic)
       panel.axhline(neutral, color='black', linewidth=0.8, zorder=1)
-  style.legend(figure, [style.handle(look) for look in looks.values()], 4)
+  style.legend(figure, [style.handle(look) for look in looks.values()])
   return figure
 
 
@@ -212,7 +223,7 @@ def _means(panel, by_value, places, shift, look, logarithmic):
     x = x * 1.025**shift if numeric else x + 0.03 * shift
     runs = np.array(by_value[value])
     if logarithmic:
-      runs = np.maximum(runs, SMALLEST)
+      runs = np.maximum(runs, style.SMALLEST)
       mean, low, high = map(math.exp, style.interval(np.log(runs)))
     else:
       mean, low, high = style.interval(runs)

@@ -30,27 +30,28 @@ def ablation(cells: Sequence[dict]) -> Figure | None:
   if not cells:
     return None
   kinds = [*dict.fromkeys(one['kind'] for one in cells)]
-  parts = {
-    part: [s for s in STATES if any(one[part] == s for one in cells)]
-    for part in ('pre', 'post', 'res')
-  }
-  columns = [(pre, post) for pre in parts['pre'] for post in parts['post']]
-  columns = [
+  columns = [s for s in STATES if any(one['pre'] == s for one in cells)]
+  lines = [(post, res) for post in STATES for res in STATES]
+  lines = [
     both
-    for both in columns
-    if any((one['pre'], one['post']) == both for one in cells)
+    for both in lines
+    if any((one['post'], one['res']) == both for one in cells)
   ]
-  width = 1.5 + max(1.05 * len(columns), 2.2)
-  height = len(kinds) * (0.75 + 0.42 * len(parts['res']))
-  figure, axes = style.subplots(len(kinds), 1, width, height)
+  across = min(2, len(kinds))
+  down = math.ceil(len(kinds) / across)
+  width = 1.9 + across * 1.2 * len(columns)
+  height = max(1.9, 0.4 + down * (0.35 + 0.36 * len(lines)))
+  figure, axes = style.subplots(
+    down, across, width, height, sharex=True, sharey=True
+  )
   means = [style.number(one['mean']) for one in cells]
-  for axis, kind in zip(axes[:, 0], kinds, strict=True):
-    grid = np.full((len(parts['res']), len(columns)), np.nan)
+  for axis, kind in zip(axes.flat, kinds, strict=False):
+    grid = np.full((len(lines), len(columns)), np.nan)
     places = {}
     for one in cells:
       if one['kind'] == kind:
-        line = parts['res'].index(one['res'])
-        place = line, columns.index((one['pre'], one['post']))
+        line = lines.index((one['post'], one['res']))
+        place = line, columns.index(one['pre'])
         grid[place], places[place] = one['mean'], one
     image = _grid(axis, grid, min(means), max(means))
     for (line, column), one in places.items():
@@ -60,14 +61,27 @@ def ablation(cells: Sequence[dict]) -> Figure | None:
         text += f'\n[{low:+.4f}, {high:+.4f}]'
       _say(axis, image, line, column, text, weight=_weight(low, high))
     axis.set_title(style.short(kind))
-    axis.set_yticks(range(len(parts['res'])), parts['res'])
-    names = [f'{pre}\n{post}' for pre, post in columns]
-    axis.set_xticks(range(len(columns)), names)
-    axis.set_ylabel('H_res')
-  axes[-1, 0].set_xlabel('H_pre (above), H_post (below)')
-  bar = figure.colorbar(image, ax=axes[:, 0].tolist(), fraction=0.04)
-  bar.set_label('gap (nats / token)')
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(lines)), [', '.join(both) for both in lines])
+  _finish(figure, axes, len(kinds))
+  figure.supxlabel('H_pre', fontsize=8)
+  figure.supylabel('H_post, H_res', fontsize=8)
+  _bar(figure, image, axes.ravel().tolist(), 'gap (nats / token)')
   return figure
+
+
+def _finish(figure, axes, used):
+  """Hides the panels after the first `used`; ticks at the lowest of each."""
+  for axis in axes.flat[used:]:
+    axis.set_visible(False)
+  for axis in axes.flat[max(0, used - axes.shape[1]) : used]:
+    axis.tick_params(labelbottom=True)
+
+
+def _bar(figure, image, axes, text):
+  height = figure.get_figheight()
+  bar = figure.colorbar(image, ax=axes, fraction=0.05, aspect=8 * height)
+  bar.set_label(text)
 
 
 def _weight(low, high):
@@ -128,13 +142,12 @@ def stability(
   looks = style.looks((row['variant'] for row in rows), designs)
   lrs = sorted({row['lr'] for row in rows})
   depths = sorted({row['blocks'] for row in rows}, reverse=True)
-  each = max(1.7, 0.66 * len(lrs)) + 0.2
-  across = max(1, min(len(looks), int(8.0 // each)))
+  each = max(1.7, 0.74 * len(lrs)) + 0.15
+  across = max(1, min(len(looks), int(8.2 // each)))
   down = math.ceil(len(looks) / across)
-  size = 1.1 + each * across, 0.45 + down * (0.5 + 0.42 * len(depths))
+  height = max(1.9, 0.45 + down * (0.4 + 0.36 * len(depths)))
+  size = 1.1 + each * across, height
   figure, axes = style.subplots(down, across, *size, sharex=True, sharey=True)
-  for axis in axes.flat[len(looks) :]:
-    axis.set_visible(False)
   for axis, (design, look) in zip(axes.flat, looks.items(), strict=False):
     grid = np.full((len(depths), len(lrs)), np.nan)
     texts = {}
@@ -155,8 +168,8 @@ def stability(
     axis.set_yticks(range(len(depths)), [str(depth) for depth in depths])
   figure.supxlabel('learning rate', fontsize=8)
   figure.supylabel('blocks', fontsize=8)
-  bar = figure.colorbar(image, ax=axes.ravel().tolist(), fraction=0.04)
-  bar.set_label('share of runs with a loss spike')
+  _finish(figure, axes, len(looks))
+  _bar(figure, image, axes.ravel().tolist(), 'share with a loss spike')
   return figure
 
 
@@ -200,8 +213,7 @@ def reads(
       axis.set_title(f'{style.short(one["design"])}: {name}')
       axis.set_ylabel('stream')
       axis.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-    bar = figure.colorbar(image, ax=axes[:, column].tolist(), fraction=0.05)
-    bar.set_label(f'{name}, mean over tokens')
+    _bar(figure, image, axes[:, column].tolist(), f'{name}, mean')
   most = max(len(one['pre_mean'][0]) for one in profiles)
   for axis, one in zip(axes[:, 2], profiles, strict=True):
     style.over_depth(axis, one.get('streams_read'), looks[one['design']])
