@@ -192,15 +192,18 @@ def label(axis, title: str, x: str, y: str) -> None:
 
 
 def legend(figure: Figure, handles: Sequence[Any]) -> None:
-  """The figure's one legend, below its panels, as wide as the figure."""
+  """The figure's one legend, below its panels, which keep their height."""
   if not handles:
     return
   longest = max(len(one.get_label()) for one in handles)
-  columns = int(figure.get_figwidth() / (0.75 + 0.066 * longest))
+  columns = int(figure.get_figwidth() / (0.62 + 0.06 * longest))
+  columns = max(1, min(columns, len(handles)))
+  rows = math.ceil(len(handles) / columns)
+  figure.set_figheight(figure.get_figheight() + 0.165 * (rows - 1))
   figure.legend(
     handles=[*handles],
     loc='outside lower center',
-    ncols=max(1, min(columns, len(handles))),
+    ncols=columns,
     handlelength=3,
     columnspacing=1.4,
   )
@@ -238,7 +241,7 @@ def log_axis(axis, which: str = 'y', least: float = 4.0) -> None:
   if decades < 4:
     part.set_major_formatter(lambda value, _: f'{value:.4g}')
   if decades < 0.9:
-    part.set_major_locator(ticker.MaxNLocator(4))
+    part.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
     part.set_minor_locator(ticker.NullLocator())
     return
   digits = '25' if decades < 1.5 else ''

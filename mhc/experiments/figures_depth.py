@@ -51,7 +51,9 @@ def contraction(
         values = _floor(one['sigma_diff_init'])
         style.over_depth(axis, values, look, number, **plain)
     style.label(axis, title, 'sub-layer l', unit)
-    axis.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    axis.xaxis.set_major_locator(
+      ticker.MaxNLocator(5, integer=True, min_n_ticks=1)
+    )
     most = max(len(one.get(key) or ()) for one in profiles)
     axis.set_xlim(0.4, most + 0.6)
     if key == 'sigma_diff':
@@ -148,7 +150,7 @@ def over_axis(
   row counts where it has the axis, in `setting` or as a column.
   """
   panels = (
-    ('gap_nats', 'held-out loss', 'gap to residual (nats)', False),
+    ('gap_nats', 'held-out loss', 'gap (nats / token)', False),
     ('column_residual', 'column residual', '|column sum - 1|', True),
     ('gain_bwd_max', 'backward gain', 'largest Amax gain', True),
     ('step_time_ratio', 'time of a step', 'ratio to residual', True),

@@ -39,7 +39,7 @@ def ablation(cells: Sequence[dict]) -> Figure | None:
   ]
   across = min(2, len(kinds))
   down = math.ceil(len(kinds) / across)
-  width = 1.9 + across * 1.2 * len(columns)
+  width = 1.8 + across * 1.2 * len(columns)
   height = max(1.9, 0.4 + down * (0.35 + 0.36 * len(lines)))
   figure, axes = style.subplots(
     down, across, width, height, sharex=True, sharey=True
@@ -59,7 +59,7 @@ def ablation(cells: Sequence[dict]) -> Figure | None:
       text = f'{one["mean"]:+.4f}'
       if math.isfinite(low):
         text += f'\n[{low:+.4f}, {high:+.4f}]'
-      _say(axis, image, line, column, text, weight=_weight(low, high))
+      _say(axis, image, line, column, text, 6.5, weight=_weight(low, high))
     axis.set_title(style.short(kind))
     axis.set_xticks(range(len(columns)), columns)
     axis.set_yticks(range(len(lines)), [', '.join(both) for both in lines])
@@ -91,7 +91,7 @@ def _weight(low, high):
 def _grid(axis, values, low, high):
   """A heat map; what is missing is hatched."""
   if high <= low:
-    low, high = low - 0.5, high + 0.5
+    low, high = low - max(1e-3, abs(low)), high + max(1e-3, abs(high))
   axis.set_facecolor('white')
   rows, columns = values.shape
   axis.fill_between(
@@ -110,7 +110,7 @@ def _grid(axis, values, low, high):
   return image
 
 
-def _say(axis, image, line, column, text, **font):
+def _say(axis, image, line, column, text, size=7.0, **font):
   """Text in a cell of a heat map, in what is readable on its colour."""
   value = image.norm(float(image.get_array()[line, column]))
   red, green, blue, _ = colormaps['cividis'](float(value))
@@ -121,7 +121,7 @@ def _say(axis, image, line, column, text, **font):
     text,
     ha='center',
     va='center',
-    fontsize=7,
+    fontsize=size,
     color='black' if light > 0.45 else 'white',
     zorder=3,
     **font,
