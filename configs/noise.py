@@ -1,10 +1,10 @@
-"""How much differences scatter over seeds, at candidates for configs/compare.py.
+"""How much differences scatter over seeds: candidates for configs/compare.py.
 
     python launch/compare.py --config=configs/noise.py --workdir=runs/noise
 
-What a comparison can see is set by the spread of the differences over seeds. The
-panels vary what may reduce it: the learning rate, the tokens a step at equal
-steps, and the length.
+What a comparison can see is set by the spread of the differences over seeds.
+The panels vary what may reduce it: the learning rate, the tokens a step at
+equal steps, and the length.
 """
 
 import ml_collections

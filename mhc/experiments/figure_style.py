@@ -18,9 +18,34 @@ from matplotlib.lines import Line2D
 import numpy as np
 from scipy import stats
 
-from mhc.experiments import plots
 from mhc.experiments import statistics
 
+# Okabe-Ito, readable with colour blindness; one colour a kind everywhere.
+COLORS = {
+  'residual': '#555555',
+  'hc': '#D55E00',
+  'mhc': '#0072B2',
+  'identity': '#009E73',
+  'mhc_lite': '#CC79A7',
+  'kromhc': '#E69F00',
+  'orthogonal': '#882255',
+  'mhc_single_pass': '#56B4E9',
+}
+# Kinds whose gain is 1 by construction overlap: dashes show all.
+STYLES = {
+  'residual': {'linestyle': (0, (1, 2)), 'linewidth': 2.5, 'zorder': 4},
+  'identity': {'linestyle': (0, (5, 4)), 'zorder': 3},
+}
+LABELS = {
+  'residual': 'residual',
+  'hc': 'HC',
+  'mhc': 'mHC',
+  'identity': 'identity (H_res = I)',
+  'mhc_lite': 'mHC-lite',
+  'kromhc': 'KromHC',
+  'orthogonal': 'orthogonal',
+  'mhc_single_pass': 'mHC single-pass',
+}
 # Fonts of 8 to 9 points at the figure's own size; text stays text in a PDF.
 RC: dict[str, Any] = {
   'font.size': 8,
@@ -91,17 +116,17 @@ class Look(NamedTuple):
   label: str
 
 
-def look(design: str, designs: Iterable[str]) -> Look:
+def look(design: str, designs: Iterable[str] = ()) -> Look:
   """The look of a design; a name that is no kind has its own among `designs`.
 
   It depends on the set of designs, never on their order: give all designs of a
   report to have the same in each of its figures.
   """
-  if design in plots.COLORS:
-    color, marker = plots.COLORS[design], MARKERS.get(design, 'o')
-    return Look(color, marker, LINES.get(design, '-'), plots.LABELS[design])
+  if design in COLORS:
+    color, marker = COLORS[design], MARKERS.get(design, 'o')
+    return Look(color, marker, LINES.get(design, '-'), LABELS[design])
   taken: dict[int, str] = {}
-  for name in sorted({design, *designs} - {*plots.COLORS}):
+  for name in sorted({design, *designs} - {*COLORS}):
     slot = zlib.crc32(name.encode()) % len(OTHERS)
     while slot % len(OTHERS) in taken and len(taken) < len(OTHERS):
       slot = (slot + 1) % len(OTHERS)
@@ -113,9 +138,9 @@ def look(design: str, designs: Iterable[str]) -> Look:
 
 def short(design: str) -> str:
   """The name of a design for the middle of a line."""
-  if design in plots.LABELS:
-    return plots.LABELS[design].split(' (')[0]
-  kinds = [kind for kind in plots.LABELS if design.startswith(f'{kind}_')]
+  if design in LABELS:
+    return LABELS[design].split(' (')[0]
+  kinds = [kind for kind in LABELS if design.startswith(f'{kind}_')]
   if not kinds:
     return design.replace('_', ' ')
   kind = max(kinds, key=len)
@@ -123,9 +148,9 @@ def short(design: str) -> str:
 
 
 def looks(names: Iterable[str], designs: Sequence[str]) -> dict[str, Look]:
-  """The looks of the designs of a figure, in the order of plots.COLORS."""
+  """The looks of the designs of a figure, in the order of COLORS."""
   names = [*dict.fromkeys(names)]
-  order = [*plots.COLORS]
+  order = [*COLORS]
   names.sort(
     key=lambda name: (
       order.index(name) if name in order else len(order),

@@ -14,34 +14,8 @@ import numpy as np
 from scipy import stats
 
 from mhc.experiments import events as events_lib
+from mhc.experiments import figure_style as looks
 from mhc.experiments import results
-
-# Okabe-Ito, readable with colour blindness; one colour a kind everywhere.
-COLORS = {
-  'residual': '#555555',
-  'hc': '#D55E00',
-  'mhc': '#0072B2',
-  'identity': '#009E73',
-  'mhc_lite': '#CC79A7',
-  'kromhc': '#E69F00',
-  'orthogonal': '#882255',
-  'mhc_single_pass': '#56B4E9',
-}
-# Kinds whose gain is 1 by construction overlap: dashes show all.
-STYLES = {
-  'residual': {'linestyle': (0, (1, 2)), 'linewidth': 2.5, 'zorder': 4},
-  'identity': {'linestyle': (0, (5, 4)), 'zorder': 3},
-}
-LABELS = {
-  'residual': 'residual',
-  'hc': 'HC',
-  'mhc': 'mHC',
-  'identity': 'identity (H_res = I)',
-  'mhc_lite': 'mHC-lite',
-  'kromhc': 'KromHC',
-  'orthogonal': 'orthogonal',
-  'mhc_single_pass': 'mHC single-pass',
-}
 
 # Line styles of guards; dashes lie on solid lines where two alert at one step.
 MARKS = {
@@ -60,7 +34,7 @@ def draw_all(runs: list[results.Run], folder: pathlib.Path) -> dict[str, str]:
   """Draws the figures of one setting into `folder`; file name -> caption."""
   by_kind: ByKind = {}
   for run in runs:
-    by_kind.setdefault(run.kind, []).append(run)
+    by_kind.setdefault(run.variant, []).append(run)
   figures: dict[str, tuple[Callable[[ByKind], Figure | None], str]] = {
     'loss.png': (
       loss,
@@ -131,7 +105,9 @@ def loss(by_kind: ByKind) -> Figure:
         [baseline[run.config.seed] for run in paired], 'loss/heldout'
       )
       _band(axes[1], kind, steps, curves - base, marker='o', markersize=3)
-    axes[1].axhline(0, color=COLORS['residual'], linewidth=1, label='residual')
+    axes[1].axhline(
+      0, color=looks.COLORS['residual'], linewidth=1, label='residual'
+    )
     _label(
       axes[1], 'held-out loss, gap to residual', 'step', 'gap (nats / token)'
     )
@@ -146,10 +122,10 @@ def grad_norm(by_kind: ByKind) -> Figure:
       axes[0].plot(
         steps,
         values,
-        color=COLORS[kind],
+        color=looks.look(kind).color,
         linewidth=0.8,
         alpha=0.8,
-        label=LABELS[kind] if number == 0 else None,
+        label=looks.look(kind).label if number == 0 else None,
       )
   axes[0].set_yscale('log')
   _label(axes[0], 'gradient norm', 'step', 'global L2 norm')
@@ -165,7 +141,14 @@ def gains_over_training(by_kind: ByKind) -> Figure:
     for kind, runs in by_kind.items():
       steps = np.array([probe['step'] for probe in runs[0].probes])
       curves = np.stack([run.probe(name).max(axis=1) for run in runs])
-      _band(axis, kind, steps, curves, stats.gmean, **STYLES.get(kind, {}))
+      _band(
+        axis,
+        kind,
+        steps,
+        curves,
+        stats.gmean,
+        **looks.STYLES.get(kind, {}),
+      )
     _gain_axis(axis)
     _label(
       axis, f'{title} composite gain', 'step', 'Amax gain, largest over depth'
@@ -185,7 +168,14 @@ def gains_over_depth(by_kind: ByKind) -> Figure:
     for kind, runs in by_kind.items():
       curves = np.stack([run.probe(name)[-1] for run in runs])
       depth = np.arange(1, curves.shape[1] + 1)
-      _band(axis, kind, depth, curves, stats.gmean, **STYLES.get(kind, {}))
+      _band(
+        axis,
+        kind,
+        depth,
+        curves,
+        stats.gmean,
+        **looks.STYLES.get(kind, {}),
+      )
     _gain_axis(axis)
     _label(axis, title, 'sub-layer l', 'Amax gain')
   return figure
@@ -235,7 +225,7 @@ def first_events(panels: dict[str, list[results.Run]]) -> Figure | None:
   figure, axes = _axes(len(spiky), 1, width=9, height=2.8 * len(spiky))
   for axis, (name, run) in zip(axes, spiky.items(), strict=True):
     steps, values = run.series('loss/train')
-    axis.plot(steps, values, color=COLORS[run.kind], linewidth=1.2)
+    axis.plot(steps, values, color=looks.look(run.variant).color, linewidth=1.2)
     for guard, event in events_lib.first_alerts(run.events).items():
       color, style = MARKS.get(guard, ('black', ':'))
       axis.axvline(
@@ -245,7 +235,11 @@ def first_events(panels: dict[str, list[results.Run]]) -> Figure | None:
         zorder=2 if style == '-' else 3,
         label=f'step {event["step"]}: guard {guard}',
       )
-    points = {'linestyle': '', 'color': COLORS[run.kind], 'zorder': 4}
+    points = {
+      'linestyle': '',
+      'color': looks.look(run.variant).color,
+      'zorder': 4,
+    }
     spikes = events_lib.rolled_back_spikes(run.events)
     if spikes:
       label = f'step {spikes[0][0]}: first of {len(spikes)} rolled back'
@@ -255,7 +249,7 @@ def first_events(panels: dict[str, list[results.Run]]) -> Figure | None:
       label = f'step {spike}: loss spike'
       value = values[steps == spike][0]
       axis.plot([spike], [value], marker='o', label=label, **points)
-    title = f'{name}: {LABELS[run.kind]}, seed {run.config.seed}'
+    title = f'{name}: {looks.look(run.variant).label}, seed {run.config.seed}'
     _label(axis, title, 'step', 'loss (nats / token)')
     axis.legend(
       handles=sorted(axis.lines[1:], key=lambda line: line.get_xdata()[0]),
@@ -272,10 +266,14 @@ def _num_spikes(run):
 
 
 def mappings(by_kind: ByKind) -> Figure | None:
-  kinds = [kind for kind in by_kind if kind not in ('residual', 'identity')]
+  kinds = [
+    name
+    for name, runs in by_kind.items()
+    if runs[0].kind not in ('residual', 'identity')
+  ]
   if not kinds:
     return None
-  depth = 2 * by_kind[kinds[0]][0].comparison_key[0]
+  depth = 2 * by_kind[kinds[0]][0].config.model.num_blocks
   half = depth // 2
   titles = [f'H_{i}' for i in (1, half, depth)]
   titles += [
@@ -292,7 +290,7 @@ def mappings(by_kind: ByKind) -> Figure | None:
     for axis, matrix, title in zip(
       line, np.concatenate([single, products]), titles, strict=True
     ):
-      _heat_map(axis, matrix, f'{LABELS[kind]}: {title}')
+      _heat_map(axis, matrix, f'{looks.look(kind).label}: {title}')
   return figure
 
 
@@ -354,8 +352,8 @@ def _band(axis, kind, steps, curves, mean=np.mean, **style):
   axis.plot(
     steps,
     mean(curves, axis=0),
-    color=COLORS[kind],
-    label=LABELS[kind],
+    color=looks.look(kind).color,
+    label=looks.look(kind).label,
     **style,
   )
   if len(curves) > 1:
@@ -363,7 +361,7 @@ def _band(axis, kind, steps, curves, mean=np.mean, **style):
       steps,
       curves.min(axis=0),
       curves.max(axis=0),
-      color=COLORS[kind],
+      color=looks.look(kind).color,
       alpha=0.15,
       linewidth=0,
     )

@@ -23,6 +23,7 @@ from mhc.experiments import html
 from mhc.experiments import plots
 from mhc.experiments import results
 from mhc.experiments import sections
+from mhc.experiments import statistics
 from mhc.experiments import tables
 from mhc.experiments import timing
 from mhc.experiments import tuning
@@ -238,7 +239,9 @@ def summary(values: dict[str, Any]) -> str:
   for (panel, design, setting), group in groups.items():
     losses = [row['heldout_nats'] for row in group]
     loss = 'not finite' if None in losses else f'{np.mean(losses):.4f}'
-    gain = plots.geometric([row['gain_max'] for row in group])
+    gain = statistics.geometric_mean(
+      [row['gain_max'] or math.inf for row in group]
+    )
     cosines = [r['stream_cosine'] for r in group if r['stream_cosine']]
     cosine = f'{np.median(cosines):.3f}' if cosines else ''
     spiked = sum(row['loss_spikes'] > 0 for row in group)

@@ -5,8 +5,8 @@ import json
 
 from mhc import config as config_lib
 from mhc.experiments import events
+from mhc.experiments import figure_style
 from mhc.experiments import html
-from mhc.experiments import plots
 from mhc.experiments import results
 from mhc.training import guards
 
@@ -86,7 +86,7 @@ def test_what_is_watched():
     row('hc', None, seed=2),
   ]
   hc = 'gain 3, save 2, loss_spike 1, rollback 1'
-  lines = events.summary_table(rows, plots.LABELS.__getitem__)
+  lines = events.summary_table(rows, figure_style.short)
   assert [' | '.join(line) for line in lines] == [
     'stress | residual | 1 | not recorded | 2 | 3 |  |  |  | ',
     'stress | mHC | 1 | none | 2 | 3 | 0 | 0 | 0 / 4 | 0',

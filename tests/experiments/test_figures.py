@@ -12,10 +12,9 @@ from mhc.experiments import figure_style as style
 from mhc.experiments import figures
 from mhc.experiments import figures_depth
 from mhc.experiments import figures_heat
-from mhc.experiments import plots
 
 NAMES = (
-  *plots.COLORS,
+  *figure_style.COLORS,
   *('mhc_static', 'residual_params', 'residual_memory', 'a', 'b', 'c'),
 )
 LONG = 'lower by 0.0101 [0.0010, 0.0192], within the margin of 0.01'
