@@ -1,4 +1,4 @@
-r"""How a gap and a design's worth change over sizes: trends, compute multipliers.
+r"""How a gap, or what a design is worth in compute, changes over sizes.
 
 Cells are sizes: at size i, seeds s have trained the plain residual and a design
 with the same data and weights. Everything is estimated from the cells' means;
@@ -96,8 +96,9 @@ def power_law(
 ) -> Law:
   """Least squares of loss = floor + scale compute^-exponent.
 
-  For each exponent the other two follow linearly; the exponent is the minimum
-  of a parabola through the best of a grid from 0.01 to 2 and its neighbours.
+  For each exponent the other two follow linearly; the exponent is the best of
+  a grid from 0.01 to 2, refined by parabolas through it and both its sides,
+  closer each time.
   Four sizes or more determine it.
 
   Args:
@@ -117,15 +118,21 @@ def power_law(
     return scale, ((centred - scale * shape) ** 2).sum(axis=-1, keepdims=True)
 
   logs = np.linspace(math.log(0.01), math.log(2), 61)
-  errors = [scale_and_error(np.full((1,), math.exp(e)))[1] for e in logs]
-  errors = np.concatenate(errors, axis=-1)
-  best = np.clip(errors.argmin(axis=-1)[..., None], 1, len(logs) - 2)
-  left, middle, right = (
-    np.take_along_axis(errors, best + side, -1) for side in (-1, 0, 1)
-  )
-  bend = left - 2 * middle + right
-  shift = 0.5 * (left - right) / np.where(bend > 0, bend, np.inf)
-  exponent = np.exp(logs[best] + np.clip(shift, -1, 1) * (logs[1] - logs[0]))
+  shapes = np.exp(-relative * np.exp(logs)[:, None])
+  shapes -= shapes.mean(axis=-1, keepdims=True)
+  shapes /= np.linalg.norm(shapes, axis=-1, keepdims=True)
+  # The least error is the largest part that lies along the shape.
+  log = logs[np.abs(centred @ shapes.T).argmax(axis=-1)][..., None]
+  step = logs[1] - logs[0]
+  for _ in range(3):
+    left, middle, right = (
+      scale_and_error(np.exp(log + side))[1] for side in (-step, 0, step)
+    )
+    bend = left - 2 * middle + right
+    shift = 0.5 * (left - right) / np.where(bend > 0, bend, np.inf)
+    log = np.clip(log + np.clip(shift, -1, 1) * step, logs[0], logs[-1])
+    step /= 16
+  exponent = np.exp(log)
   scale, _ = scale_and_error(exponent)
   mean_shape = np.exp(-relative * exponent).mean(axis=-1, keepdims=True)
   floor = y.mean(axis=-1, keepdims=True) - scale * mean_shape
