@@ -17,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from mhc.experiments.statistics import Interval
+from mhc.experiments.statistics import Numbers
 
 DRAWS = 400
 # Sizes that a law with three constants is fitted to.
@@ -57,7 +58,7 @@ class Multiplier(NamedTuple):
   by_size: np.ndarray  # [sizes]
 
 
-def trend(sizes: Sequence[float], gaps: Cells, level: float = 0.95) -> Trend:
+def trend(sizes: Numbers, gaps: Cells, level: float = 0.95) -> Trend:
   """A line through the gaps over log10 size, each size weighted by its seeds.
 
   Raises:
@@ -91,9 +92,7 @@ def trend(sizes: Sequence[float], gaps: Cells, level: float = 0.95) -> Trend:
   return Trend(level_, slope, band, verdict)
 
 
-def power_law(
-  compute: Sequence[float], loss: Sequence[float] | np.ndarray
-) -> Law:
+def power_law(compute: Numbers, loss: Numbers) -> Law:
   """Least squares of loss = floor + scale compute^-exponent.
 
   For each exponent the other two follow linearly; the exponent is the best of
@@ -140,8 +139,8 @@ def power_law(
 
 
 def multiplier(
-  compute: Sequence[float],
-  cost_ratio: Sequence[float],
+  compute: Numbers,
+  cost_ratio: Numbers,
   losses: Cells,
   level: float = 0.95,
 ) -> Multiplier:
