@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
       kinds=('residual', 'hc', 'mhc', 'identity'),
       seeds=(0, 1, 2, 3),
       num_blocks=(8,),
-      learning_rates=(1e-2,),
+      learning_rates=(5e-3,),
       num_steps=200,
       batch_size=32,
       contrasts=(

@@ -48,11 +48,11 @@ def get_config() -> ml_collections.ConfigDict:
     )
 
   panels = {
-    'rate': panel('Learning rates', learning_rates=(1e-2, 2e-2)),
+    'rate': panel('Learning rates', learning_rates=(5e-3, 1e-2)),
     'batch': panel(
-      'A quarter of the tokens', batch_size=8, learning_rates=(1e-2,)
+      'A quarter of the tokens', batch_size=8, learning_rates=(5e-3,)
     ),
-    'length': panel('Half of the steps', num_steps=100, learning_rates=(1e-2,)),
+    'length': panel('Half of the steps', num_steps=100, learning_rates=(5e-3,)),
   }
   return ml_collections.ConfigDict(
     dicts.to_dict(comparison_lib.Comparison(base, panels))

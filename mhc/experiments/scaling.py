@@ -1,11 +1,12 @@
-r"""How a gap, and what a design is worth in compute, change over sizes.
+r"""How a gap, or what a design is worth in compute, changes over sizes.
 
 Cells are sizes: at size i, seeds s have trained the plain residual and a design
 with the same data and weights. Everything is estimated from the cells' means;
 intervals come from a bootstrap that draws seeds anew within each size, a seed
 of both designs together. Few seeds understate their spread, so residuals are
-scaled by sqrt(N / (N - 1)) and the spread of the draws is multiplied by the t
-quantile of sum(N - 1) degrees of freedom instead of the normal one.
+scaled by sqrt(N / (N - 1)) and the spread of the draws is multiplied by a t
+quantile instead of the normal one. Sizes weigh unequally (the ends make a
+slope), so its degrees of freedom are Satterthwaite's, not the sum of N - 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from mhc.experiments.statistics import Interval
+from mhc.experiments.statistics import Numbers
 
 DRAWS = 400
 # Sizes that a law with three constants is fitted to.
@@ -45,7 +47,7 @@ class Law(NamedTuple):
   def compute(self, loss):
     """The compute at which the law has this loss; inf at or below its floor."""
     above = np.maximum(np.asarray(loss, float) - self.floor, 0)
-    with np.errstate(divide='ignore'):
+    with np.errstate(divide='ignore', over='ignore'):
       return (above / self.scale) ** (-1 / self.exponent)
 
 
@@ -56,7 +58,7 @@ class Multiplier(NamedTuple):
   by_size: np.ndarray  # [sizes]
 
 
-def trend(sizes: Sequence[float], gaps: Cells, level: float = 0.95) -> Trend:
+def trend(sizes: Numbers, gaps: Cells, level: float = 0.95) -> Trend:
   """A line through the gaps over log10 size, each size weighted by its seeds.
 
   Raises:
@@ -67,19 +69,18 @@ def trend(sizes: Sequence[float], gaps: Cells, level: float = 0.95) -> Trend:
   weights = np.array([cell.shape[-1] for cell in gaps], float)
   middle = np.average(x, weights=weights)
 
+  points = np.linspace(x[0], x[-1], 41)
+
   def line(means):  # of gaps at each size [draws]
     y, centred = np.stack(means, axis=-1), weights * (x - middle)
-    slope = y @ centred / (centred @ (x - middle))
-    return np.stack([y @ weights / weights.sum(), slope], axis=-1)
+    mean = (y @ weights / weights.sum())[:, None]
+    slope = (y @ centred / (centred @ (x - middle)))[:, None]
+    return np.hstack([mean, slope, mean + slope * (points - middle)])
 
-  points = np.linspace(x[0], x[-1], 41)
-  estimate, half, draws = bootstrap(line, gaps, level)
-  lines = draws[:, :1] + draws[:, 1:] * (points - middle)
-  spread = lines.std(axis=0, ddof=1) * _quantile(gaps, level)
-  fitted = estimate[0] + estimate[1] * (points - middle)
+  fitted, half = bootstrap(line, gaps, level)
+  low, high = fitted - half, fitted + half
   level_, slope = (
-    Interval(float(e), float(e - h), float(e + h))
-    for e, h in zip(estimate, half, strict=True)
+    Interval(float(fitted[i]), float(low[i]), float(high[i])) for i in (0, 1)
   )
   resolved = slope.low > 0 or slope.high < 0
   # A gap below zero that rises towards it shrinks.
@@ -87,17 +88,16 @@ def trend(sizes: Sequence[float], gaps: Cells, level: float = 0.95) -> Trend:
   verdict = 'slope not resolved'
   if resolved:
     verdict = 'the gap shrinks' if shrinks else 'the gap grows'
-  band = np.stack([points, fitted - spread, fitted + spread], axis=1)
+  band = np.stack([points, low[2:], high[2:]], axis=1)
   return Trend(level_, slope, band, verdict)
 
 
-def power_law(
-  compute: Sequence[float], loss: Sequence[float] | np.ndarray
-) -> Law:
+def power_law(compute: Numbers, loss: Numbers) -> Law:
   """Least squares of loss = floor + scale compute^-exponent.
 
-  For each exponent the other two follow linearly; the exponent is the minimum
-  of a parabola through the best of a grid from 0.01 to 2 and its neighbours.
+  For each exponent the other two follow linearly; the exponent is the best of
+  a grid from 0.01 to 2, refined by parabolas through it and both its sides,
+  closer each time.
   Four sizes or more determine it.
 
   Args:
@@ -117,15 +117,21 @@ def power_law(
     return scale, ((centred - scale * shape) ** 2).sum(axis=-1, keepdims=True)
 
   logs = np.linspace(math.log(0.01), math.log(2), 61)
-  errors = [scale_and_error(np.full((1,), math.exp(e)))[1] for e in logs]
-  errors = np.concatenate(errors, axis=-1)
-  best = np.clip(errors.argmin(axis=-1)[..., None], 1, len(logs) - 2)
-  left, middle, right = (
-    np.take_along_axis(errors, best + side, -1) for side in (-1, 0, 1)
-  )
-  bend = left - 2 * middle + right
-  shift = 0.5 * (left - right) / np.where(bend > 0, bend, np.inf)
-  exponent = np.exp(logs[best] + np.clip(shift, -1, 1) * (logs[1] - logs[0]))
+  shapes = np.exp(-relative * np.exp(logs)[:, None])
+  shapes -= shapes.mean(axis=-1, keepdims=True)
+  shapes /= np.linalg.norm(shapes, axis=-1, keepdims=True)
+  # The least error is the largest part that lies along the shape.
+  log = logs[np.abs(centred @ shapes.T).argmax(axis=-1)][..., None]
+  step = logs[1] - logs[0]
+  for _ in range(3):
+    left, middle, right = (
+      scale_and_error(np.exp(log + side))[1] for side in (-step, 0, step)
+    )
+    bend = left - 2 * middle + right
+    shift = 0.5 * (left - right) / np.where(bend > 0, bend, np.inf)
+    log = np.clip(log + np.clip(shift, -1, 1) * step, logs[0], logs[-1])
+    step /= 16
+  exponent = np.exp(log)
   scale, _ = scale_and_error(exponent)
   mean_shape = np.exp(-relative * exponent).mean(axis=-1, keepdims=True)
   floor = y.mean(axis=-1, keepdims=True) - scale * mean_shape
@@ -133,8 +139,8 @@ def power_law(
 
 
 def multiplier(
-  compute: Sequence[float],
-  cost_ratio: Sequence[float],
+  compute: Numbers,
+  cost_ratio: Numbers,
   losses: Cells,
   level: float = 0.95,
 ) -> Multiplier:
@@ -161,10 +167,11 @@ def multiplier(
     by_size = np.log(needed / c / ratio)
     return np.append(by_size, by_size.mean(axis=-1, keepdims=True), axis=-1)
 
-  estimate, half, _ = bootstrap(logs, losses, level)
-  e, h = float(estimate[-1]), float(half[-1])
-  overall = Interval(*(_exp(e + sign * h) for sign in (0, -1, 1)))
-  return Multiplier(overall, np.exp(estimate[:-1]))
+  estimate, half = bootstrap(logs, losses, level)
+  with np.errstate(over='ignore', invalid='ignore'):
+    overall = np.exp(estimate[-1] + half[-1] * np.array([0.0, -1.0, 1.0]))
+  overall[0] = np.exp(estimate[-1])  # whatever the interval
+  return Multiplier(Interval(*overall.tolist()), np.exp(estimate[:-1]))
 
 
 def bootstrap(
@@ -172,8 +179,8 @@ def bootstrap(
   cells: Cells,
   level: float,
   seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(estimate [k], half-width of its interval [k], draws [DRAWS, k]).
+) -> tuple[np.ndarray, np.ndarray]:
+  """(estimate [k], half-width of its interval [k]); inf if too wide to draw.
 
   `statistic` takes the means over seeds of each cell, [draws, ...], to [draws,
   k].
@@ -186,7 +193,7 @@ def bootstrap(
     spread = np.full(draws.shape[1], np.inf)
   else:
     spread = finite.std(axis=0, ddof=1)
-  return estimate, spread * _quantile(cells, level), draws
+  return estimate, spread * _quantile(statistic, estimate, cells, level)
 
 
 def _drawn_means(rng, cell):
@@ -197,9 +204,27 @@ def _drawn_means(rng, cell):
   return np.moveaxis(mean + drawn * math.sqrt(n / (n - 1)), -1, 0)
 
 
-def _quantile(cells, level):
-  degrees = sum(cell.shape[-1] - 1 for cell in cells)
-  return float(stats.t.ppf(0.5 + level / 2, degrees))
+def _quantile(statistic, estimate, cells, level):
+  """The t quantile of a statistic [k], with Satterthwaite's degrees of freedom.
+
+  A cell's part of the variance is the jackknife's: its seeds left out in turn.
+  """
+  counts = [cell.shape[-1] for cell in cells]
+  without = []  # means of each cell [sum of counts, ...]
+  for i, (cell, n) in enumerate(zip(cells, counts, strict=True)):
+    mean = cell.mean(axis=-1)
+    rows = [np.repeat(mean[None], count, axis=0) for count in counts]
+    rows[i] = mean + np.moveaxis(mean[..., None] - cell, -1, 0) / (n - 1)
+    without.append(np.concatenate(rows))
+  with np.errstate(invalid='ignore', divide='ignore'):
+    squares = (statistic(without) - estimate) ** 2
+    cuts = np.cumsum(counts)[:-1]
+    each = [part.mean(axis=0) for part in np.split(squares, cuts)]
+    parts = np.stack([v * (n - 1) for v, n in zip(each, counts, strict=True)])
+    free = np.array(counts)[:, None] - 1
+    degrees = parts.sum(axis=0) ** 2 / (parts**2 / free).sum(axis=0)
+  degrees = np.where(np.isfinite(degrees), degrees, free.sum())
+  return stats.t.ppf(0.5 + level / 2, degrees)
 
 
 def _check(sizes, cells, least):
@@ -208,7 +233,3 @@ def _check(sizes, cells, least):
   few = [i for i, cell in enumerate(cells) if cell.shape[-1] < 2]
   if few:
     raise ValueError(f'size {sizes[few[0]]:g} has fewer than two seeds')
-
-
-def _exp(value):
-  return math.exp(min(value, 700.0))

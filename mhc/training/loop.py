@@ -112,6 +112,8 @@ class Loop:
       OSError: its end could not be saved.
     """
     pending, values = None, {}
+    if self._step == 0 and self._config.probe_every:
+      self._write_probe()  # of the initial model
     while self._step < self._config.num_steps:
       try:
         before, pending = pending, self._dispatch()
@@ -205,11 +207,7 @@ class Loop:
 
   def _run_probe(self, values) -> list[guards_lib.Event]:
     """Adds the numbers of a probe to the metrics; returns its events."""
-    rows = self._heldout.periodic[: self._config.probe_sequences, :-1]
-    rows = partition.put(rows, self._compiled.mesh, partition.REPLICATED)
-    profile = jax.device_get(self._compiled.probe(self._state, rows))
-    if 'probes' in self._sinks:
-      self._sinks['probes'].write(self._step, profile)
+    profile = self._write_probe()
     values['mhc/gain_fwd_max'] = float(profile['composite_fwd'].max())
     values['mhc/gain_bwd_max'] = float(profile['composite_bwd'].max())
     seen = guards_lib.measures(profile)
@@ -217,6 +215,15 @@ class Loop:
     values['mhc/stream_growth'] = seen['growth']
     values['mhc/sinkhorn_residual'] = seen['residual']
     return self._guards.probe(self._step, seen)
+
+  def _write_probe(self) -> dict[str, np.ndarray]:
+    rows = self._heldout.periodic[: self._config.probe_sequences, :-1]
+    rows = partition.put(rows, self._compiled.mesh, partition.REPLICATED)
+    profile = jax.device_get(self._compiled.probe(self._state, rows))
+    if 'probes' in self._sinks:
+      self._sinks['probes'].write(self._step, profile)
+    self._clock = time.perf_counter()
+    return profile
 
   def _record(self, step, values):
     for name, sink in self._sinks.items():

@@ -51,7 +51,7 @@ def test_a_run_leaves_its_record(finished):
   assert len(losses(workdir)) == 12
   assert [x['step'] for x in lines if 'loss/heldout' in x] == [6, 12]
   probes = files.read_lines(workdir / 'probes.jsonl')
-  assert [probe['step'] for probe in probes] == [5, 10, 12]
+  assert [probe['step'] for probe in probes] == [0, 5, 10, 12]
   assert np.array(probes[0]['mean']).shape == (2, 4, 4)
   assert np.array(probes[0]['pre_mean']).shape == (2, 4)
   assert summary['heldout_nats'] == lines[-1]['loss/heldout']
