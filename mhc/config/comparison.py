@@ -280,9 +280,7 @@ def _config(base, panel, design, setting, seed) -> config_lib.Config:
   if _kind(panel, design) == 'residual':
     # What a connection could be has no meaning for the plain residual.
     shared = {k: v for k, v in shared.items() if not k.startswith(CONNECTION)}
-    plain = config_lib.ConnectionConfig(kind='residual')
-    model = dataclasses.replace(config.model, connection=plain)
-    config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(config, model=config.model.plain)
   if LADDER in setting:
     rung = presets.ladder(setting.pop(LADDER))
     model = dataclasses.replace(rung.model, connection=config.model.connection)

@@ -236,6 +236,12 @@ class ModelConfig:
       )
 
   @property
+  def plain(self) -> 'ModelConfig':
+    """The same network around the plain residual."""
+    residual = ConnectionConfig(kind='residual')
+    return dataclasses.replace(self, connection=residual)
+
+  @property
   def stack(self) -> str:
     """The stack of blocks that a pipeline is cut from."""
     return 'moe_blocks' if self.moe.num_experts else 'dense_blocks'

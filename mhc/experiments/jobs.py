@@ -160,8 +160,9 @@ class Jobs:
       choice = self.rates(cell.panel)[comparison_lib.rate_of(cell.design)]
       changes[tuning.RATE] = choice.rate
     if panel.tokens_per_param:
-      plain = dicts.override(config.model, {'connection.kind': 'residual'})
-      active = counts.count(plain, config.data.seq_len)['active_params']
+      active = counts.count(config.model.plain, config.data.seq_len)[
+        'active_params'
+      ]
       tokens = panel.tokens_per_param * active
       changes['num_steps'] = math.ceil(tokens / config.tokens_per_step)
     return dicts.override(config, changes) if changes else config

@@ -155,9 +155,11 @@ def describe(
 def _work(config) -> tuple[float, float]:
   """FLOPs a step outside of the streams, and work on the streams."""
   connection = config.model.connection
-  plain = dicts.override(config.model, {'connection.kind': 'residual'})
   tokens = config.tokens_per_step
-  model = counts.count(plain, config.data.seq_len)['flops_per_token'] * tokens
+  model = (
+    counts.count(config.model.plain, config.data.seq_len)['flops_per_token']
+    * tokens
+  )
   if connection.kind == 'residual':
     return model, 0.0
   n = connection.num_streams

@@ -216,7 +216,7 @@ class Loop:
     values['mhc/sinkhorn_residual'] = seen['residual']
     return self._guards.probe(self._step, seen)
 
-  def _write_probe(self) -> dict[str, np.ndarray]:
+  def _write_probe(self) -> dict[str, Any]:
     rows = self._heldout.periodic[: self._config.probe_sequences, :-1]
     rows = partition.put(rows, self._compiled.mesh, partition.REPLICATED)
     profile = jax.device_get(self._compiled.probe(self._state, rows))
