@@ -207,6 +207,14 @@ class Comparison:
           f'panels.{name}.kinds: {panel.tuned_on!r} tunes no rate for {kind!r}'
         )
 
+  @property
+  def ordered(self) -> tuple[str, ...]:
+    """The panels: those that tune, that report, that explore."""
+    roles = ('tune', 'report', 'explore')
+    return tuple(
+      sorted(self.panels, key=lambda n: roles.index(self.panels[n].role))
+    )
+
   def check_panels(self, names: Sequence[str] | None):
     """Raises ValueError if there is no panel of one of these names."""
     for name in names or ():

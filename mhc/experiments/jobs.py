@@ -39,7 +39,9 @@ class Jobs:
     panels: Sequence[str] | None = None,
   ):
     self.comparison, self.workdir = comparison, workdir
-    self.panels = tuple(panels or comparison.panels)
+    self.panels = tuple(
+      name for name in comparison.ordered if not panels or name in panels
+    )
     for name in self.panels:
       tuned_on = comparison.panels[name].tuned_on
       if tuned_on and tuned_on not in self.panels:

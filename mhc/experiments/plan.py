@@ -152,6 +152,11 @@ def describe(
   return '\n'.join(text)
 
 
+@functools.cache
+def _flops(model, seq_len):
+  return counts.count(model, seq_len)['flops_per_token']
+
+
 def _work(config) -> tuple[float, float]:
   """FLOPs a step outside of the streams, and work on the streams."""
   connection = config.model.connection

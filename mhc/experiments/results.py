@@ -178,7 +178,7 @@ def read_comparison(
     )
   comparison = comparison_lib.read(json.loads(file.read_text()))
   panels, unfinished = {}, 0
-  for panel in comparison.panels:
+  for panel in comparison.ordered:
     runs = [
       read(workdir / cell.name, cell.design, cell.setting)
       for cell in comparison.cells(panel)
