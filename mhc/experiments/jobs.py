@@ -162,9 +162,7 @@ class Jobs:
       choice = self.rates(cell.panel)[comparison_lib.rate_of(cell.design)]
       changes[tuning.RATE] = choice.rate
     if panel.tokens_per_param:
-      active = counts.count(config.model.plain, config.data.seq_len)[
-        'active_params'
-      ]
-      tokens = panel.tokens_per_param * active
+      counted = counts.count(config.model.plain, config.data.seq_len)
+      tokens = panel.tokens_per_param * counted['active_params']
       changes['num_steps'] = math.ceil(tokens / config.tokens_per_step)
     return dicts.override(config, changes) if changes else config

@@ -161,10 +161,7 @@ def _work(config) -> tuple[float, float]:
   """FLOPs a step outside of the streams, and work on the streams."""
   connection = config.model.connection
   tokens = config.tokens_per_step
-  model = (
-    counts.count(config.model.plain, config.data.seq_len)['flops_per_token']
-    * tokens
-  )
+  model = tokens * _flops(config.model.plain, config.data.seq_len)
   if connection.kind == 'residual':
     return model, 0.0
   n = connection.num_streams
