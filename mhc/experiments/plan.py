@@ -8,6 +8,7 @@ with something else takes longer.
 """
 
 from collections.abc import Sequence
+import functools
 from typing import NamedTuple
 
 from mhc import config as config_lib
