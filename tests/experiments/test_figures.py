@@ -58,22 +58,24 @@ def words(figure):
   return [one.get_text() for one in texts(figure)]
 
 
+def undrawn_ticks(axis):
+  """Labels that matplotlib keeps for ticks it may need, or that are outside."""
+  for part in (axis.xaxis, axis.yaxis):
+    low, high = sorted(part.get_view_interval())
+    used = {*part.get_major_ticks(), *part.get_minor_ticks()}
+    for tick in (*part.majorTicks, *part.minorTicks):
+      if tick not in used or not low <= tick.get_loc() <= high:
+        yield from (tick.label1, tick.label2)
+
+
 def assert_legible(figure):
   """All labels lie inside the figure and none on another."""
   renderer = FigureCanvasAgg(figure).get_renderer()
   width, height = figure.canvas.get_width_height()
   boxes = {}
-  ticks = set()
-  for axis in figure.axes:
-    for part in (axis.xaxis, axis.yaxis):
-      low, high = sorted(part.get_view_interval())
-      for tick in (*part.get_major_ticks(), *part.get_minor_ticks()):
-        outside = not low <= tick.get_loc() <= high
-        for text in (tick.label1, tick.label2):
-          if outside or not part.get_visible() or not axis.get_visible():
-            ticks.add(text)
+  undrawn = {text for axis in figure.axes for text in undrawn_ticks(axis)}
   for text in texts(figure):
-    if text not in ticks and (text.axes is None or text.axes.get_visible()):
+    if text not in undrawn and (text.axes is None or text.axes.get_visible()):
       boxes[text] = text.get_window_extent(renderer)
   for text, box in boxes.items():
     inside = box.x0 > -1 and box.y0 > -1
