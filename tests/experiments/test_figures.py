@@ -313,7 +313,8 @@ def test_over_axis():
   np.testing.assert_allclose(
     caps[1].get_ydata(orig=False), [-0.011 + half] * 3, rtol=1e-6
   )
-  assert column.containers[1].lines[0].get_ydata()[0] == style.SMALLEST
+  floor = column.containers[1].lines[0].get_ydata()[0]
+  assert floor == pytest.approx(style.SMALLEST)
   geometric = gain.containers[0].lines[0].get_ydata()[0]
   np.testing.assert_allclose(geometric, (2 * 3 * 4) ** (1 / 3))
   assert [t.get_text() for t in time.get_xticklabels()] == ['2', '4', '8']
