@@ -1,5 +1,6 @@
 """The figures of the report, drawn from plain data."""
 
+import functools
 import itertools
 import math
 
@@ -48,6 +49,7 @@ def row(variant='mhc', seed=0, **changes):
   } | changes
 
 
+@functools.cache
 def texts(figure):
   """Everything that is written in a figure, after its layout."""
   figure.draw_without_rendering()
