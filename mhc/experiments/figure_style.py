@@ -240,7 +240,7 @@ def handle(look: Look, **style) -> Line2D:
   return Line2D([], [], color=look.color, label=look.label, **style)
 
 
-def plain_ticks(axis, values: Sequence[float], which: str = 'x') -> None:
+def plain_ticks(axis, values: Sequence[float | int], which: str = 'x') -> None:
   """Ticks on these values alone, as few as stand apart on a log axis."""
   values = sorted(set(values))
   part = axis.xaxis if which == 'x' else axis.yaxis
