@@ -10,7 +10,7 @@ FLAGS ?=
 .PHONY: compare test lint format clean
 
 compare: .venv/installed
-	$(BIN)/python launch/compare.py --workdir=$(WORKDIR) $(FLAGS)
+	$(BIN)/python launch/compare.py --workers=0 --workdir=$(WORKDIR) $(FLAGS)
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -67,7 +67,10 @@ def get_config() -> ml_collections.ConfigDict:
     ),
     'main': panel(
       'Designs at their own learning rates, 8 seeds',
-      kinds=('residual', 'residual_params', 'hc', 'mhc', 'identity'),
+      kinds=(
+        *('residual', 'residual_params', 'residual_replicate'),
+        *('hc', 'mhc', 'identity'),
+      ),
       seeds=tuple(range(8)),
       num_steps=300,
       contrasts=(
@@ -75,6 +78,7 @@ def get_config() -> ml_collections.ConfigDict:
         ('mhc', 'residual_params'),
         ('mhc', 'identity'),
         ('mhc', 'hc'),
+        ('residual_replicate', 'residual'),
       ),
       **tuned,
     ),

@@ -101,7 +101,7 @@ def _wider(plain, eighths):
   return dicts.override(plain, changes)
 
 
-def _bytes(config) -> float:
+def _bytes(config) -> int:
   activations = sum(memory.activations(config.model).values())
   counted = counts.count(config.model, config.data.seq_len)
   rows = config.data.microbatch_size or config.data.batch_size

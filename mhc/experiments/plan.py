@@ -162,7 +162,7 @@ def _work(config) -> tuple[float, float]:
   """FLOPs a step outside of the streams, and work on the streams."""
   connection = config.model.connection
   tokens = config.tokens_per_step
-  model = tokens * _flops(config.model.plain, config.data.seq_len)
+  model = float(tokens * _flops(config.model.plain, config.data.seq_len))
   if connection.kind == 'residual':
     return model, 0.0
   n = connection.num_streams
