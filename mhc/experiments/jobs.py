@@ -57,9 +57,13 @@ class Jobs:
     timings = [
       f'{timing.TIMING}/{name}'
       for name in self.panels
-      if self.comparison.panels[name].role == 'report' and self.rates(name)
+      if self._is_timed(name)
     ]
     return [*timings, *(cell.name for cell in self.cells())]
+
+  def _is_timed(self, panel) -> bool:
+    is_reported = self.comparison.panels[panel].role == 'report'
+    return is_reported and self.rates(panel) is not None
 
   def is_complete(self) -> bool:
     """Whether all jobs are known."""
