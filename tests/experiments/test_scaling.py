@@ -35,7 +35,7 @@ def within(share, wanted, trials):
 
 def test_a_planted_multiplier_is_covered():
   """In 87 to 93 % of simulations, by the 90 % interval; no bias of 1 %."""
-  trials, shares = 120, []
+  trials, shares = 100, []
   for noise in NOISE:
     rng = np.random.default_rng(1)
     found = np.array(
@@ -200,18 +200,20 @@ def test_a_trend_says_what_the_gap_does(level, slope, sd, verdict):
 
 
 def test_intervals_are_those_of_the_t_where_it_is_exact():
-  """The level of equal sizes: sum(N - 1) degrees where spreads are equal."""
+  """Of equal spreads: the mean has all degrees of freedom, a slope has not."""
   cell = np.array([-1.0, -0.5, 0.5, 1.0])
-  found = scaling.trend(SIZES, [cell] * 5)
-  half = stats.t.ppf(0.975, 15) * cell.std(ddof=1) / math.sqrt(20)
-  drawn = (found.level.high - found.level.low) / 2
-  assert drawn == pytest.approx(half, rel=0.1)
-  # A slope of five sizes has (4 + 1 + 0 + 1 + 4)^2 / (34 / 3) degrees.
+  near, far = (scaling.trend(SIZES, [cell] * 5, level) for level in (0.5, 0.99))
+  # Of five sizes the slope has (4 + 1 + 0 + 1 + 4)^2 / (34 / 3) degrees.
   steps = np.log10(COMPUTE) - np.log10(COMPUTE).mean()
-  half = stats.t.ppf(0.975, 100 * 3 / 34) * cell.std(ddof=1)
-  half /= math.sqrt(4 * (steps**2).sum())
-  drawn = (found.slope.high - found.slope.low) / 2
-  assert drawn == pytest.approx(half, rel=0.1)
+  for name, degrees, sizes in (
+    ('level', 15, 5),
+    ('slope', 300 / 34, (steps**2).sum()),
+  ):
+    half, wide = (getattr(one, name).high for one in (near, far))
+    quantiles = stats.t.ppf([0.75, 0.995], degrees)
+    assert wide / half == pytest.approx(quantiles[1] / quantiles[0])
+    error = cell.std(ddof=1) / math.sqrt(4 * sizes)
+    assert half == pytest.approx(quantiles[0] * error, rel=0.1)  # 400 draws
 
 
 def test_two_seeds_are_enough_and_less_is_refused():
