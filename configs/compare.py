@@ -2,7 +2,7 @@
 
     make compare
 
-`quality`: 8 blocks, cosine decay, 2,048 tokens a step, four seeds: losses,
+`quality`: 8 blocks, cosine decay, 2,048 tokens a step, five seeds: losses,
 gains and what is left of the streams' differences, with verdicts. `stress`: 48
 blocks at a learning rate where the unconstrained mixing of HC becomes unstable,
 without clipping: how often the loss spikes. Settings and expected spreads come
@@ -33,10 +33,10 @@ def get_config() -> ml_collections.ConfigDict:
     'quality': comparison_lib.Panel(
       title='Quality: losses, gains and contraction',
       kinds=('residual', 'hc', 'mhc', 'identity'),
-      seeds=(0, 1, 2, 3),
+      seeds=(0, 1, 2, 3, 4),
       num_blocks=(8,),
-      learning_rates=(5e-3,),
-      num_steps=200,
+      learning_rates=(1e-2,),
+      num_steps=170,
       batch_size=32,
       contrasts=(
         ('mhc', 'residual'),
@@ -61,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
         ('final_sequences', 64),
         ('probe_every', 10),
       ),
-      role='explore',
+      contrasts=(('mhc', 'hc'),),
     ),
   }
   return ml_collections.ConfigDict(

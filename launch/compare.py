@@ -92,8 +92,11 @@ def _train(comparison, workdir):
 def _plan(comparison, workdir):
   comparison.check_panels(PANELS.value)
   jobs = jobs_lib.Jobs(comparison, workdir, PANELS.value)
-  lines = plan.predict(jobs, plan.calibrate(jobs))
   number = WORKERS.value or workers.most()
+  # Before anything has started JAX's threads: they are timed as a worker's.
+  with workers.share_of_cores(0, number):
+    speed = plan.calibrate(jobs)
+  lines = plan.predict(jobs, speed)
   print(plan.describe(jobs, lines, number))
   hours = sum(line.seconds for line in lines) / 3600 / number
   if BUDGET.value and hours > BUDGET.value:

@@ -70,10 +70,6 @@ def collect(
   `choices` are the tuned rates by tuning panel.
   """
   choices = choices or {}
-  number = sum(
-    len(panel.declared) * len([*comparison.settings(name)])
-    for name, panel in comparison.panels.items()
-  )
   return [
     contrast
     for name, panel in comparison.panels.items()
@@ -82,12 +78,11 @@ def collect(
       name,
       [row for row in rows if row['panel'] == name],
       choices.get(panel.tuned_on, {}),
-      max(1, number),
     )
   ]
 
 
-def _of_panel(comparison, name, rows, choices, number) -> Iterator[Contrast]:
+def _of_panel(comparison, name, rows, choices) -> Iterator[Contrast]:
   panel, seen = comparison.panels[name], set()
   if panel.role == 'tune':
     return
@@ -109,10 +104,10 @@ def _of_panel(comparison, name, rows, choices, number) -> Iterator[Contrast]:
         common = dict(panel=name, setting=dict(setting))
         common |= dict(kind=pair[0], other=pair[1], margin=panel.margin)
         common |= dict(declared=pair in panel.declared, seeds=seeds)
-        yield _contrast(common, sides, choices, number)
+        yield _contrast(common, sides, choices)
 
 
-def _contrast(common, sides, choices, number) -> Contrast:
+def _contrast(common, sides, choices) -> Contrast:
   pairs = [tuple(side[seed] for side in sides) for seed in common['seeds']]
   differences = [
     _finite(one['heldout_nats']) - _finite(other['heldout_nats'])
@@ -120,9 +115,7 @@ def _contrast(common, sides, choices, number) -> Contrast:
   ]
   found = crossed = None
   if len(pairs) > 1 and all(map(math.isfinite, differences)):
-    found = statistics.paired(
-      differences, margin=common['margin'], num_contrasts=number
-    )
+    found = statistics.paired(differences, margin=common['margin'])
     blocks = [[row['heldout_blocks'] for row in pair] for pair in pairs]
     if all(all(one) for one in blocks):
       parts = np.array(blocks)
@@ -172,6 +165,7 @@ def _reason(contrast, pairs, choices) -> str:
 def judge(contrasts: Sequence[Contrast]) -> list[Judged]:
   """Verdicts on the declared ones; the others stay as they are."""
   tested = [c for c in contrasts if c.declared and not c.reason]
+  contrasts = [_seen_among(contrast, len(tested)) for contrast in contrasts]
   p = iter(statistics.holm([c.found.p for c in tested]))
   same = iter(statistics.holm([c.found.p_equivalence for c in tested]))
   judged = []
@@ -185,6 +179,15 @@ def judge(contrasts: Sequence[Contrast]) -> list[Judged]:
       both = next(p), next(same)
       judged.append(Judged(contrast, *both, _verdict(contrast, *both)))
   return judged
+
+
+def _seen_among(contrast, number) -> Contrast:
+  """The contrast with what it could see when `number` are tested."""
+  if contrast.found is None:
+    return contrast
+  sd, n = contrast.found.sd, contrast.found.n
+  mde = statistics.mde(sd, n, max(1, number))
+  return contrast._replace(found=contrast.found._replace(mde=mde))
 
 
 def _verdict(contrast, p, p_equivalence) -> str:

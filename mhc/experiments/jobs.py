@@ -55,9 +55,7 @@ class Jobs:
   def names(self) -> list[str]:
     """Jobs that can be done by now, timings first."""
     timings = [
-      f'{timing.TIMING}/{name}'
-      for name in self.panels
-      if self._is_timed(name)
+      f'{timing.TIMING}/{name}' for name in self.panels if self._is_timed(name)
     ]
     return [*timings, *(cell.name for cell in self.cells())]
 

@@ -1,6 +1,7 @@
 """Workers that share the jobs of one folder, on one machine or several."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+import contextlib
 import functools
 import glob
 import os
@@ -159,13 +160,25 @@ def most() -> int:
   return gpus or len(os.sched_getaffinity(0))
 
 
-def _start(index, number, arguments, environment) -> subprocess.Popen:
-  command = (sys.executable, *arguments, '--worker')
-  # A child inherits the cores of the thread that starts it.
+@contextlib.contextmanager
+def share_of_cores(index: int, number: int) -> Iterator[None]:
+  """Runs this thread, and what it starts, on one of `number` shares.
+
+  On Linux, and if there are as many cores.
+  """
   ours = os.sched_getaffinity(0) if sys.platform == 'linux' else set()
   if len(ours) >= number:
     os.sched_setaffinity(0, sorted(ours)[index::number])
   try:
+    yield
+  finally:
+    if len(ours) >= number:
+      os.sched_setaffinity(0, ours)
+
+
+def _start(index, number, arguments, environment) -> subprocess.Popen:
+  command = (sys.executable, *arguments, '--worker')
+  with share_of_cores(index, number):  # a child inherits them
     return subprocess.Popen(
       [sys.executable, '-Sc', _START, str(os.getpid()), *command],
       env=environment,
@@ -173,9 +186,6 @@ def _start(index, number, arguments, environment) -> subprocess.Popen:
       # A terminal's Ctrl-C reaches it through this process only.
       start_new_session=True,
     )
-  finally:
-    if len(ours) >= number:
-      os.sched_setaffinity(0, ours)
 
 
 def _tell(workers, number):

@@ -7,6 +7,7 @@ from mhc import config as config_lib
 from mhc.experiments import events
 from mhc.experiments import figure_style
 from mhc.experiments import html
+from mhc.experiments import plots
 from mhc.experiments import results
 from mhc.training import guards
 
