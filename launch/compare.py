@@ -59,7 +59,7 @@ def main():
   if not REPORT_ONLY.value:
     _share_programs(workdir)
     comparison = cli.config(comparison_lib.Comparison)
-    if LIST.value or BUDGET.value:
+    if (LIST.value or BUDGET.value) and not WORKER.value:
       _plan(comparison, workdir)
     if LIST.value:
       return

@@ -32,6 +32,7 @@ def no_time_limit():
     'slow/fuzz_config.py --minutes=60',
     'slow/fuzz_data.py',
     'fault_injection --trials=50',
+    'slow/workers.py',
   ],
 )
 def test_proof(command):
