@@ -59,6 +59,26 @@ WORDS = {
   'data.path': [str(ROOT / name) for name in ('tests/*.py', 'kernels/*.py')],
   'kinds': config_lib.KINDS,
   'title': ['', 'Depth'],
+  'tuned_on': ['', 'main', 'rates'],
+  'partner': config_lib.KINDS,
+  'curve': ['', 'sizes'],
+}
+# Settings of a panel with a form of their own: some right, most wrong.
+STRUCTURED = {
+  'axes': [
+    {'model.num_blocks': (1, 2)},
+    (('model.connection.num_streams', (1, 4)),),
+    *({'model': (1,)}, {'x': (1,)}, {'data.path': 'a'}, ((1, 2),), (('a',),)),
+    *(3, ('model.dim',), {'model.dim': ()}, {'model.dim': ('x',)}),
+  ],
+  'designs': [
+    {'mine': {'model.connection.kind': 'mhc'}},
+    *({'mine': 3}, {'mine': (1,)}, ('mine',), {'mine': {'seed': 'x'}}, None),
+  ],
+  'settings': [{'optimizer.schedule': 'cosine'}, {'optimizer': 1}, ('a',), 'b'],
+  'contrasts': [(('mhc', 'residual'),), ('mhc',), (('mhc', 'mhc'),), 2, ((),)],
+  'expected_sd': [((('mhc', 'hc'), 0.01),), (1,), ((('mhc', 'hc'), 'x'),), 1],
+  'declared_seeds': [(0, 1), (), ('x',), 0],
 }
 INTS = (
   *(-1, 0, 257, 10**6, 10**9, 2**31 - 1, 2**31, 2**32, 2**63, 10**20, 10**400),
@@ -199,7 +219,10 @@ def cases(draw) -> Case:
 @st.composite
 def comparisons(draw) -> tuple[dict[str, Any], dict[str, Any]]:
   """Changes of a panel, and of the settings of its base run if not empty."""
-  panel = draw(_changes(comparison.Panel, tuple(hints(comparison.Panel))))
+  simple = [n for n in hints(comparison.Panel) if n not in STRUCTURED]
+  panel = draw(_changes(comparison.Panel, tuple(simple)))
+  for name in draw(st.lists(st.sampled_from([*STRUCTURED]), max_size=1)):
+    panel[name] = draw(st.sampled_from(STRUCTURED[name]))
   return panel, draw(
     st.just({}) | st.just({}) | cases().map(lambda c: c.changes)
   )

@@ -84,6 +84,17 @@ class Panel:
   def __post_init__(self):
     for name in ('axes', 'designs', 'settings', 'contrasts', 'expected_sd'):
       object.__setattr__(self, name, _pairs(name, getattr(self, name)))
+    for name in ('axes', 'designs', 'settings'):
+      _check_named(name, getattr(self, name))
+    for design, own in self.designs:
+      _check_named(f'designs.{design}', own)
+    for entry in self.expected_sd:
+      if not (isinstance(entry, tuple) and len(entry) == 2) or not isinstance(
+        entry[1], int | float
+      ):
+        raise ValueError(
+          f'panel.expected_sd: {entry!r} must be ((design, other), nats)'
+        )
     checks.check_types(self)
     for name in ('kinds', 'seeds', 'num_blocks', 'learning_rates'):
       values = getattr(self, name)
@@ -181,6 +192,11 @@ class Comparison:
   def __post_init__(self):
     planned = _pairs('planned_overhead', self.planned_overhead)
     object.__setattr__(self, 'planned_overhead', planned)
+    for entry in planned:
+      if not isinstance(entry, tuple) or len(entry) != 3:
+        raise ValueError(
+          f'planned_overhead: {entry!r} must be (design, where, ratio)'
+        )
     if not self.panels:
       raise ValueError('a comparison needs at least one panel')
     for name, panel in self.panels.items():
@@ -327,6 +343,19 @@ def _pairs(name, values):
       for v in values
     )
   raise ValueError(f'panel.{name}={values!r} must be a dict or a tuple')
+
+
+def _check_named(name, values):
+  """Checks that `values` are pairs of a name and something, none twice."""
+  if not isinstance(values, tuple):
+    raise ValueError(f'panel.{name}={values!r} must be settings by name')
+  for entry in values:
+    is_pair = isinstance(entry, tuple) and len(entry) == 2
+    if not is_pair or not isinstance(entry[0], str):
+      raise ValueError(f'panel.{name}: {entry!r} must be a name and a value')
+  names = [entry[0] for entry in values]
+  if len({*names}) != len(names):
+    raise ValueError(f'panel.{name}: {names} must name nothing twice')
 
 
 def _own(panel, design) -> Setting:

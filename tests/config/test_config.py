@@ -16,10 +16,10 @@ data.microbatch_size
 data.on_damage
 data.path
 data.seq_len
+data_seed
 eval_every
 eval_sequences
 final_sequences
-data_seed
 guards.cosine_bound
 guards.gain
 guards.gain_bound
