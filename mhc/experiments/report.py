@@ -76,7 +76,7 @@ def render(workdir: pathlib.Path) -> dict[str, Any]:
     },
   }
   values = files.jsonable(values)
-  parts = _parts(workdir, comparison, panels, choices, judged, values)
+  parts = _parts(workdir, comparison, panels, rows, choices, judged, values)
   text = json.dumps(values, indent=1) + '\n'
   files.replace(workdir / 'results.json', text, shared=True)
   files.replace(workdir / 'results.csv', _csv(values['rows']), shared=True)
@@ -86,15 +86,18 @@ def render(workdir: pathlib.Path) -> dict[str, Any]:
   return {**values, 'judged': judged}
 
 
-def _parts(workdir, comparison, panels, choices, judged, values):
-  """The page, section by section."""
-  rows, found = values['rows'], values['contrasts']
+def _parts(workdir, comparison, panels, rows, choices, judged, values):
+  """The page, section by section.
+
+  `rows` hold numbers that are not finite, which are null in `values`.
+  """
+  found = values['contrasts']
   declared = [c for c in found if c['declared']]
   parts = [
     *_introduction(comparison, panels, declared, values),
     *(sections.contrast_table(found) if found else []),
     *sections.forest(workdir, found),
-    *sections.tuning(workdir, rows, choices),
+    *sections.tuning(workdir, values['rows'], choices),
     *curves.section(workdir, values['curves']),
   ]
   for name, runs in panels.items():
@@ -102,7 +105,7 @@ def _parts(workdir, comparison, panels, choices, judged, values):
     parts += sections.contraction(workdir, name, values['profiles'][name])
   parts += [
     *sections.ablation(workdir, comparison, found),
-    *sections.axes(workdir, comparison, rows),
+    *sections.axes(workdir, comparison, values['rows']),
     *sections.capabilities(),
     *sections.cost(rows, values['timings']),
     *_loads(workdir, panels),

@@ -25,6 +25,7 @@ import pathlib
 import numpy as np
 
 from mhc import config as config_lib
+from mhc import gains
 from mhc.config import comparison as comparison_lib
 from mhc.experiments import events as events_lib
 from mhc.runtime import files
@@ -255,6 +256,7 @@ def _row(panel, run, baseline):
     'params': run.summary['num_params'],
     'column_residual': _last(run, 'column_residual_mean', np.mean),
     'sigma_diff': _last(run, 'sigma_diff_fwd', lambda depth: depth[-1]),
+    'half_life': _last(run, 'sigma_diff_fwd', gains.half_life),
     'streams_read': _last(run, 'streams_read', np.mean),
     'flops_ratio': ratio_to_baseline(lambda r: r.flops or math.nan),
     'params_ratio': ratio_to_baseline(lambda r: r.summary['num_params']),

@@ -194,9 +194,10 @@ def cost(rows: Rows, timings) -> list[Block]:
     for design, each in found.items():
       if design == 'device' or 'ratio' not in each:
         continue
-      one = next(
-        r for r in rows if r['panel'] == panel and r['variant'] == design
-      )
+      own = [r for r in rows if r['panel'] == panel and r['variant'] == design]
+      if not own:
+        continue  # timed, not yet trained
+      one = own[0]
       middle, low, high = each['ratio']
       lines.append(
         [
@@ -259,6 +260,15 @@ def axes(workdir, comparison, rows: Rows) -> list[Block]:
         'all, with the interval of Clopper and Pearson.',
       )
     elif len(varied) == 1:
+      if varied == ['model.num_blocks']:
+        parts += drawn(
+          workdir,
+          f'depth_{name}',
+          figures_depth.depth(_by_depth(here)),
+          f'{panel.title or name}: what H_L ... H_1 keeps of a difference of '
+          'the streams, and the sub-layers in which it halves; the line is '
+          '0.98^L, as write-ups have it.',
+        )
       parts += drawn(
         workdir,
         f'axis_{name}',
@@ -267,6 +277,30 @@ def axes(workdir, comparison, rows: Rows) -> list[Block]:
         'intervals.',
       )
   return [Heading(2, 'Over axes'), *parts] if parts else []
+
+
+def _by_depth(rows) -> list[dict[str, Any]]:
+  """Contraction by depth of each design with streams, means over seeds."""
+  points = []
+  wide = [row for row in rows if row['sigma_diff'] and row['num_streams'] > 1]
+  for design in dict.fromkeys(row['variant'] for row in wide):
+    own = [row for row in wide if row['variant'] == design]
+    blocks = sorted({row['blocks'] for row in own})
+    at = [[r for r in own if r['blocks'] == depth] for depth in blocks]
+    points.append(
+      {
+        'design': design,
+        'blocks': blocks,
+        'sigma_diff': [np.mean([r['sigma_diff'] for r in g]) for g in at],
+        # None stands for differences that never halve.
+        'half_life': [
+          None if None in lives else float(np.median(lives))
+          for g in at
+          for lives in [[r['half_life'] for r in g]]
+        ],
+      }
+    )
+  return points
 
 
 def ablation(workdir, comparison, found: Rows) -> list[Block]:

@@ -221,8 +221,8 @@ def test_the_other_mains_refuse_alike(launch, tmp_path):
   refused(launch('dissect.py', empty), 'holds no run')
   refused(launch('compare.py', empty, '--report_only'), 'holds no comparison')
   refused(
-    launch('compare.py', empty, '--config.panels.main.seed=(1,)'),
-    'config.panels.main.seeds',
+    launch('compare.py', empty, '--config.panels.quality.seed=(1,)'),
+    'config.panels.quality.seeds',
   )
   refused(launch('train.py'), 'workdir')
   refused(launch('aot.py'), '--count')
