@@ -47,7 +47,10 @@ def forest(
   bent = _bent(lines)
   if bent:
     axis.set_xscale('symlog', linthresh=bent)
-    axis.xaxis.set_major_formatter(lambda value, _: f'{value:g}')
+    # Ticks of the part around 0 would lie on each other.
+    axis.xaxis.set_major_formatter(
+      lambda value, _: '' if 0 < abs(value) < bent else f'{value:g}'
+    )
   else:
     axis.xaxis.set_major_locator(ticker.MaxNLocator(5))
   for y, (one, verdict) in enumerate(zip(lines, verdicts, strict=True)):

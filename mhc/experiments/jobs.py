@@ -53,11 +53,24 @@ class Jobs:
     self._known: dict[str, Cell] = {}
 
   def names(self) -> list[str]:
-    """Jobs that can be done by now, timings first."""
+    """Jobs that can be done by now.
+
+    Timings come last, when their programs are compiled, but for those that
+    `residual_time` waits for.
+    """
     timings = [
       f'{timing.TIMING}/{name}' for name in self.panels if self._is_timed(name)
     ]
-    return [*timings, *(cell.name for cell in self.cells())]
+    needed = {
+      f'{timing.TIMING}/{name}'
+      for name in self.panels
+      if 'residual_time' in self.comparison.panels[name].kinds
+    }
+    return [
+      *(name for name in timings if name in needed),
+      *(cell.name for cell in self.cells()),
+      *(name for name in timings if name not in needed),
+    ]
 
   def _is_timed(self, panel) -> bool:
     is_reported = self.comparison.panels[panel].role == 'report'

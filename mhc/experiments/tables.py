@@ -166,6 +166,9 @@ def notes() -> list[html.Block]:
     'and outputs of one update) and parameters are ratios to the residual. '
     'Step times come from runs one after the other on a machine that may be '
     'busy.',
+    'Contrasts of losses are corrected together. Verdicts on gains, on the '
+    'variation of the gradient norm and on spikes are each at 5 %, without '
+    'correction for their number.',
     'These models are small and the text is one corpus: read the figures as '
     'phenomena, not as rankings. Numbers of every run: `results.json`; of '
     'every step: `metrics.jsonl` in the folders of the runs.',
