@@ -46,7 +46,7 @@ class Progress:
 
 def share(jobs: jobs_lib.Jobs) -> tuple[float, float, int, int]:
   """(work done, all work, finished runs, runs)."""
-  done = whole = finished = 0
+  done, whole, finished = 0.0, 0.0, 0
   cells = jobs.cells()
   for cell in cells:
     config, folder = cell.config, jobs.workdir / cell.name
