@@ -100,11 +100,11 @@ def _html_blocks(parts, folder) -> list[str]:
       case Table():
         blocks.append(_html_table(part))
       case Details(title, inner):
-        blocks += [
-          f'<details><summary>{escape(title)}</summary>',
-          *_html_blocks(inner, folder),
-          '</details>',
-        ]
+        blocks.append(
+          f'<details><summary>{escape(title)}</summary>'
+          + ''.join(_html_blocks(inner, folder))
+          + '</details>'
+        )
       case Figure(path, caption):
         data = base64.b64encode((folder / path).read_bytes()).decode()
         caption = escape(caption)

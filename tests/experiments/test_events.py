@@ -137,7 +137,7 @@ def test_the_figure_shows_the_guards_before_the_loss():
 
 def test_a_page_folds_what_is_long(tmp_path):
   table = html.Table(events.HEADER, events.table_rows(TOLD), numeric=False)
-  parts = [html.Heading(2, 'Events'), html.Details('HC: 6 <events>', table)]
+  parts = [html.Heading(2, 'Events'), html.Details('HC: 6 <events>', [table])]
   text = html.markdown(parts)
   assert '<details><summary>HC: 6 &lt;events&gt;</summary>\n\n| step |' in text
   assert '| 120 | save | No space \\| left |  | not saved, went on |\n' in text

@@ -16,7 +16,7 @@ from mhc.experiments import figures_depth
 from mhc.experiments import figures_heat
 
 NAMES = (
-  *figure_style.COLORS,
+  *style.COLORS,
   *('mhc_static', 'residual_params', 'residual_memory', 'a', 'b', 'c'),
 )
 LONG = 'lower by 0.0101 [0.0010, 0.0192], within the margin of 0.01'

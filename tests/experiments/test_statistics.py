@@ -9,6 +9,7 @@ import pytest
 from scipy import optimize
 from scipy import stats
 
+from mhc.config import comparison as comparison_lib
 from mhc.experiments import contrasts
 from mhc.experiments import statistics
 
@@ -35,16 +36,33 @@ def contrast(differences, margin=0.01, num_contrasts=1, cosine=None, **kinds):
     found = statistics.paired(
       differences, margin=margin, num_contrasts=num_contrasts
     )
-  seeds = tuple(range(len(differences)))
   names = {'kind': 'mhc', 'other': 'residual', **kinds}
-  return contrasts.Contrast(
+  made = contrasts.Contrast(
     **names,
-    seeds=seeds,
-    differences=differences,
+    panel='p',
+    setting={},
+    declared=True,
+    seeds=list(range(len(differences))),
+    differences=list(differences),
     margin=margin,
     cosine=cosine,
     found=found,
+    crossed=None,
+    reason='',
   )
+  pairs = [({'kind': made.kind}, {'kind': made.other})]
+  return made._replace(reason=contrasts._reason(made, pairs, {}))
+
+
+def collected(given):
+  """The contrast of mHC and the residual among rows."""
+  panel = comparison_lib.Panel(
+    kinds=('residual', 'mhc'), num_blocks=(), learning_rates=()
+  )
+  comparison = comparison_lib.Comparison(panels={'p': panel})
+  common = {'panel': 'p', 'setting': {}, 'heldout_blocks': None}
+  (made,) = contrasts.collect(comparison, [common | row for row in given])
+  return made
 
 
 def verdicts(*declared):
@@ -352,9 +370,9 @@ def test_units_signs_and_order_change_nothing_else(n):
     for move in (0.0, 1.0, -2.5):
       given = rows({'mhc': left + d + move, 'residual': left + move})
       given = [given[i] for i in rng.permutation(len(given))]
-      made = contrasts.pair(given, 'mhc', 'residual')
+      made = collected(given)
       assert verdicts(made) == [text]
-      assert made.seeds == tuple(range(n))
+      assert made.seeds == list(range(n))
 
 
 def test_each_verdict_has_its_words():

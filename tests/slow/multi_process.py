@@ -48,6 +48,7 @@ TINY = dict(
   optimizer=dict(warmup_steps=2),
   data=dict(seq_len=16, batch_size=8, microbatch_size=1),
   eval_sequences=8,
+  final_sequences=8,
 )
 
 
