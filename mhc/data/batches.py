@@ -86,8 +86,8 @@ def load(path: str, on_damage: str = 'stop') -> Corpus:
   longest = max((len(p.encode()) for p in pathlib.Path(path).parts), default=0)
   if longest > 255:
     raise ValueError(
-      f'data.path={path[:40]!r}... is longer than the name of a file can be: '
-      'give a file, a folder or a pattern'
+      f'data.path={path!r} is longer than the name of a file can be: give a '
+      'file, a folder or a pattern'
     )
   if path and token_dataset.holds(pathlib.Path(path)):
     return _from_tokens(pathlib.Path(path), log)
