@@ -512,7 +512,8 @@ def test_compare_is_given_flags_that_exist(file):
   (config,) = {flag.split('=')[1] for flag in found if '--config=' in flag}
   path, _, argument = config.partition(':')
   get_config = runpy.run_path(ROOT / path)['get_config']
-  known = dicts.leaves(get_config(argument).to_dict())
+  values = get_config(argument) if argument else get_config()
+  known = dicts.leaves(values.to_dict())
   settings = {n[len('config.') :] for n in names if n.startswith('config.')}
   assert settings <= known.keys()
   assert (
