@@ -6,7 +6,7 @@ for some settings (`Panel.designs`). An axis is any setting of `Config` by its
 dotted name, or `ladder`, the rungs of `presets.ladder`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import itertools
 import re
@@ -276,6 +276,13 @@ def stands_for(own: Setting, setting: Setting) -> bool:
   return {*own} <= {*setting}
 
 
+def rows_at(rows: Iterable[dict], setting: Setting) -> list[dict]:
+  """The rows of results.json whose runs stand for a whole setting."""
+  return [
+    row for row in rows if stands_for(tuple(row['setting'].items()), setting)
+  ]
+
+
 def _settings(panel) -> Iterator[Setting]:
   axes = panel.all_axes
   for values in itertools.product(*(values for _, values in axes)):
@@ -377,8 +384,7 @@ def _varies(panel, design, axis) -> bool:
   if axis in dict(_own(panel, design)):
     return False
   matched = design in CONTROLS and design != 'residual_replicate'
-  is_plain = _kind(panel, design) == 'residual' and not matched
-  return not (is_plain and axis.startswith(CONNECTION))
+  return matched or not _ignored(panel, design, axis)
 
 
 def _words(setting, axes) -> list[str]:

@@ -79,16 +79,22 @@ def load(path: str, on_damage: str = 'stop') -> Corpus:
 
   Raises:
     FileNotFoundError: nothing is at `path`.
+    OSError: it cannot be read; names `data.path`.
     ValueError: it holds no text; something is corrupted or not UTF-8 and
       `on_damage` is 'stop', or nothing else remains.
   """
-  log = corruption.SkipLog(on_damage)
-  longest = max((len(p.encode()) for p in pathlib.Path(path).parts), default=0)
-  if longest > 255:
-    raise ValueError(
-      f'data.path={path!r} is longer than the name of a file can be: give a '
-      'file, a folder or a pattern'
-    )
+  try:
+    return _load(path, corruption.SkipLog(on_damage))
+  except OSError as error:
+    if 'data.path' in str(error):
+      raise
+    raise type(error)(
+      f'data.path={path!r} cannot be read ({error}): give a file, a folder or '
+      'a pattern'
+    ) from error
+
+
+def _load(path, log) -> Corpus:
   if path and token_dataset.holds(pathlib.Path(path)):
     return _from_tokens(pathlib.Path(path), log)
   if path:

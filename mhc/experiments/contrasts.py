@@ -87,11 +87,7 @@ def _of_panel(comparison, name, rows, choices) -> Iterator[Contrast]:
   if panel.role == 'tune':
     return
   for setting in comparison.settings(name):
-    here = [
-      row
-      for row in rows
-      if comparison_lib.stands_for(tuple(row['setting'].items()), setting)
-    ]
+    here = comparison_lib.rows_at(rows, setting)
     for pair in panel.described:
       sides = [
         {row['seed']: row for row in here if row['variant'] == design}
@@ -110,8 +106,7 @@ def _of_panel(comparison, name, rows, choices) -> Iterator[Contrast]:
 def _contrast(common, sides, choices) -> Contrast:
   pairs = [tuple(side[seed] for side in sides) for seed in common['seeds']]
   differences = [
-    _finite(one['heldout_nats']) - _finite(other['heldout_nats'])
-    for one, other in pairs
+    one['heldout_nats'] - other['heldout_nats'] for one, other in pairs
   ]
   found = crossed = None
   if len(pairs) > 1 and all(map(math.isfinite, differences)):
@@ -131,10 +126,6 @@ def _contrast(common, sides, choices) -> Contrast:
     reason='',
   )
   return contrast._replace(reason=_reason(contrast, pairs, choices))
-
-
-def _finite(value):
-  return math.inf if value is None else value
 
 
 def _cosine(by_seed):

@@ -14,11 +14,8 @@ it has as much as its partner, the panel's `partner` at that setting.
 
 import dataclasses
 
-import jax
-
 from mhc import config as config_lib
 from mhc.config import dicts
-from mhc.model import transformer
 from mhc.parallel import counts
 from mhc.parallel import memory
 
@@ -59,8 +56,7 @@ def match(
 
 
 def num_params(model: config_lib.ModelConfig) -> int:
-  _, params = transformer.abstract(model)
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
+  return counts.count(model, seq_len=1)['total_params']
 
 
 def _with_params(plain, wanted):

@@ -30,7 +30,9 @@ def collect(
   found = []
   for name in names:
     sizes = [
-      [row for row in rows if row['panel'] == panel and _at(row, setting)]
+      comparison_lib.rows_at(
+        [row for row in rows if row['panel'] == panel], setting
+      )
       for panel, p in comparison.panels.items()
       if p.curve == name
       for setting in comparison.settings(panel)
@@ -42,10 +44,6 @@ def collect(
         if curve is not None:
           found.append(curve)
   return found
-
-
-def _at(row, setting):
-  return comparison_lib.stands_for(tuple(row['setting'].items()), setting)
 
 
 def _curve(name, design, sizes, comparison, timings) -> dict[str, Any] | None:

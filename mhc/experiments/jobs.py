@@ -140,8 +140,7 @@ class Jobs:
         }
         for cell, summary in zip(cells, summaries, strict=True)
       ]
-      vocabulary = cells[0].config.model.vocab_size
-      self._rates[tuned_on] = tuning.choose(rows, math.log(vocabulary))
+      self._rates[tuned_on] = tuning.choose(rows)
     return self._rates[tuned_on]
 
   def _is_matched(self, panel, cell) -> bool:

@@ -8,7 +8,6 @@ with something else takes longer.
 """
 
 from collections.abc import Sequence
-import functools
 from typing import NamedTuple
 
 from mhc import config as config_lib
@@ -153,16 +152,12 @@ def describe(
   return '\n'.join(text)
 
 
-@functools.cache
-def _flops(model, seq_len):
-  return counts.count(model, seq_len)['flops_per_token']
-
-
 def _work(config) -> tuple[float, float]:
   """FLOPs a step outside of the streams, and work on the streams."""
   connection = config.model.connection
   tokens = config.tokens_per_step
-  model = float(tokens * _flops(config.model.plain, config.data.seq_len))
+  counted = counts.count(config.model.plain, config.data.seq_len)
+  model = float(tokens * counted['flops_per_token'])
   if connection.kind == 'residual':
     return model, 0.0
   n = connection.num_streams

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mhc.config import comparison as comparison_lib
 from mhc.experiments import claims
 from mhc.experiments import contrasts
 from mhc.experiments import curves
@@ -71,7 +72,7 @@ def render(workdir: pathlib.Path) -> dict[str, Any]:
     'timings': timings,
     'curves': curves.collect(comparison, rows, timings),
     'profiles': {
-      name: sections.profiles(_first_setting(runs))
+      name: sections.profiles(_first_setting(comparison, name, runs))
       for name, runs in panels.items()
     },
   }
@@ -121,13 +122,17 @@ def _choices(comparison, rows):
   for name, panel in comparison.panels.items():
     here = [row for row in rows if row['panel'] == name]
     if panel.role == 'tune' and len(here) == len(comparison.cells(name)):
-      # A byte model that knows nothing.
-      choices[name] = tuning.choose(here, math.log(256))
+      choices[name] = tuning.choose(here)
   return choices
 
 
-def _first_setting(runs):
-  return [run for run in runs if run.setting == runs[0].setting]
+def _first_setting(comparison, panel, runs):
+  """The runs at the first setting that any has finished at."""
+  for setting in comparison.settings(panel):
+    here = [r for r in runs if comparison_lib.stands_for(r.setting, setting)]
+    if here:
+      return here
+  return []
 
 
 def _commit() -> str:

@@ -54,11 +54,7 @@ def panel(
       f'seeds {", ".join(seeds)}; held-out loss over '
       f'{summary["heldout_rows"] * config.data.seq_len:,} tokens.'
     ]
-    selected = [
-      row
-      for row in rows
-      if comparison_lib.stands_for(tuple(row['setting'].items()), setting)
-    ]
+    selected = comparison_lib.rows_at(rows, setting)
     inner.append(_table(selected))
     claimed = claims.evaluate(
       selected,

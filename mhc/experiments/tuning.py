@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 RATE = 'optimizer.learning_rate'
+UNTRAINED = math.log(256)  # nats of a model of bytes that knows nothing
 
 
 class Choice(NamedTuple):
@@ -25,7 +26,9 @@ class Choice(NamedTuple):
   sensitivity: float
 
 
-def choose(rows: Sequence[dict], initial_nats: float) -> dict[str, Choice]:
+def choose(
+  rows: Sequence[dict], initial_nats: float = UNTRAINED
+) -> dict[str, Choice]:
   """The choice of each design among the rows of a tuning panel.
 
   Args:

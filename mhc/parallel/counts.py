@@ -6,6 +6,7 @@ and one of the two vocabulary matrices.
 """
 
 import collections
+import functools
 
 import jax
 
@@ -27,14 +28,7 @@ def count(
       attention, and reading, mixing and writing the streams.
     activation_bytes_per_token: saved for the backward pass, see `memory`.
   """
-  _, params = transformer.abstract(config)
-  sizes = collections.Counter()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    row = parameters.row(path)
-    sizes[row.counted] += leaf.size
-    if 'connection' in row.path or row.path.startswith('collapse'):
-      sizes['connections'] += leaf.size
-  used = 0
+  sizes, used = _sizes(config), 0
   if config.moe.num_experts:
     unused = config.moe.num_experts - config.moe.experts_per_token
     used = sizes['routed'] - sizes['routed'] * unused // config.moe.num_experts
@@ -48,6 +42,22 @@ def count(
     + 3 * _stream_flops(config),
     'activation_bytes_per_token': sum(memory.activations(config).values()),
   }
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(config):
+  """Numbers of parameters by how they are counted, and the connections'.
+
+  Kept, for the runs of a comparison share their models.
+  """
+  _, params = transformer.abstract(config)
+  sizes = collections.Counter()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    row = parameters.row(path)
+    sizes[row.counted] += leaf.size
+    if 'connection' in row.path or row.path.startswith('collapse'):
+      sizes['connections'] += leaf.size
+  return sizes
 
 
 def _attention_flops(config, seq_len):
