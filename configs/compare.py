@@ -11,9 +11,8 @@ from configs/noise.py. About fourteen minutes on two cores.
 
 import ml_collections
 
-from mhc import config
 from mhc.config import comparison as comparison_lib
-from mhc.config import dicts
+from mhc.config import dicts, presets
 
 # Standard deviation over seeds of the differences at `quality`, by noise.py.
 EXPECTED = (
@@ -24,15 +23,7 @@ EXPECTED = (
 
 
 def get_config() -> ml_collections.ConfigDict:
-  base = config.Config(
-    eval_every=0,
-    final_sequences=2048,
-    probe_every=50,
-    probe_sequences=4,
-    checkpoint_every=0,
-    data=config.DataConfig(microbatch_size=8),
-    optimizer=config.OptimizerConfig(schedule='cosine'),
-  )
+  base = presets.small_comparison()
   panels = {
     'quality': comparison_lib.Panel(
       title='Quality: losses, gains and contraction',

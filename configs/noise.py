@@ -9,23 +9,14 @@ equal steps, and the length.
 
 import ml_collections
 
-from mhc import config
 from mhc.config import comparison as comparison_lib
-from mhc.config import dicts
+from mhc.config import dicts, presets
 
 KINDS = ('residual', 'hc', 'mhc', 'identity')
 
 
 def get_config() -> ml_collections.ConfigDict:
-  base = config.Config(
-    eval_every=0,
-    final_sequences=4096,
-    probe_every=50,
-    probe_sequences=4,
-    checkpoint_every=0,
-    data=config.DataConfig(microbatch_size=8),
-    optimizer=config.OptimizerConfig(schedule='cosine'),
-  )
+  base = presets.small_comparison(final_sequences=4096)
 
   def panel(title, **changes):
     return comparison_lib.Panel(

@@ -13,9 +13,8 @@ takes.
 
 import ml_collections
 
-from mhc import config
 from mhc.config import comparison as comparison_lib
-from mhc.config import dicts
+from mhc.config import dicts, presets
 
 KIND, CONNECTION = 'model.connection.kind', 'model.connection'
 # Table 1 switches mappings on one after the other; off is 1/n, 1 and I. The
@@ -42,15 +41,7 @@ def _parts():
 
 
 def get_config() -> ml_collections.ConfigDict:
-  base = config.Config(
-    eval_every=0,
-    final_sequences=2048,
-    probe_every=75,
-    probe_sequences=4,
-    checkpoint_every=0,
-    data=config.DataConfig(microbatch_size=8),
-    optimizer=config.OptimizerConfig(schedule='cosine'),
-  )
+  base = presets.small_comparison(probe_every=75)
 
   def panel(title, **changes):
     own = dict(num_blocks=(8,), num_steps=150, batch_size=32)

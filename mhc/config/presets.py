@@ -12,6 +12,7 @@ runs of a few hundred steps. From rung to rung width grows by 1.6 and depth by
 two blocks.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 from mhc import config as config_lib
@@ -114,6 +115,24 @@ def ladder(size: str, kind: config_lib.Kind = 'mhc') -> config_lib.Config:
     # uneven by chance.
     data=config_lib.DataConfig(seq_len=64, batch_size=24),
   )
+
+
+def small_comparison(**changes) -> config_lib.Config:
+  """The base of the comparisons that two CPU cores train: 8 rows at a time.
+
+  Probes are of four rows, the held-out loss is measured at the end alone, and
+  the rate decays to 0, by which differences scatter less over seeds.
+  """
+  base = config_lib.Config(
+    eval_every=0,
+    final_sequences=2048,
+    probe_every=50,
+    probe_sequences=4,
+    checkpoint_every=0,
+    data=config_lib.DataConfig(microbatch_size=8),
+    optimizer=config_lib.OptimizerConfig(schedule='cosine'),
+  )
+  return dataclasses.replace(base, **changes)
 
 
 def _known(table, size, what):
