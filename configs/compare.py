@@ -5,8 +5,8 @@
 `quality`: 8 blocks, cosine decay, 2,048 tokens a step, five seeds: losses,
 gains and what is left of the streams' differences, with verdicts. `stress`: 48
 blocks at a learning rate where the unconstrained mixing of HC becomes unstable,
-without clipping: how often the loss spikes. Settings and expected spreads come
-from configs/noise.py. About fourteen minutes on two cores.
+without clipping: how often the loss spikes. configs/noise.py has candidates for
+its settings. About fourteen minutes on two cores.
 """
 
 import ml_collections
@@ -14,7 +14,8 @@ import ml_collections
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts, presets
 
-# Standard deviation over seeds of the differences at `quality`, by noise.py.
+# Standard deviation over seeds of the differences at `quality`, as its first
+# run has found them (docs/results.md).
 EXPECTED = (
   (('mhc', 'residual'), 0.0095),
   (('mhc', 'identity'), 0.0016),

@@ -18,8 +18,9 @@ from mhc.experiments import timing
 from mhc.parallel import counts
 from mhc.training import workdir as workdir_lib
 
-# Work on the streams relative to mHC's, as measured on two CPU cores (C = 64).
-STREAM_WORK = {'residual': 0.0, 'hc': 0.9, 'identity': 0.6}
+# Step time beyond the residual's, relative to mHC's, on two CPU cores at C = 64
+# (timings of docs/results/compare.json).
+STREAM_WORK = {'residual': 0.0, 'hc': 0.7, 'identity': 0.46}
 # Seconds of a run beside its steps: data, first and last checkpoint, files.
 RUN_S = 3.0
 # An evaluation and a probe have no backward pass.
