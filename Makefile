@@ -1,19 +1,24 @@
 # make compare   trains the residual designs side by side and writes a report
 # make test      runs the tests
-# Both set up everything they need in .venv first.
+# make docs      builds the documentation into site/
+# All set up everything they need in .venv first.
 
 PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/compare
 FLAGS ?=
 
-.PHONY: compare test lint format clean
+.PHONY: compare test docs lint format clean
 
 compare: .venv/installed
 	$(BIN)/python launch/compare.py --workers=0 --workdir=$(WORKDIR) $(FLAGS)
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo 'built: site/index.html'
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -24,7 +29,7 @@ format: .venv/dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info
 
 # Bytecode is made when it is first needed: most of it never is. But then it is
 # kept: the tests start many processes.
@@ -42,3 +47,7 @@ $(BIN)/python:
 .venv/dev: setup.py constraints.txt | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	@touch $@ .venv/installed
+
+.venv/docs: setup.py constraints.txt | $(BIN)/python
+	$(PIP) -e '.[docs]'
+	@touch $@

@@ -55,6 +55,14 @@ setuptools.setup(
     'data': ['pyarrow>=20', 'tokenizers>=0.22'],
     'gpu': ['jax[cuda13]', 'jax-triton>=0.4.1', 'triton>=3.9,<3.10'],
     'tpu': ['jax[tpu]'],
+    # What `make docs` builds the site with.
+    'docs': [
+      'mkdocs>=1.6',
+      'mkdocs-jupyter>=0.25',
+      'mkdocs-material>=9.7',
+      'mkdocstrings[python]>=1.0',
+      'ruff==0.17.6',  # formats signatures
+    ],
     'dev': [
       *train,
       'beartype>=0.22',
