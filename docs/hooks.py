@@ -23,6 +23,8 @@ FRAGMENTS, CONFIG = ROOT / 'docs' / 'fragments', ROOT / 'mhc' / 'config'
 NOTEBOOKS = ROOT / 'notebooks'
 # Those of other names follow, by name.
 ORDER = ('sinkhorn', 'gains', 'own_model', 'compare', 'kernels_on_this_tpu')
+# The package as it is imported, made of links; mkdocs.yml reads it there.
+LINKED = 'build/docs'
 GALLERY = {'Notebooks': 'notebooks.md'}
 COMMENT = re.compile(r'^<!-- (include|settings|notebooks) ?(.*?) -->$', re.M)
 
@@ -30,7 +32,7 @@ COMMENT = re.compile(r'^<!-- (include|settings|notebooks) ?(.*?) -->$', re.M)
 @event_priority(100)  # before mkdocs-jupyter looks for notebooks
 def on_config(config):
   """Makes the package that is documented, and adds notebooks to `nav`."""
-  _link_package(ROOT / 'build' / 'docs' / 'mhc')
+  _link_package(ROOT / LINKED / 'mhc')
   found = [f'notebooks/{path.name}' for path in notebooks()]
   if found:
     jupyter = config.plugins['mkdocs-jupyter'].config
@@ -48,9 +50,18 @@ def on_page_markdown(markdown, **_):
 
 
 def on_post_page(output, **_):
-  """Removes mkdocs-jupyter's loader of MathJax, which is on another site."""
-  return re.sub(
+  """Names source files as in the repository; drops what is on other sites.
+
+  That is mkdocs-jupyter's loader of MathJax, in every page, and the pictures
+  of badges, for their text.
+  """
+  for folder in ('kernels', ''):
+    output = output.replace(f'{LINKED}/mhc/{folder}', folder or 'mhc/')
+  output = re.sub(
     r'<script data-mkdocs-jupyter-mathjax=.*?</script>', '', output, flags=re.S
+  )
+  return re.sub(
+    r'<img(?=[^>]* src="http)[^>]* alt="([^"]*)"[^>]*>', r'\1', output
   )
 
 

@@ -17,6 +17,7 @@ from mhc.config import dicts
 
 ROOT = documents.ROOT
 CLI = (ROOT / 'mhc' / 'runtime' / 'cli.py').read_text()
+MAINS = (*(ROOT / 'launch').glob('*.py'),)
 DEFINED = re.compile(r"DEFINE_\w+\(\s*'(\w+)'")
 # What cli.py gives to every main, and to those that call a function of it.
 SHARED = {'traceback', 'verbosity'}
@@ -29,7 +30,6 @@ BY_CALL = {
 # Settings have these names in prose, without the groups that they lie in.
 SHORT = {
   'connection': 'model.connection',
-  'attention': 'model.attention',
   'moe': 'model.moe',
 }
 GROUPS = ('model', 'optimizer', 'data', 'mesh', 'guards', 'panel', *SHORT)
@@ -81,6 +81,8 @@ def config_file(path: str):
 def check_settings(path: str, changes: dict[str, str]):
   """Checks that a config file takes these changes, by making the config."""
   values = config_file(path)
+  if not changes:
+    return  # it was made, and checked, to become a dict
   cls = comparison_lib.Comparison if 'panels' in values else config_lib.Config
   known = dicts.leaves(values)
   for name, text in changes.items():
@@ -121,7 +123,7 @@ def check_program(main: pathlib.Path, words: list[str]):
     elif name == 'config':
       path = value
     assert name.partition('.')[0] in known, f'{main.name} has no --{name}'
-  if 'config' in known and main.suffix == '.py':
+  if 'config' in known and main in MAINS:
     check_settings(path or f'configs/{default_config(main)}', changes)
   choices = re.search(r'choices=\(([^)]*)\)', main.read_text())
   if choices and words and not words[0].startswith('-'):
@@ -162,9 +164,9 @@ def test_settings_exist(page):
   panel = {f'panel.{n}' for n in comparison_lib.Panel.__dataclass_fields__}
   known = dicts.leaves(config_lib.Config()).keys() | panel
   for span in documents.spans(page):
-    if re.fullmatch(rf'({"|".join(GROUPS)})(\.\w+)+(=\S*)?', span) and (
-      not span.endswith(('.py', '.safetensors'))
-    ):
+    if 'safetensors' in span or span.endswith('.py'):
+      continue  # files
+    if re.fullmatch(rf'({"|".join(GROUPS)})(\.\w+)+(=\S*)?', span):
       name, _, value = span.partition('=')
       first, _, rest = name.partition('.')
       full = f'{SHORT.get(first, first)}.{rest}'
