@@ -2,7 +2,9 @@
 
 import itertools
 
+from flax import nnx
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 
