@@ -6,7 +6,7 @@ autodiff sums over devices where a value that is the same on all of them meets
 one that is not. Casting at a chosen place chooses where that sum is.
 
 JAX has renamed all of this since 0.7.2, the oldest version that the library
-runs on: the other files ask this one, and know no version.
+runs on: other files ask this one, and know no version.
 """
 
 import jax

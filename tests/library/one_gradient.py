@@ -9,7 +9,10 @@ import json
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 import mhc
 
@@ -17,25 +20,20 @@ DEPENDENCIES = ('flax', 'jax', 'jaxlib', 'numpy')
 
 
 def numbers() -> dict[str, float]:
-  """Values and gradients: of a connection, and of the projection."""
+  """Gradients of a connection and of the projection, and a kernel's result."""
   x = jax.random.normal(jax.random.key(0), (2, 8, 4, 128), jnp.float32)
-  found = {
-    f'{name} {implementation}': _norm(jax.grad(loss)(argument, implementation))
-    for name, loss, argument in (
-      ('connection', _connection_loss, x),
-      ('projection', _projection_loss, x[..., :4]),
-    )
-    for implementation in ('xla', 'pallas')
+  project = jax.grad(_projection_loss)
+  return {
+    'connection': _norm(jax.grad(_connection_loss)(x)),
+    'projection': _norm(project(x[..., :4], 'xla')),
+    'projection, interpreted': _norm(project(x[..., :4], 'pallas')),
+    'post, interpreted': _norm(_post(x[0], 'pallas')),
+    'shard_map': _norm(_on_two_devices(x)),
   }
-  found['shard_map'] = _norm(_on_two_devices(x))
-  return found
 
 
-def _connection_loss(x, implementation):
-  first, second = (
-    mhc.MHC(128, num_streams=4, index=index, implementation=implementation)
-    for index in range(2)
-  )
+def _connection_loss(x):
+  first, second = (mhc.MHC(128, num_streams=4, index=index) for index in (0, 1))
   h, context = first.pre(x)
   h, context = second.advance(jnp.tanh(h), context)
   return jnp.sum(jnp.sin(second.post(jnp.tanh(h), context)))
@@ -46,9 +44,16 @@ def _projection_loss(logits, implementation):
   return jnp.sum(jnp.sin(3 * projected))
 
 
+def _post(x, implementation):
+  weights = jnp.moveaxis(x[:, :, :5], 0, -1)  # [4, 5, tokens]
+  y, post, res = x[:, 0], weights[:, 4], weights[:, :4]
+  return mhc.kernels.post(x, y, post, res, implementation)
+
+
 def _on_two_devices(x):
   """The gradient through parameters that both devices share."""
-  mesh = jax.make_mesh((2,), ('data',), devices=jax.devices()[:2])
+  devices = np.array(jax.devices()[:2])
+  mesh = Mesh(devices, ('data',), axis_types=(AxisType.Auto,))
   graph, params = nnx.split(mhc.MHC(128, 4, index=0, mixing='kronecker'))
 
   def loss(params, x):
