@@ -51,7 +51,7 @@ WORKER = flags.DEFINE_bool(
 BUDGET = flags.DEFINE_float(
   'budget_hours', None, 'Refuse to begin what is predicted to take longer.'
 )
-cli.define_config('compare.py')
+cli.define_config('compare')
 cli.define_end()
 
 
