@@ -16,6 +16,7 @@ draw nothing from them.
 """
 
 import functools
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -28,7 +29,7 @@ from mhc import functional
 from mhc import kernels
 from mhc import observation
 from mhc import precision
-from mhc.context import Context, Mappings, StreamsWithPre
+from mhc.context import Context, Mappings, by_position
 from mhc.kernels.xla import streams
 
 
@@ -264,6 +265,20 @@ class MHC(nnx.Module):
     return functional.advance(self.params, y, context, self.options)
 
 
+@by_position
+class StreamsWithPre(NamedTuple):
+  """Streams, and the H_pre by which the next sub-layer reads them."""
+
+  x: Float[Array, '*batch n d']
+  weights: Float[Array, 'n t']
+
+  def read(
+    self, implementation: kernels.Implementation | None = None
+  ) -> Float[Array, '*batch d']:
+    """What the next sub-layer reads, or the streams closed."""
+    return functional.read(self.x, self.weights, implementation)
+
+
 class SinglePass(nnx.Module):
   r"""mHC with the read weights computed one sub-layer early.
 
@@ -289,8 +304,7 @@ class SinglePass(nnx.Module):
     context = self._context(state.x)
     read_by = context.mappings._replace(pre=state.weights)
     observation.record(state.x, read_by)
-    h = functional.read(*state, self.next_mhc.options.implementation)
-    return h, context
+    return state.read(self.next_mhc.options.implementation), context
 
   def _context(self, x):
     mixes = self.next_mhc.options.mixing_used != 'identity'

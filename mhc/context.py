@@ -1,4 +1,4 @@
-"""What travels from `pre` to `post`, and between sub-layers."""
+"""What travels from `pre` to `post` of a connection."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Float
 
 
-def _by_position(cls):
+def by_position(cls):
   """Registers a tuple's fields by number, as `nnx.tabulate` takes them."""
 
   def flatten(values):
@@ -19,7 +19,7 @@ def _by_position(cls):
   return cls
 
 
-@_by_position
+@by_position
 class Mappings(NamedTuple):
   """The three mappings of t tokens, float32; `res=None` stands for I."""
 
@@ -28,17 +28,9 @@ class Mappings(NamedTuple):
   res: Float[Array, 'n n t'] | None
 
 
-@_by_position
+@by_position
 class Context(NamedTuple):
   """The streams and their mappings: from `pre` to `post`."""
 
   x: Float[Array, '*batch n d']
   mappings: Mappings | None
-
-
-@_by_position
-class StreamsWithPre(NamedTuple):
-  """Streams, and the H_pre by which the next sub-layer reads them."""
-
-  x: Float[Array, '*batch n d']
-  weights: Float[Array, 'n t']

@@ -40,7 +40,7 @@ def decayed(
 
   Args:
     params: a tree of arrays with names: an nnx module, an `nnx.State`, a pure
-      dict, Linen's or those that `nnx.Optimizer` hands to optax.
+      dict, Linen's, or those that Flax's optimiser hands to optax.
     rest: from the names on the way to a parameter that is no connection's, and
       the parameter, to whether it decays.
   """

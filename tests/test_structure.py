@@ -88,7 +88,7 @@ def test_no_file_imports_itself_in_a_circle():
 def test_the_first_look_is_short():
   files = [path for path in ROOT.glob('mhc/*') if path.suffix == '.py']
   folders = [path for path in ROOT.glob('mhc/*/') if path.stem != '__pycache__']
-  assert len(files) <= 9
+  assert len(files) <= 16  # the library
   assert len(folders) <= 10
 
 

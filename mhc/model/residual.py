@@ -54,6 +54,8 @@ class PendingOutput(NamedTuple):
   context: Context
 
 
+# Kinds whose `advance` is one pass over the streams.
+ONE_PASS = ('mhc', 'identity', 'mhc_lite', 'kromhc', 'orthogonal')
 ResidualState = Float[Array, '*batch n d'] | StreamsWithPre | PendingOutput
 
 
@@ -203,7 +205,7 @@ def collapse_streams(
 ) -> Float[Array, '*batch d']:
   """The state of the last block as one stream."""
   if isinstance(state, StreamsWithPre):
-    return functional.read(*state)
+    return state.read()
   if not isinstance(state, PendingOutput):
     return collapse(state)
   if collapse.kind == 'learned':
@@ -244,8 +246,7 @@ def _pending_post_args(config, state):
 
 def _defers_post(config):
   """Whether the kind reads and writes the streams in one pass of a kernel."""
-  kernel = api.defers_post(_implementation(config))
-  return kernel and config.kind not in ('residual', 'hc', 'mhc_single_pass')
+  return config.kind in ONE_PASS and api.defers_post(_implementation(config))
 
 
 def _implementation(config):

@@ -10,7 +10,7 @@ import pytest
 
 import mhc
 from mhc import arguments as checks
-from mhc import functional
+from mhc import context as context_lib
 
 N, DIM = 4, 8
 MADE = (
@@ -83,7 +83,7 @@ def test_a_context_of_two_batches_is_refused():
   connection = mhc.MHC(DIM, N, 0)
   _, context = connection.pre(streams(3))
   _, other = connection.pre(streams(5))
-  mixed = functional.Context(context.x, other.mappings)
+  mixed = context_lib.Context(context.x, other.mappings)
   with pytest.raises(ValueError, match=r'\(4, 5\), not \(4, 3\)'):
     connection.post(jnp.ones((3, DIM)), mixed)
 

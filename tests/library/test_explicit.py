@@ -12,6 +12,7 @@ import pytest
 
 import mhc
 from mhc import connections
+from mhc import explicit
 from mhc import gains
 
 N, DIM = 4, 8
@@ -134,3 +135,9 @@ def test_single_pass_expansion_and_gains():
     got = jax.jit(run)(jax.device_put(x, P('data')))
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_dimensions_that_are_merged_are_split_by_all_their_axes():
+  assert explicit.merged(None, None) is None
+  assert explicit.merged('data', None) == ('data',)
+  assert explicit.merged(('data', 'pipe'), 'model') == ('data', 'pipe', 'model')
