@@ -1,24 +1,33 @@
 # make compare   trains the residual designs side by side and writes a report
 # make test      runs the tests
 # make docs      builds the documentation into site/
-# All set up everything they need in .venv first.
+# All set up everything they need in .venv first. And less often:
+# make versions  runs the library's tests on its oldest and newest JAX (minutes)
+# make wheel     builds dist/, as for PyPI
 
 PYTHON ?= python3
 BIN := .venv/bin
 WORKDIR ?= runs/compare
 FLAGS ?=
+# The library runs on more versions of JAX than the trainer: tests/versions/.
+VERSIONS := oldest newest
 
-.PHONY: compare test docs lint format clean
+.PHONY: compare test docs versions lint format wheel clean
 
 compare: .venv/installed
 	$(BIN)/python launch/compare.py --workers=0 --workdir=$(WORKDIR) $(FLAGS)
 
-test: .venv/dev
+test: .venv/dev $(VERSIONS:%=.venv/versions/%/installed)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo 'built: site/index.html'
+
+versions: .venv/dev $(VERSIONS:%=.venv/versions/%/installed)
+	set -e; for each in $(VERSIONS); do \
+	  PYTHONPATH=.venv/versions/$$each $(BIN)/python -m pytest tests/library; \
+	done
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -28,26 +37,41 @@ format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+wheel: .venv/release
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:
-	rm -rf .venv build site *.egg-info
+	rm -rf .venv build dist site *.egg-info
 
 # Bytecode is made when it is first needed: most of it never is. But then it is
 # kept: the tests start many processes.
 unexport PYTHONDONTWRITEBYTECODE
-PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 12) or sys.exit(f"mhc needs Python 3.12 or newer, {sys.executable} is {v.major}.{v.minor}: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 
 .venv/installed: setup.py constraints.txt | $(BIN)/python
-	$(PIP) -e '.[train]'
+	$(PIP) -c constraints.txt -e '.[train]'
 	@touch $@
 
 .venv/dev: setup.py constraints.txt | $(BIN)/python
-	$(PIP) -e '.[dev]'
+	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@ .venv/installed
 
 .venv/docs: setup.py constraints.txt | $(BIN)/python
-	$(PIP) -e '.[docs]'
+	$(PIP) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+.venv/release: setup.py constraints.txt | .venv/dev
+	$(PIP) -c constraints.txt -e '.[release]'
+	@touch $@
+
+# A folder that PYTHONPATH puts before the packages of .venv, which it shares.
+.venv/versions/%/installed: tests/versions/%.txt | .venv/dev
+	rm -rf $(@D)
+	$(PIP) --no-deps --target $(@D) -r $<
 	@touch $@

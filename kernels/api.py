@@ -1,6 +1,7 @@
 """The operations, and which implementation of them runs where.
 
     'xla'      plain JAX, on every platform
+    'autodiff' plain JAX without gradients of its own: for forward mode
     'pallas'   TPU kernels; interpreted on other machines
     'triton'   GPU kernels, by name only: they compile for GPUs and agree with
                the reference in Triton's interpreter, and have not run on a GPU
@@ -28,7 +29,7 @@ from jaxtyping import Array, Float
 from mhc.kernels import operands
 from mhc.kernels import platform as platform_lib
 
-Implementation = Literal['xla', 'pallas', 'triton']
+Implementation = Literal['xla', 'pallas', 'triton', 'autodiff']
 
 # The paper's Eq. 9: t_max = 20 iterations of exact divisions. DeepSeek-V4's
 # kernels add eps = 1e-6 to entries and divisors.
@@ -105,7 +106,7 @@ def defers_post(implementation: Implementation | None) -> bool:
   Plain JAX gains nothing by that pass and would keep the streams twice for the
   backward pass: there a sub-layer's output is written back at once.
   """
-  return (implementation or _preferred()[0]) != 'xla'
+  return (implementation or _preferred()[0]) not in ('xla', 'autodiff')
 
 
 def check(

@@ -10,7 +10,9 @@ WIDTH = 128
 
 def check(x):
   """Raises NotImplementedError if no kernel can serve streams x, [t, n, d]."""
-  _, n, dim = x.shape
+  t, n, dim = x.shape
+  if not t:
+    raise NotImplementedError('no tokens')
   if n not in STREAMS:
     raise NotImplementedError(f'{n} streams: the kernels take {STREAMS}')
   if dim % WIDTH:
@@ -24,7 +26,7 @@ def check(x):
 def res_or_identity(post, res):
   """Returns H_res, [n, n, t], or the identity where res is None."""
   if res is None:
-    eye = jnp.eye(len(post))[..., None]
+    eye = jnp.eye(len(post), dtype=jnp.float32)[..., None]
     return jnp.broadcast_to(eye, (len(post), *post.shape))
   return res
 

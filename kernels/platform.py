@@ -11,7 +11,11 @@ def device() -> tuple[str, str]:
   """
   abstract = jax.sharding.get_abstract_mesh().abstract_device
   found = jax.devices()[0] if abstract is None else abstract
-  return found.platform, found.device_kind
+  kind = found.device_kind
+  if hasattr(found, 'platform'):
+    return found.platform, kind
+  # On JAX 0.7.2 a mesh knows its devices by their kind alone.
+  return 'cpu' if kind == 'cpu' else 'tpu' if 'TPU' in kind else 'gpu', kind
 
 
 def platform() -> str:

@@ -60,7 +60,7 @@ MICROBATCHES = flags.DEFINE_integer(
   'Number of microbatches in --draw_schedule; by default 2 * chunks * pipe.',
 )
 JSON = flags.DEFINE_bool('json', False, 'Print plans as JSON.')
-cli.define_config('tiny.py')
+cli.define_config('tiny')
 
 
 def main():
@@ -122,4 +122,4 @@ def _suggest(config):
 
 
 if __name__ == '__main__':
-  cli.run(main)
+  cli.run(main, computes=False)

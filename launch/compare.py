@@ -17,6 +17,7 @@ from absl import flags
 import jax
 
 from mhc.config import comparison as comparison_lib
+from mhc.config import given
 from mhc.experiments import jobs as jobs_lib
 from mhc.experiments import plan
 from mhc.experiments import progress
@@ -50,7 +51,7 @@ WORKER = flags.DEFINE_bool(
 BUDGET = flags.DEFINE_float(
   'budget_hours', None, 'Refuse to begin what is predicted to take longer.'
 )
-cli.define_config('compare.py')
+cli.define_config('compare')
 cli.define_end()
 
 
@@ -59,6 +60,10 @@ def main():
   if not REPORT_ONLY.value:
     _share_programs(workdir)
     comparison = cli.config(comparison_lib.Comparison)
+    comparison.check_panels(PANELS.value)
+    lines = given.check(comparison, sys.argv, PANELS.value)
+    if lines and not WORKER.value:
+      print('\n'.join(lines))
     if (LIST.value or BUDGET.value) and not WORKER.value:
       _plan(comparison, workdir)
     if LIST.value:
@@ -90,7 +95,6 @@ def _train(comparison, workdir):
 
 
 def _plan(comparison, workdir):
-  comparison.check_panels(PANELS.value)
   jobs = jobs_lib.Jobs(comparison, workdir, PANELS.value)
   number = WORKERS.value or workers.most()
   # Before anything has started JAX's threads: they are timed as a worker's.

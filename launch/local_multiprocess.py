@@ -9,6 +9,7 @@ devices and its --coordinator, --num_processes and --process_id. Lines of all
 but process 0 begin with the process index. SIGINT and SIGTERM are forwarded to
 all, and a second one kills them. If one fails, the others, which could only
 wait for it, are killed, and its exit status becomes that of this program.
+Installed without a clone, the command is `-m mhc.launch.train ...`.
 """
 
 import contextlib
@@ -38,7 +39,8 @@ GRACE = 3  # seconds after a failure in which the others can report theirs
 def main(*command):
   if not command:
     raise ValueError(
-      'no command to start: append -- launch/train.py --workdir=...'
+      'no command to start: append -- launch/train.py --workdir=..., or '
+      '-- -m mhc.launch.train --workdir=... without a clone'
     )
   children, signals = [], []
 
@@ -136,4 +138,4 @@ def _free_port() -> int:
 
 
 if __name__ == '__main__':
-  cli.run(main, words=True)
+  cli.run(main, words=True, computes=False)

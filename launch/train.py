@@ -17,7 +17,7 @@ from mhc.training import run
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True
 )
-cli.define_config('tiny.py')
+cli.define_config('tiny')
 cli.define_processes()
 cli.define_end()
 

@@ -11,9 +11,11 @@ From one sub-layer straight to the next, in one pass over the streams:
 (arXiv 2409.19606), `MHC` by matrices of a constrained kind, doubly stochastic
 ones by default (arXiv 2512.24880), and `SinglePass` is mHC with the read
 weights one sub-layer early (DeepSeek-V4.1). Around them, once per model, stand
-`expand` and `Collapse`, see `streams`.
+`expand` and `Collapse`, see `streams`. They accept `rngs`, as modules do, and
+draw nothing from them.
 """
 
+import functools
 from typing import NamedTuple
 
 from flax import nnx
@@ -21,24 +23,38 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mhc import arguments
+from mhc import explicit
 from mhc import functional
 from mhc import kernels
+from mhc import observation
 from mhc import precision
-from mhc.functional import Context, Mappings
+from mhc.context import Context, Mappings, by_position
 from mhc.kernels.xla import streams
 
 
 class Residual(nnx.Module):
   """x + F(x) on a single stream; no parameters."""
 
+  def __init__(self, *, rngs: nnx.Rngs | None = None):
+    del rngs
+
   def pre(
-    self, x: Float[Array, '*batch 1 d']
+    self, x: Float[Array, '*batch n d']
   ) -> tuple[Float[Array, '*batch d'], Context]:
+    """Reads the one stream.
+
+    Raises:
+      ValueError: there are several.
+    """
+    arguments.check_streams(x, 1, x.shape[-1])
+    observation.record(x, None)
     return precision.mark('sublayer_input', x[..., 0, :]), Context(x, None)
 
   def post(
-    self, y: Float[Array, '*batch d'], context: Context
+    self, y: Float[Array, '...'], context: Context
   ) -> Float[Array, '*batch 1 d']:
+    arguments.check_output(y, *context)
     return precision.mark('streams', context.x + y[..., None, :])
 
   def advance(
@@ -46,6 +62,12 @@ class Residual(nnx.Module):
   ) -> tuple[Float[Array, '*batch d'], Context]:
     """Leaves the sub-layer of `context` and enters this one."""
     return self.pre(self.post(y, context))
+
+
+HC_PARAMETERS = (
+  *('gain', 'theta_pre', 'theta_post', 'theta_res', 'alpha'),
+  *('bias_pre', 'bias_post', 'bias_res'),
+)
 
 
 class HC(nnx.Module):
@@ -82,35 +104,48 @@ class HC(nnx.Module):
     pre: functional.Part = 'dynamic',
     post: functional.Part = 'dynamic',
     res: functional.Part = 'dynamic',
+    rngs: nnx.Rngs | None = None,
   ):
+    del rngs
+    arguments.check_place(dim, num_streams, index)
     functional.check_parts(pre=pre, post=post, res=res)
     initial_read = jnp.full(num_streams, 1 / num_streams, jnp.float32)
     if pre != 'off':
-      initial_stream = jnp.arange(num_streams) == index % num_streams
+      initial_stream = functional.first_read(index, num_streams)
       initial_read = initial_stream.astype(jnp.float32)
-    self.gain = nnx.Param(jnp.ones(dim))
-    self.theta_pre = nnx.Param(jnp.zeros(dim))
-    self.theta_post = nnx.Param(jnp.zeros(dim))
-    self.theta_res = nnx.Param(jnp.zeros((num_streams, dim)))
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    ones = functools.partial(jnp.ones, dtype=jnp.float32)
+    self.gain = nnx.Param(ones(dim))
+    self.theta_pre = nnx.Param(zeros(dim))
+    self.theta_post = nnx.Param(zeros(dim))
+    self.theta_res = nnx.Param(zeros((num_streams, dim)))
     self.alpha = nnx.Param(jnp.full(2, 0.01, jnp.float32))  # s_width, s_depth
     self.bias_pre = nnx.Param(initial_read)
-    self.bias_post = nnx.Param(jnp.ones(num_streams))
-    self.bias_res = nnx.Param(jnp.eye(num_streams))
+    self.bias_post = nnx.Param(ones(num_streams))
+    self.bias_res = nnx.Param(jnp.eye(num_streams, dtype=jnp.float32))
     self.shape = (num_streams, dim)
     self.parts = (pre, post, res)
     self.norm_eps = norm_eps
     self.implementation = implementation
 
+  @property
+  def params(self) -> dict[str, nnx.Param]:
+    return {name: getattr(self, name) for name in HC_PARAMETERS}
+
   def mappings(self, x: Float[Array, 't n d']) -> Mappings:
+    return self.mappings_by(functional.float32(self.params), x)
+
+  def mappings_by(self, params, x: Float[Array, 't n d']) -> Mappings:
+    """The mappings by parameters given as arrays."""
     wide = x.astype(jnp.float32)
     square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(square + self.norm_eps)
-    normed = normed * self.gain[...][None, None]
+    normed = normed * params['gain'][None, None]
     theta = jnp.concatenate(
       [
-        self.theta_pre[...][None],
-        self.theta_post[...][None],
-        self.theta_res[...],
+        params['theta_pre'][None],
+        params['theta_post'][None],
+        params['theta_res'],
       ]
     )
     n, parts = len(theta) - 2, self.parts
@@ -121,8 +156,8 @@ class HC(nnx.Module):
       jnp.einsum('tjd,kd->tjk', normed, theta, precision=streams.HIGHEST)
     )
     dynamic = jnp.moveaxis(dynamic, 0, -1)  # [j, k, t]
-    width, depth = self.alpha[...]
-    bias_pre, bias_post = self.bias_pre[...], self.bias_post[...]
+    width, depth = params['alpha']
+    bias_pre, bias_post = params['bias_pre'], params['bias_post']
     if parts[0] == 'off':
       bias_pre = jnp.full_like(bias_pre, 1 / n)
     if parts[1] == 'off':
@@ -135,13 +170,16 @@ class HC(nnx.Module):
     if parts[2] == 'off':
       return mapped
     res = width * jnp.swapaxes(dynamic[:, 2:], 0, 1)
-    return mapped._replace(res=res + self.bias_res[...][..., None])
+    return mapped._replace(res=res + params['bias_res'][..., None])
 
   def pre(
     self, x: Float[Array, '*batch n d']
   ) -> tuple[Float[Array, '*batch d'], Context]:
-    context = _context(self, x)
-    return functional.read(x, context.mappings.pre), context
+    context = _context(self, self.parts[2] != 'off', x)
+    observation.record(*context)
+    return functional.read(
+      x, context.mappings.pre, self.implementation
+    ), context
 
   def post(
     self, y: Float[Array, '*batch d'], context: Context
@@ -166,7 +204,7 @@ class MHC(nnx.Module):
     dim: d, the width of a stream.
     num_streams: n.
     index: of the sub-layer in the network, attention and FFN counted apart. It
-      chooses the stream that the sub-layer reads first.
+      chooses the stream that the sub-layer reads first. Traced or not.
     res_diagonal: see `mixing.initial_logits`.
     options: fields of `functional.Options`.
   """
@@ -178,8 +216,10 @@ class MHC(nnx.Module):
     index,
     *,
     res_diagonal: float = 6.0,
+    rngs: nnx.Rngs | None = None,
     **options,
   ):
+    del rngs
     self.options = functional.Options(**options)
     params = functional.init(
       dim,
@@ -200,12 +240,16 @@ class MHC(nnx.Module):
     return {'phi': self.phi, 'alpha': self.alpha, 'bias': self.bias}
 
   def mappings(self, x: Float[Array, 't n d']) -> Mappings:
-    return functional.mappings(self.params, x, self.options)
+    return self.mappings_by(self.params, x)
+
+  def mappings_by(self, params, x: Float[Array, 't n d']) -> Mappings:
+    """The mappings by parameters given as arrays."""
+    return functional.mappings(params, x, self.options)
 
   def pre(
     self, x: Float[Array, '*batch n d']
   ) -> tuple[Float[Array, '*batch d'], Context]:
-    _check_streams(self, x)
+    arguments.check_streams(x, *self.shape)
     return functional.pre(self.params, x, self.options)
 
   def post(
@@ -217,18 +261,22 @@ class MHC(nnx.Module):
     self, y: Float[Array, '*batch d'], context: Context
   ) -> tuple[Float[Array, '*batch d'], Context]:
     """Leaves the sub-layer of `context` and enters this one, in one pass."""
-    _check_streams(self, context.x)
+    arguments.check_streams(context.x, *self.shape)
     return functional.advance(self.params, y, context, self.options)
 
 
+@by_position
 class StreamsWithPre(NamedTuple):
   """Streams, and the H_pre by which the next sub-layer reads them."""
 
   x: Float[Array, '*batch n d']
   weights: Float[Array, 'n t']
 
-  def read(self) -> Float[Array, '*batch d']:
-    return functional.read(self.x, self.weights)
+  def read(
+    self, implementation: kernels.Implementation | None = None
+  ) -> Float[Array, '*batch d']:
+    """What the next sub-layer reads, or the streams closed."""
+    return functional.read(self.x, self.weights, implementation)
 
 
 class SinglePass(nnx.Module):
@@ -247,12 +295,20 @@ class SinglePass(nnx.Module):
   """
 
   def __init__(self, dim: int, num_streams: int, index, **options):
+    arguments.check_place(dim, num_streams, index)
     self.next_mhc = MHC(dim, num_streams, index + 1, **options)
 
   def pre(
     self, state: StreamsWithPre
   ) -> tuple[Float[Array, '*batch d'], Context]:
-    return state.read(), _context(self.next_mhc, state.x)
+    context = self._context(state.x)
+    read_by = context.mappings._replace(pre=state.weights)
+    observation.record(state.x, read_by)
+    return state.read(self.next_mhc.options.implementation), context
+
+  def _context(self, x):
+    mixes = self.next_mhc.options.mixing_used != 'identity'
+    return _context(self.next_mhc, mixes, x)
 
   def post(
     self, y: Float[Array, '*batch d'], context: Context
@@ -266,17 +322,14 @@ class SinglePass(nnx.Module):
     return self.pre(self.post(y, context))
 
 
-def _context(connection, x):
+def _context(connection, mixes, x):
   """The mappings of connections that do not read in the same pass."""
-  _check_streams(connection, x)
-  mappings = connection.mappings(functional.tokens(x))
-  return Context(x, functional.named(mappings))
+  arguments.check_streams(x, *connection.shape)
 
+  def run(params, x):
+    mapped = connection.mappings_by(params, functional.tokens(x))
+    return Context(x, functional.named(mapped))
 
-def _check_streams(connection, x):
-  if x.shape[-2:] != connection.shape:
-    n, dim = connection.shape
-    raise ValueError(
-      f'this connection has {n} streams of width {dim}, got x of shape '
-      f'{x.shape}: open streams once, with expand, before the first sub-layer'
-    )
+  specs = lambda spec: Context(spec, functional.specs_mappings(spec, mixes))
+  params = functional.float32(connection.params)
+  return explicit.call(run, x, specs, params, x)

@@ -30,6 +30,9 @@ whatever `params` holds there counts as its constant and gets gradient 0.
 mixing) and bias [2n + k], float32. Mappings are float32 and lie tokens-minor,
 [n, t] and [n, n, t], t being all leading dimensions of x flattened; streams and
 what is read from them keep the dtype of x.
+
+Gradients are for reverse mode, to any order. Forward mode (`jax.jvp`,
+`jax.hessian`) needs implementation='autodiff', or JAX raises a TypeError.
 """
 
 from collections.abc import Mapping
@@ -37,36 +40,27 @@ import dataclasses
 import functools
 import math
 import typing
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 import numpy as np
 
+from mhc import arguments
+from mhc import explicit
 from mhc import kernels
 from mhc import manifold
 from mhc import mixing as mixing_lib
+from mhc import observation
 from mhc import precision
+from mhc.context import Context, Mappings
+from mhc.kernels.autodiff import ops as autodiff
 from mhc.kernels.xla import streams
 
 Params = Mapping[str, Any]  # arrays, or what `[...]` makes one
 Part = Literal['dynamic', 'static', 'off']
-
-
-class Mappings(NamedTuple):
-  """The three mappings of t tokens, float32; `res=None` stands for I."""
-
-  pre: Float[Array, 'n t']
-  post: Float[Array, 'n t']
-  res: Float[Array, 'n n t'] | None
-
-
-class Context(NamedTuple):
-  """The streams and their mappings: from `pre` to `post`."""
-
-  x: Float[Array, '*batch n d']
-  mappings: Mappings | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,22 +147,24 @@ def init(
     res_diagonal: see `mixing.initial_logits`.
 
   Raises:
-    ValueError: the parameterisation does not exist for n streams.
+    ValueError: the parameterisation does not exist for n streams, or a number
+      is not a whole one in its range.
   """
+  arguments.check_place(dim, num_streams, index)
   options = Options(mixing, pre=pre, res=res)
-  initial_stream = jnp.arange(num_streams) == index % num_streams
+  initial_stream = first_read(index, num_streams)
   read = jnp.where(initial_stream, 3.0, -3.0).astype(jnp.float32)
   if pre == 'off':
     read = jnp.full(num_streams, _uniform_read(num_streams), jnp.float32)
   bias = [
     read,
-    jnp.zeros(num_streams),
+    jnp.zeros(num_streams, jnp.float32),
     mixing_lib.initial_logits(options.mixing_used, num_streams, res_diagonal),
   ]
   num_alphas = sum(part.size > 0 for part in bias)
   bias = jnp.concatenate(bias)
   return {
-    'phi': jnp.zeros((num_streams * dim, bias.size)),
+    'phi': jnp.zeros((num_streams * dim, bias.size), jnp.float32),
     'alpha': jnp.full(num_alphas, 0.01, jnp.float32),
     'bias': bias,
   }
@@ -179,12 +175,23 @@ def pre(
   x: Float[Array, '*batch n d'],
   options: Options = Options(),
 ) -> tuple[Float[Array, '*batch d'], Context]:
-  """H_pre x, what a sub-layer reads, and what `post` needs (Eq. 3)."""
-  params = _with_constants(params, x.shape[-2], options)
-  h, z = kernels.pre(
-    tokens(x), *_reading(params, x), options.norm_eps, options.implementation
-  )
-  return _read_and_mapped(params, h, x, z, options)
+  """H_pre x, what a sub-layer reads, and what `post` needs (Eq. 3).
+
+  Raises:
+    ValueError: x and phi are not of the same streams.
+  """
+  params = _with_constants(params, x, options)
+
+  def run(params, x):
+    h, z = kernels.pre(
+      tokens(x), *_reading(params, x), options.norm_eps, options.implementation
+    )
+    return _read_and_mapped(params, h, x, z, options)
+
+  specs = functools.partial(_specs_read, mixes=_mixes(options))
+  h, context = explicit.call(run, x, specs, params, x)
+  observation.record(context.x, context.mappings)
+  return h, context
 
 
 def post(
@@ -192,16 +199,23 @@ def post(
   context: Context,
   implementation: kernels.Implementation | None = None,
 ) -> Float[Array, '*batch n d']:
-  """H_res x + H_post^T y, the streams behind a sub-layer (Eq. 3)."""
-  x, mappings = context
-  _check_output(y, x)
-  return kernels.post(
-    tokens(x),
-    y.reshape(-1, y.shape[-1]),
-    mappings.post,
-    mappings.res,
-    implementation,
-  ).reshape(x.shape)
+  """H_res x + H_post^T y, the streams behind a sub-layer (Eq. 3).
+
+  Raises:
+    ValueError: y is not what a sub-layer returns that has read `context`.
+  """
+  arguments.check_output(y, *context)
+
+  def run(y, x, mappings):
+    return kernels.post(
+      tokens(x),
+      _flat(y, 1),
+      mappings.post,
+      mappings.res,
+      implementation,
+    ).reshape(x.shape)
+
+  return explicit.call(run, context.x, lambda spec: spec, y, *context)
 
 
 def advance(
@@ -210,43 +224,76 @@ def advance(
   context: Context,
   options: Options = Options(),
 ) -> tuple[Float[Array, '*batch d'], Context]:
-  """`post` of the sub-layer of `context`, `pre` of this one, in one pass."""
-  x, mappings = context
-  _check_output(y, x)
-  params = _with_constants(params, x.shape[-2], options)
-  x_next, h, z = kernels.advance(
-    tokens(x),
-    y.reshape(-1, y.shape[-1]),
-    mappings.post,
-    mappings.res,
-    *_reading(params, x),
-    options.norm_eps,
-    options.implementation,
-  )
-  return _read_and_mapped(params, h, x_next.reshape(x.shape), z, options)
+  """`post` of the sub-layer of `context`, `pre` of this one, in one pass.
+
+  Raises:
+    ValueError: as `pre` and `post` do.
+  """
+  arguments.check_output(y, *context)
+  params = _with_constants(params, context.x, options)
+
+  def run(params, y, x, mappings):
+    x_next, h, z = kernels.advance(
+      tokens(x),
+      _flat(y, 1),
+      mappings.post,
+      mappings.res,
+      *_reading(params, x),
+      options.norm_eps,
+      options.implementation,
+    )
+    return _read_and_mapped(params, h, x_next.reshape(x.shape), z, options)
+
+  specs = functools.partial(_specs_read, mixes=_mixes(options))
+  h, context = explicit.call(run, context.x, specs, params, y, *context)
+  observation.record(context.x, context.mappings)
+  return h, context
 
 
 def mappings(
   params: Params, x: Float[Array, 't n d'], options: Options = Options()
 ) -> Mappings:
   """The mappings of t tokens (Eq. 14-19), without reading the streams."""
-  params = _with_constants(params, x.shape[1], options)
-  z = streams.normed_projection(x, params['phi'][...], options.norm_eps).T
+  params = _with_constants(params, x, options)
+  project = streams.normed_projection
+  if options.implementation == 'autodiff':
+    project = autodiff.normed_projection
+  z = project(x, params['phi'], options.norm_eps).T
   z = precision.mark('mapping_logits', z)
   return _mappings(params, z, x.shape[1], options)
 
 
 def read(
-  x: Float[Array, '*batch n d'], weights: Float[Array, 'n t']
+  x: Float[Array, '*batch n d'],
+  weights: Float[Array, 'n t'],
+  implementation: kernels.Implementation | None = None,
 ) -> Float[Array, '*batch d']:
-  """sum_j weights_j x_j of every token."""
-  h = precision.mark('sublayer_input', streams.read(tokens(x), weights))
-  return h.reshape(*x.shape[:-2], x.shape[-1])
+  """sum_j weights_j x_j of every token; no kernel has it alone."""
+  weighted = autodiff.read if implementation == 'autodiff' else streams.read
+
+  def run(x, weights):
+    h = precision.mark('sublayer_input', weighted(tokens(x), weights))
+    return h.reshape(*x.shape[:-2], x.shape[-1])
+
+  specs = lambda spec: PartitionSpec(*spec[:-2], spec[-1])
+  return explicit.call(run, x, specs, x, weights)
 
 
 def tokens(x: Float[Array, '*batch n d']) -> Float[Array, 't n d']:
   """All leading dimensions as one."""
-  return x.reshape(-1, *x.shape[-2:])
+  return _flat(x, 2)
+
+
+def specs_mappings(spec: PartitionSpec, mixes: bool) -> Mappings:
+  """The specs of mappings [n, t] and [n, n, t] of streams with this spec."""
+  t = explicit.merged(*spec[:-2])
+  two, three = PartitionSpec(None, t), PartitionSpec(None, None, t)
+  return Mappings(two, two, three if mixes else None)
+
+
+def float32(params: Params) -> dict[str, Float[Array, '...']]:
+  """The parameters as float32 arrays, whatever they were given as."""
+  return {n: jnp.asarray(p[...], jnp.float32) for n, p in params.items()}
 
 
 def named(mapped: Mappings) -> Mappings:
@@ -261,16 +308,34 @@ def where_parts(
   return np.repeat([part in chosen for part in parts], sizes)
 
 
-def _with_constants(params, n, options):
-  """The parameters, with constants where a part is not to use them.
+def _flat(x, kept):
+  """All dimensions but the last `kept` as one, also where one is empty."""
+  return x.reshape(math.prod(x.shape[:-kept]), *x.shape[-kept:])
+
+
+def _mixes(options):
+  return options.mixing_used != 'identity'
+
+
+def _specs_read(spec, mixes):
+  """The specs of what `pre` returns, for those of the streams."""
+  h = PartitionSpec(*spec[:-2], spec[-1])
+  return h, Context(spec, specs_mappings(spec, mixes))
+
+
+def _with_constants(params, x, options):
+  """The parameters as float32 arrays, or constants for parts that are off.
 
   A select has gradient 0 there, and leaves the kernels as they are: they see
   phi = 0. alpha multiplies x phi = 0 and needs no constant.
   """
+  params = float32(params)
+  phi, bias = params['phi'], params['bias']
+  n = x.shape[-2]
+  arguments.check_streams(x, n, len(phi) // n)
   parts = options.pre, options.post, options.res
   if parts == ('dynamic',) * 3:
     return params
-  phi, bias = params['phi'][...], params['bias'][...]
   sizes = n, n, len(bias) - 2 * n
   dynamic = where_parts(parts, ('dynamic',), sizes)
   learned = where_parts(parts, ('dynamic', 'static'), sizes)
@@ -280,6 +345,11 @@ def _with_constants(params, n, options):
     'alpha': params['alpha'],
     'bias': jnp.where(learned, bias, off),
   }
+
+
+def first_read(index, n: int) -> Bool[Array, 'n']:
+  """Whether a stream is the one that sub-layer `index` reads first."""
+  return jnp.arange(n) == jnp.asarray(index % n, jnp.arange(n).dtype)
 
 
 def _uniform_read(n):
@@ -292,7 +362,7 @@ def _uniform_read(n):
 
 def _reading(params, x):
   """phi, and alpha and bias of H_pre: arguments of the kernels."""
-  return params['phi'][...], params['alpha'][0], params['bias'][: x.shape[-2]]
+  return params['phi'], params['alpha'][0], params['bias'][: x.shape[-2]]
 
 
 def _read_and_mapped(params, h, x, z, options):
@@ -305,11 +375,11 @@ def _mappings(params, z, n, options):
   """Eq. 16-19, from the projection z = x phi / r, [2n + k, t]."""
   sizes = (n, n, len(z) - 2 * n) if len(z) > 2 * n else (n, n)
   alpha = jnp.repeat(
-    params['alpha'][...], jnp.array(sizes), total_repeat_length=len(z)
+    params['alpha'], jnp.array(sizes), total_repeat_length=len(z)
   )
-  logits = z * alpha[:, None] + params['bias'][...][:, None]
+  logits = z * alpha[:, None] + params['bias'][:, None]
   res = None
-  if options.mixing_used != 'identity':
+  if _mixes(options):
     res = mixing_lib.matrices(
       options.mixing_used,
       logits[2 * n :],
@@ -324,11 +394,3 @@ def _mappings(params, z, n, options):
     post=2 * jax.nn.sigmoid(logits[n : 2 * n]),
     res=res,
   )
-
-
-def _check_output(y, x):
-  if y.dtype != x.dtype:
-    raise ValueError(
-      f'the sub-layer returned {y.dtype}, the streams are {x.dtype}: '
-      'cast its output'
-    )

@@ -20,14 +20,23 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 import numpy as np
 
+from mhc import explicit
 from mhc import manifold
 
 # What float32 products keep of differences is not told from rounding below:
 # rows that sum to 1 up to 6e-8 turn the mean into differences as large.
 FLOOR = 1e-7
+# What `profile` returns.
+PROFILE = (
+  *('gain_fwd', 'gain_bwd', 'composite_fwd', 'composite_bwd', 'row_residual'),
+  *('column_residual', 'column_residual_mean', 'column_residual_p99'),
+  *('sigma_diff', 'sigma_diff_fwd', 'sigma_diff_bwd', 'effective_rank'),
+  *('entropy', 'mean', 'mean_products'),
+)
 # The powers of two up to which `spectral_norm` takes a matrix.
 SQUARINGS = 20
 
@@ -91,6 +100,11 @@ def profile(matrices: Float[Array, 'l s n n']) -> dict[str, Array]:
     mean_products [3, n, n]: averaged products of the first half, the second
       half and all of the mappings.
   """
+  replicated = dict.fromkeys(PROFILE, PartitionSpec())
+  return explicit.call(_profile, matrices, lambda _: replicated, matrices)
+
+
+def _profile(matrices):
   upto, beyond = composites(matrices)
   gain_fwd, gain_bwd = amax_gain(matrices)
   row_residual, column_residual = manifold.residuals(matrices)

@@ -11,11 +11,13 @@ is one operation with several implementations: the iteration and its adjoint
 stand in kernels/xla/sinkhorn.py, the kernels beside it.
 """
 
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mhc import explicit
 from mhc import kernels
 from mhc.kernels.xla import sinkhorn as xla
 
@@ -50,7 +52,8 @@ def sinkhorn_project(
 
   * `'recompute'`: the exact gradient of the truncated iteration. Keeps the
     logits only; the divisors are computed again, the adjoint walks back
-    through them. Reverse mode only: `jax.jvp` raises a TypeError.
+    through them. Reverse mode only, to any order: `jax.jvp` raises a
+    TypeError.
   * `'unrolled'`: autodiff through the iteration, forward and reverse mode. The
     oracle; keeps 2 n `num_iters` + O(n^2) numbers a matrix.
   * `'implicit'`: the gradient of the *limit* of the iteration, from the
@@ -73,6 +76,7 @@ def sinkhorn_project(
     implementation: 'xla', 'pallas' (TPU) or 'triton' (GPU); None is the
       fastest that the platform has, see `mhc.kernels`. The kernels have the
       exact gradient, `backward='recompute'`, alone, and no second derivative.
+      'autodiff' is `backward='unrolled'`.
 
   Returns:
     float32, the shape of `logits`: the projected matrices.
@@ -80,28 +84,22 @@ def sinkhorn_project(
   Raises:
     ValueError: the dimensions at `axes` differ or are empty, or an argument is
       out of its range.
+    TypeError: the logits are no real numbers.
     NotImplementedError: the implementation that was named cannot serve the
       call, and why.
   """
+  logits = jnp.asarray(logits)
   _check(logits, num_iters, eps, axes)
-  minor = jnp.moveaxis(logits.astype(jnp.float32), axes, (0, 1))
-  flat, eps = minor.reshape(*minor.shape[:2], -1), float(eps)
-  match backward:
-    case 'recompute':
-      out = kernels.sinkhorn(flat, num_iters, eps, implementation)
-    case 'unrolled' | 'implicit':
-      if implementation not in (None, 'xla'):
-        raise NotImplementedError(
-          f'implementation={implementation!r} has no backward={backward!r}, '
-          "only 'recompute': leave one of the two out"
-        )
-      out = getattr(xla, backward)(flat, num_iters, eps)
-    case _:
-      raise ValueError(
-        "backward must be 'recompute', 'unrolled' or 'implicit', "
-        f'got {backward!r}'
-      )
-  return jnp.moveaxis(out.reshape(minor.shape), (0, 1), axes)
+  project = _chosen(backward, implementation)
+
+  def run(logits):
+    minor = jnp.moveaxis(logits.astype(jnp.float32), axes, (0, 1))
+    n = len(minor)
+    flat = minor.reshape(n, n, minor.size // n**2)
+    out = project(flat, num_iters, float(eps))
+    return jnp.moveaxis(out.reshape(minor.shape), (0, 1), axes)
+
+  return explicit.call(run, logits, lambda spec: spec, logits)
 
 
 def residuals(
@@ -116,7 +114,30 @@ def residuals(
   return rows, columns
 
 
+def _chosen(backward, implementation):
+  match backward:
+    case 'recompute':
+      return functools.partial(kernels.sinkhorn, implementation=implementation)
+    case 'unrolled' | 'implicit':
+      if implementation not in (None, 'xla'):
+        raise NotImplementedError(
+          f'implementation={implementation!r} has no backward={backward!r}, '
+          "only 'recompute': leave one of the two out"
+        )
+      return getattr(xla, backward)
+    case _:
+      raise ValueError(
+        "backward must be 'recompute', 'unrolled' or 'implicit', "
+        f'got {backward!r}'
+      )
+
+
 def _check(logits, num_iters, eps, axes):
+  if jnp.issubdtype(logits.dtype, jnp.complexfloating):
+    raise TypeError(
+      f'sinkhorn_project takes real logits, got {logits.dtype}: give their '
+      'real part or absolute value'
+    )
   row_dim, col_dim = axes
   if logits.ndim < 2 or logits.shape[row_dim] != logits.shape[col_dim]:
     raise ValueError(

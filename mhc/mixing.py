@@ -51,15 +51,16 @@ def initial_logits(
     raise ValueError(f'kronecker needs a power of two of streams, got {n}')
   match mixing:
     case 'sinkhorn':
-      return diagonal * (jnp.eye(n).reshape(-1) - 0.5)
+      return diagonal * (jnp.eye(n, dtype=jnp.float32).reshape(-1) - 0.5)
     case 'identity':
-      return jnp.zeros(0)
+      return jnp.zeros(0, jnp.float32)
     case 'permutations':  # the first one is the identity
-      return jnp.zeros(math.factorial(n)).at[0].set(8.0)
+      return jnp.zeros(math.factorial(n), jnp.float32).at[0].set(8.0)
     case 'kronecker':
-      return jnp.tile(jnp.array([6.0, 0.0]), n.bit_length() - 1)
+      pair = jnp.array([6.0, 0.0], jnp.float32)
+      return jnp.tile(pair, n.bit_length() - 1)
     case 'cayley':
-      return jnp.zeros(n * (n - 1) // 2)
+      return jnp.zeros(n * (n - 1) // 2, jnp.float32)
 
 
 def matrices(
@@ -77,14 +78,15 @@ def matrices(
       # The kernels have no other gradient; then plain JAX projects.
       exact = backward == 'recompute'
       return manifold.sinkhorn_project(
-        logits.reshape(n, n, -1),
+        logits.reshape(n, n, logits.shape[1]),
         backward=backward,
         axes=(0, 1),
         implementation=implementation if exact else None,
         **options,
       )
     case 'identity':
-      return jnp.broadcast_to(jnp.eye(n)[..., None], (n, n, logits.shape[1]))
+      eye = jnp.eye(n, dtype=jnp.float32)[..., None]
+      return jnp.broadcast_to(eye, (n, n, logits.shape[1]))
     case 'permutations':
       return permutations(logits, n)
     case 'kronecker':
@@ -107,9 +109,9 @@ def kronecker(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
   size, tokens = 1, logits.shape[1]
   # Varies as the logits do also where there are none, for one stream.
   product = axes.cast_varying(
-    jnp.ones((1, 1, tokens)), axes.varying_axes(logits)
+    jnp.ones((1, 1, tokens), logits.dtype), axes.varying_axes(logits)
   )
-  for pair in logits.reshape(-1, 2, tokens):
+  for pair in logits.reshape(len(logits) // 2, 2, tokens):
     keep, swap = jax.nn.softmax(pair, axis=0)
     factor = jnp.stack([jnp.stack([keep, swap]), jnp.stack([swap, keep])])
     product = product[:, None, :, None] * factor[None, :, None]
@@ -125,13 +127,13 @@ def cayley(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
   symmetric part of I + S is I, so every pivot is at least 1.
   """
   above = np.triu_indices(n, 1)
-  empty = jnp.zeros((n, n, logits.shape[1]))
+  empty = jnp.zeros((n, n, logits.shape[1]), logits.dtype)
   # Varies as the logits do also where there are none, for one stream.
   skew = (
     axes.cast_varying(empty, axes.varying_axes(logits)).at[above].set(logits)
   )
   skew = skew - jnp.swapaxes(skew, 0, 1)
-  eye = jnp.eye(n)[..., None]
+  eye = jnp.eye(n, dtype=logits.dtype)[..., None]
   system = jnp.concatenate([eye + skew, eye - skew], axis=1)
   for k in range(n):
     pivot_row = system[k] / system[k, k][None]

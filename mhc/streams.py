@@ -10,8 +10,12 @@ from typing import Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from mhc import arguments
+from mhc import explicit
+from mhc import functional
 from mhc.kernels.xla import streams
 
 
@@ -29,6 +33,7 @@ def expand(
   """
   if scale not in ('ones', 'random'):
     raise ValueError(f"scale must be 'ones' or 'random', got {scale!r}")
+  arguments.check_place(x.shape[-1], num_streams, 0)
   shape = (*x.shape[:-1], num_streams, x.shape[-1])
   wide = jnp.broadcast_to(x[..., None, :], shape)
   if scale == 'ones':
@@ -57,28 +62,45 @@ class Collapse(nnx.Module):
     num_streams: int,
     *,
     norm_eps: float = 1e-20,
+    rngs: nnx.Rngs | None = None,
   ):
+    del rngs
+    arguments.check_place(dim, num_streams, 0)
     if kind not in ('sum', 'mean', 'learned'):
       raise ValueError(
         f"collapse must be 'sum', 'mean' or 'learned', got {kind!r}"
       )
     self.kind = kind
+    self.shape = (num_streams, dim)
     self.norm_eps = norm_eps
     if kind == 'learned':
-      self.phi = nnx.Param(jnp.zeros((num_streams * dim, num_streams)))
+      zeros = jnp.zeros((num_streams * dim, num_streams), jnp.float32)
+      self.phi = nnx.Param(zeros)
       self.alpha = nnx.Param(jnp.full(1, 0.01, jnp.float32))
-      self.bias = nnx.Param(jnp.zeros(num_streams))
+      self.bias = nnx.Param(jnp.zeros(num_streams, jnp.float32))
 
   def __call__(self, x: Float[Array, '*batch n d']) -> Float[Array, '*batch d']:
-    *batch, n, dim = x.shape
-    tokens = x.reshape(-1, n, dim)
+    """Closes the streams.
+
+    Raises:
+      ValueError: x is not of as many streams of this width.
+    """
+    arguments.check_streams(x, *self.shape)
     match self.kind:
       case 'sum':
         return jnp.sum(x, axis=-2)
       case 'mean':
         return jnp.mean(x, axis=-2)
       case 'learned':
-        raw = streams.normed_projection(tokens, self.phi[...], self.norm_eps)
-        logits = raw * self.alpha[...][None] + self.bias[...][None]
-        weights = jax.nn.sigmoid(logits) + 1e-6
-        return streams.read(tokens, weights.T).reshape(*batch, dim)
+        params = {'phi': self.phi, 'alpha': self.alpha, 'bias': self.bias}
+        specs = lambda spec: PartitionSpec(*spec[:-2], spec[-1])
+        params = functional.float32(params)
+        return explicit.call(self._weighted, x, specs, params, x)
+
+  def _weighted(self, params, x):
+    tokens = functional.tokens(x)
+    raw = streams.normed_projection(tokens, params['phi'], self.norm_eps)
+    logits = raw * params['alpha'][None] + params['bias'][None]
+    weights = jax.nn.sigmoid(logits) + 1e-6
+    h = streams.read(tokens, weights.T)
+    return h.reshape(*x.shape[:-2], x.shape[-1])

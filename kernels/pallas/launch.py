@@ -50,17 +50,14 @@ def run(
     ],
     axes.varying_axes(arrays),
   )
-  # Inside a shard_map results differ between devices as the operands do.
-  mat = jax.typeof(operands[0]).mat
   results = pl.pallas_call(
     _body(call),
     grid=(grid.cores, grid.steps),
     in_specs=[kind.spec(grid) for kind in call.inputs.values()],
     out_specs=[kind.spec(grid) for kind in call.outputs.values()],
+    # Inside a shard_map results differ between devices as the operands do.
     out_shape=[
-      jax.ShapeDtypeStruct(
-        kind.out_shape(grid), kind.dtype, manual_axis_type=mat
-      )
+      axes.struct_varying_as(operands[0], kind.out_shape(grid), kind.dtype)
       for kind in call.outputs.values()
     ],
     scratch_shapes=[pltpu.VMEM(*scratch) for scratch in call.scratch.values()],

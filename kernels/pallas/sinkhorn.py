@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mhc import axes
 from mhc.kernels.xla import sinkhorn as xla
 
 TILE = (8, 128)  # tokens of a block, as a float32 register holds them
@@ -118,11 +119,9 @@ def _call(kernel, name, arrays, scratch, work, interpret):
     grid=(blocks,),
     in_specs=[spec] * len(arrays),
     out_specs=spec,
-    out_shape=jax.ShapeDtypeStruct(
-      (n, n, blocks * TILE[0], TILE[1]),
-      jnp.float32,
-      # Inside a shard_map the result differs between devices as the logits do.
-      manual_axis_type=jax.typeof(arrays[0]).mat,
+    # Inside a shard_map the result differs between devices as the logits do.
+    out_shape=axes.struct_varying_as(
+      arrays[0], (n, n, blocks * TILE[0], TILE[1]), jnp.float32
     ),
     scratch_shapes=scratch,
     compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel',)),

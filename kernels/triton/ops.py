@@ -4,8 +4,7 @@
 that the kernels cannot serve raises NotImplementedError with the reason.
 """
 
-import jax
-
+from mhc import axes
 from mhc import precision
 from mhc.kernels import operands
 from mhc.kernels import platform
@@ -54,7 +53,7 @@ def _check_place(x):
     raise NotImplementedError(
       f'the GPU kernels were asked for on {platform.platform()}'
     )
-  if jax.typeof(x).mat.varying:
+  if axes.varying_axes(x):
     raise NotImplementedError(
       'calls of GPU kernels do not carry axes of a mesh: give the shard_map '
       'around them check_vma=False'

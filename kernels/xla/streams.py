@@ -37,7 +37,7 @@ def _normed_projection(x, phi, norm_eps):
 
 
 def _normed_projection_fwd(x, phi, norm_eps):
-  flat = x.reshape(x.shape[0], -1).astype(jnp.float32)
+  flat = x.reshape(len(x), x.shape[1] * x.shape[2]).astype(jnp.float32)
   raw = jnp.matmul(flat, phi, precision=HIGHEST)
   mean_square = jnp.mean(flat * flat, axis=-1, keepdims=True)
   scale = jax.lax.rsqrt(mean_square + norm_eps)
@@ -48,7 +48,7 @@ def _normed_projection_bwd(norm_eps, kept, g):
   """With m = x phi and s = 1 / rms: dm = g s, ds = sum(g m), s' = -s^3 / 2."""
   del norm_eps
   x, phi, raw, scale = kept
-  flat = x.reshape(x.shape[0], -1).astype(jnp.float32)
+  flat = x.reshape(len(x), x.shape[1] * x.shape[2]).astype(jnp.float32)
   d_raw = g * scale
   d_square = -0.5 * jnp.sum(g * raw, axis=-1, keepdims=True) * scale**3
   d_flat = jnp.matmul(d_raw, phi.T, precision=HIGHEST)

@@ -1,5 +1,6 @@
 """Checks of a settings dataclass; messages name the setting and its value."""
 
+from collections.abc import Iterable
 import difflib
 import typing
 from typing import Any, Literal
@@ -8,13 +9,33 @@ from typing import Any, Literal
 # the smallest positive one that is not flushed to 0.
 MOST = 2**31 - 1
 LARGEST, SMALLEST = (2 - 2**-23) * 2.0**127, 2.0**-126
+# Names in a message.
+SHOWN = 8
 
 
 def unknown_name(name: str, known: list[str]) -> str:
   """Returns the message for a setting that does not exist."""
+  near = nearest(name, known)
+  if near is None:
+    *groups, _ = name.split('.')
+    inside = '.'.join((*groups, ''))
+    known = [one for one in known if one.startswith(inside)] or known
+    more = ', ...' if len(known) > SHOWN else ''
+    return (
+      f'unknown setting {name!r}; there are {", ".join(known[:SHOWN])}{more}'
+    )
+  return f'unknown setting {name!r}; did you mean {near!r}?'
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+  """Returns what was probably meant: few letters differ, or it is a part."""
   as_known = {one.lower(): one for one in known}
-  near = difflib.get_close_matches(name.lower(), as_known, n=1, cutoff=0)
-  return f'unknown setting {name!r}; did you mean {as_known[near[0]]!r}?'
+  found = difflib.get_close_matches(name.lower(), as_known, n=3, cutoff=0.6)
+  for one in found:
+    if abs(len(one) - len(name)) <= max(2, len(name) // 6):
+      return as_known[one]
+  inside = [one for one in as_known if name.lower() in one]
+  return as_known[inside[0]] if len(inside) == 1 and len(name) > 3 else None
 
 
 def _section(config) -> str:
@@ -58,8 +79,8 @@ def _converted(where, value, hint):
 
 def one_of(where, value, choices):
   if value not in choices:
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f'; did you mean {near[0]!r}?' if near else ''
+    near = nearest(str(value), map(str, choices))
+    hint = f'; did you mean {near!r}?' if near else ''
     raise ValueError(f'{where}={value!r} must be one of {choices}{hint}')
 
 

@@ -78,7 +78,7 @@ def dispatch_and_combine(
   if config.dispatch == 'dropless':
     ragged = way == 'ragged_all_to_all'
     out = _by_all_to_all(config, ragged, x, experts, gates, weights)
-    return out, jnp.zeros(())
+    return out, jnp.zeros((), jnp.float32)
   rows = experts_lib.expert_capacity(config, experts)
   out, dropped = by_capacity(x, experts, weights, rows)
   return experts_lib.combine(out, gates), dropped
@@ -167,7 +167,7 @@ def _by_all_gather(config, x, experts, gates, weights):
     out = _all_rounds(
       one_round, size, longest, length, queue, everyone, weights
     )
-    dropped = jnp.zeros(())
+    dropped = jnp.zeros((), jnp.float32)
   else:
     out, dropped = experts_lib.capacity(
       everyone[0], local, weights, experts_lib.expert_capacity(config, local)

@@ -19,7 +19,7 @@ class Linear(nnx.Module):
   """x W."""
 
   def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
-    weight = jax.random.normal(rngs.params(), (in_dim, out_dim))
+    weight = jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32)
     self.weight = nnx.Param(weight * in_dim**-0.5)
 
   def __call__(self, x: Float[Array, '*b i']) -> Float[Array, '*b o']:
@@ -30,7 +30,7 @@ class RMSNorm(nnx.Module):
   """x / sqrt(mean(x^2) + eps) * gain over the last dimension."""
 
   def __init__(self, dim: int, eps: float):
-    self.gain = nnx.Param(jnp.ones(dim))
+    self.gain = nnx.Param(jnp.ones(dim, jnp.float32))
     self.eps = eps
 
   def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
@@ -41,7 +41,8 @@ class Embed(nnx.Module):
   """Rows of a table, N(0, 1) at the start."""
 
   def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs):
-    self.table = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, dim)))
+    table = jax.random.normal(rngs.params(), (vocab_size, dim), jnp.float32)
+    self.table = nnx.Param(table)
 
   def __call__(self, tokens: Int[Array, '*b'], dtype) -> Float[Array, '*b d']:
     return self.table[...].astype(dtype)[tokens]

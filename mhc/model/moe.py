@@ -46,7 +46,9 @@ class MoE(nnx.Module):
     num, hidden = config.num_experts, config.expert_dim
 
     def stack(rows, columns):
-      weight = jax.random.normal(rngs.params(), (num, rows, columns))
+      weight = jax.random.normal(
+        rngs.params(), (num, rows, columns), jnp.float32
+      )
       return nnx.Param(weight * rows**-0.5)
 
     self.router = layers.Linear(dim, num, rngs=rngs)
@@ -113,7 +115,7 @@ class MoE(nnx.Module):
   def _apply(self, weights, tokens, chosen, gates, all_here):
     """The gated sum over chosen experts, and the share of dropped ones."""
     config = self.config
-    dropped = jnp.zeros(())
+    dropped = jnp.zeros((), jnp.float32)
     match config.dispatch:
       case 'dropless':
         out = experts_lib.dropless(

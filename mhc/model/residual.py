@@ -19,7 +19,6 @@ its sub-layers return is zero for connections without mappings as well.
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -55,19 +54,9 @@ class PendingOutput(NamedTuple):
   context: Context
 
 
+# Kinds whose `advance` is one pass over the streams.
+ONE_PASS = ('mhc', 'identity', 'mhc_lite', 'kromhc', 'orthogonal')
 ResidualState = Float[Array, '*batch n d'] | StreamsWithPre | PendingOutput
-
-
-class StreamStats(NamedTuple):
-  """What a probe reads of t tokens at a sub-layer; float32."""
-
-  res: Float[Array, '*sublayers t n n']  # H_res, I where the kind has none
-  pre: Float[Array, '*sublayers t n']  # H_pre that it reads by; 1 without
-  post: Float[Array, '*sublayers t n']  # H_post; 1 without
-  cosine: Float[
-    Array, '*sublayers t'
-  ]  # mean over pairs of streams; 1 for n = 1
-  rms: Float[Array, '*sublayers t']  # of the n d numbers of the streams
 
 
 def make_connection(
@@ -152,7 +141,7 @@ def begin_sublayer(
     return h, context
   pre, post, res = context.mappings
   if res is not None:
-    res = jnp.where(is_real, res, jnp.eye(len(res))[..., None])
+    res = jnp.where(is_real, res, jnp.eye(len(res), dtype=res.dtype)[..., None])
   # Single-pass mHC hands H_pre to the next sub-layer: it is to stay as it was.
   if isinstance(before, StreamsWithPre):
     pre = jnp.where(is_real, pre, before.weights)
@@ -226,39 +215,13 @@ def collapse_streams(
   return total / config.streams if collapse.kind == 'mean' else total
 
 
-def stream_stats(
-  context: Context, read_by: Float[Array, 'n t'] | None
-) -> StreamStats:
-  """The statistics of a sub-layer: of its mappings and of what enters it.
-
-  Args:
-    context: of the sub-layer.
-    read_by: its `read_weights`.
-  """
-  n = context.x.shape[-2]
-  x = context.x.reshape(-1, *context.x.shape[-2:]).astype(jnp.float32)
-  res = jnp.broadcast_to(jnp.eye(n), (len(x), n, n))
-  pre = post = jnp.ones((len(x), n))
-  if context.mappings is not None:
-    pre, post = read_by.T, context.mappings.post.T
-    if context.mappings.res is not None:
-      res = jnp.moveaxis(context.mappings.res, -1, 0)
-  power = jnp.sum(x * x, axis=-1)
-  unit = x * jax.lax.rsqrt(power + jnp.finfo(jnp.float32).tiny)[..., None]
-  total = jnp.sum(unit, axis=1)
-  pairs = max(1, n * (n - 1))
-  cosine = (jnp.sum(total * total, axis=-1) - n) / pairs + float(n == 1)
-  rms = jnp.sqrt(jnp.mean(power, axis=-1) / x.shape[-1])
-  return StreamStats(res, pre, post, cosine, rms)
-
-
 def _pending(config, y, x=None):
   """An output y that is to be added to each of the streams x, 0 for None."""
   n, zeros = config.streams, _zeros(y)
   res = None
   if config.mixes_streams:
-    res = jnp.eye(n)[..., None] + zeros[None, None]
-  ones = jnp.ones((n, 1)) + zeros[None]
+    res = jnp.eye(n, dtype=zeros.dtype)[..., None] + zeros[None, None]
+  ones = jnp.ones((n, 1), zeros.dtype) + zeros[None]
   if x is None:
     x = precision.mark('streams', streams.expand(0 * y, n))
   return PendingOutput(y, Context(x, functional.Mappings(ones, ones, res)))
@@ -283,8 +246,7 @@ def _pending_post_args(config, state):
 
 def _defers_post(config):
   """Whether the kind reads and writes the streams in one pass of a kernel."""
-  kernel = api.defers_post(_implementation(config))
-  return kernel and config.kind not in ('residual', 'hc', 'mhc_single_pass')
+  return config.kind in ONE_PASS and api.defers_post(_implementation(config))
 
 
 def _implementation(config):

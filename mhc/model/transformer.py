@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mhc import config as config_lib
 from mhc import functional
+from mhc import observation
 from mhc import precision
 from mhc import streams
 from mhc.model import layers
@@ -45,7 +46,7 @@ class BlockAux(NamedTuple):
 class StackAux(NamedTuple):
   """The outputs of l blocks beside the streams, each leaf [l, ...]."""
 
-  stream_stats: residual.StreamStats | None  # [l, 2, s, ...], if asked for
+  stream_stats: observation.StreamStats | None  # [l, 2, s, ...], if asked for
   moe_stats: moe.Stats | None
   cache: mla.Cache | None
 
@@ -224,7 +225,7 @@ class Transformer(nnx.Module):
     router_bias: Float[Array, 'l e'] | None = None,
     *,
     gather_block: GatherBlock | None = None,
-  ) -> residual.StreamStats:
+  ) -> observation.StreamStats:
     """[l, 2, s, ...] of both sub-layers of every block and token s = b t."""
     states, found = self._embed(tokens), []
     for stack, bias in self._stacks(router_bias):
@@ -380,8 +381,14 @@ def _length(stack) -> int:
 
 def _stream_stats(auxes):
   """[2, s, ...]: the two sub-layers, and the tokens of all sub-batches."""
-  both = [
-    [*map(residual.stream_stats, aux.contexts, aux.read_by)] for aux in auxes
-  ]
+  both = [[*map(_sublayer_stats, aux.contexts, aux.read_by)] for aux in auxes]
   stacked = [jax.tree.map(lambda *x: jnp.stack(x), *two) for two in both]
   return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *stacked)
+
+
+def _sublayer_stats(context, read_by):
+  """`StreamStats` of a sub-layer that has read by `residual.read_weights`."""
+  mappings = context.mappings
+  if mappings is not None:
+    mappings = mappings._replace(pre=read_by)
+  return observation.stream_stats(context.x, mappings)

@@ -42,7 +42,7 @@ def nats_of_rows(logits, targets):
 def balance_loss(model, stats, num_rows, seq_len):
   """The term that a microbatch adds to the summed loss."""
   if not model.moe.balance_loss:
-    return jnp.zeros(())
+    return jnp.zeros((), jnp.float32)
   weight = model.moe.balance_loss * num_rows * seq_len
   return weight * jnp.sum(stats.balance_loss)
 

@@ -69,7 +69,7 @@ class Stages:
     state, aux = self._network(self.shared, blocks).run_stage(
       state, self.batch, bias, is_real, collect=self.collect
     )
-    extra = jnp.zeros(())
+    extra = jnp.zeros((), jnp.float32)
     if aux.moe_stats is not None:
       model = self.p.config.model
       extra = loss.balance_loss(model, aux.moe_stats, *self.batch)

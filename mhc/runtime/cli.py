@@ -8,7 +8,6 @@ first one reports progress; each reports its errors.
 
 from collections.abc import Callable, Sequence
 import functools
-import glob
 import os
 import pathlib
 import re
@@ -25,26 +24,34 @@ import jax
 from ml_collections import config_flags
 
 from mhc.config import checks, dicts
+from mhc.runtime import accelerators
 from mhc.runtime import console
 from mhc.runtime import multihost
 from mhc.runtime import preemption
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[2] / 'configs'
+# The folder configs/ of a clone, mhc/configs/ of an installed package.
+CONFIGS = next(
+  folder
+  for parent in pathlib.Path(__file__).resolve().parents[1:3]
+  if (folder := parent / 'configs').is_dir()
+)
 AGAIN = 'The same command resumes the run.'
 
 flags.DEFINE_bool('traceback', False, 'Show the traceback of a usage error.')
 
 
 def define_config(default: str):
-  """Defines --config: a file of configs/, its settings as --config.NAME."""
+  """Defines --config: a config file, its settings as --config.NAME."""
   # Not as the flag's default: ml_collections would first apply the overrides to
-  # that, even those for another file.
+  # that, even those for another file. In sys.argv, which workers start with.
   if not any(re.match('--?config(=|$)', argument) for argument in sys.argv):
-    sys.argv.insert(1, f'--config={CONFIGS / default}')
+    sys.argv.insert(1, f'--config={CONFIGS / default}.py')
+  sys.argv[1:] = _with_configs(sys.argv[1:])
   config_flags.DEFINE_config_file(
     'config',
-    help_string='Config file; any of its settings can be given as '
-    f'--config.NAME=VALUE. (default: configs/{default})',
+    help_string='Config file, or the name of one of configs/, such as smoke; '
+    'any of its settings can be given as --config.NAME=VALUE. '
+    f'(default: {default})',
   )
 
 
@@ -138,20 +145,19 @@ def run(
   main: Callable[..., None],
   choices: tuple[str, ...] = (),
   words: bool = False,
+  computes: bool = True,
 ):
   """Runs a main without arguments, or with one of `choices`, as app.run does.
 
   The choice is the command line's first word, by default the first of them.
-  With `words`, main receives all words.
+  With `words`, main receives all words. One that `computes` is for a GPU or
+  TPU where there is one: a line says so if JAX cannot use it.
   """
-  accelerators = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
-  if 'JAX_PLATFORMS' not in os.environ and not any(
-    map(glob.glob, (*accelerators, '/dev/kfd'))
-  ):
+  if 'JAX_PLATFORMS' not in os.environ and not accelerators.found():
     # libtpu, installed to compile for TPUs, would search for one at length.
     jax.config.update('jax_platforms', 'cpu')
   app.run(
-    lambda rest: _guarded(functools.partial(main, *rest[1:])),
+    lambda rest: _guarded(functools.partial(main, *rest[1:]), computes),
     flags_parser=functools.partial(_parse, choices=choices, free=words),
   )
 
@@ -172,8 +178,10 @@ def end_with_workers(statuses: Sequence[int]):
   sys.exit(flags.FLAGS.stop_status)
 
 
-def _guarded(main):
+def _guarded(main, computes):
   status = 0
+  if computes and not (_process_id() or '--worker' in sys.argv):
+    accelerators.tell_if_unused()
   try:
     main()
   except (Exception, KeyboardInterrupt) as error:
@@ -255,14 +263,42 @@ def _parse(arguments, choices, free):
   return [rest[0], *words]
 
 
+def _with_configs(arguments: list[str]) -> list[str]:
+  """The arguments, with files of configs/ in --config by their full paths."""
+  found, follows = [], False
+  for argument in arguments:
+    flag = re.match('--?config=', argument)
+    start = flag.end() if flag else 0
+    if flag or follows:
+      argument = argument[:start] + _find_config(argument[start:])
+    follows = re.fullmatch('--?config', argument)  # --config FILE
+    found.append(argument)
+  return found
+
+
+def _find_config(value: str) -> str:
+  """Finds smoke, smoke.py and configs/smoke.py from any working directory.
+
+  A file that is there from the working directory stays as it is.
+  """
+  path, *argument = value.split(':', 1)
+  name = re.fullmatch(r'(?:configs/)?(\w+)(?:\.py)?', path)
+  if name and not pathlib.Path(path).is_file():
+    file = CONFIGS / f'{name[1]}.py'
+    path = str(file) if file.is_file() else path
+  return ':'.join([path, *argument])
+
+
 def _check_names(arguments):
   """Checks that every --config.NAME is a setting of the file of --config."""
   joined = '\0'.join(arguments)  # --config=FILE and --config FILE alike
   given = re.findall('(?:^|\0)--?config[=\0]([^\0]*)', joined)
   path, _, argument = ''.join(given[-1:]).partition(':')
   if not pathlib.Path(path).is_file():
+    names = sorted(file.stem for file in CONFIGS.glob('[!_]*.py'))
     raise ValueError(
-      f'--config={path} does not exist: choose a file such as configs/tiny.py'
+      f'--config={path} does not exist: give a file, or one of '
+      f'{", ".join(names)}'
     )
   get_config = runpy.run_path(path)['get_config']
   values = get_config(argument) if argument else get_config()
@@ -280,9 +316,15 @@ def _fail(message: str):
 
 def _complain(message: str):
   line = re.sub(r'\s*\n\s*', ' ', message)
-  number = multihost.index() if multihost.count() > 1 else None
-  if number is None:  # jax.distributed may not be initialized yet
-    given = re.search('\0--?process_id[=\0]([0-9]+)', '\0'.join(sys.argv))
-    number = given and given[1]
+  number = _process_id()
   where = '' if number is None else f' in process {number}'
   console.print_line(f'error{where}: {line}')
+
+
+def _process_id() -> int | None:
+  """The index of this process; None for a process alone."""
+  if multihost.count() > 1:
+    return multihost.index()
+  # jax.distributed may not be initialized yet.
+  given = re.search('\0--?process_id[=\0]([0-9]+)', '\0'.join(sys.argv))
+  return int(given[1]) if given else None

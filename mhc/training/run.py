@@ -19,6 +19,7 @@ from mhc.parallel import counts
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel.placement import Placement
+from mhc.runtime import accelerators
 from mhc.runtime import console
 from mhc.runtime import files
 from mhc.runtime import multihost
@@ -89,6 +90,8 @@ def _prepare(config) -> Data:
     mesh = mesh_lib.make_mesh(config.mesh, config.data)
     Placement(config, mesh)  # checks that the devices can run it
     memory.check(config, mesh)
+  if multihost.is_first():
+    accelerators.tell_if_unused(mesh.devices.flat[0].platform)
   multihost.assert_same(
     {'the text': corpus.sha256, 'jax': jax.__version__, **dicts.leaves(config)}
   )

@@ -32,7 +32,9 @@ def init(config: config_lib.Config, seed: Any) -> TrainState:
   optimizer = optimizer_lib.make(config.optimizer, config.num_steps)
   router_bias = None
   if model.num_moe_blocks:
-    router_bias = jnp.zeros((model.num_moe_blocks, model.moe.num_experts))
+    router_bias = jnp.zeros(
+      (model.num_moe_blocks, model.moe.num_experts), jnp.float32
+    )
   return TrainState(
     jnp.zeros((), jnp.int32), params, optimizer.init(params), router_bias
   )

@@ -120,7 +120,7 @@ MISTAKES = {
     ['--config.model.connection.kind=mch'],
     ["'mch'", "did you mean 'mhc'?"],
   ),
-  'no config file': (['--config=nowhere.py'], ['nowhere.py']),
+  'no config file': (['--config=nowhere.py'], ['nowhere.py', 'smoke']),
   'stray argument': (['num_steps=3'], ["'num_steps=3'"]),
   'missing data': (['--config.data.path=/nowhere'], ['/nowhere', 'no file']),
   'empty data': (['--config.data.path={empty}'], ['empty']),
@@ -236,11 +236,12 @@ def test_the_other_mains_refuse_alike(launch, tmp_path):
   refused(launch('compare.py', empty, ladder), "'2m'", "'3m'")
 
 
-def test_counts_are_printed_as_json(launch):
+def test_counts_are_printed_as_json(launch, tmp_path):
   config = ROOT / 'configs' / 'paper_3b.py'
   result = launch('aot.py', f'--config={config}', '--count')
   assert json.loads(result.stdout)['connection_params'] == 2949768
-  plain = launch('aot.py', f'--config={config}:residual', '--count')
+  named = ('--config', 'paper_3b:residual')  # from any folder
+  plain = launch('aot.py', *named, '--count', cwd=tmp_path)
   assert json.loads(plain.stdout)['connection_params'] == 0
 
 

@@ -350,7 +350,8 @@ def test_slurm_dry_run_prints_what_srun_would_run(cluster):
     *FLAGS,
   ]
   assert ['export', 'JAX_PLATFORMS=cuda,cpu'] in printed
-  assert any(words[-1].endswith('source[train,gpu]') for words in printed)
+  extras = '[train,cuda13,triton]'
+  assert any(words[-1].endswith(f'source{extras}') for words in printed)
   assert printed[-1] == ['scontrol', 'requeue', 'JOB']
   assert 'up to 3' in result.stdout
   assert 'last checkpoint' in result.stdout

@@ -11,6 +11,7 @@ import pytest
 
 from mhc import config
 from mhc import connections
+from mhc import observation
 from mhc import streams
 from mhc.model import residual
 
@@ -213,8 +214,10 @@ def test_what_a_probe_sees_of_every_kind():
     n = 1 if kind == 'residual' else 4
     x = random_streams(n)
     h, context = connection.pre(x)
-    read_by = residual.read_weights(connection, x, context)
-    matrices, pre, post, cosine, rms = residual.stream_stats(context, read_by)
+    assert residual.read_weights(connection, x, context) is (
+      context.mappings and context.mappings.pre
+    )
+    matrices, pre, post, cosine, rms = observation.stream_stats(*context)
     want = np.einsum('tj,tjd->td', np.float64(pre), x.reshape(10, n, -1))
     np.testing.assert_allclose(h.reshape(10, -1), want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(post, np.ones((10, n)), rtol=1e-6)

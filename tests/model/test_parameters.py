@@ -2,7 +2,9 @@
 
 import itertools
 
+from flax import nnx
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 
@@ -73,3 +75,14 @@ def test_a_parameter_without_a_row_is_named():
   path = (jax.tree_util.DictKey('other'), jax.tree_util.DictKey('weight'))
   with pytest.raises(ValueError, match=r'other.*is no parameter'):
     parameters.row(path)
+
+
+@pytest.mark.parametrize('kind', config.KINDS)
+def test_parameters_are_float32_under_x64(kind):
+  settings = dicts.override(
+    config.Config(), {'model.connection.kind': kind, 'model.moe.num_experts': 4}
+  )
+  make = lambda: transformer.Transformer(settings.model, rngs=nnx.Rngs(0))
+  with jax.enable_x64():
+    leaves = jax.tree.leaves(nnx.state(jax.eval_shape(make), nnx.Param))
+  assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}

@@ -1,0 +1,143 @@
+"""Meshes with Explicit axes: the values and gradients of one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+import mhc
+from mhc import connections
+from mhc import explicit
+from mhc import gains
+
+N, DIM = 4, 8
+SPLIT = {
+  'batch': P('data'),
+  'time': P(None, 'data'),
+  'features': P(None, None, None, 'data'),
+  'batch and features': P('data', None, None, 'model'),
+  'batch and time': P('data', 'model'),
+}
+KINDS = {
+  'residual': lambda: mhc.Residual(),
+  'hc': lambda: mhc.HC(DIM, N, 1),
+  'hc off': lambda: mhc.HC(DIM, N, 1, res='off'),
+  'mhc': lambda: mhc.MHC(DIM, N, 1),
+  'identity': lambda: mhc.MHC(DIM, N, 1, mixing='identity'),
+  'kronecker': lambda: mhc.MHC(DIM, N, 1, mixing='kronecker'),
+  'static': lambda: mhc.MHC(DIM, N, 1, pre='static', post='off'),
+}
+
+
+def perturbed(module, seed):
+  """Away from the initial values, where many gradients vanish."""
+  leaves, tree = jax.tree.flatten(module)
+  keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
+  return jax.tree.unflatten(
+    tree,
+    [
+      leaf + 0.5 * jax.random.normal(key, leaf.shape)
+      for leaf, key in zip(leaves, keys, strict=False)
+    ],
+  )
+
+
+def mesh(kind):
+  """As `jax.make_mesh` makes it unless asked otherwise: Explicit."""
+  return jax.make_mesh((4, 2), ('data', 'model'), (kind, kind))
+
+
+def two_sublayers(parameters, x):
+  """Both ways from one sub-layer to the next, and the end of the streams."""
+  first, second, collapse = parameters
+  h, context = first.pre(x)
+  x = first.post(jnp.sin(h), context)
+  h, context = second.pre(x)
+  h, context = second.advance(jnp.sin(h), context)
+  return collapse(second.post(jnp.cos(h), context))
+
+
+def loss(function, parameters, x, weights):
+  return jnp.sum(function(parameters, x) * weights)
+
+
+def compare(function, parameters, x, weights, spec):
+  """Value and gradients on both kinds of mesh against one device."""
+  both = jax.jit(
+    jax.value_and_grad(functools.partial(loss, function), argnums=(0, 1))
+  )
+  want = both(parameters, x, weights)
+  for kind in (AxisType.Explicit, AxisType.Auto):
+    here = mesh(kind)
+    with jax.set_mesh(here):
+      split = jax.device_put(x, NamedSharding(here, spec))
+      got = both(parameters, split, jax.device_put(weights, P()))
+      if kind == AxisType.Explicit:
+        assert (
+          jax.typeof(split).sharding.spec == jax.typeof(got[1][1]).sharding.spec
+        )
+    # Sums over tokens cancel: of the largest gradient, not of each.
+    scale = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(want))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+      np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'split'),
+  [
+    *(('mhc', split) for split in SPLIT),
+    *((kind, 'batch and features') for kind in KINDS if kind != 'mhc'),
+    *((kind, 'batch') for kind in ('residual', 'hc', 'identity')),
+  ],
+)
+def test_connections_have_the_gradients_of_one_device(kind, split):
+  n = 1 if kind == 'residual' else N
+  parameters = tuple(
+    perturbed(each, seed=i)
+    for i, each in enumerate(
+      (KINDS[kind](), KINDS[kind](), mhc.Collapse('learned', DIM, n))
+    )
+  )
+  keys = jax.random.split(jax.random.key(0))
+  x = jax.random.normal(keys[0], (4, 4, n, DIM))
+  weights = jax.random.normal(keys[1], (4, 4, DIM))
+  compare(two_sublayers, parameters, x, weights, SPLIT[split])
+
+
+@pytest.mark.parametrize('split', ['batch', 'batch and time'])
+def test_the_projection_has_the_gradients_of_one_device(split):
+  keys = jax.random.split(jax.random.key(0))
+  logits = jax.random.normal(keys[0], (4, 8, N, N))
+  weights = jax.random.normal(keys[1], logits.shape)
+  project = lambda _, x: mhc.sinkhorn_project(x)
+  compare(project, (), logits, weights, SPLIT[split])
+
+
+def test_single_pass_expansion_and_gains():
+  x = jax.random.normal(jax.random.key(0), (4, 8, DIM))
+  connection = perturbed(mhc.SinglePass(DIM, N, 0), 0)
+
+  def run(x):
+    wide = mhc.expand(x, N, scale='random')
+    weights = jnp.ones((N, 4 * 8))
+    h, context = connection.pre(connections.StreamsWithPre(wide, weights))
+    state = connection.post(jnp.sin(h), context)
+    res = jnp.moveaxis(context.mappings.res, -1, 0)
+    return state.x, gains.profile(res[None])['composite_fwd']
+
+  want = jax.jit(run)(x)
+  with jax.set_mesh(mesh(AxisType.Explicit)):
+    got = jax.jit(run)(jax.device_put(x, P('data')))
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_dimensions_that_are_merged_are_split_by_all_their_axes():
+  assert explicit.merged(None, None) is None
+  assert explicit.merged('data', None) == ('data',)
+  assert explicit.merged(('data', 'pipe'), 'model') == ('data', 'pipe', 'model')
