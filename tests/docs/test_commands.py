@@ -67,7 +67,8 @@ def flags_of(main: pathlib.Path) -> set[str]:
 
 
 def default_config(main):
-  return re.search(r"cli\.define_config\('(\w+\.py)'\)", main.read_text())[1]
+  name = re.search(r"cli\.define_config\('(\w+)", main.read_text())[1]
+  return f'configs/{name}.py'
 
 
 @functools.cache
@@ -124,7 +125,7 @@ def check_program(main: pathlib.Path, words: list[str]):
       path = value
     assert name.partition('.')[0] in known, f'{main.name} has no --{name}'
   if 'config' in known and main in MAINS:
-    check_settings(path or f'configs/{default_config(main)}', changes)
+    check_settings(path or default_config(main), changes)
   choices = re.search(r'choices=\(([^)]*)\)', main.read_text())
   if choices and words and not words[0].startswith('-'):
     assert f"'{words[0]}'" in choices[1], f'{main.name} {words[0]}'
