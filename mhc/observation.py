@@ -90,22 +90,24 @@ def observe(
     ValueError: it passes through none, or through connections of several
       numbers of streams or tokens, whose products mean nothing.
   """
-  observer = _Observer(max_tokens)
-  with _observer(observer):
-    jax.block_until_ready(model(*inputs, **keywords))
-    jax.effects_barrier()
-  if not observer.found:
+  call = lambda: model(*inputs, **keywords)
+  found = _collect(call, max_tokens)
+  if not found:
+    # The oldest JAX does not trace a compiled model again by itself.
+    jax.clear_caches()
+    found = _collect(call, max_tokens)
+  if not found:
     raise ValueError(
       'the model has passed through no connection of mhc: call it on inputs '
       'that reach one'
     )
-  shapes = {stats.res.shape for stats in observer.found}
+  shapes = {stats.res.shape for stats in found}
   if len(shapes) > 1:
     raise ValueError(
       'sub-layers of several numbers of tokens or streams, H_res of shapes '
       f'{sorted(shapes)}: observe one stack of them at a time'
     )
-  stats = StreamStats(*map(np.stack, zip(*observer.found, strict=True)))
+  stats = StreamStats(*map(np.stack, zip(*found, strict=True)))
   profile = jax.tree.map(np.asarray, gains.profile(jnp.asarray(stats.res)))
   read = np.asarray(gains.streams_read(jnp.asarray(stats.pre)))
   return Observation(
@@ -151,6 +153,14 @@ def stream_stats(x: Float[Array, '*batch n d'], mappings: Any) -> StreamStats:
   cosine = (jnp.sum(total * total, axis=-1) - n) / pairs + float(n == 1)
   rms = jnp.sqrt(jnp.mean(power, axis=-1) / x.shape[-1])
   return StreamStats(res, pre, post, cosine, rms)
+
+
+def _collect(call, max_tokens) -> list[StreamStats]:
+  observer = _Observer(max_tokens)
+  with _observer(observer):
+    jax.block_until_ready(call())
+    jax.effects_barrier()
+  return observer.found
 
 
 class _Observer:
