@@ -83,19 +83,18 @@ def observe(
   Args:
     model: any callable that passes through connections of `mhc`, of Flax or of
       `mhc.functional`: nothing is compiled into it for later calls. Its jit,
-      scan, remat and vmap may stay; it must run on one device.
+      scan, remat and (on newer JAX) vmap may stay; it must run on one device.
     max_tokens: of each sub-layer, the first so many are kept.
 
   Raises:
     ValueError: it passes through none, or through connections of several
       numbers of streams or tokens, whose products mean nothing.
   """
-  call = lambda: model(*inputs, **keywords)
-  found = _collect(call, max_tokens)
-  if not found:
-    # The oldest JAX does not trace a compiled model again by itself.
-    jax.clear_caches()
-    found = _collect(call, max_tokens)
+  observer = _Observer(max_tokens)
+  with _observer(observer):
+    jax.block_until_ready(model(*inputs, **keywords))
+    jax.effects_barrier()
+  found = observer.found
   if not found:
     raise ValueError(
       'the model has passed through no connection of mhc: call it on inputs '
@@ -155,14 +154,6 @@ def stream_stats(x: Float[Array, '*batch n d'], mappings: Any) -> StreamStats:
   return StreamStats(res, pre, post, cosine, rms)
 
 
-def _collect(call, max_tokens) -> list[StreamStats]:
-  observer = _Observer(max_tokens)
-  with _observer(observer):
-    jax.block_until_ready(call())
-    jax.effects_barrier()
-  return observer.found
-
-
 class _Observer:
   """Collects statistics in the order in which sub-layers run."""
 
@@ -170,11 +161,12 @@ class _Observer:
     self.max_tokens = max_tokens
     self.found: list[StreamStats] = []
 
-    # Batches of vmap are tokens.
-    @jax.custom_batching.custom_vmap
-    def take(*stats):
+    def plain(*stats):
       io_callback(self._keep, None, *stats, ordered=True)
       return ()
+
+    # Batches of vmap are tokens.
+    take = jax.custom_batching.custom_vmap(plain)
 
     @take.def_vmap
     def _(size, batched, *stats):
@@ -186,7 +178,9 @@ class _Observer:
       )
       return (), ()
 
-    self.take = take
+    # Older JAX would drop a call without results: there vmap is an error.
+    has_effects = jax.make_jaxpr(take)(np.zeros(1, np.float32)).effects
+    self.take = take if has_effects else plain
 
   def _keep(self, *stats):
     self.found.append(StreamStats(*map(np.asarray, stats)))
