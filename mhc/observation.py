@@ -83,7 +83,7 @@ def observe(
   Args:
     model: any callable that passes through connections of `mhc`, of Flax or of
       `mhc.functional`: nothing is compiled into it for later calls. Its jit,
-      scan, remat and vmap may stay; it must run on one device.
+      scan, remat and (on newer JAX) vmap may stay; it must run on one device.
     max_tokens: of each sub-layer, the first so many are kept.
 
   Raises:
@@ -94,18 +94,19 @@ def observe(
   with _observer(observer):
     jax.block_until_ready(model(*inputs, **keywords))
     jax.effects_barrier()
-  if not observer.found:
+  found = observer.found
+  if not found:
     raise ValueError(
       'the model has passed through no connection of mhc: call it on inputs '
       'that reach one'
     )
-  shapes = {stats.res.shape for stats in observer.found}
+  shapes = {stats.res.shape for stats in found}
   if len(shapes) > 1:
     raise ValueError(
       'sub-layers of several numbers of tokens or streams, H_res of shapes '
       f'{sorted(shapes)}: observe one stack of them at a time'
     )
-  stats = StreamStats(*map(np.stack, zip(*observer.found, strict=True)))
+  stats = StreamStats(*map(np.stack, zip(*found, strict=True)))
   profile = jax.tree.map(np.asarray, gains.profile(jnp.asarray(stats.res)))
   read = np.asarray(gains.streams_read(jnp.asarray(stats.pre)))
   return Observation(
@@ -160,11 +161,12 @@ class _Observer:
     self.max_tokens = max_tokens
     self.found: list[StreamStats] = []
 
-    # Batches of vmap are tokens.
-    @jax.custom_batching.custom_vmap
-    def take(*stats):
+    def plain(*stats):
       io_callback(self._keep, None, *stats, ordered=True)
       return ()
+
+    # Batches of vmap are tokens.
+    take = jax.custom_batching.custom_vmap(plain)
 
     @take.def_vmap
     def _(size, batched, *stats):
@@ -176,7 +178,9 @@ class _Observer:
       )
       return (), ()
 
-    self.take = take
+    # Older JAX would drop a call without results: there vmap is an error.
+    has_effects = jax.make_jaxpr(take)(np.zeros(1, np.float32)).effects
+    self.take = take if has_effects else plain
 
   def _keep(self, *stats):
     self.found.append(StreamStats(*map(np.asarray, stats)))

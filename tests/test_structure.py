@@ -139,7 +139,7 @@ def test_files_are_short_and_say_what_they_are(path):
   for node in ast.walk(tree):
     if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
       assert not (ast.get_docstring(node) or '').startswith('Of ')
-    if isinstance(node, ast.FunctionDef) and path not in KERNELS:
+    if isinstance(node, ast.FunctionDef) and path not in [*KERNELS, *CONFIGS]:
       assert node.end_lineno - node.lineno < 80, node.name
 
 
@@ -189,6 +189,7 @@ def test_every_module_has_a_test():
     'interop.deepseek',
     *('interop.safetensors', 'model.layers', 'parallel.loss'),
     *('parallel.pipelined', 'parallel.replicated', 'runtime.console'),
+    *('observation', 'optimizer', 'sublayer', 'upcycling'),  # `import mhc`
     *('training.checkpoint_record', 'planner.table', 'pipeline.executor'),
   )
   for path in MODULES:
