@@ -4,6 +4,7 @@
 # All set up everything they need in .venv first. And less often:
 # make versions  runs the library's tests on its oldest and newest JAX (minutes)
 # make wheel     builds dist/, as for PyPI
+# make notebooks makes the notebooks again from notebooks/src
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ FLAGS ?=
 # The library runs on more versions of JAX than the trainer: tests/versions/.
 VERSIONS := oldest newest
 
-.PHONY: compare test docs versions lint format wheel clean
+.PHONY: compare test docs versions notebooks lint format wheel clean
 
 compare: .venv/installed
 	$(BIN)/python launch/compare.py --workers=0 --workdir=$(WORKDIR) $(FLAGS)
@@ -28,6 +29,9 @@ versions: .venv/dev $(VERSIONS:%=.venv/versions/%/installed)
 	set -e; for each in $(VERSIONS); do \
 	  PYTHONPATH=.venv/versions/$$each $(BIN)/python -m pytest tests/library; \
 	done
+
+notebooks: .venv/dev
+	$(BIN)/python notebooks/build.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

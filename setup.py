@@ -88,12 +88,17 @@ setuptools.setup(
       *train,
       'beartype>=0.22',
       'hypothesis>=6.150',
+      # The tests run the notebooks.
+      'ipykernel>=6.29',
+      'ipywidgets>=8.1',
       # The tests interpret the GPU kernels; no GPU is needed.
       *(f"{each}; sys_platform == 'linux'" for each in triton),
       # Models of the fields of a JobSet, for launch/gke_jobset.yaml.
       'kubeflow-trainer-api==2.3.0',
       # The tests compile for TPUs; no TPU is needed.
       "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",
+      'nbclient>=0.10',
+      'pandas>=2.2',
       'pyarrow>=20',
       'pytest>=9',
       'pytest-xdist>=3.6',

@@ -30,17 +30,14 @@ the same device in the same run, the two timed in turn: on a shared machine only
 this ratio is reliable. The projection is timed on 4 matrices a token.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import dataclasses
-import functools
-import itertools
 import json
 import statistics
 import time
 
 from absl import flags
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mhc import config
@@ -52,6 +49,7 @@ from mhc.parallel import memory
 from mhc.parallel import partition
 from mhc.planner import bundles
 from mhc.planner import kernel_cost
+from mhc.planner import kernel_timing
 from mhc.runtime import cli
 from mhc.training import step
 
@@ -111,51 +109,23 @@ def _bandwidth():
     print('| op | direction | C | ms | GB/s | share of a copy |')
     print('|---|---|---:|---:|---:|---:|')
   operations = [name for name in OPERATIONS.value if name != 'sinkhorn']
-  for operation, width in itertools.product(operations, widths):
-    operands = [
-      0.1 * jnp.ones(shape.shape, shape.dtype)
-      for shape in kernel_cost.case(operation, width, num_tokens, n)
-    ]
-    tensor = operands[0]
-    for direction, function, arguments in _both_directions(
-      functools.partial(kernel_cost.run, operation, IMPLEMENTATION.value),
-      operands,
-    ):
-      seconds, copy = _time(function, arguments, tensor, ROUNDS.value)
-      elements = kernel_cost.lower_bound(operation, 'forward', n, width)
-      if direction != 'forward':
-        elements += kernel_cost.lower_bound(operation, 'backward', n, width)
-      rate = 2 * elements * num_tokens / seconds
-      row = {
-        'op': operation,
-        'direction': direction,
-        'C': width,
-        'ms': 1e3 * seconds,
-        'gigabytes_per_second': 1e-9 * rate,
-        'share_of_copy': rate * copy / (2 * tensor.nbytes),
-      }
-      if JSON.value:
-        print(json.dumps(row), flush=True)
-      else:
-        print(
-          f'| {operation} | {direction} | {width} | {row["ms"]:.2f} '
-          f'| {row["gigabytes_per_second"]:.1f} | {row["share_of_copy"]:.2f} |',
-          flush=True,
-        )
-
-
-def _both_directions(function, operands):
-  """Yields (direction, function, arguments)."""
-
-  def pull_back(cotangent, *operands):
-    out, back = jax.vjp(function, *operands)
-    return out, back(cotangent)
-
-  yield 'forward', function, operands
-  cotangent = jax.tree.map(
-    lambda o: jnp.ones(o.shape, o.dtype), jax.eval_shape(function, *operands)
+  rows = kernel_timing.rows(
+    operations,
+    widths,
+    num_tokens,
+    n,
+    IMPLEMENTATION.value,
+    ROUNDS.value,
   )
-  yield 'forward+backward', pull_back, (cotangent, *operands)
+  for row in rows:
+    if JSON.value:
+      print(json.dumps(row), flush=True)
+      continue
+    print(
+      f'| {row["op"]} | {row["direction"]} | {row["C"]} | {row["ms"]:.2f} '
+      f'| {row["gigabytes_per_second"]:.1f} | {row["share_of_copy"]:.2f} |',
+      flush=True,
+    )
 
 
 def _triton():
@@ -215,7 +185,9 @@ def _connections():
     print('|---|---:|---|---:|---:|---:|')
   for op, width, direction, function, arguments in cases:
     tensor = _normal(0, TOKENS.value, STREAMS.value, width)
-    seconds, copy = _time(function, arguments, tensor, ROUNDS.value)
+    seconds, copy = kernel_timing.seconds(
+      function, arguments, tensor, ROUNDS.value
+    )
     row = {
       'op': op,
       'tokens': TOKENS.value,
@@ -375,24 +347,6 @@ def _site(connection, x):
 
 def _normal(seed, *shape):
   return jax.random.normal(jax.random.key(seed), shape)
-
-
-def _time(
-  function: Callable, arguments: tuple, tensor: jax.Array, rounds: int
-) -> tuple[float, float]:
-  """Median seconds of the function and of a copy of `tensor`."""
-  function, copy = jax.jit(function), jax.jit(jnp.copy)
-  samples = [], []
-  for number in range(rounds + 2):
-    for call, inputs, times in (
-      (copy, (tensor,), samples[1]),
-      (function, arguments, samples[0]),
-    ):
-      start = time.perf_counter()
-      jax.block_until_ready(call(*inputs))
-      if number >= 2:  # the first two compile and warm up
-        times.append(time.perf_counter() - start)
-  return statistics.median(samples[0]), statistics.median(samples[1])
 
 
 if __name__ == '__main__':

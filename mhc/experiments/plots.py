@@ -86,7 +86,7 @@ def loss(by_kind: ByKind) -> Figure:
   for kind, runs in by_kind.items():
     steps, curves = _curves(runs, 'loss/train')
     curves = np.stack([_smooth(curve) for curve in curves])
-    _band(axes[0], kind, steps[results.WINDOW - 1 :], curves)
+    _band(axes[0], kind, steps[-curves.shape[1] :], curves)
   late = [
     line.get_ydata()[len(line.get_ydata()) // 10 :] for line in axes[0].lines
   ]
@@ -199,9 +199,8 @@ def loads_of_panels(panels: dict[str, list[results.Run]]) -> Figure:
   figure, axes = _axes(1, 1, width=9)
   for name, runs in panels.items():
     steps, values = runs[0].series('moe/load_max_over_mean')
-    line = axes[0].plot(
-      steps[results.WINDOW - 1 :], _smooth(values), label=name
-    )
+    smooth = _smooth(values)
+    line = axes[0].plot(steps[-len(smooth) :], smooth, label=name)
     axes[0].plot(
       steps, values, color=line[0].get_color(), linewidth=0.5, alpha=0.4
     )
@@ -338,7 +337,8 @@ def _curves(runs, name):
 
 
 def _smooth(curve):
-  kernel = np.full(results.WINDOW, 1 / results.WINDOW)
+  window = min(results.WINDOW, len(curve))  # a run may be shorter
+  kernel = np.full(window, 1 / window)
   return np.convolve(curve, kernel, mode='valid')
 
 

@@ -1,14 +1,14 @@
 """One progress bar for the runs of several workers, read from their files."""
 
 import pathlib
-import sys
 import threading
 
 from mhc.experiments import jobs as jobs_lib
 from mhc.runtime import console
 from mhc.training import workdir as workdir_lib
 
-POLL_S, LOG_S = 2.0, 30.0  # seconds between looks, for a terminal and a log
+# Seconds between looks, for a bar that replaces itself and for a log.
+POLL_S, LOG_S = 2.0, 30.0
 
 
 class Progress:
@@ -33,13 +33,12 @@ class Progress:
     self._bar.close()
 
   def _run(self):
-    while not self._ended.wait(POLL_S if sys.stderr.isatty() else LOG_S):
+    while not self._ended.wait(POLL_S if console.is_live() else LOG_S):
       self._show()
 
   def _show(self):
     done, whole, finished, runs = share(self._jobs)
-    self._bar.total = whole
-    self._bar.n = min(done, whole)
+    self._bar.n = min(1.0, done / whole) if whole else 0.0
     self._bar.set_description_str(f'{finished} of {runs} runs', refresh=False)
     self._bar.refresh()
 

@@ -75,18 +75,16 @@ def run(operation, implementation, *operands):
   return getattr(api, operation)(*operands, *static, implementation)
 
 
-def programs(operation, operands, generation, implementation):
-  """Lowers forward, and forward with backward, for one device.
+def functions(operation, implementation, *, streams_first=True):
+  """An operation forward, and forward with backward, of concrete operands.
 
-  The streams enter and leave in the layout that the implementation prefers, so
-  that a program holds the operation alone.
+  With `streams_first` the streams enter and leave as [n, t, d], the layout of
+  the TPU kernels, so that a program holds the operation alone.
   """
-  devices = plan.devices(chips.CHIPS[generation].topology)[:1]
-  mesh = Mesh(np.array(devices), ('data',), axis_types=(AxisType.Auto,))
-  of_streams = operation != 'sinkhorn'
+  swapped = streams_first and operation != 'sinkhorn'
 
   def swap(x):
-    return jnp.moveaxis(x, 0, 1) if x.ndim == 3 and of_streams else x
+    return jnp.moveaxis(x, 0, 1) if x.ndim == 3 and swapped else x
 
   def forward(x, *rest):
     out = run(operation, implementation, swap(x), *rest)
@@ -96,8 +94,16 @@ def programs(operation, operands, generation, implementation):
     out, pull_back = jax.vjp(forward, *operands)
     return out, pull_back(cotangent)
 
+  return forward, both
+
+
+def programs(operation, operands, generation, implementation):
+  """Lowers forward, and forward with backward, for one device."""
+  devices = plan.devices(chips.CHIPS[generation].topology)[:1]
+  mesh = Mesh(np.array(devices), ('data',), axis_types=(AxisType.Auto,))
+  forward, both = functions(operation, implementation)
   x, *rest = operands
-  if of_streams:
+  if operation != 'sinkhorn':
     x = jax.ShapeDtypeStruct((x.shape[1], x.shape[0], x.shape[2]), x.dtype)
   replicated = PartitionSpec()
   operands = (x, *rest)
@@ -141,6 +147,14 @@ def lower_bound(operation: str, direction: str, n: int, dim: int) -> int:
   return forward if direction == 'forward' else backward
 
 
+def hbm_ns_per_token(
+  operation: str, direction: str, dim: int, generation: str
+) -> float:
+  """Nanoseconds that a kernel's bytes take on a TPU, for each token."""
+  *_, moved = _blocks(operation, direction, dim, generation)
+  return 1e9 * moved / chips.CHIPS[generation].bandwidth
+
+
 def rows(
   operations, widths, generations, folder: pathlib.Path
 ) -> Iterator[dict[str, Any]]:
@@ -179,8 +193,8 @@ def _both_directions(operation, dim, generation, folder):
   ]
   for direction in ('forward', 'backward'):
     tokens, elements, moved = _blocks(operation, direction, dim, generation)
-    spent = counts[direction] / tokens / chip.clock / chip.cores
-    hbm = moved / chip.bandwidth
+    spent = 1e9 * counts[direction] / tokens / chip.clock / chip.cores
+    hbm = hbm_ns_per_token(operation, direction, dim, generation)
     back = direction == 'backward'
     yield {
       'op': operation,
@@ -196,8 +210,8 @@ def _both_directions(operation, dim, generation, folder):
         operation, direction, shapes.STREAMS, dim
       ),
       'bytes_per_token': moved,
-      'schedule_ns_per_token': 1e9 * spent,
-      'hbm_ns_per_token': 1e9 * hbm,
+      'schedule_ns_per_token': spent,
+      'hbm_ns_per_token': hbm,
       'bound': 'memory' if hbm >= spent else 'schedule',
       'xla_bytes_per_token': (
         accessed[1] - accessed[0] if back else accessed[0]

@@ -12,8 +12,6 @@ import os
 import pathlib
 import re
 
-from mhc.runtime import console
-
 GPUS = '/dev/nvidia[0-9]*'
 TPUS = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
 OTHERS = ('/dev/accel/*', '/dev/kfd')
@@ -112,4 +110,7 @@ def _numbers(version) -> str:
 
 @functools.cache
 def _print_once(line):
+  # Imported here: the library is told of accelerators without its libraries.
+  from mhc.runtime import console
+
   console.print_line(line)

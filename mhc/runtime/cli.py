@@ -26,6 +26,7 @@ from ml_collections import config_flags
 from mhc.config import checks, dicts
 from mhc.runtime import accelerators
 from mhc.runtime import console
+from mhc.runtime import machine
 from mhc.runtime import multihost
 from mhc.runtime import preemption
 
@@ -153,9 +154,7 @@ def run(
   With `words`, main receives all words. One that `computes` is for a GPU or
   TPU where there is one: a line says so if JAX cannot use it.
   """
-  if 'JAX_PLATFORMS' not in os.environ and not accelerators.found():
-    # libtpu, installed to compile for TPUs, would search for one at length.
-    jax.config.update('jax_platforms', 'cpu')
+  machine.skip_search()
   app.run(
     lambda rest: _guarded(functools.partial(main, *rest[1:]), computes),
     flags_parser=functools.partial(_parse, choices=choices, free=words),

@@ -1,6 +1,13 @@
-"""Console output of a run on stderr: lines and a progress bar."""
+"""Console output of a run: lines and a progress bar.
 
+They go to stderr; in a notebook to stdout, whose cells show it in black, and
+the bar is a widget if ipywidgets is installed.
+"""
+
+import importlib.util
+import re
 import sys
+from typing import TextIO
 
 import tqdm
 
@@ -21,7 +28,7 @@ def progress_bar(
 
 
 def share_bar() -> tqdm.tqdm:
-  """A bar of a share of work with time left; `n` and `total` are set later."""
+  """A bar of a share of work with time left; `n` is set to it, up to 1."""
   return _bar(
     total=1,
     bar_format='{desc} {percentage:3.0f}%|{bar:24}| [{elapsed}<{remaining}]',
@@ -34,20 +41,45 @@ def byte_bar(total: int, label: str) -> tqdm.tqdm:
 
 
 def print_line(text: str):
-  """Prints a line on stderr, above the progress bar."""
+  """Prints a line, above the progress bar."""
   # In one write, so that lines of other processes do not interleave.
-  tqdm.tqdm.write(f'{text}\n', file=sys.stderr, end='')
+  tqdm.tqdm.write(f'{text}\n', file=_stream(), end='')
 
 
-def _bar(**options) -> tqdm.tqdm:
-  terminal = sys.stderr.isatty()
+def is_live() -> bool:
+  """Whether a bar replaces itself: in a terminal and in a notebook."""
+  return in_notebook() or sys.stderr.isatty()
+
+
+def in_notebook() -> bool:
+  """Whether this process runs the cells of a notebook."""
+  ipython = sys.modules.get('IPython')
+  shell = ipython and ipython.get_ipython()
+  return bool(shell) and 'IPKernelApp' in shell.config
+
+
+def _stream() -> TextIO:
+  return sys.stdout if in_notebook() else sys.stderr
+
+
+def _bar(**options):
+  live = is_live()
+  often = {'mininterval': 0.2, 'maxinterval': 0.5}
+  if in_notebook() and importlib.util.find_spec('ipywidgets'):
+    # Imported here, since it needs a notebook.
+    from tqdm import notebook
+
+    if 'bar_format' in options:  # the widget has its own width
+      options['bar_format'] = re.sub(
+        r'\{bar:\d+\}', '{bar}', options['bar_format']
+      )
+    return notebook.tqdm(**options, **often)
   return tqdm.tqdm(
     **options,
-    mininterval=0.2 if terminal else 15,
-    maxinterval=0.5 if terminal else 30,
-    dynamic_ncols=terminal,
-    file=sys.stderr if terminal else _LogStream(),
-    ncols=None if terminal else 110,
+    **(often if live else {'mininterval': 15, 'maxinterval': 30}),
+    dynamic_ncols=sys.stderr.isatty(),
+    file=_stream() if live else _LogStream(),
+    ncols=None if sys.stderr.isatty() else 110,
   )
 
 

@@ -14,6 +14,7 @@ from mhc.experiments import figure_style as style
 from mhc.experiments import figures
 from mhc.experiments import figures_depth
 from mhc.experiments import figures_heat
+from mhc.experiments import plots
 
 NAMES = (
   *style.COLORS,
@@ -349,3 +350,9 @@ def test_files(tmp_path):
   assert b'/Type3' not in a
   with pytest.raises(ValueError, match='letters'):
     style.save(figure, tmp_path, '../a')
+
+
+@pytest.mark.parametrize(('steps', 'left'), [(10, 1), (25, 1), (40, 16)])
+def test_a_run_shorter_than_the_window_is_smoothed(steps, left):
+  smooth = plots._smooth(np.ones(steps))
+  np.testing.assert_allclose(smooth, np.ones(left))

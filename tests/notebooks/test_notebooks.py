@@ -1,0 +1,138 @@
+"""The notebooks are what their sources make, and run from top to bottom."""
+
+import importlib.util
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import nbclient
+import nbformat
+import pytest
+
+pytestmark = pytest.mark.long
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def _load(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+build = _load(ROOT / 'notebooks' / 'build.py')
+SOURCES = {source.stem: source for source in build.sources()}
+
+
+@pytest.fixture
+def execute(compiled, tmp_path):
+  """Runs a notebook in a folder of its own; returns it with its outputs."""
+
+  def run(name, before_cell=lambda client, cell: None):
+    book = nbformat.read(ROOT / 'notebooks' / f'{name}.ipynb', 4)
+    environment = os.environ | {
+      'XLA_FLAGS': '--xla_backend_optimization_level=0',
+      'JAX_COMPILATION_CACHE_DIR': str(compiled),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'TMPDIR': str(tmp_path),
+    }
+    client = nbclient.NotebookClient(
+      book,
+      timeout=280,
+      kernel_name='python3',
+      resources={'metadata': {'path': str(tmp_path)}},
+      on_cell_execute=lambda cell, cell_index: before_cell(client, cell),
+    )
+    client.execute(env=environment)
+    assert 'Warning' not in text(book, stream='stderr')
+    for cell in book.cells:
+      if cell.source.startswith('# @title Install'):
+        assert not cell.outputs
+    return book
+
+  return run
+
+
+def text(book, stream='stdout', containing='') -> str:
+  """What the cells whose source contains a text have printed."""
+  return ''.join(
+    output.text
+    for cell in book.cells
+    if cell.cell_type == 'code' and containing in cell.source
+    for output in cell.outputs
+    if output.output_type == 'stream' and output.name == stream
+  )
+
+
+def pictures(book) -> int:
+  return sum(
+    'image/png' in output.get('data', {})
+    for cell in book.cells
+    for output in cell.get('outputs', ())
+  )
+
+
+def test_every_source_has_a_notebook_and_every_notebook_a_source():
+  found = {path.stem for path in (ROOT / 'notebooks').glob('*.ipynb')}
+  assert found == {*SOURCES}
+
+
+@pytest.mark.parametrize('name', SOURCES)
+def test_notebooks_are_built_from_their_sources(name):
+  """`make notebooks` makes them again."""
+  path = build.notebook(SOURCES[name])
+  assert path.read_text() == build.build(SOURCES[name])
+  assert path.stat().st_size < 100_000
+  for cell in nbformat.read(path, 4).cells:
+    assert not cell.get('outputs')
+    assert cell.get('execution_count') is None
+
+
+def test_sinkhorn(execute):
+  assert pictures(execute('sinkhorn')) == 5
+
+
+def test_own_model(execute):
+  book = execute('own_model')
+  losses = text(book, containing='step(params, state)')
+  assert losses.count('100.0% right') == 3, losses
+  assert 'mHC  gain forward 1.000' in text(book)
+
+
+def test_gains(execute):
+  book = execute('gains')
+  assert pictures(book) == 6
+
+
+def test_kernels_say_that_a_cpu_measures_nothing(execute):
+  book = execute('kernels_on_this_tpu')
+  assert 'Nothing can be measured here' in text(book)
+  assert 'advance: largest relative difference' in text(book)
+
+
+def test_a_comparison_is_interrupted_saves_and_goes_on(execute, tmp_path):
+  """The stop button sends SIGINT, as here once a run has made steps."""
+
+  def before_cell(client, cell):
+    if 'def train' in cell.source:
+      pid = client.km.provisioner.pid
+      threading.Thread(target=interrupt, args=(pid,), daemon=True).start()
+
+  def interrupt(pid):
+    while True:
+      for path in tmp_path.glob('**/metrics.jsonl'):
+        if path.read_bytes().count(b'\n') >= 2:
+          os.kill(pid, signal.SIGINT)
+          return
+      time.sleep(0.02)
+
+  book = execute('compare', before_cell)
+  stopped = text(book, containing='def train')
+  assert 'saved after step' in stopped
+  finished = [*tmp_path.glob('**/summary.json')]
+  assert len(finished) == 8
+  assert 'mHC - residual' in text(book)
+  assert pictures(book) == 3
