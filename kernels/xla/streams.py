@@ -60,18 +60,23 @@ def _normed_projection_bwd(norm_eps, kept, g):
 _normed_projection.defvjp(_normed_projection_fwd, _normed_projection_bwd)
 
 
-@jax.custom_vjp
 def read(
   x: Float[Array, 't n d'], pre: Float[Array, 'n t']
 ) -> Float[Array, 't d']:
   """sum_j pre_j x_j, of every token t (Eq. 3, H_pre x)."""
+  # Weights may be constants, which differ on no two devices.
+  return _read(*axes.unify_varying(x, pre))
+
+
+@jax.custom_vjp
+def _read(x, pre):
   wide = x.astype(jnp.float32)
   terms = [pre[j][:, None] * wide[:, j] for j in range(x.shape[1])]
   return sum(terms[1:], terms[0]).astype(x.dtype)
 
 
 def _read_fwd(x, pre):
-  return read(x, pre), (x, pre)
+  return _read(x, pre), (x, pre)
 
 
 def _read_bwd(kept, g):
@@ -84,10 +89,9 @@ def _read_bwd(kept, g):
   return d_x, d_pre.T
 
 
-read.defvjp(_read_fwd, _read_bwd)
+_read.defvjp(_read_fwd, _read_bwd)
 
 
-@jax.custom_vjp
 def write(
   x: Float[Array, 't n d'],
   y: Float[Array, 't d'],
@@ -98,12 +102,17 @@ def write(
 
   Row i of `res` makes stream i: H_res is contracted over its columns (Eq. 3).
   """
+  return _write(*axes.unify_varying(x, y, post, res))
+
+
+@jax.custom_vjp
+def _write(x, y, post, res):
   out = _mix(x, res) + post.T[..., None] * y[:, None].astype(jnp.float32)
   return out.astype(x.dtype)
 
 
 def _write_fwd(x, y, post, res):
-  return write(x, y, post, res), (x, y, post, res)
+  return _write(x, y, post, res), (x, y, post, res)
 
 
 def _write_bwd(kept, g):
@@ -128,7 +137,7 @@ def _write_bwd(kept, g):
   )
 
 
-write.defvjp(_write_fwd, _write_bwd)
+_write.defvjp(_write_fwd, _write_bwd)
 
 
 def _mix(x, res):

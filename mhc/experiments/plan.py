@@ -23,6 +23,8 @@ from mhc.training import workdir as workdir_lib
 STREAM_WORK = {'residual': 0.0, 'hc': 0.7, 'identity': 0.46}
 # Seconds of a run beside its steps: data, first and last checkpoint, files.
 RUN_S = 3.0
+# Seconds beside all runs: starting workers, step times in turn, the report.
+COMPARISON_S = 45.0
 # An evaluation and a probe have no backward pass.
 FORWARD = 0.4
 CALIBRATION = 'plan'
@@ -141,6 +143,8 @@ def describe(
       f'{line.steps:>9,}{line.seconds / 60 / num_workers:>9.1f}'
     )
   total = sum(line.seconds for line in lines) / 60 / num_workers
+  if any(line.runs > line.done for line in lines):
+    total += COMPARISON_S / 60
   text.append(
     f'\npredicted: {total:.1f} minutes on {num_workers} '
     f'worker{"s" * (num_workers > 1)}, by two steps timed here'
