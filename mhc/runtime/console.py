@@ -7,7 +7,6 @@ the bar is a widget if ipywidgets is installed.
 import importlib.util
 import re
 import sys
-from typing import TextIO
 
 import tqdm
 
@@ -58,7 +57,7 @@ def in_notebook() -> bool:
   return bool(shell) and 'IPKernelApp' in shell.config
 
 
-def _stream() -> TextIO:
+def _stream():
   return sys.stdout if in_notebook() else sys.stderr
 
 

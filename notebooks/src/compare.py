@@ -40,8 +40,7 @@ comparison = comparison_lib.Comparison(
     eval_sequences=64,
     final_sequences=256,
     probe_every=10,
-    checkpoint_every=10,
-    keep_checkpoints=1,
+    checkpoint_every=0,
   ),
   panels={
     'main': comparison_lib.Panel(
@@ -128,10 +127,9 @@ rows[['heldout_nats', 'gap_nats', 'gain_max', 'grad_norm_max', 'params']].round(
 # within which designs count as equivalent.
 
 # %%
-import matplotlib.pyplot  # noqa: F401, shows figures inline
-
 from mhc.experiments import figures
 
+get_ipython().run_line_magic('matplotlib', 'inline')  # shows figures
 figures.forest(values['contrasts'])
 
 # %% [markdown]

@@ -115,8 +115,8 @@ plt.show()
 # %% install mhc-jax[train]
 
 # %% [markdown]
-# Two transformers of 12 blocks, 24 sub-layers, learn the source code of
-# Python's standard library for 24 steps at a high learning rate. They differ in
+# Two transformers of 8 blocks, 16 sub-layers, learn the source code of
+# Python's standard library for 20 steps at a high learning rate. They differ in
 # their connection alone. `run.train` is what `launch/train.py` calls; it leaves
 # all that was measured in the run's folder. A run that is stopped goes on where
 # it was when the cell runs again.
@@ -133,8 +133,8 @@ from mhc.training import run
 
 folder = pathlib.Path(tempfile.gettempdir()) / 'mhc_gains'
 base = config.Config(
-  num_steps=24,
-  model=config.ModelConfig(num_blocks=12, dim=32, ffn_dim=64, recompute='none'),
+  num_steps=20,
+  model=config.ModelConfig(num_blocks=8, dim=32, ffn_dim=64, recompute='none'),
   data=config.DataConfig(seq_len=32, batch_size=4),
   optimizer=config.OptimizerConfig(
     learning_rate=5e-2, warmup_steps=5, schedule='constant', clip_norm=0.0

@@ -134,5 +134,5 @@ def test_a_comparison_is_interrupted_saves_and_goes_on(execute, tmp_path):
   assert 'saved after step' in stopped
   finished = [*tmp_path.glob('**/summary.json')]
   assert len(finished) == 8
-  assert 'mHC - residual' in text(book)
+  assert 'mHC against residual' in text(book)
   assert pictures(book) == 3
