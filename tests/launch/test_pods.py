@@ -518,7 +518,7 @@ def test_compare_is_given_flags_that_exist(file):
   settings = {n[len('config.') :] for n in names if n.startswith('config.')}
   assert settings <= known.keys()
   assert (
-    "cli.define_config('compare.py')"
+    "cli.define_config('compare')"
     in (ROOT / 'launch' / 'compare.py').read_text()
   )
 
