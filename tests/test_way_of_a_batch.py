@@ -41,7 +41,8 @@ def test_the_first_read_of_the_streams_is_near(monkeypatch):
   )
   frames = found[0]
   assert frames[0] == 'train_step'
-  assert len(frames) <= 14, frames
+  # Two of them are for meshes: explicit.call and the casts to varying axes.
+  assert len(frames) <= 16, frames
 
 
 def test_a_connection_asks_the_kernels_twice():
