@@ -41,7 +41,7 @@ def test_the_first_read_of_the_streams_is_near(monkeypatch):
   )
   frames = found[0]
   assert frames[0] == 'train_step'
-  # Two of them are for meshes: explicit.call and the casts to varying axes.
+  # Two of them are for Explicit meshes: explicit.call and what it runs.
   assert len(frames) <= 16, frames
 
 
