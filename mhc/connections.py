@@ -307,8 +307,7 @@ class SinglePass(nnx.Module):
     return state.read(self.next_mhc.options.implementation), context
 
   def _context(self, x):
-    mixes = self.next_mhc.options.mixing_used != 'identity'
-    return _context(self.next_mhc, mixes, x)
+    return _context(self.next_mhc, self.next_mhc.options.mixes, x)
 
   def post(
     self, y: Float[Array, '*batch d'], context: Context

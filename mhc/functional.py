@@ -104,6 +104,11 @@ class Options:
     """The parameterisation of H_res behind `res`."""
     return 'identity' if self.res == 'off' else self.mixing
 
+  @property
+  def mixes(self) -> bool:
+    """Whether H_res may differ from I."""
+    return self.mixing_used != 'identity'
+
 
 def check_parts(**parts: str):
   """Checks the words for how mappings come about.
@@ -155,7 +160,7 @@ def init(
   initial_stream = first_read(index, num_streams)
   read = jnp.where(initial_stream, 3.0, -3.0).astype(jnp.float32)
   if pre == 'off':
-    read = jnp.full(num_streams, _uniform_read(num_streams), jnp.float32)
+    read = jnp.full(num_streams, uniform_read(num_streams), jnp.float32)
   bias = [
     read,
     jnp.zeros(num_streams, jnp.float32),
@@ -188,7 +193,7 @@ def pre(
     )
     return _read_and_mapped(params, h, x, z, options)
 
-  specs = functools.partial(_specs_read, mixes=_mixes(options))
+  specs = functools.partial(_specs_read, mixes=options.mixes)
   h, context = explicit.call(run, x, specs, params, x)
   observation.record(context.x, context.mappings)
   return h, context
@@ -244,7 +249,7 @@ def advance(
     )
     return _read_and_mapped(params, h, x_next.reshape(x.shape), z, options)
 
-  specs = functools.partial(_specs_read, mixes=_mixes(options))
+  specs = functools.partial(_specs_read, mixes=options.mixes)
   h, context = explicit.call(run, context.x, specs, params, y, *context)
   observation.record(context.x, context.mappings)
   return h, context
@@ -275,13 +280,17 @@ def read(
     h = precision.mark('sublayer_input', weighted(tokens(x), weights))
     return h.reshape(*x.shape[:-2], x.shape[-1])
 
-  specs = lambda spec: PartitionSpec(*spec[:-2], spec[-1])
-  return explicit.call(run, x, specs, x, weights)
+  return explicit.call(run, x, spec_read, x, weights)
 
 
 def tokens(x: Float[Array, '*batch n d']) -> Float[Array, 't n d']:
   """All leading dimensions as one."""
   return _flat(x, 2)
+
+
+def spec_read(spec: PartitionSpec) -> PartitionSpec:
+  """The spec of [..., d], read from streams [..., n, d] with this one."""
+  return PartitionSpec(*spec[:-2], spec[-1])
 
 
 def specs_mappings(spec: PartitionSpec, mixes: bool) -> Mappings:
@@ -313,14 +322,9 @@ def _flat(x, kept):
   return x.reshape(math.prod(x.shape[:-kept]), *x.shape[-kept:])
 
 
-def _mixes(options):
-  return options.mixing_used != 'identity'
-
-
 def _specs_read(spec, mixes):
   """The specs of what `pre` returns, for those of the streams."""
-  h = PartitionSpec(*spec[:-2], spec[-1])
-  return h, Context(spec, specs_mappings(spec, mixes))
+  return spec_read(spec), Context(spec, specs_mappings(spec, mixes))
 
 
 def _with_constants(params, x, options):
@@ -339,7 +343,7 @@ def _with_constants(params, x, options):
   sizes = n, n, len(bias) - 2 * n
   dynamic = where_parts(parts, ('dynamic',), sizes)
   learned = where_parts(parts, ('dynamic', 'static'), sizes)
-  off = np.repeat(np.float32([_uniform_read(n), 0, 0]), sizes)
+  off = np.repeat(np.float32([uniform_read(n), 0, 0]), sizes)
   return {
     'phi': jnp.where(dynamic[None], phi, jnp.zeros_like(phi)),
     'alpha': params['alpha'],
@@ -352,7 +356,7 @@ def first_read(index, n: int) -> Bool[Array, 'n']:
   return jnp.arange(n) == jnp.asarray(index % n, jnp.arange(n).dtype)
 
 
-def _uniform_read(n):
+def uniform_read(n):
   """The bias of H_pre = 1/n: sigmoid(-log(n - 1)).
 
   Its limit for one stream is infinite; sigmoid(40) is 1 in float64 as well.
@@ -379,7 +383,7 @@ def _mappings(params, z, n, options):
   )
   logits = z * alpha[:, None] + params['bias'][:, None]
   res = None
-  if _mixes(options):
+  if options.mixes:
     res = mixing_lib.matrices(
       options.mixing_used,
       logits[2 * n :],

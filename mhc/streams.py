@@ -10,7 +10,6 @@ from typing import Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from mhc import arguments
@@ -93,9 +92,8 @@ class Collapse(nnx.Module):
         return jnp.mean(x, axis=-2)
       case 'learned':
         params = {'phi': self.phi, 'alpha': self.alpha, 'bias': self.bias}
-        specs = lambda spec: PartitionSpec(*spec[:-2], spec[-1])
         params = functional.float32(params)
-        return explicit.call(self._weighted, x, specs, params, x)
+        return explicit.call(self._weighted, x, functional.spec_read, params, x)
 
   def _weighted(self, params, x):
     tokens = functional.tokens(x)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mhc import connections
+from mhc import functional
 from mhc import observation
 from mhc import optimizer
 
@@ -185,6 +186,6 @@ def _read_evenly(model) -> int:
   for _, module in nnx.iter_graph(model):
     if isinstance(module, connections.MHC):
       n = found = module.shape[0]
-      even = -math.log(n - 1) if n > 1 else 40.0
+      even = functional.uniform_read(n)
       module.bias[...] = module.bias[...].at[..., :n].set(even)
   return found
