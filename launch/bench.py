@@ -5,6 +5,7 @@
     python launch/bench.py kernels      # TPU kernels, by the TPU's compiler
     python launch/bench.py triton       # GPU kernels, by Triton's compiler
     python launch/bench.py bandwidth    # the operations, on the device here
+    python launch/bench.py device       # all that an accelerator here can tell
     python launch/bench.py telemetry    # guards and probes, in steps
     python launch/bench.py --json       # one JSON object a row
 
@@ -19,6 +20,11 @@ lists registers, spills and shared memory of the GPU kernels, without a GPU.
 `bandwidth` times the operations on the local device, with --implementation
 (triton on a GPU, for instance), and gives the least bytes that they must move,
 per second, as a fraction of the rate of a copy of the streams in the same run.
+
+`device` takes some minutes of one GPU or TPU (about 20 GB): the error of every
+kernel and gradient against the reference in float64, `bandwidth` of each
+implementation, and an entire training step of each kind at the paper's 3B
+width, with the rate of a matrix product in the same run beside it.
 
 `telemetry` times a training step with and without a guard that can skip the
 update, and a probe of gains, streams and residuals.
@@ -50,6 +56,7 @@ from mhc.parallel import partition
 from mhc.planner import bundles
 from mhc.planner import kernel_cost
 from mhc.planner import kernel_timing
+from mhc.planner import on_device
 from mhc.runtime import cli
 from mhc.training import step
 
@@ -76,6 +83,18 @@ OPERATIONS = flags.DEFINE_list(
   list(kernel_cost.OPERATIONS),
   'Operations of `kernels` and `bandwidth`.',
 )
+BLOCKS = flags.DEFINE_integer(
+  'blocks', 4, 'Blocks of the model of `device`.', lower_bound=1
+)
+ROWS = flags.DEFINE_integer(
+  'rows', 8, 'Rows a step and device of `device`.', lower_bound=1
+)
+TABLES = flags.DEFINE_multi_enum(
+  'table',
+  ['errors', 'operations', 'steps'],
+  ['errors', 'operations', 'steps'],
+  'Tables of `device`; can be given several times.',
+)
 IMPLEMENTATION = flags.DEFINE_enum(
   'implementation',
   None,
@@ -98,6 +117,48 @@ def main(what):
       _bandwidth()
     case 'telemetry':
       _telemetry()
+    case 'device':
+      _device()
+
+
+def _device():
+  for name in TABLES.value:
+    rows = {
+      'errors': on_device.parity_rows,
+      'operations': _each_bandwidth,
+      'steps': _each_step,
+    }[name]()
+    if not JSON.value:
+      print(f'\n{name} on {jax.devices()[0].device_kind}\n')
+    for number, row in enumerate(rows):
+      if JSON.value:
+        print(json.dumps({'table': name, **row}), flush=True)
+        continue
+      if not number:
+        print(f'| {" | ".join(row)} |\n|{"---|" * len(row)}')
+      print(f'| {" | ".join(map(_short, row.values()))} |', flush=True)
+
+
+def _each_bandwidth():
+  widths = [int(width) for width in WIDTHS.value]
+  operations = [name for name in OPERATIONS.value if name != 'sinkhorn']
+  for name in on_device.implementations():
+    for row in kernel_timing.rows(
+      operations, widths, TOKENS.value, STREAMS.value, name, ROUNDS.value
+    ):
+      yield {'implementation': name, **row}
+
+
+def _each_step():
+  rate = on_device.product_rate(ROUNDS.value)
+  base = on_device.base(BLOCKS.value, ROWS.value)
+  kinds = ('residual', *KINDS.value)
+  for row in on_device.step_rows(base, kinds, ROUNDS.value):
+    yield row | {'share_of_product': row['flops_per_second'] / rate}
+
+
+def _short(value):
+  return f'{value:.4g}' if isinstance(value, float) else str(value)
 
 
 def _bandwidth():
@@ -359,5 +420,6 @@ if __name__ == '__main__':
       'triton',
       'bandwidth',
       'telemetry',
+      'device',
     ),
   )

@@ -67,12 +67,16 @@ def case(
 
 def run(operation, implementation, *operands):
   """Runs an operation of `api` with the measured settings."""
-  static = {
+  return getattr(api, operation)(*operands, *static(operation), implementation)
+
+
+def static(operation: str) -> tuple[float, ...]:
+  """The arguments that are no arrays: iterations and eps, or the norm's eps."""
+  return {
     'sinkhorn': (ITERATIONS, 0.0),
     'pre': (NORM_EPS,),
     'advance': (NORM_EPS,),
   }.get(operation, ())
-  return getattr(api, operation)(*operands, *static, implementation)
 
 
 def functions(operation, implementation, *, streams_first=True):

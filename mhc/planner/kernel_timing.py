@@ -6,6 +6,7 @@ and their ratio is what can be relied on.
 
 from collections.abc import Callable, Iterator
 import itertools
+import math
 import statistics
 import time
 from typing import Any
@@ -17,6 +18,7 @@ from mhc.kernels import api
 from mhc.planner import kernel_cost
 
 WARM_UP = 2  # rounds that compile and fill caches
+TOGETHER = 2e-3  # seconds of calls that are waited for together
 
 
 def rows(
@@ -29,15 +31,17 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
   """Yields one row per operation, width and direction, which is measured.
 
-  `ns_per_token` includes the start of a program, some 0.1 ms: take enough
-  tokens for several of them. `ideal_bytes` are the least that the operation can
-  move, per token, and rates are those of moving them.
+  `ns_per_token` includes the start of a program, some 0.1 ms where calls do not
+  overlap: take enough tokens for several of them. `ideal_bytes` are the least
+  that the operation can move, per token, and rates are those of moving them.
   """
   on_tpu = jax.default_backend() == 'tpu'
   for operation, width in itertools.product(operations, widths):
     operands = [
-      0.1 * jnp.ones(shape.shape, shape.dtype)
-      for shape in kernel_cost.case(operation, width, num_tokens, n)
+      0.1 * jax.random.normal(jax.random.key(number), shape.shape, shape.dtype)
+      for number, shape in enumerate(
+        kernel_cost.case(operation, width, num_tokens, n)
+      )
     ]
     tensor = operands[0]
     if on_tpu and operation != 'sinkhorn':
@@ -78,15 +82,24 @@ def seconds(
   function: Callable, arguments: tuple, tensor: jax.Array, rounds: int
 ) -> tuple[float, float]:
   """Median seconds of the function and of a copy of `tensor`."""
-  function, copy = jax.jit(function), jax.jit(jnp.copy)
+  programs = (
+    (jax.jit(jnp.copy), (tensor,)),
+    (jax.jit(function), arguments),
+  )
   samples = [], []
+  # Short programs are called several times before one waits for them, so that
+  # the device does not wait for Python.
+  together = [1, 1]
   for number in range(rounds + WARM_UP):
-    for call, inputs, times in (
-      (copy, (tensor,), samples[1]),
-      (function, arguments, samples[0]),
-    ):
+    for which, (call, inputs) in enumerate(programs):
       start = time.perf_counter()
-      jax.block_until_ready(call(*inputs))
+      for _ in range(together[which]):
+        out = call(*inputs)
+      jax.block_until_ready(out)
+      spent = (time.perf_counter() - start) / together[which]
+      del out
       if number >= WARM_UP:
-        times.append(time.perf_counter() - start)
-  return statistics.median(samples[0]), statistics.median(samples[1])
+        samples[which].append(spent)
+      else:
+        together[which] = min(20, math.ceil(TOGETHER / spent))
+  return statistics.median(samples[1]), statistics.median(samples[0])

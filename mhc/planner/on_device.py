@@ -1,0 +1,188 @@
+"""What the accelerator at hand does: right results, bandwidth, training steps.
+
+Everything is measured in one run, and rates stand beside those of a copy and of
+a matrix product of the same run, not of a data sheet.
+"""
+
+from collections.abc import Iterator, Sequence
+import concurrent.futures
+import dataclasses
+import importlib.util
+import itertools
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mhc import config as config_lib
+from mhc.config import presets
+from mhc.kernels import parity
+from mhc.parallel import counts
+from mhc.parallel import partition
+from mhc.planner import kernel_cost
+from mhc.training import step
+
+WARM_UP = 2  # rounds that do not count
+PRODUCT = 8192  # of the square matrices whose product gives the rate
+
+
+def implementations() -> tuple[str, ...]:
+  """Of the operations on this platform, plain JAX first."""
+  match jax.default_backend():
+    case 'tpu':
+      return 'xla', 'pallas'
+    case 'gpu' if importlib.util.find_spec('jax_triton'):
+      return 'xla', 'triton'
+    case _:
+      return ('xla',)
+
+
+def parity_rows(cases=parity.CASES) -> Iterator[dict[str, Any]]:
+  """Yields one row per operation and size: errors in units of rounding.
+
+  For each implementation `worst` names the tensor whose error is the largest
+  part of what rounding explains (`parity.Error.bound`), or why there is none.
+  """
+  for operation in kernel_cost.OPERATIONS:
+    for n, d, num_tokens, dtype in cases:
+      arguments = parity.operands(operation, n, d, num_tokens, dtype)
+      row = {
+        'op': operation,
+        'n': n,
+        'C': d,
+        'tokens': num_tokens,
+        'dtype': jnp.dtype(dtype).name,
+      }
+      for name in implementations():
+        row[name], row[f'{name}_worst'] = _worst(operation, arguments, name)
+      yield row
+
+
+def _worst(operation, arguments, implementation):
+  try:
+    errors = parity.errors(
+      operation,
+      arguments,
+      kernel_cost.static(operation),
+      implementation,
+    )
+  except Exception as error:
+    # A kernel that fails to compile or to run is a finding, not the end.
+    return None, f'{type(error).__name__}: {str(error).splitlines()[0][:100]}'
+  # A NaN is the worst there can be, and max() would pass it over.
+  shares = [
+    (np.nan_to_num(e.largest / e.bound, nan=np.inf), e.tensor) for e in errors
+  ]
+  share, tensor = max(shares)
+  return float(share), tensor
+
+
+def product_rate(rounds: int) -> float:
+  """Measured FLOPs a second of a square bfloat16 product, the median."""
+  size = PRODUCT if jax.default_backend() != 'cpu' else 512
+  a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
+  multiply = jax.jit(jnp.matmul)
+  return 2 * size**3 / statistics.median(_times(lambda: multiply(a, b), rounds))
+
+
+def base(num_blocks: int, num_rows: int) -> config_lib.Config:
+  """The paper's 3B with fewer blocks; on a CPU a rung of the ladder."""
+  if jax.default_backend() == 'cpu':
+    config = presets.ladder('1m')
+  else:
+    config = presets.paper('3b')
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, num_blocks=num_blocks),
+    data=dataclasses.replace(
+      config.data, batch_size=num_rows * jax.device_count()
+    ),
+  )
+
+
+def step_rows(
+  base: config_lib.Config, kinds: Sequence[str], rounds: int
+) -> Iterator[dict[str, Any]]:
+  """Yields one row per kind of connection and implementation: a whole step.
+
+  The programs are compiled at the same time, as one waits for minutes; they run
+  one after the other, for the state of one may fill the device.
+  """
+  names = [
+    (kind, name)
+    for kind, name in itertools.product(kinds, implementations())
+    # A residual and the identity's mean call no kernel of another name.
+    if kind != 'residual' or name == 'xla'
+  ]
+  programs = [step.build(_with(base, *each)) for each in names]
+  lowered = [program.lower() for program in programs]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    compiled = list(
+      pool.map(
+        lambda each: each[0].compile(
+          step.compiler_options(each[1].placement)
+        ),
+        zip(lowered, programs, strict=True),
+      )
+    )
+  first = None
+  for (kind, name), program, train in zip(
+    names, programs, compiled, strict=True
+  ):
+    seconds = _step_seconds(program, train, rounds)
+    first = first or seconds
+    config = program.placement.config
+    tokens = config.data.batch_size * config.data.seq_len
+    count = counts.count(config.model, config.data.seq_len)
+    yield {
+      'kind': kind,
+      'implementation': name,
+      'ms': 1e3 * seconds,
+      'over_first': seconds / first,
+      'tokens_per_second': tokens / seconds,
+      'flops_per_second': tokens * count['flops_per_token'] / seconds,
+      'parameters': count['total_params'],
+      'temporary_bytes': train.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def _with(config, kind, implementation):
+  connection = dataclasses.replace(
+    config.model.connection, kind=kind, implementation=implementation
+  )
+  return dataclasses.replace(
+    config, model=dataclasses.replace(config.model, connection=connection)
+  )
+
+
+def _step_seconds(program, train, rounds):
+  """Median seconds of an update, the state of which is freed after it."""
+  data = program.placement.config.data
+  rng = np.random.default_rng(0)
+  shape = (data.batch_size, data.seq_len + 1)
+  tokens = partition.put(
+    rng.integers(0, 256, shape, np.int32), program.mesh, partition.BATCH
+  )
+  state, inputs = program.init(0), program.inputs()
+
+  def update():
+    nonlocal state
+    state, metrics = train(state, tokens, inputs)
+    return metrics
+
+  seconds = statistics.median(_times(update, rounds))
+  jax.tree.map(lambda leaf: leaf.delete(), state)
+  return seconds
+
+
+def _times(call, rounds):
+  samples = []
+  for number in range(rounds + WARM_UP):
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    if number >= WARM_UP:
+      samples.append(time.perf_counter() - start)
+  return samples
