@@ -3,8 +3,7 @@
     'xla'      plain JAX, on every platform
     'autodiff' plain JAX without gradients of its own: for forward mode
     'pallas'   TPU kernels; interpreted on other machines
-    'triton'   GPU kernels, by name only: they compile for GPUs and agree with
-               the reference in Triton's interpreter, and have not run on a GPU
+    'triton'   GPU kernels, with jax-triton installed
 
 None takes the fastest that the platform has and that can serve the call. The
 platform is that of the mesh around the call (`shard_map`, `jax.set_mesh`), so
@@ -37,7 +36,7 @@ SINKHORN_ITERS = 20
 SINKHORN_EPS = 0.0
 
 # By platform, the fastest first; others have plain JAX alone.
-_PREFERENCES = {'tpu': ('pallas', 'xla')}
+_PREFERENCES = {'tpu': ('pallas', 'xla'), 'gpu': ('triton', 'xla')}
 
 
 def sinkhorn(
@@ -138,6 +137,8 @@ def supports_vma(implementation: str, mesh: jax.sharding.Mesh) -> bool:
   kernels elsewhere: a `shard_map` around them must not check these axes.
   """
   platform = mesh.devices.flat[0].platform
+  if implementation == 'auto':
+    implementation = _preferred(platform)[0]
   interpreted = implementation == 'pallas' and platform != 'tpu'
   return implementation != 'triton' and not interpreted
 
@@ -168,8 +169,21 @@ def _fall_back(operation, names, *arguments):
   return getattr(_ops(last), operation)(*arguments)
 
 
-def _preferred() -> tuple[str, ...]:
-  return _PREFERENCES.get(platform_lib.platform(), ('xla',))
+def _preferred(platform=None) -> tuple[str, ...]:
+  names = _PREFERENCES.get(platform or platform_lib.platform(), ('xla',))
+  if 'triton' in names and (reason := _why_no_triton()):
+    _warn_once(f'the GPU kernels are not used: {reason}')
+    return ('xla',)
+  return names
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+  try:
+    importlib.import_module('jax_triton')
+  except Exception as error:  # that of another JAX may end anyhow
+    return f"pip install 'mhc-jax[triton]' ({type(error).__name__}: {error})"
+  return None
 
 
 def _ops(implementation):

@@ -1,6 +1,6 @@
 """How far an implementation is from the reference in float64.
 
-Of an operation's outputs and of every gradient, for cotangents drawn at random:
+For an operation's outputs and every gradient, from cotangents drawn at random:
 the largest error, and what rounding explains. The reference runs on the CPU, so
 that an accelerator without float64 can be held against it.
 """
@@ -37,7 +37,7 @@ OUTPUTS = {
 
 
 class Error(NamedTuple):
-  """Of one tensor: 'h' is an output, 'd x' the gradient of x.
+  """The error of one tensor: 'h' is an output, 'd x' the gradient of x.
 
   Attributes:
     largest: of |got - want|.

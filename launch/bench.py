@@ -104,21 +104,7 @@ IMPLEMENTATION = flags.DEFINE_enum(
 
 
 def main(what):
-  match what:
-    case 'connections':
-      _connections()
-    case 'recompute':
-      _recompute()
-    case 'kernels':
-      _kernels()
-    case 'triton':
-      _triton()
-    case 'bandwidth':
-      _bandwidth()
-    case 'telemetry':
-      _telemetry()
-    case 'device':
-      _device()
+  COMMANDS[what]()
 
 
 def _device():
@@ -410,16 +396,16 @@ def _normal(seed, *shape):
   return jax.random.normal(jax.random.key(seed), shape)
 
 
+COMMANDS = {
+  'connections': _connections,
+  'recompute': _recompute,
+  'kernels': _kernels,
+  'triton': _triton,
+  'bandwidth': _bandwidth,
+  'telemetry': _telemetry,
+  'device': _device,
+}
+
+
 if __name__ == '__main__':
-  cli.run(
-    main,
-    choices=(
-      'connections',
-      'recompute',
-      'kernels',
-      'triton',
-      'bandwidth',
-      'telemetry',
-      'device',
-    ),
-  )
+  cli.run(main, choices=tuple(COMMANDS))

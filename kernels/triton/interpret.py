@@ -3,12 +3,17 @@
 Set TRITON_INTERPRET=1 before anything imports triton.
 """
 
+import threading
 import types
 
 import ml_dtypes
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
+
+# The interpreter exchanges functions of triton.language while a kernel runs,
+# and XLA may run several callbacks at once.
+_LOCK = threading.Lock()
 
 TYPES = {'bfloat16': 'bf16', 'float32': 'fp32', 'int32': 'i32'}
 
@@ -35,7 +40,7 @@ def run(launch, *arrays):
   outputs = [np.full(out.shape, np.nan, out.dtype) for out in launch.outputs]
   buffers = map(Buffer, (*arguments, *outputs))
   # Masked lanes may overflow, as they may on a GPU.
-  with np.errstate(all='ignore'):
+  with np.errstate(all='ignore'), _LOCK:
     launch.kernel[launch.grid](*buffers, **launch.constants)
   return tuple(outputs)
 

@@ -12,9 +12,17 @@ from mhc.kernels.triton import launch
 from mhc.kernels.triton import sinkhorn as sinkhorn_lib
 from mhc.kernels.triton import streams
 
+MOST_STREAMS = 4  # that `sinkhorn` holds in the registers of a thread
+
 
 def sinkhorn(logits, num_iters, eps):
   _check_place(logits)
+  if len(logits) > MOST_STREAMS:
+    # Triton's pass TritonGPUCoalesce takes 1 min at n = 6, several at n = 8.
+    raise NotImplementedError(
+      f'the GPU kernel of the projection takes at most {MOST_STREAMS} streams, '
+      f'not {len(logits)}'
+    )
   return sinkhorn_lib.sinkhorn(logits, num_iters, eps)
 
 

@@ -70,7 +70,7 @@ def run(operation, implementation, *operands):
   return getattr(api, operation)(*operands, *static(operation), implementation)
 
 
-def static(operation: str) -> tuple[float, ...]:
+def static(operation: str) -> tuple[int | float, ...]:
   """The arguments that are no arrays: iterations and eps, or the norm's eps."""
   return {
     'sinkhorn': (ITERATIONS, 0.0),

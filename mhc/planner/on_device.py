@@ -30,7 +30,7 @@ PRODUCT = 8192  # of the square matrices whose product gives the rate
 
 
 def implementations() -> tuple[str, ...]:
-  """Of the operations on this platform, plain JAX first."""
+  """The operations' implementations on this platform, plain JAX first."""
   match jax.default_backend():
     case 'tpu':
       return 'xla', 'pallas'
@@ -114,7 +114,7 @@ def step_rows(
   names = [
     (kind, name)
     for kind, name in itertools.product(kinds, implementations())
-    # A residual and the identity's mean call no kernel of another name.
+    # The residual has no streams and calls no kernel.
     if kind != 'residual' or name == 'xla'
   ]
   programs = [step.build(_with(base, *each)) for each in names]
@@ -122,9 +122,7 @@ def step_rows(
   with concurrent.futures.ThreadPoolExecutor() as pool:
     compiled = list(
       pool.map(
-        lambda each: each[0].compile(
-          step.compiler_options(each[1].placement)
-        ),
+        lambda each: each[0].compile(step.compiler_options(each[1].placement)),
         zip(lowered, programs, strict=True),
       )
     )

@@ -1,5 +1,7 @@
 """What is measured of an operation, not how long it takes."""
 
+import pytest
+
 from mhc.planner import kernel_timing
 
 
@@ -11,6 +13,7 @@ def test_rows_count_bytes_of_both_directions():
   assert forward['ideal_bytes'] == (2 * n + 2) * width * 2
   assert both['direction'] == 'forward+backward'
   assert both['ideal_bytes'] == (5 * n + 5) * width * 2
-  assert forward['ns_per_token'] * tokens == forward['ms'] * 1e6
+  nanoseconds = forward['ns_per_token'] * tokens
+  assert nanoseconds == pytest.approx(forward['ms'] * 1e6)
   (sinkhorn, _) = kernel_timing.rows(['sinkhorn'], [width], tokens, n, rounds=1)
   assert sinkhorn['ideal_bytes'] == 2 * n * n * 4
