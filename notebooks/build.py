@@ -12,9 +12,9 @@ import sys
 import nbformat
 
 HERE = pathlib.Path(__file__).parent
-# Where the repository is published: the one place that says so. Until it is,
-# the links lead nowhere.
-REPOSITORY = 'OWNER/REPO'
+# OWNER/NAME on GitHub, once it is published there: the one place that says so.
+# Until then the notebooks have no badge, which would lead nowhere.
+REPOSITORY = ''
 COLAB = 'https://colab.research.google.com'
 # What Colab starts a notebook on; others start on a CPU.
 MACHINES = {
@@ -47,7 +47,8 @@ def build(source: pathlib.Path) -> str:
     cell = _cell(kind.strip(), text.strip('\n'))
     cell['id'] = f'{name}-{len(cells)}'.replace('_', '-')
     cells.append(cell)
-  cells[0]['source'] += f'\n\n{badge(name)}'
+  if REPOSITORY:
+    cells[0]['source'] += f'\n\n{badge(name)}'
   book = nbformat.v4.new_notebook(cells=cells)
   book['metadata'] = {
     'colab': {'provenance': []},
