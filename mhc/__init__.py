@@ -1,5 +1,13 @@
 """Manifold-constrained hyper-connections for JAX and Flax."""
 
+import pathlib
+
+# Python that starts in a clone finds this folder before an installed package.
+# There kernels/, configs/ and launch/ are not in it, but beside it.
+_folder = pathlib.Path(__file__).parent
+if not (_folder / 'kernels').is_dir():
+  __path__.append(str(_folder.parent))
+
 from mhc import functional
 from mhc import gains
 from mhc import kernels

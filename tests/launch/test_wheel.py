@@ -49,11 +49,12 @@ def site(tmp_path_factory):
 def run(site, compiled, tmp_path):
   """Runs a command with the wheel before the clone, in an empty folder."""
 
-  def run(*command):
-    cwd = tmp_path / 'empty'
-    cwd.mkdir(exist_ok=True)
+  def run(*command, cwd=None, path=site):
+    if cwd is None:
+      cwd = tmp_path / 'empty'
+      cwd.mkdir(exist_ok=True)
     environment = {
-      'PYTHONPATH': str(site),
+      'PYTHONPATH': str(path),
       'XLA_FLAGS': '--xla_backend_optimization_level=0',
       'JAX_COMPILATION_CACHE_DIR': str(compiled),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
@@ -93,6 +94,23 @@ def test_the_library_does_not_load_the_mains(site, run):
   assert file == str(site / 'mhc' / '__init__.py')
   assert version == '0.1.0'
   assert not {'mhc.launch', 'mhc.configs', 'mhc.runtime'} & {*modules}
+
+
+def test_python_that_starts_in_a_clone_finds_all_of_it(run, tmp_path):
+  """Its current folder comes before what is installed."""
+  clone = tmp_path / 'clone'
+  for name in FOLDERS:
+    (clone / name).parent.mkdir(exist_ok=True)
+    (clone / name).symlink_to(ROOT / name)
+  code = """
+import sys
+# Without the editable installation of the environment of these tests.
+sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()]
+import mhc, mhc.kernels.api, mhc.configs.tiny, mhc.launch
+print(mhc.kernels.api.__file__)
+"""
+  out = run('-c', code, cwd=clone, path='')
+  assert out.strip() == str(clone / 'kernels' / 'api.py')
 
 
 def test_a_command_finds_a_config_by_its_name(site, run):

@@ -186,7 +186,13 @@ class Environment:
 def _checked(command, environment):
   environment['PIP_DISABLE_PIP_VERSION_CHECK'] = '1'
   done = subprocess.run(
-    command, capture_output=True, text=True, env=environment, check=False
+    command,
+    capture_output=True,
+    text=True,
+    env=environment,
+    # Not a clone, whose mhc/ Python would take for the package.
+    cwd=tempfile.gettempdir(),
+    check=False,
   )
   if done.returncode:
     sys.exit(f'{command} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}')
