@@ -164,7 +164,7 @@ class Environment:
     assert not self._problems() - self._known, self._problems() - self._known
     printed = result.stdout + result.stderr
     printed += (self._folder / f'{name}.ipynb').read_text()
-    assert 'will not be used' not in printed, printed
+    assert 'so it will not be used' not in printed, printed
     assert 'WARNING: there is a' not in printed, printed
     print(f'{name}: {found}')
 
