@@ -22,7 +22,7 @@ from mhc.training import step as step_lib
 
 TIMING = 'timing'
 ROUNDS = 7
-ROUND_S = 0.4  # at least, of each design
+ROUND_S = 0.1  # at least, of each design
 
 
 def measure(configs: Mapping[str, config_lib.Config]) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def gradient(backward):
     out = mhc.sinkhorn_project(logits, backward=backward)
     return jnp.sum(out * cotangent)
 
-  return jax.grad(loss)(draws[:, :1000])
+  return jax.jit(jax.grad(loss))(draws[:, :1000])
 
 
 exact = gradient('unrolled')

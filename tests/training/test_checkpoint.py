@@ -382,17 +382,19 @@ def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
     checkpoint.check_room(tmp_path, abstract())
 
 
-def test_fingerprints_do_not_depend_on_the_mesh():
+def test_fingerprints_do_not_depend_on_the_mesh(monkeypatch):
+  """Nor on whether the host computes them or the devices."""
   x = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
   mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ('a', 'b'))
   want = checksum.tree_checksums({'x': jnp.asarray(x)})
   assert want.keys() == {'x'}
+  monkeypatch.setattr(checksum, 'ON_HOST', -1)
   for spec in (P('a', 'b'), P('b'), P(None, 'a'), P()):
     spread = jax.device_put(x, NamedSharding(mesh, spec))
     assert checksum.tree_checksums({'x': spread}) == want
 
 
-def test_fingerprints_see_every_bit_and_place():
+def test_fingerprints_see_every_bit_and_place(monkeypatch):
   x = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
   seen = {checksum.tree_checksums([jnp.asarray(x)])['0']}
   for bit in range(32):
@@ -405,6 +407,9 @@ def test_fingerprints_see_every_bit_and_place():
   assert len(seen) == 36
   kinds = (jnp.int8, jnp.int32, jnp.bool_, jnp.bfloat16, jnp.float32)
   ones = [checksum.tree_checksums([jnp.ones(3, kind)])['0'] for kind in kinds]
+  monkeypatch.setattr(checksum, 'ON_HOST', -1)
+  for kind, one in zip(kinds, ones, strict=True):
+    assert checksum.tree_checksums([jnp.ones(3, kind)])['0'] == one
   # Types are compared by name; of these the first three have the same bits.
   assert len(set(ones)) == 3
 
