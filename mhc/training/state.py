@@ -1,6 +1,6 @@
 """The training state, which an update changes and a checkpoint holds."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -24,10 +24,10 @@ class TrainState(NamedTuple):
   router_bias: jax.Array | None  # float32 [l, e], l blocks with experts
 
 
-def init(config: config_lib.Config, seed: Any) -> TrainState:
-  """Initialises a state, in depth order."""
+def init(config: config_lib.Config, key: jax.Array) -> TrainState:
+  """Initialises a state from a random key, in depth order."""
   model = config.model
-  fresh = transformer.Transformer(model, rngs=nnx.Rngs(jax.random.key(seed)))
+  fresh = transformer.Transformer(model, rngs=nnx.Rngs(key))
   params = nnx.to_pure_dict(nnx.state(fresh))
   optimizer = optimizer_lib.make(config.optimizer, config.num_steps)
   router_bias = None
@@ -62,13 +62,15 @@ def abstract_model(
 
 def abstract_saved(p: Placement) -> TrainState:
   """The abstract state in depth order, with shardings."""
-  shapes = jax.eval_shape(lambda: init(p.config, 0))
+  shapes = jax.eval_shape(lambda: init(p.config, jax.random.key(0)))
   return partition.abstract(shapes, p.specs(shapes), p.mesh)
 
 
 def abstract_training(p: Placement) -> TrainState:
   """The abstract state in pipeline order, with shardings."""
-  shapes = jax.eval_shape(lambda: p.to_pipeline_order(init(p.config, 0)))
+  shapes = jax.eval_shape(
+    lambda: p.to_pipeline_order(init(p.config, jax.random.key(0)))
+  )
   return partition.abstract(shapes, p.specs(shapes), p.mesh)
 
 

@@ -185,10 +185,12 @@ class Step:
   @functools.cached_property
   def init(self) -> Callable:
     """seed -> initial state in pipeline order."""
-    return jax.jit(
-      self._init,
-      static_argnums=0,
-      out_shardings=state_lib.shardings(self.abstract_state),
+    program = jax.jit(
+      self._init, out_shardings=state_lib.shardings(self.abstract_state)
+    )
+    # From the key's numbers, which every process has: one program for all.
+    return lambda seed: program(
+      np.asarray(jax.random.key_data(jax.random.key(seed)))
     )
 
   @functools.cached_property
@@ -236,9 +238,10 @@ class Step:
     """XLA's memory analysis of one update on one device."""
     return self.train.memory_analysis()
 
-  def _init(self, seed):
+  def _init(self, key_data):
     p = self.placement
-    return p.to_pipeline_order(state_lib.init(p.config, seed))
+    key = jax.random.wrap_key_data(key_data)
+    return p.to_pipeline_order(state_lib.init(p.config, key))
 
   def _reordered(self, reorder, abstract):
     if self.placement.layout.is_depth_order:

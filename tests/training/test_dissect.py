@@ -29,7 +29,10 @@ def network(kind, unmoved='none', **model):
     TINY_RUN.model, num_blocks=2, connection=connection, **model
   )
   settings = dataclasses.replace(TINY_RUN, model=model)
-  state, rng = state_lib.init(settings, 0), np.random.default_rng(0)
+  state, rng = (
+    state_lib.init(settings, jax.random.key(0)),
+    np.random.default_rng(0),
+  )
 
   def move(path, leaf):
     name = jax.tree_util.keystr(path)
