@@ -87,13 +87,19 @@ def compare(function, parameters, x, weights, spec):
       np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=1e-6)
 
 
+OFTEN = [
+  *(('mhc', split) for split in ('batch', 'batch and time')),
+  *((kind, 'batch and features') for kind in KINDS),
+]
+SELDOM = [
+  *(('mhc', split) for split in ('time', 'features')),
+  *((kind, 'batch') for kind in ('residual', 'hc', 'identity')),
+]
+
+
 @pytest.mark.parametrize(
   ('kind', 'split'),
-  [
-    *(('mhc', split) for split in SPLIT),
-    *((kind, 'batch and features') for kind in KINDS if kind != 'mhc'),
-    *((kind, 'batch') for kind in ('residual', 'hc', 'identity')),
-  ],
+  [*OFTEN, *(pytest.param(*each, marks=pytest.mark.slow) for each in SELDOM)],
 )
 def test_connections_have_the_gradients_of_one_device(kind, split):
   n = 1 if kind == 'residual' else N

@@ -65,6 +65,7 @@ def test_each_policy_keeps_less():
   assert mhc > 1.4 * block > 1.4 * full
 
 
+@pytest.mark.slow
 def test_the_best_interval_is_at_or_beside_the_papers():
   assert recompute.optimal_interval(32, 4) == 4
   measured = {every: temporary_units('mhc', every) for every in (2, 4, 8)}

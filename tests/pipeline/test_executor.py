@@ -27,8 +27,7 @@ pytestmark = [
 
 # The rest of the grid is `python tests/slow/pipeline_grid.py`.
 CASES = (
-  grid.Case('residual', False, (1, 8, 1), 'interleaved'),
-  grid.Case('hc', False, (4, 2, 1), '1f1b'),
+  grid.Case('hc', False, (4, 2, 1), 'dualpipev'),
   grid.Case('mhc_single_pass', False, (1, 4, 1), 'wave_v', 'vocab'),
   grid.Case(
     'mhc',
@@ -39,7 +38,6 @@ CASES = (
     'all_gather',
     num_sub_batches=2,
   ),
-  grid.Case('mhc', True, (1, 2, 4), 'dualpipev', 'last', 'all_to_all'),
 )
 
 
