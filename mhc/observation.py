@@ -107,11 +107,15 @@ def observe(
       f'{sorted(shapes)}: observe one stack of them at a time'
     )
   stats = StreamStats(*map(np.stack, zip(*found, strict=True)))
-  profile = jax.tree.map(np.asarray, gains.profile(jnp.asarray(stats.res)))
-  read = np.asarray(gains.streams_read(jnp.asarray(stats.pre)))
+  profile, read = jax.device_get(_summary(stats.res, stats.pre))
   return Observation(
     stats, profile, stats.cosine.mean(1), stats.rms.mean(1), read.mean(1)
   )
+
+
+@jax.jit
+def _summary(res, pre):
+  return gains.profile(res), gains.streams_read(pre)
 
 
 def record(x: Float[Array, '*batch n d'], mappings: Any):
@@ -131,6 +135,7 @@ def record(x: Float[Array, '*batch n d'], mappings: Any):
   observer.take(*(each[: observer.max_tokens] for each in stats))
 
 
+@jax.jit
 def stream_stats(x: Float[Array, '*batch n d'], mappings: Any) -> StreamStats:
   """The statistics of a sub-layer: of its mappings and of what enters it.
 
