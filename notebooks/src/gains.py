@@ -23,6 +23,8 @@ print(machine.describe())
 # matrix. `mhc.gains.composites` multiplies over depth, in both directions.
 
 # %%
+import functools
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -49,6 +51,7 @@ def normal(seed, *shape):
   return jax.random.normal(jax.random.key(seed), shape)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def from_logits(mixing, logits):
   """H_res [depth, tokens, n, n] of logits [depth, tokens, k]."""
   flat = logits.reshape(-1, logits.shape[-1]).T
@@ -70,7 +73,7 @@ figure, axes = plt.subplots(
   1, 2, figsize=(9, 3.4), sharey=True, layout='constrained'
 )
 for name, matrices in designs.items():
-  upto, beyond = mhc.gains.composites(matrices)
+  upto, beyond = jax.jit(mhc.gains.composites)(matrices)
   gains = mhc.gains.amax_gain(upto)[0], mhc.gains.amax_gain(beyond)[1]
   for axis, gain in zip(axes, gains, strict=True):
     low, middle, high = np.quantile(gain, (0.05, 0.5, 0.95), axis=1)
@@ -96,7 +99,7 @@ cases = {'mHC at its start': from_logits('sinkhorn', still)}
 cases |= {'mHC + N(0, 1)': designs['mHC'], 'rotations': designs['rotations']}
 figure, axis = plt.subplots(figsize=(6, 3.4), layout='constrained')
 for name, matrices in cases.items():
-  kept = mhc.gains.profile(matrices)['sigma_diff_fwd']
+  kept = jax.jit(mhc.gains.profile)(matrices)['sigma_diff_fwd']
   life = mhc.gains.half_life(kept)
   label = f'{name}: halves in {life:.0f} sub-layers'
   if not life < 1e4:
