@@ -1,11 +1,18 @@
 """Import and export of models: safetensors, DeepSeek's connections."""
 
-from mhc.interop.deepseek import connection_from_deepseek
-from mhc.interop.deepseek import connection_to_deepseek
-from mhc.interop.deepseek import from_deepseek
-from mhc.interop.deepseek import to_deepseek
-from mhc.interop.safetensors import export
-from mhc.interop.safetensors import load
+try:
+  from mhc.interop.deepseek import connection_from_deepseek
+  from mhc.interop.deepseek import connection_to_deepseek
+  from mhc.interop.deepseek import from_deepseek
+  from mhc.interop.deepseek import to_deepseek
+  from mhc.interop.safetensors import export
+  from mhc.interop.safetensors import load
+except ModuleNotFoundError as error:
+  if (error.name or 'mhc').split('.')[0] == 'mhc':
+    raise
+  raise ImportError(
+    f"mhc.interop needs {error.name}: pip install 'mhc-jax[train]'"
+  ) from error
 
 __all__ = [
   'connection_from_deepseek',

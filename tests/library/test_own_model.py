@@ -408,10 +408,18 @@ def test_orbax_saves_and_restores_a_users_model(tmp_path):
 
 
 def test_modules_that_need_more_are_loaded_when_asked_for():
-  code = (
-    'import sys, mhc; assert "mhc.interop" not in sys.modules; '
-    'mhc.optimizer.decayed, mhc.gains.amax_gain, mhc.interop.load'
-  )
+  code = """
+import sys, mhc
+assert 'mhc.interop' not in sys.modules
+mhc.optimizer.decayed, mhc.gains.amax_gain
+sys.modules['safetensors'] = None  # as where the library alone is installed
+try:
+  mhc.interop
+except ImportError as error:
+  assert "needs safetensors: pip install 'mhc-jax[train]'" in str(error), error
+else:
+  sys.exit('it needs nothing')
+"""
   subprocess.run([sys.executable, '-c', code], check=True)
 
 
