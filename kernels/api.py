@@ -37,6 +37,7 @@ SINKHORN_EPS = 0.0
 
 # By platform, the fastest first; others have plain JAX alone.
 _PREFERENCES = {'tpu': ('pallas', 'xla'), 'gpu': ('triton', 'xla')}
+_INSTALL = "pip install 'mhc-jax[triton]'"
 
 
 def sinkhorn(
@@ -105,7 +106,7 @@ def defers_post(implementation: Implementation | None) -> bool:
   Plain JAX gains nothing by that pass and would keep the streams twice for the
   backward pass: there a sub-layer's output is written back at once.
   """
-  return (implementation or _preferred()[0]) not in ('xla', 'autodiff')
+  return (implementation or preferred()[0]) not in ('xla', 'autodiff')
 
 
 def check(
@@ -138,7 +139,7 @@ def supports_vma(implementation: str, mesh: jax.sharding.Mesh) -> bool:
   """
   platform = mesh.devices.flat[0].platform
   if implementation == 'auto':
-    implementation = _preferred(platform)[0]
+    implementation = preferred(platform)[0]
   interpreted = implementation == 'pallas' and platform != 'tpu'
   return implementation != 'triton' and not interpreted
 
@@ -146,7 +147,7 @@ def supports_vma(implementation: str, mesh: jax.sharding.Mesh) -> bool:
 def _dispatch(operation, implementation) -> Callable:
   """The function that serves an operation."""
   if implementation is None:
-    names = _preferred()
+    names = preferred()
     if len(names) > 1:
       return functools.partial(_fall_back, operation, names)
     (implementation,) = names
@@ -169,7 +170,8 @@ def _fall_back(operation, names, *arguments):
   return getattr(_ops(last), operation)(*arguments)
 
 
-def _preferred(platform=None) -> tuple[str, ...]:
+def preferred(platform: str | None = None) -> tuple[str, ...]:
+  """What None chooses from, the fastest first, here or on a platform."""
   names = _PREFERENCES.get(platform or platform_lib.platform(), ('xla',))
   if 'triton' in names and (reason := _why_no_triton()):
     _warn_once(f'the GPU kernels are not used: {reason}')
@@ -182,7 +184,7 @@ def _why_no_triton() -> str | None:
   try:
     importlib.import_module('jax_triton')
   except Exception as error:  # that of another JAX may end anyhow
-    return f"pip install 'mhc-jax[triton]' ({type(error).__name__}: {error})"
+    return f'{_INSTALL} ({type(error).__name__}: {error})'
   return None
 
 
@@ -194,7 +196,7 @@ def _ops(implementation):
     if implementation != 'triton':
       raise
     raise NotImplementedError(
-      f"the GPU kernels need pip install jax-triton 'triton<3.10' ({error})"
+      f'the GPU kernels need {_INSTALL} ({error})'
     ) from None
 
 

@@ -122,9 +122,10 @@ def errors(
     return out, *reference.pre(out, *inputs[4:], *static)
 
   oracle = advance if operation == 'advance' else plain
-  wants = _exact(oracle, arguments, cotangents)
+  both_ways = functools.partial(_both_ways, oracle)
+  wants = _exact(both_ways, tuple(arguments), cotangents)
   if operation == 'advance':
-    wants[0] = _exact(plain, arguments, cotangents)[0]
+    wants[0] = _exact(reference.post, *arguments[:4])
   names = (
     *OUTPUTS[operation],
     *(f'd {name}' for name in _names(operation)[: len(arguments)]),
@@ -145,14 +146,13 @@ def _both_ways(function: Callable, arguments, cotangents) -> list[jax.Array]:
   return [*jax.tree.leaves(outputs), *pull_back(cotangents)]
 
 
-def _exact(function, arguments, cotangents) -> list[np.ndarray]:
-  """`_both_ways` in float64, on the CPU."""
+def _exact(function: Callable, *arguments):
+  """function(*arguments) in float64, on the CPU."""
   with jax.enable_x64(True), jax.default_device(jax.devices('cpu')[0]):
     wide = jax.tree.map(
-      lambda x: jnp.asarray(np.asarray(x), jnp.float64),
-      (tuple(arguments), cotangents),
+      lambda x: jnp.asarray(np.asarray(x), jnp.float64), arguments
     )
-    return [np.asarray(x) for x in _both_ways(function, *wide)]
+    return jax.tree.map(np.asarray, function(*wide))
 
 
 def _error(got, want) -> tuple[float, float]:

@@ -116,22 +116,12 @@ def _device():
     }[name]()
     if not JSON.value:
       print(f'\n{name} on {jax.devices()[0].device_kind}\n')
-    for number, row in enumerate(rows):
-      if JSON.value:
-        print(json.dumps({'table': name, **row}), flush=True)
-        continue
-      if not number:
-        print(f'| {" | ".join(row)} |\n|{"---|" * len(row)}')
-      print(f'| {" | ".join(map(_short, row.values()))} |', flush=True)
+    _print_rows(rows, {'table': name})
 
 
 def _each_bandwidth():
-  widths = [int(width) for width in WIDTHS.value]
-  operations = [name for name in OPERATIONS.value if name != 'sinkhorn']
   for name in on_device.implementations():
-    for row in kernel_timing.rows(
-      operations, widths, TOKENS.value, STREAMS.value, name, ROUNDS.value
-    ):
+    for row in _operations(name):
       yield {'implementation': name, **row}
 
 
@@ -143,28 +133,39 @@ def _each_step():
     yield row | {'share_of_product': row['flops_per_second'] / rate}
 
 
-def _short(value):
-  return f'{value:.4g}' if isinstance(value, float) else str(value)
+def _operations(implementation):
+  """The rows of `kernel_timing` that the flags ask for."""
+  return kernel_timing.rows(
+    [name for name in OPERATIONS.value if name != 'sinkhorn'],
+    [int(width) for width in WIDTHS.value],
+    TOKENS.value,
+    STREAMS.value,
+    implementation,
+    ROUNDS.value,
+  )
+
+
+def _print_rows(rows, extra=None):
+  """All columns as a Markdown table, or each row as JSON with `extra`."""
+  for number, row in enumerate(rows):
+    if JSON.value:
+      print(json.dumps({**(extra or {}), **row}), flush=True)
+      continue
+    if not number:
+      print(f'| {" | ".join(row)} |\n|---{"|---:" * (len(row) - 1)}|')
+    cells = (
+      f'{v:.4g}' if isinstance(v, float) else str(v) for v in row.values()
+    )
+    print(f'| {" | ".join(cells)} |', flush=True)
 
 
 def _bandwidth():
-  n, num_tokens = STREAMS.value, TOKENS.value
-  widths = [int(width) for width in WIDTHS.value]
   if not JSON.value:
-    print(f'{num_tokens} tokens, n = {n}, bfloat16, ', end='')
+    print(f'{TOKENS.value} tokens, n = {STREAMS.value}, bfloat16, ', end='')
     print(f'{jax.devices()[0].device_kind}\n')
     print('| op | direction | C | ms | GB/s | share of a copy |')
     print('|---|---|---:|---:|---:|---:|')
-  operations = [name for name in OPERATIONS.value if name != 'sinkhorn']
-  rows = kernel_timing.rows(
-    operations,
-    widths,
-    num_tokens,
-    n,
-    IMPLEMENTATION.value,
-    ROUNDS.value,
-  )
-  for row in rows:
+  for row in _operations(IMPLEMENTATION.value):
     if JSON.value:
       print(json.dumps(row), flush=True)
       continue
@@ -180,13 +181,7 @@ def _triton():
   from mhc.kernels.triton import resources
 
   widths = [int(width) for width in KERNEL_WIDTHS.value]
-  for number, row in enumerate(resources.rows(widths)):
-    if JSON.value:
-      print(json.dumps(row), flush=True)
-      continue
-    if not number:
-      print(f'| {" | ".join(row)} |\n|---{"|---:" * (len(row) - 1)}|')
-    print(f'| {" | ".join(map(str, row.values()))} |', flush=True)
+  _print_rows(resources.rows(widths))
 
 
 def _kernels():
@@ -337,12 +332,10 @@ def _step_times(guarded, free):
   """Median seconds of a step with skipping guards, without, and of a probe."""
   made = [step.build(settings) for settings in (guarded, free)]
   states = [programs.init(0) for programs in made]
-  rng = np.random.default_rng(0)
-  shape = (free.data.batch_size, free.data.seq_len + 1)
-  batch = rng.integers(0, 256, shape, np.int32)
-  mesh = made[1].mesh
-  tokens = partition.put(batch, mesh, partition.BATCH)
-  row = partition.put(batch[:1, :-1], mesh, partition.REPLICATED)
+  tokens = made[1].random_tokens()
+  row = partition.put(
+    np.asarray(tokens)[:1, :-1], made[1].mesh, partition.REPLICATED
+  )
   samples = [], [], []
   for number in range(ROUNDS.value + 2):
     for which in range(3):

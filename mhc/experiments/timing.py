@@ -16,7 +16,6 @@ import jax
 import numpy as np
 
 from mhc import config as config_lib
-from mhc.parallel import partition
 from mhc.runtime import files
 from mhc.training import step as step_lib
 
@@ -40,10 +39,7 @@ def measure(configs: Mapping[str, config_lib.Config]) -> dict[str, Any]:
     programs[name], inputs[name] = step.train, step.inputs()
     states[name] = jax.block_until_ready(step.init(config.seed))
     made[name] = time.perf_counter() - start
-    rng = np.random.default_rng(0)
-    shape = (config.data.batch_size, config.data.seq_len + 1)
-    tokens = rng.integers(0, 256, shape, dtype=np.int32)
-    batches[name] = partition.put(tokens, step.mesh, partition.BATCH)
+    batches[name] = step.random_tokens()
   seconds = {name: [] for name in configs}
   for _ in range(ROUNDS + 1):
     for name, program in programs.items():

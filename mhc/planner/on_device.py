@@ -6,8 +6,6 @@ a matrix product of the same run, not of a data sheet.
 
 from collections.abc import Iterator, Sequence
 import concurrent.futures
-import dataclasses
-import importlib.util
 import itertools
 import statistics
 import time
@@ -18,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mhc import config as config_lib
-from mhc.config import presets
+from mhc.config import dicts, presets
+from mhc.kernels import api
 from mhc.kernels import parity
 from mhc.parallel import counts
-from mhc.parallel import partition
 from mhc.planner import kernel_cost
 from mhc.training import step
 
@@ -31,13 +29,7 @@ PRODUCT = 8192  # of the square matrices whose product gives the rate
 
 def implementations() -> tuple[str, ...]:
   """The operations' implementations on this platform, plain JAX first."""
-  match jax.default_backend():
-    case 'tpu':
-      return 'xla', 'pallas'
-    case 'gpu' if importlib.util.find_spec('jax_triton'):
-      return 'xla', 'triton'
-    case _:
-      return ('xla',)
+  return api.preferred()[::-1]
 
 
 def parity_rows(cases=parity.CASES) -> Iterator[dict[str, Any]]:
@@ -71,7 +63,8 @@ def _worst(operation, arguments, implementation):
     )
   except Exception as error:
     # A kernel that fails to compile or to run is a finding, not the end.
-    return None, f'{type(error).__name__}: {str(error).splitlines()[0][:100]}'
+    line, *_ = str(error).partition('\n')
+    return None, f'{type(error).__name__}: {line[:100]}'
   # A NaN is the worst there can be, and max() would pass it over.
   shares = [
     (np.nan_to_num(e.largest / e.bound, nan=np.inf), e.tensor) for e in errors
@@ -94,13 +87,11 @@ def base(num_blocks: int, num_rows: int) -> config_lib.Config:
     config = presets.ladder('1m')
   else:
     config = presets.paper('3b')
-  return dataclasses.replace(
-    config,
-    model=dataclasses.replace(config.model, num_blocks=num_blocks),
-    data=dataclasses.replace(
-      config.data, batch_size=num_rows * jax.device_count()
-    ),
-  )
+  changes = {
+    'model.num_blocks': num_blocks,
+    'data.batch_size': num_rows * jax.device_count(),
+  }
+  return dicts.override(config, changes)
 
 
 def step_rows(
@@ -117,15 +108,21 @@ def step_rows(
     # The residual has no streams and calls no kernel.
     if kind != 'residual' or name == 'xla'
   ]
-  programs = [step.build(_with(base, *each)) for each in names]
-  lowered = [program.lower() for program in programs]
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    compiled = list(
-      pool.map(
-        lambda each: each[0].compile(step.compiler_options(each[1].placement)),
-        zip(lowered, programs, strict=True),
+  programs = [
+    step.build(
+      dicts.override(
+        base,
+        {
+          'model.connection.kind': kind,
+          'model.connection.implementation': name,
+        },
       )
     )
+    for kind, name in names
+  ]
+  lowered = [program.lower() for program in programs]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    compiled = [*pool.map(step.Step.compile, programs, lowered)]
   first = None
   for (kind, name), program, train in zip(
     names, programs, compiled, strict=True
@@ -147,23 +144,9 @@ def step_rows(
     }
 
 
-def _with(config, kind, implementation):
-  connection = dataclasses.replace(
-    config.model.connection, kind=kind, implementation=implementation
-  )
-  return dataclasses.replace(
-    config, model=dataclasses.replace(config.model, connection=connection)
-  )
-
-
 def _step_seconds(program, train, rounds):
   """Median seconds of an update, the state of which is freed after it."""
-  data = program.placement.config.data
-  rng = np.random.default_rng(0)
-  shape = (data.batch_size, data.seq_len + 1)
-  tokens = partition.put(
-    rng.integers(0, 256, shape, np.int32), program.mesh, partition.BATCH
-  )
+  tokens = program.random_tokens()
   state, inputs = program.init(0), program.inputs()
 
   def update():

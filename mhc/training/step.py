@@ -215,10 +215,20 @@ class Step:
       self.abstract_state, self.abstract_tokens, self.abstract_inputs
     )
 
+  def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles what `lower` has returned."""
+    return lowered.compile(compiler_options(self.placement))
+
   @functools.cached_property
   def train(self) -> jax.stages.Compiled:
     """state, tokens, inputs -> state, metrics; donates the state."""
-    return self.lower().compile(compiler_options(self.placement))
+    return self.compile(self.lower())
+
+  def random_tokens(self) -> jax.Array:
+    """A batch of random bytes, to time steps with."""
+    shape = self.abstract_tokens.shape
+    tokens = np.random.default_rng(0).integers(0, 256, shape, np.int32)
+    return partition.put(tokens, self.mesh, partition.BATCH)
 
   def inputs(self, loss_limit=math.inf, rate=1.0) -> StepInputs:
     """Puts inputs on the devices; the defaults restrict nothing."""

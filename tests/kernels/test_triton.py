@@ -61,11 +61,11 @@ def test_the_kernels_are_the_first_choice_on_gpus(monkeypatch):
     api._why_no_triton.cache_clear()
     api._warn_once.cache_clear()
     monkeypatch.setitem(sys.modules, 'jax_triton', module)
-    assert api._preferred('gpu') == names
+    assert api.preferred('gpu') == names
   api._why_no_triton.cache_clear()
   (line,) = said
   assert "not used: pip install 'mhc-jax[triton]'" in line
-  assert api._preferred('cpu') == ('xla',)
+  assert api.preferred('cpu') == ('xla',)
 
 
 def test_more_streams_than_fit_in_registers():
