@@ -81,7 +81,7 @@ GENERATIONS = flags.DEFINE_list(
 OPERATIONS = flags.DEFINE_list(
   'operations',
   list(kernel_cost.OPERATIONS),
-  'Operations of `kernels` and `bandwidth`.',
+  'Operations of `kernels`, `bandwidth` and `device`.',
 )
 BLOCKS = flags.DEFINE_integer(
   'blocks', 4, 'Blocks of the model of `device`.', lower_bound=1
@@ -110,7 +110,7 @@ def main(what):
 def _device():
   for name in TABLES.value:
     rows = {
-      'errors': on_device.parity_rows,
+      'errors': lambda: on_device.parity_rows(OPERATIONS.value),
       'operations': _each_bandwidth,
       'steps': _each_step,
     }[name]()

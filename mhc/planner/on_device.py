@@ -32,13 +32,15 @@ def implementations() -> tuple[str, ...]:
   return api.preferred()[::-1]
 
 
-def parity_rows(cases=parity.CASES) -> Iterator[dict[str, Any]]:
+def parity_rows(
+  operations: Sequence[str] = kernel_cost.OPERATIONS, cases=parity.CASES
+) -> Iterator[dict[str, Any]]:
   """Yields one row per operation and size: errors in units of rounding.
 
   For each implementation `worst` names the tensor whose error is the largest
   part of what rounding explains (`parity.Error.bound`), or why there is none.
   """
-  for operation in kernel_cost.OPERATIONS:
+  for operation in operations:
     for n, d, num_tokens, dtype in cases:
       arguments = parity.operands(operation, n, d, num_tokens, dtype)
       row = {
