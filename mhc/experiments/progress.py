@@ -23,6 +23,9 @@ class Progress:
     self._thread = threading.Thread(target=self._run, daemon=True)
 
   def __enter__(self):
+    # The time left follows from what this context sees done, not from what an
+    # earlier one left.
+    self._bar.initial = self._show()
     self._thread.start()
     return self
 
@@ -36,11 +39,12 @@ class Progress:
     while not self._ended.wait(POLL_S if console.is_live() else LOG_S):
       self._show()
 
-  def _show(self):
+  def _show(self) -> float:
     done, whole, finished, runs = share(self._jobs)
     self._bar.n = min(1.0, done / whole) if whole else 0.0
     self._bar.set_description_str(f'{finished} of {runs} runs', refresh=False)
     self._bar.refresh()
+    return self._bar.n
 
 
 def share(jobs: jobs_lib.Jobs) -> tuple[float, float, int, int]:

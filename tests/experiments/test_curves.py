@@ -8,6 +8,7 @@ from mhc.config import comparison as comparison_lib
 from mhc.experiments import curves
 from mhc.experiments import jobs as jobs_lib
 from mhc.experiments import progress
+from mhc.runtime import console
 
 GAIN = 1.25  # in compute
 
@@ -68,7 +69,7 @@ def test_few_sizes_have_a_trend_and_no_multiplier(tmp_path):
   assert curves.collect(*scene(1), {}) == []
 
 
-def test_progress_is_read_from_files(tmp_path):
+def test_progress_is_read_from_files(tmp_path, monkeypatch):
   panel = comparison_lib.Panel(
     kinds=('mhc',), seeds=(0, 1), num_blocks=(1,), num_steps=20, batch_size=4
   )
@@ -82,3 +83,9 @@ def test_progress_is_read_from_files(tmp_path):
   (second / 'metrics.jsonl').write_text('{}\n' * 5)
   done, whole, finished, runs = progress.share(jobs)
   assert (done / whole, finished, runs) == (0.625, 1, 2)
+  bar = console.share_bar()
+  monkeypatch.setattr(console, 'share_bar', lambda: bar)
+  with progress.Progress(jobs):
+    (second / 'metrics.jsonl').write_text('{}\n' * 20)
+  # What an earlier call left done says nothing of the speed.
+  assert (bar.initial, bar.n) == (0.625, 1)
