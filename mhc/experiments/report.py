@@ -9,7 +9,6 @@ import io
 import json
 import math
 import pathlib
-import subprocess
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from mhc.experiments import tables
 from mhc.experiments import timing
 from mhc.experiments import tuning
 from mhc.runtime import files
+from mhc.runtime import source
 
 TITLE = 'Residual designs compared'
 SCHEMA = 2
@@ -38,8 +38,9 @@ def render(workdir: pathlib.Path) -> dict[str, Any]:
   """Writes the report of the comparison in `workdir`.
 
   Returns:
-    what results.json holds: schema, commit, device, comparison, rows,
-    contrasts, rates, timings, curves and profiles.
+    what results.json holds: schema, commit (of this report), trained_at (the
+    commits of the runs), device, jax, rows, contrasts, rates, timings, curves
+    and profiles.
 
   Raises:
     ValueError: `workdir` holds no comparison, or no finished run of it.
@@ -60,7 +61,8 @@ def render(workdir: pathlib.Path) -> dict[str, Any]:
   first = next(iter(panels.values()))[0]
   values = {
     'schema': SCHEMA,
-    'commit': _commit(),
+    'commit': source.commit(),
+    'trained_at': sorted({row['commit'] for row in rows if row['commit']}),
     'device': first.summary['device'],
     'jax': first.summary['jax'],
     'unfinished': unfinished,
@@ -103,7 +105,8 @@ def _parts(workdir, comparison, panels, rows, choices, judged, values):
   ]
   for name, runs in panels.items():
     parts += tables.panel(workdir, comparison, name, runs, rows, judged)
-    parts += sections.contraction(workdir, name, values['profiles'][name])
+    if comparison.panels[name].role != 'tune':
+      parts += sections.contraction(workdir, name, values['profiles'][name])
   parts += [
     *sections.ablation(workdir, comparison, found),
     *sections.axes(workdir, comparison, values['rows']),
@@ -133,21 +136,6 @@ def _first_setting(comparison, panel, runs):
     if here:
       return here
   return []
-
-
-def _commit() -> str:
-  """The commit of this package's source, '' where there is none."""
-  try:
-    found = subprocess.run(
-      ['git', 'describe', '--always', '--dirty', '--abbrev=10'],
-      cwd=pathlib.Path(__file__).parent,
-      capture_output=True,
-      text=True,
-      check=True,
-    )
-  except (OSError, subprocess.CalledProcessError):
-    return ''
-  return found.stdout.strip()
 
 
 def _csv(rows) -> str:
@@ -279,7 +267,8 @@ def _introduction(comparison, panels, declared, values) -> list[html.Block]:
     f'{corpus["num_documents"]} documents, of which '
     f'{corpus["num_heldout_documents"]} are held out whole; sha256 '
     f'{corpus["sha256"][:16]}. Device: {first.summary["num_devices"]} x '
-    f'{first.summary["device"]}, jax {first.summary["jax"]}, commit '
+    f'{first.summary["device"]}, jax {first.summary["jax"]}. Trained at commit '
+    f'{", ".join(values["trained_at"]) or "unknown"}, reported at '
     f'{values["commit"] or "unknown"}.',
   ]
   if declared:

@@ -260,6 +260,8 @@ def _row(panel, run, baseline):
     'streams_read': _last(run, 'streams_read', np.mean),
     'flops_ratio': ratio_to_baseline(lambda r: r.flops or math.nan),
     'params_ratio': ratio_to_baseline(lambda r: r.summary['num_params']),
+    # A run of an earlier version does not know its commit.
+    'commit': run.summary.get('commit', ''),
   }
 
 

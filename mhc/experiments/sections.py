@@ -334,13 +334,23 @@ def _estimates(c):
 
 
 def forest(workdir, found: Rows) -> list[Block]:
-  """Section 3."""
+  """Section 3: declared contrasts, and explored ones at a single setting.
+
+  Those over an axis have a figure of their own (`axes`).
+  """
+  settings: dict[str, list[Any]] = {}
+  for c in found:
+    seen = settings.setdefault(c['panel'], [])
+    if c['setting'] not in seen:
+      seen.append(c['setting'])
+  shown = [c for c in found if c['declared'] or len(settings[c['panel']]) == 1]
   return drawn(
     workdir,
     'forest',
-    figures.forest(found),
+    figures.forest(shown),
     'Gaps of held-out loss: dots are seeds, bars 95 % intervals, the band is '
-    'the margin within which designs count as equivalent.',
+    'the margin within which designs count as equivalent. Contrasts over an '
+    'axis are in the figures of the axes.',
   )
 
 

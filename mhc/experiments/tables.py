@@ -14,6 +14,9 @@ from mhc.experiments import plots
 from mhc.experiments import results
 from mhc.experiments import sections
 
+# A panel of more settings has figures over its axes, and none of a setting.
+DETAILED = 2
+
 
 def ffn(model) -> str:
   moe = model.moe
@@ -34,11 +37,12 @@ def panel(
   rows: Sequence[dict],
   judged: Sequence[contrasts.Judged],
 ) -> list[html.Block]:
-  """A panel: each setting's table, claims and figures."""
+  """A panel: each setting's table and claims, and its figures where few."""
   p = comparison.panels[name]
   parts: list[html.Block] = [html.Heading(2, p.title or name)]
   rows = [row for row in rows if row['panel'] == name]
-  for setting in comparison.settings(name):
+  settings = [*comparison.settings(name)]
+  for setting in settings:
     here = [r for r in runs if comparison_lib.stands_for(r.setting, setting)]
     if not here:
       continue
@@ -69,15 +73,20 @@ def panel(
     if claimed and p.role == 'report':
       header = ['Claim', 'Paper', 'Here', 'Verdict']
       inner.append(html.Table(header, [[*c] for c in claimed], numeric=False))
-    label = '-'.join(f'{a.rpartition(".")[2]}={v}' for a, v in setting) or 'all'
-    folder = pathlib.Path('figures') / name / label.replace('/', '_')
-    for file, caption in plots.draw_all(here, workdir / folder).items():
-      inner.append(html.Figure(str(folder / file), caption))
+    if p.role != 'tune' and len(settings) <= DETAILED:
+      inner += _figures(workdir, name, setting, here)
     if p.role == 'report' and len(p.all_axes) <= 2:
       parts += inner
     else:
       parts.append(html.Details(sections.name_of(dict(setting)) or name, inner))
   return parts
+
+
+def _figures(workdir, name, setting, runs) -> list[html.Block]:
+  label = '-'.join(f'{a.rpartition(".")[2]}={v}' for a, v in setting) or 'all'
+  folder = pathlib.Path('figures') / name / label.replace('/', '_')
+  drawn = plots.draw_all(runs, workdir / folder)
+  return [html.Figure(str(folder / file), text) for file, text in drawn.items()]
 
 
 def _table(rows) -> html.Table:

@@ -24,6 +24,7 @@ from mhc.runtime import console
 from mhc.runtime import files
 from mhc.runtime import multihost
 from mhc.runtime import preemption
+from mhc.runtime import source
 from mhc.training import checkpoint
 from mhc.training import loop
 from mhc.training import step as step_lib
@@ -155,6 +156,7 @@ def _summarise(config, step, data, values) -> dict:
     'num_processes': multihost.count(),
     'device': jax.devices()[0].device_kind,
     'jax': jax.__version__,
+    'commit': source.commit(),
   }
 
 
