@@ -71,7 +71,7 @@ def main():
     _train(comparison, workdir)
     if WORKER.value:
       return
-  found = report.render(workdir)
+  found = report.render(workdir, keep=not REPORT_ONLY.value)
   print(report.summary(found))
   print(
     f'\nreport: {workdir / "report.html"} (also report.md, results.json, '

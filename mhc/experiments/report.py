@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mhc.config import comparison as comparison_lib
+from mhc.config import dicts
 from mhc.experiments import claims
 from mhc.experiments import contrasts
 from mhc.experiments import curves
@@ -34,13 +35,16 @@ TITLE = 'Residual designs compared'
 SCHEMA = 2
 
 
-def render(workdir: pathlib.Path) -> dict[str, Any]:
+def render(workdir: pathlib.Path, *, keep: bool = False) -> dict[str, Any]:
   """Writes the report of the comparison in `workdir`.
+
+  Drawing takes most of the time: with `keep`, pages that this commit has drawn
+  from the same numbers stay as they are.
 
   Returns:
     what results.json holds: schema, commit (of this report), trained_at (the
-    commits of the runs), device, jax, rows, contrasts, rates, timings, curves
-    and profiles.
+    commits of the runs), comparison, device, jax, rows, contrasts, rates,
+    timings, curves and profiles.
 
   Raises:
     ValueError: `workdir` holds no comparison, or no finished run of it.
@@ -62,6 +66,7 @@ def render(workdir: pathlib.Path) -> dict[str, Any]:
   values = {
     'schema': SCHEMA,
     'commit': source.commit(),
+    'comparison': dicts.to_dict(comparison),
     'trained_at': sorted({row['commit'] for row in rows if row['commit']}),
     'device': first.summary['device'],
     'jax': first.summary['jax'],
@@ -79,14 +84,28 @@ def render(workdir: pathlib.Path) -> dict[str, Any]:
     },
   }
   values = files.jsonable(values)
-  parts = _parts(workdir, comparison, panels, rows, choices, judged, values)
   text = json.dumps(values, indent=1) + '\n'
-  files.replace(workdir / 'results.json', text, shared=True)
-  files.replace(workdir / 'results.csv', _csv(values['rows']), shared=True)
-  files.replace(workdir / 'report.md', html.markdown(parts), shared=True)
-  page = html.html(TITLE, parts, workdir)
-  files.replace(workdir / 'report.html', page, shared=True)
+  if not (keep and _is_drawn(workdir, values['commit'], text)):
+    parts = _parts(workdir, comparison, panels, rows, choices, judged, values)
+    files.replace(workdir / 'results.csv', _csv(values['rows']), shared=True)
+    files.replace(workdir / 'report.md', html.markdown(parts), shared=True)
+    page = html.html(TITLE, parts, workdir)
+    files.replace(workdir / 'report.html', page, shared=True)
+    # Last: it says that the others are there.
+    files.replace(workdir / 'results.json', text, shared=True)
   return {**values, 'judged': judged}
+
+
+def _is_drawn(workdir, commit, text) -> bool:
+  if not commit or commit.endswith('-dirty'):
+    return False  # the source may have changed, unseen
+  written = workdir / 'results.json'
+  others = ('report.html', 'report.md', 'results.csv', 'figures')
+  return (
+    all((workdir / name).exists() for name in others)
+    and written.exists()
+    and written.read_text() == text
+  )
 
 
 def _parts(workdir, comparison, panels, rows, choices, judged, values):

@@ -19,6 +19,7 @@ from mhc.experiments import results
 from mhc.experiments import run_all
 from mhc.experiments import timing
 from mhc.experiments import tuning
+from mhc.runtime import source
 
 pytestmark = pytest.mark.long
 
@@ -170,6 +171,29 @@ def test_events_come_into_the_report_and_old_runs_have_none(finished, tmp_path):
   assert '| 20 | gain | composite gain 12.5 | 10 | logged |' in markdown
   assert '| small | HC | 2 | gain 1 |' in markdown
   assert 'No events.' not in markdown
+
+
+def test_a_page_is_drawn_again_when_it_may_differ(
+  finished, tmp_path, monkeypatch
+):
+  _, workdir = finished
+  copy = shutil.copytree(workdir, tmp_path / 'copy')
+  page = copy / 'report.html'
+
+  def drawn(commit='0123456789', **how):
+    monkeypatch.setattr(source, 'commit', lambda: commit)
+    page.write_text('as it was')
+    report.render(copy, **how)
+    return page.read_text() != 'as it was'
+
+  assert drawn(keep=True)  # the fixture's was drawn by another commit
+  assert not drawn(keep=True)
+  told = {'step': 20, 'guard': 'gain', 'metric': 'composite gain'}
+  told |= {'value': 12.5, 'bound': 10.0, 'policy': 'log'}
+  file = copy / 'small' / 'hc-b1-lr0.003-s1' / 'events.jsonl'
+  file.write_text(json.dumps(told) + '\n')
+  assert drawn('0123456789-dirty', keep=True)
+  assert drawn('0123456789-dirty', keep=True)  # changed in between, perhaps
 
 
 def test_a_second_comparison_trains_nothing(finished, capsys):
