@@ -88,9 +88,11 @@ def _train(comparison, workdir):
     )
     return
   jobs = run_all.prepare(comparison, workdir, PANELS.value)
+  if jobs.is_finished():
+    return
   with progress.Progress(jobs):
     statuses = workers.start_local(number, sys.argv)
-  if not (jobs.is_complete() and all(map(jobs.is_done, jobs.names()))):
+  if not jobs.is_finished():
     cli.end_with_workers(statuses)
 
 

@@ -84,6 +84,10 @@ class Jobs:
       for name in self.panels
     )
 
+  def is_finished(self) -> bool:
+    """Whether all jobs are known and done."""
+    return self.is_complete() and all(map(self.is_done, self.names()))
+
   def is_done(self, name: str) -> bool:
     if name.startswith(f'{timing.TIMING}/'):
       panel = name.partition('/')[2]

@@ -45,7 +45,8 @@ def prepare(
   _check_declarations(comparison, before, workdir)
   for cell in jobs.cells():
     workdir_lib.check(workdir / cell.name, cell.config)
-    batches.heldout_for(cell.config, batches.load_for(cell.config))
+    if not jobs.is_done(cell.name):
+      batches.heldout_for(cell.config, batches.load_for(cell.config))
   workdir.mkdir(parents=True, exist_ok=True)
   values = dicts.to_dict(comparison)
   for name, panel in values['panels'].items():
