@@ -138,6 +138,7 @@ def get_config() -> ml_collections.ConfigDict:
         'identity_apart': {KIND: 'identity', **APART},
         'mhc_soft': {KIND: 'mhc', f'{CONNECTION}.res_diagonal': 2.0},
       },
+      seeds=tuple(range(20, 24)),
       learning_rates=(1e-2,),
       num_steps=300,
       contrasts=(
