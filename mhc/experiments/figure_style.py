@@ -102,7 +102,7 @@ OTHERS: tuple[tuple[str, str, Any], ...] = (
 )
 WORDS = {
   'model.num_blocks': ('{} block', '{} blocks'),
-  'optimizer.learning_rate': ('lr {:g}',),
+  'optimizer.learning_rate': ('rate {:g}',),
   'model.connection.num_streams': ('n = {}',),
   'model.connection.sinkhorn_iters': ('t_max = {}',),
   'model.dim': ('dim {}',),
@@ -160,10 +160,13 @@ def looks(names: Iterable[str], designs: Sequence[str]) -> dict[str, Look]:
   return {name: look(name, (*names, *designs)) for name in names}
 
 
-def setting_words(setting: dict, axes: Iterable[str]) -> str:
-  """Tells the settings of `axes`, such as '8 blocks, lr 0.003'."""
+def setting_words(
+  setting: dict[str, Any], axes: Iterable[str] | None = None
+) -> str:
+  """Tells the settings of `axes`, or all: '8 blocks, rate 0.003'."""
+  told = setting if axes is None else axes
   return ', '.join(
-    setting_word(axis, setting[axis]) for axis in axes if axis in setting
+    setting_word(axis, setting[axis]) for axis in told if axis in setting
   )
 
 

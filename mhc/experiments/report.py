@@ -224,7 +224,7 @@ def _events(workdir, panels, rows) -> list[html.Block]:
     for run in runs:
       if run.events:
         number = len(run.events)
-        setting = sections.name_of(dict(run.setting))
+        setting = figure_style.setting_words(dict(run.setting))
         parts.append(
           html.Details(
             f'{name}: {figure_style.short(run.variant)}, {setting}, seed '
@@ -249,7 +249,11 @@ def summary(values: dict[str, Any]) -> str:
   ]
   groups: dict[tuple, list[dict]] = {}
   for row in values['rows']:
-    key = row['panel'], row['variant'], sections.name_of(row['setting'])
+    key = (
+      row['panel'],
+      row['variant'],
+      figure_style.setting_words(row['setting']),
+    )
     groups.setdefault(key, []).append(row)
   for (panel, design, setting), group in groups.items():
     losses = [row['heldout_nats'] for row in group]

@@ -18,19 +18,6 @@ from mhc.experiments.html import Heading
 from mhc.experiments.html import Table
 
 Rows = Sequence[dict[str, Any]]
-SHORT = {'model.num_blocks': 'blocks', 'optimizer.learning_rate': 'rate'}
-
-
-def name_of(setting: dict[str, Any]) -> str:
-  """A setting in words: '8 blocks, rate 0.005'."""
-  words = []
-  for axis, value in setting.items():
-    text = f'{value:g}' if isinstance(value, float) else str(value)
-    if axis == 'model.num_blocks':
-      words.append(f'{text} blocks')
-    else:
-      words.append(f'{SHORT.get(axis, axis.rpartition(".")[2])} {text}')
-  return ', '.join(words)
 
 
 def contrast_table(found: Rows) -> list[Block]:
@@ -49,7 +36,7 @@ def contrast_table(found: Rows) -> list[Block]:
   ]
   lines = [
     [
-      f'{c["panel"]}: {name_of(c["setting"])}',
+      f'{c["panel"]}: {figure_style.setting_words(c["setting"])}',
       f'{figure_style.short(c["kind"])} - {figure_style.short(c["other"])}',
       gap(c),
       '' if not c['crossed'] else '[{:+.4f}, {:+.4f}]'.format(*c['crossed']),
@@ -356,10 +343,12 @@ def forest(workdir, found: Rows) -> list[Block]:
 
 def verdict_lines(judged: Sequence[contrasts_lib.Judged]) -> list[str]:
   """The verdicts for the terminal."""
-  return [
-    f'{j.contrast.panel}: {figure_style.short(j.contrast.kind)} against '
-    f'{figure_style.short(j.contrast.other)}, {name_of(j.contrast.setting)}: '
-    f'{j.verdict}'
-    for j in judged
-    if j.contrast.declared
-  ]
+  lines = []
+  for contrast, verdict in ((j.contrast, j.verdict) for j in judged):
+    if contrast.declared:
+      first, other = map(figure_style.short, (contrast.kind, contrast.other))
+      setting = figure_style.setting_words(contrast.setting)
+      lines.append(
+        f'{contrast.panel}: {first} against {other}, {setting}: {verdict}'
+      )
+  return lines

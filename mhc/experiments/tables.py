@@ -12,7 +12,6 @@ from mhc.experiments import figure_style
 from mhc.experiments import html
 from mhc.experiments import plots
 from mhc.experiments import results
-from mhc.experiments import sections
 
 # A panel of more settings has figures over its axes, and none of a setting.
 DETAILED = 2
@@ -78,7 +77,9 @@ def panel(
     if p.role == 'report' and len(p.all_axes) <= 2:
       parts += inner
     else:
-      parts.append(html.Details(sections.name_of(dict(setting)) or name, inner))
+      parts.append(
+        html.Details(figure_style.setting_words(dict(setting)) or name, inner)
+      )
   return parts
 
 

@@ -165,7 +165,7 @@ def test_events_come_into_the_report_and_old_runs_have_none(finished, tmp_path):
   assert rows['mhc', 0]['events'] is rows['mhc', 0]['rollbacks'] is None
   markdown = (copy / 'report.md').read_text()
   page = (copy / 'report.html').read_text()
-  title = 'small: HC, 1 blocks, rate 0.003, seed 1: 1 event'
+  title = 'small: HC, 1 block, rate 0.003, seed 1: 1 event'
   assert f'<details><summary>{title}</summary>' in page
   assert f'<details><summary>{title}</summary>' in markdown
   assert '| 20 | gain | composite gain 12.5 | 10 | logged |' in markdown
