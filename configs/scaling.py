@@ -2,7 +2,7 @@
 
     python launch/compare.py --config=configs/scaling.py --list
     python launch/compare.py --config=configs/scaling.py --budget_hours=10 \
-        --config.base.data.path=data/mine --workdir=runs/scaling
+        --config.base.data.path=data/mine --workers=4 --workdir=runs/scaling
     python launch/compare.py --config=configs/scaling.py:cpu --workers=2 \
         --workdir=runs/scaling_cpu
 

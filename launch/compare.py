@@ -41,8 +41,8 @@ LIST = flags.DEFINE_bool(
 WORKERS = flags.DEFINE_integer(
   'workers',
   1,
-  'Processes that share the runs, each with its share of the cores or a GPU of '
-  'its own; 0 for one a core or GPU.',
+  'Processes that share the runs, each with its share of the cores, or of the '
+  'GPUs and their memory; 0 for one a core or GPU.',
   lower_bound=0,
 )
 WORKER = flags.DEFINE_bool(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 import contextlib
 import functools
 import glob
+import math
 import os
 import pathlib
 import signal
@@ -15,6 +16,8 @@ from mhc.runtime import console
 from mhc.runtime import leases
 
 GPUS = '/dev/nvidia[0-9]*'
+# The share of a GPU that JAX takes at once, and what workers on one divide.
+FRACTION, GPU_MEMORY = 'XLA_PYTHON_CLIENT_MEM_FRACTION', 0.9
 POLL_S = 0.05
 # Becomes the worker, which gets SIGTERM when its parent ends, even by SIGKILL.
 # Not by subprocess's preexec_fn, which may deadlock beside JAX's threads.
@@ -117,13 +120,13 @@ def start_local(number: int, arguments: Sequence[str]) -> list[int]:
   """Runs `number` workers on this machine; returns their exit statuses.
 
   Each is a Python with `arguments` and --worker, on its share of the cores and,
-  where there are GPUs, on one of its own. To be called from the main thread,
+  where there are GPUs, on one of them. To be called from the main thread,
   until it returns each SIGTERM and SIGINT is passed on to all of them. They get
   SIGTERM, too, when this process ends without having waited for them (on
   Linux). A status is negative if a signal ended the worker.
 
   Raises:
-    ValueError: there are fewer GPUs than workers.
+    ValueError: `number` is not positive.
   """
   if number < 1:
     raise ValueError(f'{number} workers cannot do anything: start at least 1')
@@ -156,8 +159,7 @@ def start_local(number: int, arguments: Sequence[str]) -> list[int]:
 
 def most() -> int:
   """The number of workers that this machine has a GPU or a core for."""
-  gpus = len(glob.glob(GPUS))
-  return gpus or len(os.sched_getaffinity(0))
+  return len(_gpus(os.environ)) or len(os.sched_getaffinity(0))
 
 
 @contextlib.contextmanager
@@ -193,19 +195,29 @@ def _tell(workers, number):
     worker.send_signal(number)
 
 
+def _gpus(environment: Mapping[str, str]) -> list[str]:
+  """The GPUs that CUDA shows under `environment`, as it is to name them."""
+  found = [str(i) for i in range(len(glob.glob(GPUS)))]
+  allowed = environment.get('CUDA_VISIBLE_DEVICES')
+  if allowed is not None and found:
+    found = [entry.strip() for entry in allowed.split(',') if entry.strip()]
+  return [] if found[:1] == ['-1'] else found
+
+
 def _with_gpu(
   index: int, number: int, environment: Mapping[str, str]
 ) -> dict[str, str]:
-  """The environment of a worker, which shows it one GPU if there are any."""
-  found = [str(i) for i in range(len(glob.glob(GPUS)))]
-  allowed = environment.get('CUDA_VISIBLE_DEVICES')
-  if allowed is not None:
-    found = found and [entry for entry in allowed.split(',') if entry.strip()]
-  if not found or found[0].strip() == '-1':
+  """The environment of a worker, which shows it one GPU if there are any.
+
+  More workers than GPUs take turns on them, each with a share of the memory,
+  unless the environment says how much.
+  """
+  found = _gpus(environment)
+  if not found:
     return dict(environment)
-  if len(found) < number:
-    raise ValueError(
-      f'{number} workers need as many GPUs, and there are {len(found)}: start '
-      f'at most {len(found)}, or set CUDA_VISIBLE_DEVICES= to use CPUs'
-    )
-  return {**environment, 'CUDA_VISIBLE_DEVICES': found[index].strip()}
+  own = {'CUDA_VISIBLE_DEVICES': found[index % len(found)]}
+  together = math.ceil(number / len(found))
+  if together > 1:
+    fraction = f'{GPU_MEMORY / together:.3f}'
+    own[FRACTION] = environment.get(FRACTION, fraction)
+  return {**environment, **own}

@@ -260,5 +260,33 @@ def test_each_worker_sees_a_gpu_of_its_own(tmp_path, monkeypatch):
   assert seen(1, 2, CUDA_VISIBLE_DEVICES='4, GPU-5') == 'GPU-5'
   for none in ('', '-1'):
     assert seen(1, 2, CUDA_VISIBLE_DEVICES=none) == none
-  with pytest.raises(ValueError, match=r'3 workers need .* there are 2: start'):
-    seen(0, 3)
+
+
+def test_workers_share_gpus(tmp_path, monkeypatch):
+  monkeypatch.setattr(workers, 'GPUS', str(tmp_path / 'nvidia[0-9]*'))
+  for name in ('nvidia0', 'nvidia1'):
+    (tmp_path / name).touch()
+
+  def shown(number, **given):
+    environments = [workers._with_gpu(i, number, given) for i in range(number)]
+    return [
+      (e['CUDA_VISIBLE_DEVICES'], e.get(workers.FRACTION)) for e in environments
+    ]
+
+  assert shown(2) == [('0', None), ('1', None)]
+  assert shown(3) == [('0', '0.450'), ('1', '0.450'), ('0', '0.450')]
+  assert shown(2, CUDA_VISIBLE_DEVICES='7') == [('7', '0.450')] * 2
+  # What the user says of the memory stays.
+  assert shown(4, **{workers.FRACTION: '.1'})[3] == ('1', '.1')
+
+
+def test_how_many_workers_there_is_room_for(tmp_path, monkeypatch):
+  monkeypatch.setattr(workers, 'GPUS', str(tmp_path / 'nvidia[0-9]*'))
+  monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+  cores = workers.most()
+  assert cores >= 1
+  for number in range(cores + 1):
+    (tmp_path / f'nvidia{number}').touch()
+  assert workers.most() == cores + 1
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
+  assert workers.most() == cores
