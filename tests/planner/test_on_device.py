@@ -27,7 +27,6 @@ def test_errors_are_in_units_of_rounding(monkeypatch):
 
 
 def test_a_kernel_that_fails_is_named(monkeypatch):
-
   def fail(*_):
     raise NotImplementedError('no such unit\nand more')
 
