@@ -268,13 +268,17 @@ def over_compute(
 
   The band of a fit lies over FLOPs, edged by the curve's line style. A second
   curve of one design has hollow markers and the line of what it is against.
+  Sizes that all had as many tokens have no part over tokens.
   """
   curves = [one for one in curves if len(one['mean'])]
   names = [name for one in curves for name in (one['kind'], one['other'])]
   looks = style.looks(names, designs)
   if not curves:
     return None
-  figure, axes = style.subplots(1, 2, style.PAGE, PANEL[1] * 1.1, sharey=True)
+  tokens = {t for one in curves for t in one['tokens']}
+  parts = ('flops', 'tokens') if len(tokens) > 1 else ('flops',)
+  size = (style.PAGE * len(parts) / 2, PANEL[1] * 1.1)
+  figure, axes = style.subplots(1, len(parts), *size, sharey=True)
   handles, seen = [], set()
   for number, one in enumerate(curves):
     look, other = looks[one['kind']], looks[one['other']]
@@ -285,7 +289,7 @@ def over_compute(
       look, fill = look._replace(line=other.line), {'fillstyle': 'none'}
     seen.add(one['kind'])
     shift = 1.015 ** (number - (len(curves) - 1) / 2)
-    for axis, key in zip(axes[0], ('flops', 'tokens'), strict=True):
+    for axis, key in zip(axes[0], parts, strict=True):
       _gap_curve(axis, one, key, shift, look, fill)
     if one['band'] is not None and len(one['band']):
       x, low, high = style.numbers(one['band']).T
@@ -295,10 +299,10 @@ def over_compute(
           10**x, edge, color=look.color, linestyle=look.line, linewidth=0.6
         )
     handles.append(style.handle(look, **fill))
-  for axis, word in zip(axes[0], ('FLOPs', 'tokens'), strict=True):
+  for axis, part in zip(axes[0], parts, strict=True):
     axis.axhline(0, color='black', linewidth=0.8, zorder=1)
     axis.set_xscale('log')
-    style.label(axis, '', f'training {word}', '')
+    style.label(axis, '', f'training {part.replace("flops", "FLOPs")}', '')
   axes[0, 0].set_ylabel('gap in held-out loss (nats / token)')
   style.legend(figure, handles)
   return figure

@@ -194,6 +194,8 @@ def test_over_compute():
   assert (len(first.collections), len(second.collections)) == (3, 2)
   many = [curve | {'kind': kind} for kind in NAMES[1:13]]
   assert_legible(figures.over_compute(many))
+  alike = figures.over_compute([curve | {'tokens': [1e6, 1e6, 1e6]}])
+  assert [axis.get_xlabel() for axis in alike.axes] == ['training FLOPs']
 
 
 def test_ablation():
