@@ -39,7 +39,7 @@ def together(changes, tmp_path_factory):
   """The folder of two processes."""
   workdir = tmp_path_factory.mktemp('runs') / 'two'
   launcher = full.start(workdir, changes, 2, 2)
-  status, out, error = full.finish(launcher, timeout=120)
+  status, out, error = full.finish(launcher, timeout=240)
   assert status == 0, error
   # Only the first one speaks.
   assert out.count('held-out loss') == 1
@@ -76,7 +76,7 @@ def test_what_one_refuses_ends_all(together, changes):
   """The first process finds that the folder is another run's."""
   before = sorted(together.rglob('*'))
   launcher = full.start(together, full.merge(changes, dict(seed=7)), 2, 2)
-  status, _, error = full.finish(launcher, timeout=60)
+  status, _, error = full.finish(launcher, timeout=240)
   assert status == 2
   lines = sorted(error.strip().splitlines(), reverse=True)
   assert len(lines) == 2, error
@@ -100,7 +100,7 @@ def test_the_launcher_leaves_no_one_behind(tmp_path):
   script = tmp_path / 'lonely.py'
   script.write_text(LONELY)
   launcher = full.launch(2, 1, script)
-  status, out, _ = full.finish(launcher, timeout=30)
+  status, out, _ = full.finish(launcher, timeout=240)
   assert status == 3
   assert sorted(out.splitlines()) == ['[1] here 1', 'here 0']
 

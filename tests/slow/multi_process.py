@@ -99,6 +99,7 @@ def finish(process: subprocess.Popen, timeout: float) -> tuple[int, str, str]:
       if process.poll() is None:
         process.terminate()
         time.sleep(0.5)
+    process.communicate()  # closes its pipes
   return process.returncode, out, error
 
 
