@@ -32,6 +32,7 @@ from mhc.pipeline import table as table_lib
 from mhc.planner import plan as plan_lib
 from mhc.planner import search
 from mhc.planner import table as plan_table
+from mhc.planner import targets
 from mhc.runtime import cli
 
 COUNT = flags.DEFINE_bool('count', False, 'Print the counts of --config.')
@@ -112,7 +113,7 @@ def _plan(config):
 
 
 def _suggest(config):
-  number = len(plan_lib.devices(TOPOLOGY.value))
+  number = len(targets.devices(TOPOLOGY.value))
   found = search.suggest(config, TOPOLOGY.value, number)
   if JSON.value:
     print(json.dumps([one._asdict() for one in found]))

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mhc import precision
+from mhc.model import parts
 from mhc.model import recompute
 
 BLOCK = 1024
 
 
+@parts.part(parts.ATTENTION)
 def causal_attention(
   query: Float[Array, 'b t h k'],
   key: Float[Array, 'b s h k'] | Float[Array, 'b s k'],

@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 from mhc import config as config_lib
 from mhc.kernels import platform as platform_lib
 from mhc.model import layers
+from mhc.model import parts
 from mhc.model import recompute
 
 BLOCK = 64
@@ -122,6 +123,7 @@ def combine(
   return jnp.sum(out * gates[..., None].astype(out.dtype), axis=1)
 
 
+@parts.part(parts.EXPERTS)
 def batched(
   rows: Float[Array, 'e r d'], weights: Weights
 ) -> Float[Array, 'e r d']:
@@ -131,6 +133,7 @@ def batched(
   return jnp.matmul(recompute.name_inner(layers.swiglu(gate, up)), weights.down)
 
 
+@parts.part(parts.EXPERTS)
 def ragged(
   rows: Float[Array, 'r d'], sizes: Int[Array, 'e'], weights: Weights
 ) -> Float[Array, 'r d']:

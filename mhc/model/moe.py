@@ -27,6 +27,7 @@ from mhc import precision
 from mhc.model import expert_parallel
 from mhc.model import experts as experts_lib
 from mhc.model import layers
+from mhc.model import parts
 
 SINKHORN_ROUTER_ITERS = 20
 
@@ -62,6 +63,7 @@ class MoE(nnx.Module):
     )
     self.config = config
 
+  @parts.part(parts.ROWS)
   def __call__(
     self,
     x: Float[Array, 'b t d'],
@@ -89,9 +91,10 @@ class MoE(nnx.Module):
     if is_real is not None:
       chosen = jnp.where(is_real, chosen, config.num_experts)
 
-    weights = experts_lib.Weights(
-      *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-    )
+    with parts.part(parts.EXPERTS):
+      weights = experts_lib.Weights(
+        *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+      )
     if weights.gate.shape[0] < config.num_experts:
       out, dropped = expert_parallel.dispatch_and_combine(
         config, tokens, chosen, gates, weights
@@ -102,7 +105,8 @@ class MoE(nnx.Module):
       )
     out = out.reshape(x.shape)
     if self.shared is not None:
-      out = out + self.shared(x)
+      with parts.part(parts.DENSE):
+        out = out + self.shared(x)
     stats = Stats(
       load=jnp.bincount(chosen.reshape(-1), length=config.num_experts).astype(
         jnp.float32

@@ -32,6 +32,7 @@ import jax.numpy as jnp
 
 from mhc import config as config_lib
 from mhc import precision
+from mhc.model import parts
 
 Policy = Literal['none', 'mhc', 'mhc+block', 'full']
 
@@ -48,6 +49,7 @@ name_inner = functools.partial(precision.mark, INNER)
 checkpoint_cheap = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
+@parts.part(parts.BUFFERS)
 def scan(body: Callable, carry, xs, *, policy: Policy, blocks: int) -> tuple:
   """`jax.lax.scan` of a block's function, in recompute blocks.
 

@@ -31,6 +31,7 @@ from mhc import streams
 from mhc.connections import StreamsWithPre
 from mhc.functional import Context
 from mhc.kernels import api
+from mhc.model import parts
 
 
 @runtime_checkable
@@ -99,6 +100,7 @@ def make_connection(
       )
 
 
+@parts.part(parts.CONNECTIONS)
 def expand_streams(
   config: config_lib.ConnectionConfig, x: Float[Array, '*batch d']
 ) -> ResidualState:
@@ -120,6 +122,7 @@ def expand_streams(
   return StreamsWithPre(wide, first.astype(jnp.float32)[:, None] + zeros[None])
 
 
+@parts.part(parts.CONNECTIONS)
 def begin_sublayer(
   connection: Connection,
   before: ResidualState,
@@ -170,6 +173,7 @@ def read_weights(
   return before.weights
 
 
+@parts.part(parts.CONNECTIONS)
 def end_block(
   config: config_lib.ConnectionConfig,
   connection: Connection,
@@ -179,6 +183,7 @@ def end_block(
   return last if _defers_post(config) else connection.post(*last)
 
 
+@parts.part(parts.CONNECTIONS)
 def flush_pending_output(
   config: config_lib.ConnectionConfig, state: ResidualState
 ) -> ResidualState:
@@ -189,6 +194,7 @@ def flush_pending_output(
   return kernels.post(*_pending_post_args(config, state)).reshape(x.shape)
 
 
+@parts.part(parts.CONNECTIONS)
 def with_empty_pending_output(
   config: config_lib.ConnectionConfig, state: ResidualState
 ) -> ResidualState:
@@ -198,6 +204,7 @@ def with_empty_pending_output(
   return _pending(config, 0 * state[..., 0, :], state)
 
 
+@parts.part(parts.CONNECTIONS)
 def collapse_streams(
   config: config_lib.ConnectionConfig,
   state: ResidualState,

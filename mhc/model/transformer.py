@@ -24,6 +24,7 @@ from mhc import streams
 from mhc.model import layers
 from mhc.model import mla
 from mhc.model import moe
+from mhc.model import parts
 from mhc.model import recompute
 from mhc.model import residual
 
@@ -80,6 +81,7 @@ class Block(nnx.Module):
     else:
       self.ffn = layers.SwiGLU(dim, config.ffn_dim, rngs=rngs)
 
+  @parts.part(parts.DENSE)
   def __call__(
     self,
     state: residual.ResidualState,
@@ -290,6 +292,7 @@ class Transformer(nnx.Module):
     )
     return [residual.flush_pending_output(connection, s) for s in states], aux
 
+  @parts.part(parts.HEAD)
   def collapse_and_norm(self, states: States) -> Float[Array, 's d']:
     """The streams as one, normed: what the head reads."""
     connection = self.config.connection
@@ -298,12 +301,14 @@ class Transformer(nnx.Module):
     )
     return self.norm(h)
 
+  @parts.part(parts.HEAD)
   def logits(
     self, h: Float[Array, 's d'], batch: tuple[int, int]
   ) -> Float[Array, 'b t v']:
     logits = self.head(h.reshape(*batch, -1)).astype(jnp.float32)
     return precision.mark('logits', logits)
 
+  @parts.part(parts.HEAD)
   def _embed(self, tokens, num_sub_batches=1):
     x = self.embed(tokens, jnp.dtype(self.config.dtype))
     # Tokens in one dimension: connections reshape to that, and what keeps its

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from mhc.axes import AXES, DATA
 from mhc.model import parameters
+from mhc.model import parts
 
 
 def gather(params, specs, dtype, *, above: tuple[str, ...] = ()):
@@ -55,6 +56,7 @@ def scatter(grads, specs):
   return jax.tree.map(leaf, grads, specs)
 
 
+@parts.part(parts.WEIGHTS)
 def psum_replicated(x: jax.Array, spec) -> jax.Array:
   """The sum over the axes on which x is replicated."""
   axes = tuple(axis for axis in AXES if axis not in spec)
@@ -68,6 +70,7 @@ def used_dtype(names: tuple[str, ...], dtype):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+@parts.part(parts.WEIGHTS)
 def _gather(x, dim, dtype):
   return jax.lax.all_gather(x.astype(dtype), DATA, axis=dim, tiled=True)
 
@@ -84,5 +87,6 @@ def _gather_bwd(dim, dtype, _, g):
 _gather.defvjp(_gather_fwd, _gather_bwd)
 
 
+@parts.part(parts.WEIGHTS)
 def _scatter(x, dim):
   return jax.lax.psum_scatter(x, DATA, scatter_dimension=dim, tiled=True)

@@ -31,8 +31,10 @@ import optax
 from mhc import axes
 from mhc import precision
 from mhc.axes import AXES, DATA, EXPERT, PIPE
+from mhc.model import parts
 
 
+@parts.part(parts.HEAD)
 def nats_of_rows(logits, targets):
   """The summed negative log-likelihood of each row's targets, float32 [b]."""
   nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mhc import axes
 from mhc.axes import AXES, DATA, PIPE
+from mhc.model import parts
 from mhc.parallel import fsdp
 from mhc.parallel import loss
 from mhc.parallel import mesh as mesh_lib
@@ -30,14 +31,16 @@ def loss_and_grads(p, params, router_bias, tokens):
 
     def add(total, part):
       one = gradient(params, router_bias, part)
-      return jax.tree.map(jnp.add, total, one), None
+      with parts.part(parts.ACCUMULATION):
+        return jax.tree.map(jnp.add, total, one), None
 
     zeros = jax.tree.map(
       jnp.zeros_like,
       jax.eval_shape(gradient, params, router_bias, microbatches[0]),
     )
     zeros = axes.cast_varying_everywhere(zeros)
-    total, _ = jax.lax.scan(add, zeros, microbatches)
+    with parts.part(parts.BUFFERS):
+      total, _ = jax.lax.scan(add, zeros, microbatches)
   grads, (nats, stats) = total
   grads = jax.tree.map(fsdp.psum_replicated, grads, p.param_specs)
   return loss.over_devices(p, nats, grads, stats)

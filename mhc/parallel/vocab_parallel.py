@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from mhc import axes
 from mhc.axes import PIPE
+from mhc.model import parts
 
 
 @jax.custom_vjp
@@ -36,6 +37,7 @@ def cross_entropy(
   return _forward(h, weight, targets)[0]
 
 
+@parts.part(parts.HEAD)
 def _forward(h, weight, targets):
   # The logits are float32 values of the product's dtype, as in an unsplit head.
   product = h @ weight.astype(h.dtype)
@@ -51,6 +53,7 @@ def _forward(h, weight, targets):
   return axes.cast_varying(nats, over), (h, weight, targets, product, *kept)
 
 
+@parts.part(parts.HEAD)
 def _backward(kept, g):
   h, weight, targets, product, top, total = kept
   share = jnp.exp(product.astype(jnp.float32) - top[:, None]) / total[:, None]

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mhc import axes
+from mhc.model import parts as names
 from mhc.pipeline import buffers
 from mhc.pipeline import table
 from mhc.pipeline import ticks
@@ -71,6 +72,7 @@ class Parts(NamedTuple):
   tokens: Int[Array, 'm c t1']  # t + 1 of a row, inputs and targets
 
 
+@names.part(names.BUFFERS)
 def gradients(
   schedule: table.Schedule, stages: Stages, parts: Parts
 ) -> ticks.Gradients:
@@ -90,6 +92,7 @@ def gradients(
   )
 
 
+@names.part(names.BUFFERS)
 def forward(
   schedule: table.Schedule, stages: Stages, parts: Parts
 ) -> tuple[Float[Array, 'm c'], Tree]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mhc.model import parts
 from mhc.pipeline import buffers
 from mhc.pipeline import table
 
@@ -245,18 +246,33 @@ def branch_frequencies(schedule: table.Schedule) -> dict[str, float]:
   longest, because the devices wait for each other. Inside of F and B, of their
   ticks.
   """
-  found = {'head': _ticks(schedule, 'head_mb', 0) / schedule.num_ticks}
+
+  def ticks(column, least):
+    taken = schedule.table[column] >= least
+    return taken.any(axis=1).sum() if taken.ndim > 1 else taken.sum()
+
+  return _frequencies(schedule, ticks)
+
+
+def device_frequencies(schedule: table.Schedule) -> dict[str, float]:
+  """`branch_frequencies` of one device, the mean of all: it idles otherwise."""
+
+  def ticks(column, least):
+    taken = schedule.table[column] >= least
+    return taken.mean(axis=1).sum() if taken.ndim > 1 else taken.sum()
+
+  return _frequencies(schedule, ticks)
+
+
+def _frequencies(schedule, ticks):
+  """From the number of ticks in which a column is at least something."""
+  found = {'head': ticks('head_mb', 0) / schedule.num_ticks}
   for op in 'fb':
-    number = _ticks(schedule, f'{op}_chunk', 0)
+    number = ticks(f'{op}_chunk', 0)
     found[op] = number / schedule.num_ticks
     for end in ('first', 'last'):
-      found[f'{op}_{end}'] = _ticks(schedule, f'{op}_{end}', 1) / max(1, number)
+      found[f'{op}_{end}'] = ticks(f'{op}_{end}', 1) / max(1, number)
   return {f'pipeline_{name}': float(value) for name, value in found.items()}
-
-
-def _ticks(schedule, column, least):
-  taken = schedule.table[column] >= least
-  return taken.any(axis=1).sum() if taken.ndim > 1 else taken.sum()
 
 
 def cond(name, *arguments):
@@ -279,6 +295,7 @@ def _plus_nats(total, nats):
   return total._replace(nats=total.nats + nats)
 
 
+@parts.part(parts.ACCUMULATION)
 def _add(total, part):
   return jax.tree.map(_accumulate, total, part)
 
@@ -287,6 +304,7 @@ def _accumulate(total, part):
   return total + part.astype(total.dtype)
 
 
+@parts.part(parts.ACCUMULATION)
 def _add_at(total, chunk, part):
   return jax.tree.map(
     lambda a, b: a.at[chunk].add(b.astype(a.dtype)), total, part

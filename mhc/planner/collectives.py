@@ -38,19 +38,9 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mhc.kernels import chips
+from mhc.planner import cost
 from mhc.planner import hlo
 from mhc.planner import ici
-
-KINDS = frozenset(
-  {
-    'all-gather',
-    'all-reduce',
-    'all-to-all',
-    'collective-permute',
-    'ragged-all-to-all',
-    'reduce-scatter',
-  }
-)
 
 
 class Collective(NamedTuple):
@@ -58,7 +48,7 @@ class Collective(NamedTuple):
 
   Attributes:
     name: of the instruction, or of the one that starts it.
-    kind: one of KINDS.
+    kind: one of hlo.COLLECTIVES.
     axes: of the mesh, along which its groups extend.
     bytes: sent or received by a device, once.
     times: executions per step: the trips of the loops around it. Of a
@@ -103,29 +93,26 @@ class _Transfer(NamedTuple):
   asynchronous: bool
 
 
-def collectives(
-  module: hlo.Module, mesh: Mesh, chip: chips.Chip
-) -> list[Collective]:
+def collectives(costs: cost.Costs, mesh: Mesh) -> list[Collective]:
   """Collectives of a step, in the order of its compiler schedule.
 
   Args:
-    module: compiled for `mesh`.
+    costs: of the program, compiled for `mesh`.
     mesh: of a whole TPU slice; HLO numbers devices in its order.
-    chip: of these devices.
   """
-  costs = hlo.costs(module, (chip.flops, chip.bandwidth))
-  measure = _measure(mesh, chip)
+  module = costs.module
+  measure = _measure(mesh, costs.chip)
 
   @functools.cache
   def within(name: str) -> list[Collective]:
     """Collectives of a computation that runs once."""
     body, shapes = module.computations[name], hlo.shapes(module, name)
-    compute = [_seconds(cost, chip) for cost in costs[name]]
+    compute = [one.middle for one in costs.each(name)]
     busy = [{} for _ in body]  # link -> seconds in use, per instruction
     found = [[] for _ in body]
     awaited = []
     for index, instruction in enumerate(body):
-      inner, times = _inner(module, costs, instruction)
+      inner, times = costs.inner(instruction)
       for one in within(inner) if inner else ():
         found[index].append(one._replace(times=times * one.times))
         hidden = times * one.times * min(one.seconds, one.overlapped)
@@ -164,11 +151,9 @@ def exposed_seconds(collectives: Iterable[Collective]) -> float:
   return sum((one.times * one.exposed for one in collectives), 0.0)
 
 
-def step_seconds(module: hlo.Module, mesh: Mesh, chip: chips.Chip) -> float:
+def step_seconds(costs: cost.Costs, mesh: Mesh) -> float:
   """Seconds of a step: its compute and its exposed communication."""
-  cost = hlo.cost(module, (chip.flops, chip.bandwidth))
-  waiting = exposed_seconds(collectives(module, mesh, chip))
-  return _seconds(cost, chip) + waiting
+  return costs.entry.middle + exposed_seconds(collectives(costs, mesh))
 
 
 def rings(
@@ -185,27 +170,6 @@ def rings(
 def _torus(mesh, chip):
   places = [device.coords for device in mesh.devices.flat]
   return ici.make_torus(np.array(places), chip)
-
-
-def _seconds(cost, chip):
-  return cost.cycles / chip.clock + cost.kernel_seconds
-
-
-def _inner(module, costs, instruction):
-  """The computation that control flow runs, and its times; '' for others."""
-  match instruction.opcode:
-    case 'while':
-      times = hlo.trips(module, instruction) * hlo.branch_frequency(
-        module, instruction
-      )
-      return hlo.called(instruction, 'body'), times
-    case 'conditional':
-      branches = hlo.branches(instruction)
-      most = max(branches, key=lambda name: hlo.total(costs[name]))
-      return most, hlo.branch_frequency(module, instruction)
-    case 'call':
-      return hlo.called(instruction, 'to_apply'), 1
-  return '', 0
 
 
 def _occupy(busy, links, seconds):
@@ -229,9 +193,9 @@ def _transfer(module, shapes, instruction) -> _Transfer | None:
   """The transfer that an instruction does or starts; None for others."""
   kind, start = instruction.opcode.removesuffix('-start'), instruction
   asynchronous = kind != instruction.opcode
-  if kind not in KINDS:
+  if kind not in hlo.COLLECTIVES:
     body = _body(module, instruction)
-    start = next((i for i in body if i.opcode in KINDS), None)
+    start = next((i for i in body if i.opcode in hlo.COLLECTIVES), None)
     if start is None:
       return None
     kind, shapes = start.opcode, {i.name: i.shape for i in body}
@@ -283,7 +247,7 @@ def _done(module, body, start):
 
 def _channel(module, instruction):
   for inner in _body(module, instruction):
-    if inner.opcode in KINDS:
+    if inner.opcode in hlo.COLLECTIVES:
       return re.search(r'channel_id=(\d+)', inner.attributes).group(1)
   return None
 

@@ -1,18 +1,9 @@
-r"""Costs of a compiled TPU program, from its scheduled HLO text.
+r"""A compiled TPU program as its scheduled HLO text has it.
 
-XLA's own totals count the body of a loop once. Here every instruction counts as
-often as its loops run:
-
-    cycles(c) = sum of estimated_cycles of c's instructions
-                + sum over loops of trips * cycles(body)
-
-and likewise for bytes. Only TPU compilers write `estimated_cycles`; kernels
-carry a cost estimate of their own instead (FLOPs and bytes). SparseCore
-instructions without cycles are assumed to be bound by their bytes.
+`parse` reads the text to computations of instructions; `cost` prices them.
 """
 
-from collections.abc import Iterable, Mapping
-import functools
+from collections.abc import Mapping
 import math
 import re
 import types
@@ -36,21 +27,14 @@ DTYPE_BYTES = {
   's64': 8,
   'u64': 8,
 }
-# The value of cycles that were not estimated.
-UNKNOWN = 2**63 - 1
-# Opcodes that name, select or wait, and move no data.
-FREE = frozenset(
+COLLECTIVES = frozenset(
   {
-    'after-all',
-    'bitcast',
-    'constant',
-    'get-tuple-element',
-    'iota',
-    'opt-barrier',
-    'parameter',
-    'partition-id',
-    'replica-id',
-    'tuple',
+    'all-gather',
+    'all-reduce',
+    'all-to-all',
+    'collective-permute',
+    'ragged-all-to-all',
+    'reduce-scatter',
   }
 )
 
@@ -61,19 +45,6 @@ class Instruction(NamedTuple):
   opcode: str
   operands: tuple[str, ...]
   attributes: str
-
-
-class Cost(NamedTuple):
-  """The cost of running a computation once, its loops in full."""
-
-  cycles: float = 0  # estimated by the compiler
-  bytes: float = 0  # read and written in HBM
-  kernel_flops: float = 0  # of kernels (custom calls), which have no cycles
-  kernel_bytes: float = 0
-  kernel_seconds: float = 0  # kernels at their roofline, and unknown cycles
-
-  def plus(self, other: 'Cost', times: float = 1) -> 'Cost':
-    return Cost(*(a + times * b for a, b in zip(self, other, strict=True)))
 
 
 class Module(NamedTuple):
@@ -104,58 +75,19 @@ def parse(
   return Module(computations, entry, frequencies)
 
 
-def cost(
-  module: Module, peak: tuple[float, float] = (math.inf, math.inf)
-) -> Cost:
-  """Cost of the entire program; `peak` is FLOPs and bytes a second."""
-  return total(costs(module, peak)[module.entry])
-
-
-def costs(
-  module: Module, peak: tuple[float, float] = (math.inf, math.inf)
-) -> dict[str, list[Cost]]:
-  """Costs of each instruction, in the computations that control flow runs.
-
-  A loop costs its trips, a conditional its most expensive branch; see
-  `branch_frequency`.
-  """
-  found = {}
-
-  def of(name) -> Cost:
-    if name not in found:
-      arrays = shapes(module, name)
-      found[name] = [one(i, arrays) for i in module.computations[name]]
-    return total(found[name])
-
-  def one(instruction, arrays) -> Cost:
-    match instruction.opcode:
-      case 'while':
-        body = of(called(instruction, 'body'))
-        times = trips(module, instruction) * branch_frequency(
-          module, instruction
-        )
-        return Cost().plus(body, times)
-      case 'conditional':
-        most = max(map(of, branches(instruction)))
-        return Cost().plus(most, branch_frequency(module, instruction))
-      case 'call' | 'async-start':
-        return of(called(instruction, 'to_apply|calls'))
-    return _single(module, instruction, arrays, peak)
-
-  of(module.entry)
-  return found
-
-
-def total(costs: Iterable[Cost]) -> Cost:
-  return functools.reduce(Cost.plus, costs, Cost())
-
-
 def branch_frequency(module: Module, control: Instruction) -> float:
   """How often a loop, or a conditional's costly branch, runs; see `parse`."""
-  # The scope directly around it: .../scope/cond. Anything inside of it, such as
-  # the loop .../scope/cond/branch_1_fun/while, runs whenever it does.
+  return module.frequencies.get(scope(control), 1.0)
+
+
+def scope(control: Instruction) -> str:
+  """The scope directly around a loop or a conditional: .../scope/cond.
+
+  Anything inside of it, such as the loop .../scope/cond/branch_1_fun/while,
+  runs whenever it does.
+  """
   found = re.search(r'op_name="[^"]*?([^"/]+)/[^"/]+"', control.attributes)
-  return module.frequencies.get(found.group(1), 1.0) if found else 1.0
+  return found.group(1) if found else ''
 
 
 def branches(conditional: Instruction) -> list[str]:
@@ -267,71 +199,6 @@ def _order(text):
 
 def _integers(text):
   return [int(number) for number in re.findall(r'\d+', text)]
-
-
-def _single(module, instruction, shapes, peak) -> Cost:
-  """Cost of an instruction that is not control flow."""
-  if instruction.opcode in FREE or instruction.opcode.endswith('-start'):
-    return Cost()
-  cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-  moved = _moved(module, instruction, shapes)
-  kernel = re.search(
-    r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"',
-    instruction.attributes,
-  )
-  if kernel:
-    flops, accessed = map(float, kernel.groups())
-    seconds = max(flops / peak[0], accessed / peak[1])
-    return Cost(0, moved, flops, accessed, seconds)
-  estimated = int(cycles.group(1)) if cycles else 0
-  if estimated == UNKNOWN:
-    return Cost(bytes=moved, kernel_seconds=moved / peak[1])
-  return Cost(float(estimated), moved)
-
-
-def _moved(module, instruction, shapes):
-  """Bytes of operands read and results written; slices count their extent."""
-  written = sum(sizes(instruction.shape))
-  match instruction.opcode:
-    case 'dynamic-slice' | 'gather' | 'slice':
-      return 2 * written
-    case 'dynamic-update-slice':
-      return 2 * sum(sizes(shapes.get(instruction.operands[1], '')))
-    case 'fusion':
-      body = called(instruction, 'calls')
-      return _fused(module, body, instruction, shapes, written)
-  return written + sum(
-    sum(sizes(shapes.get(name, ''))) for name in instruction.operands
-  )
-
-
-def _fused(module, name, instruction, shapes, written):
-  """Bytes of a fusion; an operand that is only sliced counts its slices."""
-  body = module.computations[name]
-  inner = {i.name: i for i in body}
-  users = {}
-  for user in body:
-    for operand in user.operands:
-      users.setdefault(operand, []).append(user)
-
-  read = 0
-  for parameter in (i for i in body if i.opcode == 'parameter'):
-    size = sum(
-      sizes(shapes.get(instruction.operands[int(parameter.operands[0])], ''))
-    )
-    uses = users.get(parameter.name, [])
-    if uses and all(use.opcode == 'dynamic-slice' for use in uses):
-      size = min(size, sum(sum(sizes(use.shape)) for use in uses))
-    elif uses and all(
-      use.opcode == 'dynamic-update-slice' and use.operands[0] == parameter.name
-      for use in uses
-    ):
-      # Updated in place: only the update is written.
-      updates = [sum(sizes(inner[use.operands[1]].shape)) for use in uses]
-      written -= size - min(size, sum(updates))
-      size = 0
-    read += size
-  return read + max(0, written)
 
 
 def _instruction(line):

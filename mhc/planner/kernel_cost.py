@@ -27,8 +27,9 @@ from mhc.kernels.pallas import launch
 from mhc.kernels.pallas import sinkhorn
 from mhc.kernels.pallas import specs
 from mhc.planner import bundles
+from mhc.planner import cost
 from mhc.planner import hlo
-from mhc.planner import plan
+from mhc.planner import targets
 
 OPERATIONS = ('sinkhorn', 'pre', 'advance', 'post', 'collapse')
 ITERATIONS = 20
@@ -103,7 +104,7 @@ def functions(operation, implementation, *, streams_first=True):
 
 def programs(operation, operands, generation, implementation):
   """Lowers forward, and forward with backward, for one device."""
-  devices = plan.devices(chips.CHIPS[generation].topology)[:1]
+  devices = targets.devices(chips.CHIPS[generation].topology)[:1]
   mesh = Mesh(np.array(devices), ('data',), axis_types=(AxisType.Auto,))
   forward, both = functions(operation, implementation)
   x, *rest = operands
@@ -193,7 +194,7 @@ def _both_directions(operation, dim, generation, folder):
   bundles.empty(folder)
   accessed = [p.cost_analysis()['bytes accessed'] for p in plain]
   seconds = [
-    hlo.cost(hlo.parse(p.as_text())).cycles / chip.clock for p in plain
+    cost.Costs(hlo.parse(p.as_text()), chip).entry.middle for p in plain
   ]
   for direction in ('forward', 'backward'):
     tokens, elements, moved = _blocks(operation, direction, dim, generation)

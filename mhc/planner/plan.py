@@ -6,20 +6,19 @@ devices of this process, a TPU slice such as 'v5p:2x2x1' or 'v6e:4x4', or the
 GPUs of one machine such as 'h100:8'. Only TPU compilers estimate time, so that
 for others a plan is about memory.
 
-`hlo` sums up the compute of the compiled step, `collectives` its communication.
+`cost` prices the compute of the compiled step, `collectives` its communication.
 In a pipeline the devices wait for each other, so that a tick lasts as long as
 its longest stage; `ticks.branch_frequencies` gives the fraction of ticks that
 have one.
 """
 
+from concurrent import futures
 import math
-import os
 import re
 import time
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 
 from mhc import config as config_lib
 from mhc.axes import DATA
@@ -34,9 +33,13 @@ from mhc.parallel import mesh as mesh_lib
 from mhc.parallel.placement import Placement
 from mhc.pipeline import table as table_lib
 from mhc.pipeline import ticks
+from mhc.planner import breakdown
 from mhc.planner import collectives
+from mhc.planner import cost
 from mhc.planner import gpu_targets
 from mhc.planner import hlo
+from mhc.planner import kernel_bundles
+from mhc.planner import targets
 from mhc.training import step as step_lib
 
 Plan = dict[str, Any]
@@ -47,36 +50,15 @@ SCHEDULED = (
   'collectives',
   'exposed_comm_fraction',
   'step_seconds',
+  'step_seconds_bounds',
   'tokens_per_second',
   'mfu',
+  'mfu_compiler',
+  'breakdown',
+  'bubble_seconds',
+  'padding_seconds',
+  'recompute_seconds',
 )
-
-
-def devices(topology: str) -> list[jax.Device]:
-  """The devices of a topology.
-
-  Raises:
-    ValueError: its compiler is not installed or does not know the topology.
-  """
-  if topology == 'cpu':
-    return jax.devices('cpu')
-  name, _, size = topology.partition(':')
-  if name in gpu_targets.GPUS or (size.isdigit() and name not in chips.CHIPS):
-    return gpu_targets.devices(topology)
-  # libtpu reads these from a TPU host at start; the last lifts its lock.
-  os.environ.setdefault('TPU_ACCELERATOR_TYPE', 'v5litepod-4')
-  os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-  try:
-    return topologies.get_topology_desc(topology, 'tpu').devices
-  except Exception as error:  # of several types, jaxlib's own among them
-    raise ValueError(
-      f'topology={topology!r} cannot be compiled for '
-      f"({str(error).splitlines()[0]}): give 'cpu', GPUs such as 'h100:8', or "
-      "a TPU slice such as 'v5p:2x2x1' or 'v6e:4x4', which requires pip "
-      "install 'jax[tpu]'"
-    ) from None
 
 
 def plan_step(config: config_lib.Config, topology: str) -> Plan:
@@ -95,24 +77,30 @@ def plan_step(config: config_lib.Config, topology: str) -> Plan:
     microbatches; bubble: idle fraction of the pipeline schedule's ticks, with B
       three times F (it recomputes the stage); 0 without a pipeline.
     compile_seconds: on this machine.
-    bytes_moved, compute_seconds: of the compiler schedule, loops in full: its
-      cycles, and for kernels their roofline; here and below for TPUs only.
+    bytes_moved, compute_seconds: of the compiler schedule, loops in full, by
+      `cost`; here and below for TPUs only.
     collectives: by axes of the mesh and kind: count, bytes, seconds (on the
       links) and exposed seconds, per step.
     exposed_comm_fraction: of step_seconds.
     step_seconds: compute_seconds and exposed communication.
+    step_seconds_bounds: the same with the low and the high of `cost`.
     tokens_per_second, mfu: derived from step_seconds.
+    mfu_compiler: by the higher bound, the compiler's own cycles.
+    breakdown: of step_seconds by part, see `breakdown.Share`.
+    bubble_seconds, padding_seconds, recompute_seconds: across the parts.
 
   Raises:
     ValueError: an unknown topology, or a batch that does not divide over it.
   """
-  mesh = mesh_lib.make_mesh(config.mesh, config.data, devices(topology))
+  mesh = mesh_lib.make_mesh(config.mesh, config.data, targets.devices(topology))
   step = step_lib.Step(Placement(config, mesh))
-  start = time.perf_counter()
-  compiled, needed = _compile(step)
-  compile_seconds = time.perf_counter() - start
   name = topology.partition(':')[0]
   chip, gpu = chips.CHIPS.get(name), gpu_targets.GPUS.get(name)
+  start = time.perf_counter()
+  traced = step.trace()
+  bundles = _counted(config, topology, traced) if chip else None
+  compiled, needed = _compile(step, traced)
+  compile_seconds = time.perf_counter() - start
   hbm = (chip or gpu).hbm if chip or gpu else None
   number = step.placement.num_microbatches
   schedule = None
@@ -139,13 +127,23 @@ def plan_step(config: config_lib.Config, topology: str) -> Plan:
     if gpu:  # whose compiler does not check the device's memory
       plan['fits'] = plan['bytes_per_device'] <= hbm
     if chip:
-      plan |= _scheduled(config, compiled, schedule, mesh, chip, plan)
+      plan |= _scheduled(step, compiled, schedule, chip, plan, bundles())
   return plan
 
 
-def _compile(step):
+def _counted(config, topology, traced):
+  """A function that waits for the bundles of the kernels of a traced step."""
+  if next(kernel_bundles.kernels(traced.jaxpr.jaxpr), None) is None:
+    return dict
+  pool = futures.ThreadPoolExecutor(1)
+  counting = pool.submit(kernel_bundles.of_step, config, topology)
+  pool.shutdown(wait=False)
+  return counting.result
+
+
+def _compile(step, traced):
   """(program, nan); if it does not fit, (None, bytes that it requires)."""
-  lowered = step.lower()
+  lowered = traced.lower()
   try:
     options = step_lib.compiler_options(step.placement)
     return lowered.compile(options), math.nan
@@ -232,21 +230,28 @@ def categories(step: step_lib.Step, total: int) -> dict[str, int]:
   return found | {'temporaries': max(0, total - sum(found.values()))}
 
 
-def _scheduled(config, compiled, schedule, mesh, chip, plan):
+def _scheduled(step, compiled, schedule, chip, plan, bundles):
   """The figures of a plan that follow from the compiler schedule."""
-  frequencies = {expert_parallel.OVERFLOW: 0.0}
+  config, mesh = step.placement.config, step.mesh
+  frequencies, useful = {expert_parallel.OVERFLOW: 0.0}, {}
   if schedule:
     frequencies |= ticks.branch_frequencies(schedule)
+    useful = ticks.device_frequencies(schedule)
   module = hlo.parse(compiled.as_text(), frequencies)
-  cost = hlo.cost(module, (chip.flops, chip.bandwidth))
-  compute = cost.cycles / chip.clock + cost.kernel_seconds
-  found = collectives.collectives(module, mesh, chip)
+  live = 1 / config.model.moe.buffer_factor if config.mesh.expert > 1 else 1.0
+  costs = cost.Costs(module, chip, cost.Assumed(bundles, min(1.0, live)))
+  total = costs.entry
+  found = collectives.collectives(costs, mesh)
   exposed = collectives.exposed_seconds(found)
-  seconds = compute + exposed
+  seconds = total.middle + exposed
   rate = config.tokens_per_step / seconds
+  padded = float((step.placement.layout.depth_index < 0).mean())
+  shares = breakdown.breakdown(costs, chip, useful, padded)
+  peak = plan['flops_per_token'] * config.tokens_per_step
+  peak /= chip.flops * mesh.size
   return {
-    'bytes_moved': cost.bytes,
-    'compute_seconds': compute,
+    'bytes_moved': total.hbm_bytes,
+    'compute_seconds': total.middle,
     'collectives': {
       ' x '.join(axes) or 'none': {
         kind: total._asdict() for kind, total in kinds.items()
@@ -255,8 +260,15 @@ def _scheduled(config, compiled, schedule, mesh, chip, plan):
     },
     'exposed_comm_fraction': exposed / seconds,
     'step_seconds': seconds,
+    'step_seconds_bounds': (total.low + exposed, total.high + exposed),
     'tokens_per_second': rate,
-    'mfu': rate * plan['flops_per_token'] / (chip.flops * mesh.size),
+    'mfu': peak / seconds,
+    'mfu_compiler': peak / (total.high + exposed),
+    'breakdown': {name: s._asdict() for name, s in shares.parts.items()}
+    | {'exposed_communication': breakdown.Share(exposed)._asdict()},
+    'bubble_seconds': shares.bubble_seconds,
+    'padding_seconds': shares.padding_seconds,
+    'recompute_seconds': shares.recompute_seconds,
   }
 
 

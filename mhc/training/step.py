@@ -23,6 +23,7 @@ from mhc import config as config_lib
 from mhc import gains
 from mhc.kernels import chips
 from mhc.model import moe
+from mhc.model import parts
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel import partition
 from mhc.parallel import sharded
@@ -54,10 +55,14 @@ def train_step(
   Returns:
     the new state, and metrics.
   """
+  grads = sharded.loss_and_grads(p)(state.params, state.router_bias, tokens)
+  with parts.part(parts.OPTIMISER):
+    return _update(p, state, inputs, *grads)
+
+
+def _update(p, state, inputs, mean_nats, grads, load):
+  """The new state and the metrics, from means over the batch."""
   config = p.config
-  mean_nats, grads, load = sharded.loss_and_grads(p)(
-    state.params, state.router_bias, tokens
-  )
   optimizer = optimizer_lib.make(config.optimizer, config.num_steps)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   norm = optax.tree.norm(grads)
@@ -204,16 +209,20 @@ class Step:
     """State in pipeline order -> in depth order."""
     return self._reordered(self.placement.to_depth_order, self.saved_state)
 
-  def lower(self) -> jax.stages.Lowered:
-    """Lowers the update, which donates the state."""
+  def trace(self) -> jax.stages.Traced:
+    """Traces the update, which donates the state."""
     update = jax.jit(
       functools.partial(train_step, self.placement),
       donate_argnums=0,
       out_shardings=(state_lib.shardings(self.abstract_state), None),
     )
-    return update.lower(
+    return update.trace(
       self.abstract_state, self.abstract_tokens, self.abstract_inputs
     )
+
+  def lower(self) -> jax.stages.Lowered:
+    """Lowers the update."""
+    return self.trace().lower()
 
   def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     """Compiles what `lower` has returned."""

@@ -22,7 +22,7 @@ from mhc.parallel import mesh as mesh_lib
 from mhc.parallel.placement import Placement
 from mhc.planner import bundles
 from mhc.planner import kernel_cost
-from mhc.planner import plan
+from mhc.planner import targets
 from mhc.training import step
 
 
@@ -268,7 +268,7 @@ def test_a_training_step_for_a_tpu_calls_the_kernels(optax_promotion):
     data=config.DataConfig(seq_len=128, batch_size=4),
   )
   mesh = mesh_lib.make_mesh(
-    settings.mesh, settings.data, plan.devices('v5e:2x2')
+    settings.mesh, settings.data, targets.devices('v5e:2x2')
   )
   lowered = step.Step(Placement(settings, mesh)).lower()
   text = lowered.as_text()

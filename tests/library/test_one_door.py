@@ -16,14 +16,14 @@ import mhc
 from mhc import functional
 from mhc import kernels
 from mhc.kernels import reference
-from mhc.planner import plan
+from mhc.planner import targets
 
 T, N, DIM = 64, 4, 128
 
 
 @pytest.fixture(scope='module')
 def mesh():
-  devices = np.array(plan.devices('v5e:2x2')[:1])
+  devices = np.array(targets.devices('v5e:2x2')[:1])
   return Mesh(devices, ('data',), axis_types=(AxisType.Auto,))
 
 

@@ -17,7 +17,7 @@ from mhc.pipeline import buffers
 from mhc.pipeline import table as table_lib
 from mhc.pipeline import ticks
 from mhc.planner import hlo
-from mhc.planner import plan
+from mhc.planner import targets
 from mhc.training import step
 
 pytestmark = [
@@ -133,7 +133,7 @@ def test_transfers_between_stages_are_overlapped_on_a_tpu():
   case = grid.Case('mhc', False, (1, 4, 1), 'interleaved')
   settings = grid.config(case)
   mesh = mesh_lib.make_mesh(
-    settings.mesh, settings.data, plan.devices('v5p:2x2x1')
+    settings.mesh, settings.data, targets.devices('v5p:2x2x1')
   )
   compiled = step.Step(Placement(settings, mesh))
   options = step.compiler_options(compiled.placement)

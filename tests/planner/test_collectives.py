@@ -13,7 +13,7 @@ from mhc.kernels import chips
 from mhc.planner import collectives
 from mhc.planner import hlo
 from mhc.planner import ici
-from mhc.planner import plan
+from mhc.planner import targets
 
 V5P = chips.CHIPS['v5p']
 # A microsecond of one link, and of compute.
@@ -155,7 +155,7 @@ def test_notations_of_groups(text, groups):
 @pytest.fixture(scope='module')
 def mesh():
   """64 chips; 'data' lies on two rings, 'pipe' on the third."""
-  devices = plan.devices('v5p:4x4x4')
+  devices = targets.devices('v5p:4x4x4')
   devices = sorted(devices, key=lambda device: tuple(device.coords))
   return Mesh(np.array(devices).reshape(16, 4), ('data', 'pipe'))
 
@@ -495,7 +495,7 @@ def test_totals_by_axis():
 
 def test_a_real_schedule():
   """A scan that gathers over 'data' and hands on over 'pipe'."""
-  devices = np.array(plan.devices('v5p:2x2x1')).reshape(2, 2)
+  devices = np.array(targets.devices('v5p:2x2x1')).reshape(2, 2)
   mesh = Mesh(devices, ('data', 'pipe'))
   assert collectives.rings(mesh, ('pipe',), V5P) == (ici.Span(0, 2, 1, False),)
   trips, size = 5, 1024

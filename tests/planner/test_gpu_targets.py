@@ -8,24 +8,25 @@ import pytest
 from mhc import config
 from mhc.planner import gpu_targets
 from mhc.planner import plan
+from mhc.planner import targets
 
 
 def test_names_of_gpus():
   for topology in ('h300:8', 'a:1'):
     with pytest.raises(ValueError, match=f"'{topology}'.*h100, h200, b200"):
-      plan.devices(topology)
+      targets.devices(topology)
   for topology in ('h100', 'h100:', 'h100:0', 'h100:16', 'h100:2x4', 'b200:8 '):
     with pytest.raises(ValueError, match=f"'{topology}'.*1 to 8.*'.*:8'"):
-      plan.devices(topology)
+      targets.devices(topology)
   # A number is not a TPU slice, but a generation is no GPU.
   with pytest.raises(ValueError, match=r"'v5e:4'.*v5p:2x2x1"):
-    plan.devices('v5e:4')
+    targets.devices('v5e:4')
 
 
 def test_the_gpus_of_a_machine():
   """Refused with what to install, where JAX's plugin for CUDA is not."""
   if any(importlib.util.find_spec(f'jax_cuda{i}_plugin') for i in (12, 13)):
-    devices = plan.devices('h100:4')
+    devices = targets.devices('h100:4')
     assert [device.platform for device in devices] == ['gpu'] * 4
     assert devices[0].device_kind == gpu_targets.GPUS['h100'].kind
     return

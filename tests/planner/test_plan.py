@@ -11,6 +11,7 @@ from mhc.parallel import mesh as mesh_lib
 from mhc.parallel.placement import Placement
 from mhc.planner import hlo
 from mhc.planner import plan
+from mhc.planner import targets
 from mhc.planner import search
 from mhc.planner import table as plan_table
 from mhc.training import step
@@ -117,7 +118,7 @@ def test_suggestions_fit_and_are_sorted():
 
 def test_the_compiler_is_told_what_hides_transfers():
   """But not where somebody does not want it, or there is nothing to send."""
-  mesh = mesh_lib.make_mesh(TINY.mesh, TINY.data, plan.devices('v5p:2x2x1'))
+  mesh = mesh_lib.make_mesh(TINY.mesh, TINY.data, targets.devices('v5p:2x2x1'))
   told = step.compiler_options(Placement(TINY, mesh))
   assert told == xla_options.options('v5p', ahead=True)
   assert set(xla_options.AHEAD) < set(told)
@@ -127,7 +128,7 @@ def test_the_compiler_is_told_what_hides_transfers():
   without = dataclasses.replace(TINY, mesh=config.MeshConfig(overlap=False))
   assert step.compiler_options(Placement(without, mesh)) == {}
   one = mesh_lib.make_mesh(
-    config.MeshConfig(num_devices=1), TINY.data, plan.devices('v5p:2x2x1')
+    config.MeshConfig(num_devices=1), TINY.data, targets.devices('v5p:2x2x1')
   )
   assert step.compiler_options(Placement(TINY, one)) == {}
 

@@ -1,0 +1,167 @@
+"""What an instruction of a compiled program does: bytes moved, FLOPs.
+
+Bytes are those of operands read and results written; a slice counts what it
+takes, an update in place what it writes. FLOPs are of matrix products, which
+TPU compilers write as convolutions, wherever they are fused into.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from mhc.planner import hlo
+
+# Opcodes that name, select or wait, and move no data.
+FREE = frozenset(
+  {
+    'after-all',
+    'bitcast',
+    'constant',
+    'get-tuple-element',
+    'iota',
+    'opt-barrier',
+    'parameter',
+    'partition-id',
+    'replica-id',
+    'tuple',
+  }
+)
+Shapes = dict[str, str]  # of a computation's instructions
+
+
+class Work(NamedTuple):
+  """Of one instruction, run once."""
+
+  hbm_bytes: float = 0  # read and written in HBM
+  bytes: float = 0  # in HBM and in the vector memory of the cores
+  flops: float = 0  # of products
+
+
+def of(module: hlo.Module, instruction: hlo.Instruction, shapes: Shapes):
+  """The `Work` of an instruction that is not control flow.
+
+  Args:
+    module: its program.
+    instruction: one of a computation.
+    shapes: of that computation's instructions, `hlo.shapes`.
+  """
+  if instruction.opcode in FREE:
+    return Work()
+  return Work(
+    _moved(module, instruction, shapes, on_chip=False),
+    _moved(module, instruction, shapes, on_chip=True),
+    _flops(module, instruction, shapes),
+  )
+
+
+def _moved(module, instruction, shapes, on_chip):
+  def size(shape):
+    return sum(hlo.sizes(shape, on_chip))
+
+  written = size(instruction.shape)
+  match instruction.opcode:
+    case 'dynamic-slice' | 'gather' | 'slice':
+      return 2 * written
+    case 'dynamic-update-slice':
+      return 2 * size(shapes.get(instruction.operands[1], ''))
+    case 'fusion':
+      body = module.computations[hlo.called(instruction, 'calls')]
+      return _fused(body, instruction, shapes, size)
+  return written + sum(size(shapes.get(o, '')) for o in instruction.operands)
+
+
+def _fused(body, instruction, shapes, size):
+  """Bytes of a fusion; an operand that is only sliced counts its slices."""
+  written = size(instruction.shape)
+  inner = {i.name: i for i in body}
+  users = {}
+  for user in body:
+    for operand in user.operands:
+      users.setdefault(operand, []).append(user)
+
+  read = 0
+  for parameter in (i for i in body if i.opcode == 'parameter'):
+    name = instruction.operands[int(parameter.operands[0])]
+    given = size(shapes.get(name, ''))
+    uses = users.get(parameter.name, [])
+    if uses and all(use.opcode in ('dynamic-slice', 'gather') for use in uses):
+      # The first operand is what is sliced; another is where.
+      taken = sum(
+        size(use.shape) for use in uses if use.operands[0] == parameter.name
+      )
+      given = min(given, taken) if taken else given
+    elif uses and all(
+      use.opcode == 'dynamic-update-slice' and use.operands[0] == parameter.name
+      for use in uses
+    ):
+      # Updated in place: only the update is written.
+      updates = [size(inner[use.operands[1]].shape) for use in uses]
+      written -= given - min(given, sum(updates))
+      given = 0
+    read += given
+  return read + max(0, written)
+
+
+def _flops(module, instruction, shapes):
+  match instruction.opcode:
+    case 'convolution':
+      return _convolution(instruction, shapes)
+    case 'dot':
+      return _dot(instruction, shapes)
+    case 'fusion':
+      name = hlo.called(instruction, 'calls')
+      inner = hlo.shapes(module, name)
+      body = module.computations[name]
+      return sum(_flops(module, one, inner) for one in body)
+  return 0
+
+
+def _dimensions(shape):
+  found = re.match(r'\w+\[([\d,]*)\]', shape).group(1)
+  return [int(extent) for extent in found.split(',') if extent]
+
+
+def _convolution(instruction, shapes):
+  """2 for each result, input feature and place of the window that is filled.
+
+  A batch of products is a dimension whose window sees one place of the input,
+  for all else is padding or between the places of a dilated input.
+  """
+  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.attributes)
+  of = [shapes[name] for name in instruction.operands] + [instruction.shape]
+  image, kernel, result = (
+    dict(zip(names, _dimensions(shape), strict=True))
+    for names, shape in zip(labels.groups(), of, strict=True)
+  )
+  window = re.search(r'window=\{([^}]*)\}', instruction.attributes)
+  fields = re.findall(r'(\w+)=(\S+)', window.group(1)) if window else []
+  fields = {name: values.split('x') for name, values in fields}
+  filled = 1
+  for place, size in enumerate(fields.get('size', ())):
+    stride, pad, apart, spread = (
+      int(fields[name][place].split('_')[0]) if name in fields else default
+      for name, default in (
+        ('stride', 1),
+        ('pad', 0),
+        ('lhs_dilate', 1),
+        ('rhs_dilate', 1),
+      )
+    )
+    axis = str(place)
+    first = np.arange(result[axis])[:, None] * stride - pad
+    seen = first + np.arange(int(size)) * spread
+    last = (image[axis] - 1) * apart
+    filled *= int(((seen >= 0) & (seen <= last) & (seen % apart == 0)).sum())
+  return 2 * result['b'] * result['f'] * kernel['i'] * filled
+
+
+def _dot(instruction, shapes):
+  left = _dimensions(shapes[instruction.operands[0]])
+  summed = re.search(
+    r'lhs_contracting_dims=\{([\d,]*)\}', instruction.attributes
+  )
+  axes = [int(axis) for axis in summed.group(1).split(',') if axis]
+  extent = math.prod(left[axis] for axis in axes)
+  return 2 * math.prod(_dimensions(instruction.shape)) * extent
