@@ -128,10 +128,12 @@ def _within(module, name):
 
 def _named(module, instruction) -> str | None:
   """By its own name or, of a fusion, that of something inside."""
+  if instruction.name.startswith('ragged-dot'):  # libtpu's own kernels
+    return parts.EXPERTS
   op_name = _op_name(instruction)
-  if not op_name and instruction.opcode == 'fusion':
-    body = module.computations[hlo.called(instruction, 'calls')]
-    return next(filter(None, (_named(module, i) for i in reversed(body))), None)
-  if not op_name:
+  if '/' in op_name:  # else it is an argument's
+    return parts.innermost(op_name) or OTHER
+  if instruction.opcode != 'fusion':
     return None
-  return parts.innermost(op_name) or OTHER
+  body = module.computations[hlo.called(instruction, 'calls')]
+  return next(filter(None, (_named(module, i) for i in reversed(body))), None)

@@ -24,10 +24,15 @@ def folder() -> pathlib.Path:
   return pathlib.Path(path)
 
 
-def bundles(path: pathlib.Path, kernel: str) -> int:
+def bundles(path: pathlib.Path, kernel: str, steps: int = 2) -> int:
   """Bundles of one grid step of a kernel, its loops times their trips.
 
   Reads the newest dump of that name.
+
+  Args:
+    path: from `folder`.
+    kernel: its name.
+    steps: of the grid, on one core. A single one is no loop.
 
   Raises:
     FileNotFoundError: there is no dump of that name.
@@ -38,7 +43,7 @@ def bundles(path: pathlib.Path, kernel: str) -> int:
       f'{path} holds no dump of {kernel}: the TPU compiler was loaded before '
       'the dump was requested; start a new process'
     )
-  return count_bundles(texts[-1].read_text())
+  return count_bundles(texts[-1].read_text(), steps)
 
 
 def empty(path: pathlib.Path):
@@ -47,8 +52,8 @@ def empty(path: pathlib.Path):
     file.unlink()
 
 
-def count_bundles(text: str) -> int:
-  """Bundles of one iteration of the outermost loop, which is over grid steps.
+def count_bundles(text: str, steps: int = 2) -> int:
+  """Bundles of one grid step: of an iteration of the outermost loop.
 
   A line shows the loop depth at which its first instruction was written, which
   may be less than the bundle's: a loop ends with the last line that shows its
@@ -71,6 +76,8 @@ def count_bundles(text: str) -> int:
       if depths[number] >= depth:
         last = number
     loops.append((first, last, depth))
+  if steps == 1:
+    loops.insert(0, (0, len(lines) - 1, -1))  # all of it, once
   if not loops:
     raise ValueError('the dump has no loop over grid steps')
   bounds = {}
@@ -79,7 +86,7 @@ def count_bundles(text: str) -> int:
     around = [
       loop
       for loop in loops
-      if loop[0] <= number <= loop[1] and loop not in bounds
+      if loop[0] <= number <= loop[1] and loop not in bounds and loop[2] >= 0
     ]
     if bound and around:
       bounds[around[-1]] = int(bound.group(1))

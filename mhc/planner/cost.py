@@ -90,15 +90,15 @@ class Costs:
 
   @property
   def entry(self) -> Cost:
-    """Of the entire program."""
+    """The cost of the entire program."""
     return self.of(self.module.entry)
 
   def of(self, name: str) -> Cost:
-    """Of a computation, run once."""
+    """The cost of a computation, run once."""
     return total(self.each(name))
 
   def each(self, name: str) -> list[Cost]:
-    """Of the instructions of a computation that control flow runs."""
+    """The costs of the instructions of a computation."""
     if name not in self._found:
       shapes = hlo.shapes(self.module, name)
       self._found[name] = [
@@ -119,10 +119,10 @@ class Costs:
         most = max(hlo.branches(instruction), key=lambda b: self.of(b).middle)
         return most, hlo.branch_frequency(module, instruction)
       case 'call' | 'call-start':  # the latter on a SparseCore
-        return hlo.called(instruction, 'to_apply'), 1
+        return hlo.called(instruction, 'to_apply'), 1.0
       case 'async-start':
-        return hlo.called(instruction, 'calls'), 1
-    return '', 0
+        return hlo.called(instruction, 'calls'), 1.0
+    return '', 0.0
 
   def leaves(self) -> Iterator[Leaf]:
     """Every instruction that the program runs, with its times."""
@@ -175,6 +175,8 @@ def price(
   if instruction.opcode == 'sort':
     middle = max(low / STREAMED, _sorting(shapes, instruction, done, chip))
     return Cost(low, middle, BLIND * middle, done.hbm_bytes)
+  if cycles is None and _sends(module, instruction):
+    return Cost(hbm_bytes=done.hbm_bytes)
   if cycles is None:
     middle = streamed / STREAMED + (LATENCY if done.hbm_bytes else 0)
     high = max(middle, BLIND * streamed)
@@ -186,6 +188,14 @@ def price(
   waiting = streamed / STREAMED + (LATENCY if done.hbm_bytes else 0)
   middle = max(low, min(scheduled, max(waiting, through)))
   return Cost(low, middle, scheduled, done.hbm_bytes)
+
+
+def _sends(module, instruction):
+  """Whether a fusion starts or awaits a collective, and does nothing else."""
+  if instruction.opcode != 'fusion':
+    return False
+  body = module.computations[hlo.called(instruction, 'calls')]
+  return any(one.opcode in hlo.COLLECTIVES for one in body)
 
 
 def _cycles(instruction) -> float | None:

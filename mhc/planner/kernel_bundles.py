@@ -116,15 +116,15 @@ def count(
     return equation.primitive.bind(*arrays, **params)
 
   jax.jit(alone).lower(*operands).compile()
-  of_one = bundles.bundles(folder, params['name'])
-  bundles.empty(folder)
-  grid = params['grid_mapping'].grid
   semantics = params['compiler_params'].dimension_semantics or ()
   shared = chip.cores if 'parallel' in semantics else 1
-  return of_one * math.ceil(math.prod(grid) / shared)
+  steps = math.ceil(math.prod(params['grid_mapping'].grid) / shared)
+  of_one = bundles.bundles(folder, params['name'], steps)
+  bundles.empty(folder)
+  return float(of_one * steps)
 
 
-def _key(equation):
+def key(equation: Any) -> tuple[str, str]:
   """`cost.kernel_key` of the call in the compiled program."""
   shapes = (
     f'{_SHORT[str(aval.dtype)]}[{",".join(map(str, aval.shape))}]'
@@ -144,9 +144,10 @@ def main(given: str, topology: str, found: str):
   chip = chips.CHIPS[topology.partition(':')[0]]
   counted = {}
   for equation in kernels(traced.jaxpr.jaxpr):
-    key = _key(equation)
-    if key not in counted:
-      counted[key] = count(equation, devices[0], chip, folder)
+    name = key(equation)
+    if name not in counted:
+      counted[name] = count(equation, devices[0], chip, folder)
+  folder.rmdir()
   pathlib.Path(found).write_text(json.dumps([*counted.items()]))
 
 

@@ -32,15 +32,17 @@ Shapes = dict[str, str]  # of a computation's instructions
 
 
 class Work(NamedTuple):
-  """Of one instruction, run once."""
+  """What one instruction does when it runs once."""
 
   hbm_bytes: float = 0  # read and written in HBM
   bytes: float = 0  # in HBM and in the vector memory of the cores
   flops: float = 0  # of products
 
 
-def of(module: hlo.Module, instruction: hlo.Instruction, shapes: Shapes):
-  """The `Work` of an instruction that is not control flow.
+def of(
+  module: hlo.Module, instruction: hlo.Instruction, shapes: Shapes
+) -> Work:
+  """The work of an instruction that is not control flow.
 
   Args:
     module: its program.

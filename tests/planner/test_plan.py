@@ -9,11 +9,10 @@ from mhc import config
 from mhc.config import presets
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel.placement import Placement
-from mhc.planner import hlo
 from mhc.planner import plan
-from mhc.planner import targets
 from mhc.planner import search
 from mhc.planner import table as plan_table
+from mhc.planner import targets
 from mhc.training import step
 from mhc.training import xla_options
 
@@ -141,115 +140,3 @@ def test_impossible_topologies():
       dataclasses.replace(TINY, mesh=config.MeshConfig(num_devices=8)),
       'v5e:2x2',
     )
-
-
-MODULE = """\
-HloModule jit_f, is_scheduled=true
-
-%body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
-  %p = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
-  %one = s32[]{:T(128)} constant(1)
-  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
-  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p), index=1
-  %next = s32[]{:T(128)} add(%i, %one), backend_config={"estimated_cycles":"5"}
-  %y = f32[8,128]{1,0:T(8,128)} fusion(%x), kind=kLoop, calls=%fused, \
-backend_config={"estimated_cycles":"100"}
-  ROOT %t = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%next, %y)
-}
-
-%condition (p.1: (s32[], f32[8,128])) -> pred[] {
-  %p.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
-  %bound = s32[]{:T(128)} constant(7)
-  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
-  ROOT %lt = pred[]{:T(512)} compare(%i.1, %bound), direction=LT
-}
-
-%fused (a: f32[8,128]) -> f32[8,128] {
-  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
-  ROOT %m = f32[8,128]{1,0:T(8,128)} multiply(%a, %a)
-}
-
-%slicing (b: bf16[64,128]) -> bf16[1,128] {
-  %b = bf16[64,128]{1,0} parameter(0)
-  %zero = s32[]{:T(128)} constant(0)
-  ROOT %s = bf16[1,128]{1,0} dynamic-slice(%b, %zero, %zero)
-}
-
-ENTRY %main (x: f32[8,128], w: bf16[64,128]) -> f32[8,128] {
-  %x.1 = f32[8,128]{1,0:T(8,128)} parameter(0)
-  %w = bf16[64,128]{1,0} parameter(1)
-  %c = s32[]{:T(128)} constant(0)
-  %row = bf16[1,128]{1,0:T(8,128)(2,1)S(1)} fusion(%w), kind=kLoop, \
-calls=%slicing, backend_config={"estimated_cycles":"10"}
-  %init = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%c, %x.1)
-  %loop = (s32[]{:T(128)}, /*index=1*/f32[8,128]{1,0:T(8,128)}) \
-while(%init), condition=%condition, body=%body
-  %kernel = f32[8,128]{1,0} custom-call(%x.1), \
-custom_call_target="tpu_custom_call", backend_config={"cost_estimate":\
-{"flops":"300","transcendentals":"0","bytes_accessed":"40"}}
-  ROOT %out = f32[8,128]{1,0:T(8,128)} get-tuple-element(%loop), index=1
-}
-"""
-
-
-def test_cycles_that_were_not_estimated_are_bytes():
-  """As libtpu writes them of what it gives to SparseCores."""
-  known = '"estimated_cycles":"10"'
-  assert MODULE.count(known) == 1
-  unknown = MODULE.replace(known, f'"estimated_cycles":"{2**63 - 1}"')
-  peak = (1e3, 1e2)
-  before, after = (hlo.cost(hlo.parse(m), peak) for m in (MODULE, unknown))
-  assert before.cycles - after.cycles == 10
-  assert after.bytes == before.bytes
-  slices = 2 * 128 / peak[1]
-  assert after.kernel_seconds - before.kernel_seconds == pytest.approx(slices)
-
-
-def test_the_cost_of_a_schedule_by_hand():
-  module = hlo.parse(MODULE)
-  assert module.entry == 'main'
-  assert hlo.trips(module, module.computations['main'][5]) == 7
-  cost = hlo.cost(module)
-  assert cost.cycles == 10 + 7 * (100 + 5)
-  array = 4 * 8 * 128
-  # The slice is read, its result stays on chip; the kernel and each trip read
-  # and write an array, and a trip also counts (4 + 4 + 4 bytes).
-  assert cost.bytes == 2 * 128 + 2 * array + 7 * (2 * array + 12)
-  assert (cost.kernel_flops, cost.kernel_bytes) == (300, 40)
-
-
-BRANCH = """\
-%branch_{name} (p.2: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {{
-  %p.2 = (s32[]{{:T(128)}}, f32[8,128]{{1,0:T(8,128)}}) parameter(0)
-  ROOT %inner_{name} = (s32[]{{:T(128)}}, f32[8,128]{{1,0:T(8,128)}}) \
-while(%p.2), condition=%condition, body=%body, \
-metadata={{op_name="jit(f)/tick/cond/branch_1_fun/{name}/while"}}
-}}
-
-"""
-
-
-def test_a_share_is_of_the_scope_directly_around():
-  choice = (
-    '%chosen = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) conditional(%c,'
-    ' %init, %init), branch_computations={%branch_skip, %branch_work},'
-    ' metadata={op_name="jit(f)/tick/cond"}\n'
-  )
-  text = MODULE.replace(
-    'ENTRY', BRANCH.format(name='skip') + BRANCH.format(name='work') + 'ENTRY'
-  ).replace('%kernel =', choice + '  %kernel =')
-  alone = hlo.cost(hlo.parse(MODULE)).cycles
-  loop = 7 * (100 + 5)
-
-  def cycles(**shares):
-    return hlo.cost(hlo.parse(text, shares)).cycles - alone
-
-  assert cycles() == loop
-  assert cycles(tick=0.5) == 0.5 * loop
-  assert cycles(tick=0.5, work=0.25, skip=0.0) == 0.5 * 0.25 * loop
-  assert cycles(other=0.0) == loop
-
-
-def test_sizes_of_shapes():
-  assert hlo.sizes('(s32[]{:T(128)}, bf16[4,3]{1,0})') == [4, 24]
-  assert hlo.sizes('f32[2,128]{1,0:T(2,128)S(1)}') == [0]
