@@ -10,8 +10,8 @@
 
 --count prints parameters, and FLOPs and activation bytes per token, as JSON.
 --topology compiles the training step for a TPU slice (or 'cpu') and prints
-whether it fits, its communication and its time, relative to the plain residual
-on the same mesh; minutes per program for the paper's models. For the GPUs of a
+whether it fits, its communication, its time and where that goes; minutes per
+program for the paper's models. For the GPUs of a
 machine (h100, h200, b200; requires pip install 'jax[cuda13]', no GPU) it prints
 whether it fits.
 --suggest instead searches meshes by formulas, in seconds. --draw_schedule draws
@@ -43,9 +43,11 @@ TOPOLOGY = flags.DEFINE_string(
 )
 AGAINST = flags.DEFINE_list(
   'against',
-  ['residual'],
-  "Programs to compare the step with: 'residual' and 'xla' (without kernels), "
-  "one more compilation each; '' for none.",
+  [],
+  "Programs to compare the whole step with: 'residual' and 'xla' (without "
+  'kernels), one more compilation each. The compiler may arrange two programs '
+  'so differently that their difference says little of the connections, whose '
+  'own seconds every plan has.',
 )
 SUGGEST = flags.DEFINE_bool(
   'suggest', False, 'Print the fastest meshes for --topology, by formulas.'

@@ -39,9 +39,9 @@ def run(
   Raises:
     NotImplementedError: not even the smallest tile fits.
   """
-  machine, chip = _machine()
+  here, chip = machine()
   num_tokens = arrays['x'].shape[1]
-  sizes = dataclasses.replace(sizes, interpret=machine != 'tpu')
+  sizes = dataclasses.replace(sizes, interpret=here != 'tpu')
   call = largest(declare, sizes, num_tokens, chip)
   grid = blocks.make_grid(num_tokens, call.sizes.tokens, chip.cores)
   operands = axes.cast_varying(
@@ -139,7 +139,7 @@ def _body(call):
   return body
 
 
-def _machine():
+def machine():
   """Returns the platform and its chip; off TPUs, as when interpreted, a v5p."""
   machine, kind = platform.device()
   found = [chip for chip in chips.CHIPS.values() if chip.kind == kind]

@@ -1,22 +1,29 @@
-"""Causal softmax attention in blocks of queries.
+"""Causal softmax attention.
 
     o_t = sum_s a_ts v_s,   a_ts = softmax_s(scale q_t . k_s),   s <= start + t
 
-with the softmax in float32. Blocks of `BLOCK` queries are taken one by one,
-each against the keys that it can see, and are computed again for the gradient:
-at most [BLOCK, s] logits a head exist at a time, and most of the products
-beyond the diagonal are never made.
+with the softmax in float32. On TPUs whole rows go through a kernel that keeps
+no logits (`mhc.kernels.pallas.attention`). Elsewhere, in decoding, and for
+sizes that the kernel does not take, blocks of `BLOCK` queries are taken one by
+one, each against the keys that it can see, and are computed again for the
+gradient: at most [BLOCK, s] logits a head exist at a time, and most of the
+products beyond the diagonal are never made.
 
 (`jax.nn.dot_product_attention` makes all of [t, s] on every backend but cuDNN
 and wants values as wide as keys, which those of latent attention are not;
 Splash attention does not trace in a `shard_map` that checks its axes.)
 """
 
+import functools
+
+from absl import logging
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mhc import precision
+from mhc.kernels import platform as platform_lib
+from mhc.kernels.pallas import attention as kernel
 from mhc.model import parts
 from mhc.model import recompute
 
@@ -39,6 +46,62 @@ def causal_attention(
     scale: of the logits.
     start: position of the first query; key s stands at position s.
   """
+  whole = isinstance(start, int) and start == 0 and key.ndim == value.ndim == 4
+  if whole and key.shape == query.shape and platform_lib.platform() == 'tpu':
+    try:
+      return by_kernel(query, key, value, scale)
+    except NotImplementedError as reason:
+      _warn_once(f'attention runs without its kernel: {reason}')
+  return in_blocks(query, key, value, scale, start)
+
+
+def by_kernel(
+  query: Float[Array, 'b t h k'],
+  key: Float[Array, 'b t h k'],
+  value: Float[Array, 'b t h v'],
+  scale: float,
+) -> Float[Array, 'b t h v']:
+  """`causal_attention` of whole rows by the TPU kernels.
+
+  Raises:
+    NotImplementedError: they do not take these sizes.
+  """
+  batch, time, heads, _ = query.shape
+  query, key, value = (
+    jnp.swapaxes(x, 1, 2).reshape(batch * heads, time, -1)
+    for x in (query, key, value)
+  )
+  out = _kernel(scale, query, key, value)
+  return jnp.swapaxes(out.reshape(batch, heads, time, -1), 1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _kernel(scale, query, key, value):
+  return kernel.forward(query, key, value, scale)[0]
+
+
+def _kernel_forward(scale, query, key, value):
+  out, log_sum = kernel.forward(query, key, value, scale)
+  # So that recomputation keeps both, and the kernel runs once.
+  out, log_sum = recompute.name_inner(out), recompute.name_inner(log_sum)
+  return out, (query, key, value, out, log_sum)
+
+
+def _kernel_backward(scale, kept, d_out):
+  return kernel.backward(*kept, d_out, scale)
+
+
+_kernel.defvjp(_kernel_forward, _kernel_backward)
+
+
+def in_blocks(
+  query: Float[Array, 'b t h k'],
+  key: Float[Array, 'b s h k'] | Float[Array, 'b s k'],
+  value: Float[Array, 'b s h v'] | Float[Array, 'b s v'],
+  scale: float,
+  start: int | Int[Array, ''] = 0,
+) -> Float[Array, 'b t h v']:
+  """`causal_attention` in plain JAX."""
   time, blocks = query.shape[1], []
   for first in range(0, time, BLOCK):
     last = min(first + BLOCK, time)
@@ -69,3 +132,8 @@ def _block(query, key, value, scale, start):
   logits = jnp.where(seen[None, None], logits, -jnp.inf)
   weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
   return jnp.einsum(f'bhqs,{values}->bqhk', weights, value)
+
+
+@functools.cache
+def _warn_once(message):
+  logging.warning(message)

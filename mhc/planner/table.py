@@ -4,7 +4,8 @@ counted    exact, from the config
 formula    from the config, of the dominant terms
 compiled   by the target's own compiler
 estimated  from the compiler's schedule, data sheets' speeds of chip, memory
-           and links, and the bytes sent; no program has run
+           and links, and the bytes sent; no program has run. In brackets its
+           bounds, see `cost`
 """
 
 from typing import Any
@@ -32,27 +33,59 @@ def table(plan: dict[str, Any]) -> str:
     row(f'bytes a device: {kind.replace("_", " ")}', _size(size), source)
   row('bytes a device', _size(plan['bytes_per_device']), 'compiled')
   if plan['step_seconds'] is not None:
-    row('bytes moved in a device', f'{plan["bytes_moved"]:.3g}', 'estimated')
-    for axes, kinds in plan['collectives'].items():
-      for kind, total in kinds.items():
-        row(
-          f'{kind} over {axes}',
-          f'{total["count"]:,.0f} times, {_size(total["bytes"])}, '
-          f'{total["seconds"]:.3g} s, {total["exposed"]:.3g} s exposed',
-          'estimated',
-        )
-    row('seconds of compute', f'{plan["compute_seconds"]:.4g}', 'estimated')
-    exposed = plan['exposed_comm_fraction']
-    row('communication exposed', f'{exposed:.1%} of a step', 'estimated')
-    row('seconds a step', f'{plan["step_seconds"]:.4g}', 'estimated')
-    row('tokens a second', f'{plan["tokens_per_second"]:,.0f}', 'estimated')
-    row('model FLOPs utilisation', f'{plan["mfu"]:.1%}', 'estimated')
-    for name, value in plan.items():
-      if name.startswith('overhead_vs_') and value is not None:
-        label = _LABELS[name.removeprefix('overhead_vs_')]
-        row(f'step against {label}', f'{value:+.1%}', 'estimated')
+    _estimated(plan, row)
   row('seconds to compile', f'{plan["compile_seconds"]:.0f}', 'measured here')
   return '\n'.join(['| | | |', '|---|---:|---|', *rows])
+
+
+def _estimated(plan, row):
+  """Rows of what is estimated from the compiler's schedule."""
+
+  def estimate(name, value):
+    row(name, value, 'estimated')
+
+  estimate('bytes moved in a device', f'{plan["bytes_moved"]:.3g}')
+  for axes, kinds in plan['collectives'].items():
+    for kind, total in kinds.items():
+      estimate(
+        f'{kind} over {axes}',
+        f'{total["count"]:,.0f} times, {_size(total["bytes"])}, '
+        f'{total["seconds"]:.3g} s, {total["exposed"]:.3g} s exposed',
+      )
+  seconds = plan['step_seconds']
+  for name, part in plan['breakdown'].items():
+    if part['seconds']:
+      estimate(
+        f'seconds: {name.replace("_", " ")}',
+        f'{_share(part["seconds"], seconds)}; at the peaks products '
+        f'{part["flops_seconds"]:.3g}, memory {part["hbm_seconds"]:.3g}',
+      )
+  for name in ('bubble', 'padding', 'recompute'):
+    estimate(
+      f'of these seconds: {name}', _share(plan[f'{name}_seconds'], seconds)
+    )
+  estimate('connections, over all else', f'{connections_overhead(plan):+.1%}')
+  low, high = plan['step_seconds_bounds']
+  estimate('seconds a step', f'{seconds:.4g} ({low:.4g} to {high:.4g})')
+  estimate('tokens a second', f'{plan["tokens_per_second"]:,.0f}')
+  estimate(
+    'model FLOPs utilisation',
+    f'{plan["mfu"]:.1%} ({plan["mfu_compiler"]:.1%} by the compiler)',
+  )
+  for name, value in plan.items():
+    if name.startswith('overhead_vs_') and value is not None:
+      label = _LABELS[name.removeprefix('overhead_vs_')]
+      estimate(f'step against {label}', f'{value:+.1%}')
+
+
+def connections_overhead(plan: dict[str, Any]) -> float:
+  """The connections' own seconds over those of the rest of the step."""
+  own = plan['breakdown']['connections']['seconds']
+  return own / (plan['step_seconds'] - own)
+
+
+def _share(seconds, of):
+  return f'{seconds:.4g} s, {seconds / of:.1%}'
 
 
 _LABELS = {'residual': 'the plain residual', 'xla': 'no kernels'}
