@@ -26,7 +26,7 @@ past the last is no expert: nothing is sent, and the result is 0.
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from mhc import config as config_lib
 from mhc.axes import EXPERT
 from mhc.kernels import platform as platform_lib
 from mhc.model import experts as experts_lib
+from mhc.model import rows as rows_lib
 
 # The scope of further rounds, by which they are found in the compiled program.
 OVERFLOW = 'overflow'
@@ -80,52 +81,41 @@ def dispatch_and_combine(
     out = _by_all_to_all(config, ragged, x, experts, gates, weights)
     return out, jnp.zeros((), jnp.float32)
   rows = experts_lib.expert_capacity(config, experts)
-  out, dropped = by_capacity(x, experts, weights, rows)
-  return experts_lib.combine(out, gates), dropped
-
-
-class _SendOrder(NamedTuple):
-  """One device's assignments, sorted by expert, hence by device."""
-
-  order: Int[Array, 'sk']  # the assignment at each place in the queues
-  device: Int[Array, 'sk']  # of each assignment's expert
-  rank: Int[Array, 'sk']  # of each assignment in its queue
-  local: Int[Array, 'sk']  # the expert's number there, by place
-  starts: Int[Array, 'p']
-  lengths: Int[Array, 'p']
+  return by_capacity(x, experts, gates, weights, rows)
 
 
 def _by_all_to_all(config, ragged, x, experts, gates, weights):
   """Dropless dispatch by one of the two all_to_all."""
   p, e = jax.lax.axis_size(EXPERT), weights.gate.shape[0]
   (s, k), rows = experts.shape, experts.size
-  flat = experts.reshape(-1)
-  order = jnp.argsort(flat)
-  lengths = jnp.bincount(flat // e, length=p)
-  starts = jnp.cumsum(lengths) - lengths
-  place = jnp.argsort(order)
-  rank = place - starts[flat // e]
-  queues = _SendOrder(order, flat // e, rank, flat[order] % e, starts, lengths)
+  # Sorted by expert is sorted by device: a queue for each.
+  queue = rows_lib.make_queue(experts, p * e)
+  queue = queue._replace(starts=queue.starts[::e])
+  local = experts.reshape(-1)[queue.order] % e
   # A token has at most min(k, e) of its experts on one device.
   longest = s * min(k, e)
   size = min(longest, max(1, math.ceil(config.buffer_factor * rows / p)))
   one_round = functools.partial(_send_round, size, ragged)
   return _all_rounds(
-    one_round, size, longest, jnp.max(lengths), queues, (x, gates), weights
+    one_round,
+    size,
+    longest,
+    jnp.max(queue.counts),
+    (queue, local),
+    (x, gates),
+    weights,
   )
 
 
 def _send_round(size, ragged, number, queues, inputs, weights):
   """This round's contribution to every token's output, [s, d]."""
-  x, gates = inputs
-  (s, k), e = gates.shape, weights.gate.shape[0]
-  first = number * size
-  rank = first + jnp.arange(size)[None]
-  used = rank < queues.lengths[:, None]
-  source = jnp.minimum(queues.starts[:, None] + rank, s * k - 1)
-  rows = jnp.where(used[..., None], x[queues.order[source] // k], 0)
-  names = _all_to_all(jnp.where(used, queues.local[source], e))
-  sent = jnp.clip(queues.lengths - first, 0, size)
+  (queue, local), (x, gates) = queues, inputs
+  first, e = number * size, weights.gate.shape[0]
+  route = rows_lib.rooms(queue, size, first)
+  rows = rows_lib.spread(x, route).reshape(-1, size, x.shape[1])
+  names = local.at[rows_lib.room_rows(queue, size, first)]
+  names = _all_to_all(names.get(mode='fill', fill_value=e).reshape(-1, size))
+  sent = jnp.clip(queue.counts - first, 0, size)
   if ragged:
     received = _all_to_all(sent)
     carry, back = (
@@ -134,20 +124,12 @@ def _send_round(size, ragged, number, queues, inputs, weights):
     )
   else:
     carry = back = _all_to_all
+  arrived = carry(rows)
   out = experts_lib.dropless(
-    carry(rows).reshape(-1, x.shape[1]),
-    names.reshape(-1, 1),
-    weights,
-    partial=True,
+    arrived.reshape(-1, x.shape[1]), names.reshape(-1, 1), None, weights
   )
-  out = back(out.reshape(rows.shape))
-  place = queues.rank - first
-  in_this_round = (place >= 0) & (place < size)
-  # The device of no expert is past the last.
-  in_this_round &= queues.device < len(queues.lengths)
-  out = out[queues.device, jnp.where(in_this_round, place, 0)]
-  out = jnp.where(in_this_round[:, None], out, 0)
-  return experts_lib.combine(out.reshape(s, k, -1), gates)
+  out = back(out.reshape(arrived.shape))
+  return rows_lib.collect(out.reshape(-1, x.shape[1]), gates, route)
 
 
 def _by_all_gather(config, x, experts, gates, weights):
@@ -158,21 +140,23 @@ def _by_all_gather(config, x, experts, gates, weights):
   local = jnp.where((local < 0) | (local >= e), e, local)
   everyone = (gather(x), gather(gates))
   if config.dispatch == 'dropless':
-    flat = local.reshape(-1)
-    length = jnp.sum(flat < e)
+    queue = rows_lib.make_queue(local, e)
     longest = len(local) * min(local.shape[1], e)
     size = min(longest, math.ceil(config.buffer_factor * experts.size))
     one_round = functools.partial(_local_round, size)
-    queue = (jnp.argsort(flat), flat, length)
+    length = queue.starts[-1]
     out = _all_rounds(
       one_round, size, longest, length, queue, everyone, weights
     )
     dropped = jnp.zeros((), jnp.float32)
   else:
     out, dropped = experts_lib.capacity(
-      everyone[0], local, weights, experts_lib.expert_capacity(config, local)
+      everyone[0],
+      local,
+      everyone[1],
+      weights,
+      experts_lib.expert_capacity(config, local),
     )
-    out = experts_lib.combine(out, everyone[1])
     dropped = jax.lax.psum(dropped, EXPERT)
   out = jax.lax.psum_scatter(out, EXPERT, scatter_dimension=0, tiled=True)
   return out, dropped
@@ -180,71 +164,75 @@ def _by_all_gather(config, x, experts, gates, weights):
 
 def _local_round(size, number, queue, inputs, weights):
   """The outputs of this device's experts in a round, for all tokens."""
-  (order, experts, length), (x, gates) = queue, inputs
-  e, k = weights.gate.shape[0], gates.shape[1]
-  rank = number * size + jnp.arange(size)
-  used = rank < length
-  source = order[jnp.minimum(rank, len(order) - 1)]
-  names = jnp.where(used, experts[source], e)
-  out = experts_lib.dropless(
-    x[source // k], names[:, None], weights, partial=True
-  )[:, 0]
-  out = out.astype(jnp.float32) * gates.reshape(-1)[source][:, None]
-  total = jnp.zeros(x.shape, jnp.float32)
-  total = (
-    axes.cast_varying(total, axes.varying_axes(out)).at[source // k].add(out)
-  )
-  return total.astype(x.dtype)
+  x, gates = inputs
+  route, sizes = rows_lib.window(queue, number * size, size)
+  return experts_lib.routed(x, route, sizes, gates, weights)
 
 
 def _all_rounds(one_round, size, longest, length, queues, inputs, weights):
   """The sum over rounds of one_round(number, queues, inputs, weights)."""
-  total = one_round(jnp.zeros((), jnp.int32), queues, inputs, weights)
-  if longest > size:
-    most = jax.lax.pmax(length, EXPERT)
-    number = axes.cast_varying(-(-most // size), axes.varying_axes(total))
-    total = total + _overflow_rounds(one_round, number, queues, inputs, weights)
-  return total
+  if longest <= size:
+    return one_round(_first(), queues, inputs, weights)
+  number = -(-jax.lax.pmax(length, EXPERT) // size)
+  over = axes.varying_axes((queues, inputs, weights))
+  number = axes.cast_varying(number, over)
+  return _rounds(one_round, number, queues, inputs, weights)
+
+
+def _first():
+  return jnp.zeros((), jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _overflow_rounds(one_round, number, queues, inputs, weights):
-  """The rounds 1 to number - 1; a loop of no trips under an even load."""
+def _rounds(one_round, number, queues, inputs, weights):
+  """Rounds 0 to number - 1. An even load has one, and does nothing more."""
+  return _rounds_forward(one_round, number, queues, inputs, weights)[0]
+
+
+def _rounds_forward(one_round, number, queues, inputs, weights):
+  total, pull_back = jax.vjp(
+    functools.partial(one_round, _first(), queues), inputs, weights
+  )
 
   def add(index, total):
     return total + one_round(index, queues, inputs, weights)
 
-  with jax.named_scope(OVERFLOW):
-    return jax.lax.fori_loop(1, number, add, jnp.zeros_like(inputs[0]))
+  total = _further(number, add, total)
+  return total, (pull_back, number, queues, inputs, weights)
 
 
-def _overflow_forward(one_round, *arguments):
-  return _overflow_rounds(one_round, *arguments), arguments
-
-
-def _overflow_backward(one_round, kept, g):
-  number, queues, inputs, weights = kept
+def _rounds_backward(one_round, kept, g):
+  pull_back, number, queues, inputs, weights = kept
 
   def add(index, total):
-    _, pull = jax.vjp(
-      lambda *floats: one_round(index, queues, *floats), inputs, weights
-    )
-    return jax.tree.map(jnp.add, total, pull(g))
+    one = functools.partial(one_round, index, queues)
+    _, pull_back = jax.vjp(one, inputs, weights)
+    return jax.tree.map(jnp.add, total, pull_back(g))
 
-  zeros = jax.tree.map(jnp.zeros_like, (inputs, weights))
+  return None, None, *_further(number, add, pull_back(g))
+
+
+def _further(number, add, total):
+  """add(1, total), add(2, .), ... to number - 1, if there are any."""
   with jax.named_scope(OVERFLOW):
-    return None, None, *jax.lax.fori_loop(1, number, add, zeros)
+    return jax.lax.cond(
+      number > 1,
+      lambda total: jax.lax.fori_loop(1, number, add, total),
+      lambda total: total,
+      total,
+    )
 
 
-_overflow_rounds.defvjp(_overflow_forward, _overflow_backward)
+_rounds.defvjp(_rounds_forward, _rounds_backward)
 
 
 def by_capacity(
   x: Float[Array, 's d'],
   experts: Int[Array, 's k'],
+  gates: Float[Array, 's k'] | None,
   weights: experts_lib.Weights,
   rows_per_expert: int,
-) -> tuple[Float[Array, 's k d'], Float[Array, '']]:
+) -> tuple[Float[Array, 's d'], Float[Array, '']]:
   """`experts.capacity` with the bound for each device's tokens."""
   num_devices, num_local = jax.lax.axis_size(EXPERT), weights.gate.shape[0]
 
@@ -259,7 +247,7 @@ def by_capacity(
 
   num_experts = num_devices * num_local
   return experts_lib.with_capacity(
-    x, experts, num_experts, rows_per_expert, apply
+    x, experts, gates, num_experts, rows_per_expert, apply
   )
 
 

@@ -1,8 +1,8 @@
 """SwiGLU experts on tokens that a router has assigned to them.
 
-The rows of all assignments, token by token k of them, are sorted by expert;
-what then remains is one matrix product a group of rows, with that group's own
-weights. Three ways to compute it:
+The rows of all assignments, token by token k of them, are sorted by expert
+(`rows`); what then remains is one matrix product a group of rows, with that
+group's own weights. Three ways to compute it:
 
 * `ragged`: `jax.lax.ragged_dot`, on TPUs;
 * `blocked`: elsewhere, where ragged_dot lowers to num_experts dense products.
@@ -11,7 +11,7 @@ weights. Three ways to compute it:
 * `capacity`: every expert has the same number of slots, rows beyond are lost.
 
 All three give the same result where nothing is dropped. An expert number past
-the last one stands for an expert that is elsewhere: its rows come back as 0.
+the last one stands for an expert that is elsewhere, and adds nothing.
 
 `expert_parallel` moves tokens to experts on other devices.
 """
@@ -30,6 +30,7 @@ from mhc.kernels import platform as platform_lib
 from mhc.model import layers
 from mhc.model import parts
 from mhc.model import recompute
+from mhc.model import rows as rows_lib
 
 BLOCK = 64
 
@@ -45,64 +46,65 @@ class Weights(NamedTuple):
 def dropless(
   x: Float[Array, 's d'],
   experts: Int[Array, 's k'],
+  gates: Float[Array, 's k'] | None,
   weights: Weights,
-  *,
-  partial: bool = False,
-) -> Float[Array, 's k d']:
-  """Every expert's output for every token assigned to it.
+) -> Float[Array, 's d']:
+  """The gated sum over each token's experts; gates=None stands for 1."""
+  queue = rows_lib.make_queue(experts, weights.gate.shape[0])
+  route, sizes = rows_lib.window(queue, 0, experts.size)
+  return routed(x, route, sizes, gates, weights)
 
-  `partial` says that some experts are elsewhere.
-  """
-  order, sizes = _sort(experts, weights.gate.shape[0])
-  rows = x[order // experts.shape[1]]
-  if partial:
-    # Their rows are sorted last.
-    here = (jnp.arange(len(rows)) < jnp.sum(sizes))[:, None]
-    rows = jnp.where(here, rows, 0)
+
+def routed(
+  x: Float[Array, 's d'],
+  route: rows_lib.Route,
+  sizes: Int[Array, 'e'],
+  gates: Float[Array, 's k'] | None,
+  weights: Weights,
+) -> Float[Array, 's d']:
+  """`dropless` of the assignments that a route has, sorted by expert."""
   # Not by lax.platform_dependent, which in the branches of a pipeline stays a
   # choice at run time, with buffers for both.
   multiply = ragged if platform_lib.platform() == 'tpu' else blocked
-  out = multiply(rows, sizes, weights)
-  if partial:
-    out = jnp.where(here, out, 0)
-  return _unsort(out, order, experts.shape)
+  rows = multiply(rows_lib.spread(x, route), sizes, weights)
+  return rows_lib.collect(rows, gates, route)
 
 
 def capacity(
   x: Float[Array, 's d'],
   experts: Int[Array, 's k'],
+  gates: Float[Array, 's k'] | None,
   weights: Weights,
   rows_per_expert: int,
-) -> tuple[Float[Array, 's k d'], Float[Array, '']]:
+) -> tuple[Float[Array, 's d'], Float[Array, '']]:
   """As `dropless` with a bound on the rows of an expert.
 
   Returns:
-    the outputs, 0 for an assignment beyond the bound (later tokens lose), and
-    the fraction of such assignments.
+    the sum, without the assignments beyond the bound (later tokens lose), and
+    the fraction of those.
   """
   apply = functools.partial(batched, weights=weights)
   num_experts = weights.gate.shape[0]
-  return with_capacity(x, experts, num_experts, rows_per_expert, apply)
+  return with_capacity(x, experts, gates, num_experts, rows_per_expert, apply)
 
 
 def with_capacity(
   x: Float[Array, 's d'],
   experts: Int[Array, 's k'],
+  gates: Float[Array, 's k'] | None,
   num_experts: int,
   rows_per_expert: int,
   apply: Callable,
-) -> tuple[Float[Array, 's k d'], Float[Array, '']]:
+) -> tuple[Float[Array, 's d'], Float[Array, '']]:
   """`capacity` with the experts' function of [e, rows_per_expert, d] given."""
-  order, sizes = _sort(experts, num_experts)
-  rows = x[order // experts.shape[1]]
-  group, rank = _places(sizes, len(rows))
-  late = (rank >= rows_per_expert) & (group < num_experts)
-  end = num_experts * rows_per_expert
-  place = jnp.where(late, end, group * rows_per_expert + rank)
-  buffer = _placed(rows, place, num_experts, rows_per_expert)
-  out = _taken(apply(buffer), place)
-  dropped = jnp.mean(late.astype(jnp.float32))
-  return _unsort(out, order, experts.shape), dropped
+  queue = rows_lib.make_queue(experts, num_experts)
+  route = rows_lib.rooms(queue, rows_per_expert)
+  buffer = rows_lib.spread(x, route)
+  out = apply(buffer.reshape(num_experts, rows_per_expert, -1))
+  late = jnp.maximum(queue.counts - rows_per_expert, 0)
+  dropped = jnp.sum(late) / experts.size
+  out = rows_lib.collect(out.reshape(buffer.shape), gates, route)
+  return out, dropped.astype(jnp.float32)
 
 
 def expert_capacity(
@@ -114,13 +116,6 @@ def expert_capacity(
   """
   mean = experts.size / config.num_experts
   return min(len(experts), math.ceil(config.capacity_factor * mean))
-
-
-def combine(
-  out: Float[Array, 's k d'], gates: Float[Array, 's k']
-) -> Float[Array, 's d']:
-  """The gated sum over a token's experts."""
-  return jnp.sum(out * gates[..., None].astype(out.dtype), axis=1)
 
 
 @parts.part(parts.EXPERTS)
@@ -151,42 +146,23 @@ def blocked(
   num_rows, num_experts = len(rows), len(sizes)
   block = min(BLOCK, max(1, num_rows // num_experts))
   num_blocks = num_rows // block + num_experts
-  last = jnp.cumsum(-(-sizes // block))  # blocks up to each expert
-  group, rank = _places(sizes, num_rows)
-  first = jnp.concatenate([jnp.zeros(1, last.dtype), last[:-1]])
-  place = first.at[group].get(mode='fill', fill_value=num_blocks) * block + rank
+  until = jnp.cumsum(sizes)  # rows up to the end of each expert's
+  last = jnp.cumsum(-(-sizes // block))  # and blocks
   owner = jnp.searchsorted(last, jnp.arange(num_blocks), side='right')
   owner = jnp.minimum(owner, num_experts - 1)
-  buffer = _placed(rows, place, len(owner), block)
-  return _taken(batched(buffer, Weights(*(w[owner] for w in weights))), place)
 
+  # The row at each place of the blocks, and the place of each row.
+  place = jnp.arange(num_blocks * block)
+  expert = owner[place // block]
+  rank = place - (last[expert] - -(-sizes[expert] // block)) * block
+  row = until[expert] - sizes[expert] + rank
+  row = jnp.where(rank < sizes[expert], row, num_rows)
+  number = jnp.arange(num_rows)
+  group = jnp.searchsorted(until, number, side='right')
+  first = (last - -(-sizes // block)) * block - (until - sizes)
+  back = first.at[group].get(mode='fill', fill_value=len(place)) + number
+  route = rows_lib.Route(row, jnp.zeros_like(row), back[:, None])
 
-def _placed(rows, place, num_groups, size):
-  """Rows at their places in [num_groups, size]; those past the end are lost."""
-  buffer = jnp.zeros((num_groups * size, rows.shape[1]), rows.dtype)
-  buffer = buffer.at[place].set(rows, mode='drop', unique_indices=True)
-  return buffer.reshape(num_groups, size, -1)
-
-
-def _taken(buffer, place):
-  """The rows at their places; past the end they are 0."""
-  flat = buffer.reshape(-1, buffer.shape[-1])
-  return flat.at[place].get(mode='fill', fill_value=0)
-
-
-def _sort(experts, num_experts):
-  """The assignments in order of expert, and how many each has."""
-  flat = experts.reshape(-1)
-  return jnp.argsort(flat), jnp.bincount(flat, length=num_experts)
-
-
-def _unsort(out, order, shape):
-  return out[jnp.argsort(order)].reshape(*shape, -1)
-
-
-def _places(sizes, num_rows):
-  """(expert, rank within it) of each sorted row."""
-  last = jnp.cumsum(sizes)
-  rows = jnp.arange(num_rows)
-  group = jnp.searchsorted(last, rows, side='right')
-  return group, rows - (last - sizes)[group]
+  buffer = rows_lib.spread(rows, route).reshape(num_blocks, block, -1)
+  out = batched(buffer, Weights(*(w[owner] for w in weights)))
+  return rows_lib.collect(out.reshape(len(place), -1), None, route)

@@ -100,9 +100,7 @@ class MoE(nnx.Module):
         config, tokens, chosen, gates, weights
       )
     else:
-      out, dropped = self._apply(
-        weights, tokens, chosen, gates, all_here=is_real is None
-      )
+      out, dropped = self._apply(weights, tokens, chosen, gates)
     out = out.reshape(x.shape)
     if self.shared is not None:
       with parts.part(parts.DENSE):
@@ -116,19 +114,14 @@ class MoE(nnx.Module):
     )
     return out, stats
 
-  def _apply(self, weights, tokens, chosen, gates, all_here):
+  def _apply(self, weights, tokens, chosen, gates):
     """The gated sum over chosen experts, and the share of dropped ones."""
     config = self.config
-    dropped = jnp.zeros((), jnp.float32)
-    match config.dispatch:
-      case 'dropless':
-        out = experts_lib.dropless(
-          tokens, chosen, weights, partial=not all_here
-        )
-      case 'capacity':
-        capacity = experts_lib.expert_capacity(config, chosen)
-        out, dropped = experts_lib.capacity(tokens, chosen, weights, capacity)
-    return experts_lib.combine(out, gates), dropped
+    if config.dispatch == 'capacity':
+      room = experts_lib.expert_capacity(config, chosen)
+      return experts_lib.capacity(tokens, chosen, gates, weights, room)
+    out = experts_lib.dropless(tokens, chosen, gates, weights)
+    return out, jnp.zeros((), jnp.float32)
 
   def _select(self, scores, bias) -> Int[Array, 's k']:
     """The chosen experts; no gradient passes through the choice."""

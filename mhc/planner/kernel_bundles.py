@@ -18,6 +18,7 @@ import tempfile
 from typing import Any
 
 import jax
+from jax.extend import core as jax_core
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -82,11 +83,8 @@ def kernels(jaxpr: Any) -> Iterator[Any]:
     if equation.primitive.name == 'pallas_call':
       yield equation
       continue
-    for value in equation.params.values():
-      for one in value if isinstance(value, (list, tuple)) else (value,):
-        inner = getattr(one, 'jaxpr', one)
-        if hasattr(inner, 'eqns'):
-          yield from kernels(inner)
+    for inner in jax_core.jaxprs_in_params(equation.params):
+      yield from kernels(inner)
 
 
 def count(

@@ -57,7 +57,7 @@ def over_devices(settings):
 
 
 def one_device(x, gates, weights, chosen):
-  return experts.combine(experts.dropless(x, chosen, weights), gates)
+  return experts.dropless(x, chosen, gates, weights)
 
 
 def settings(**options):

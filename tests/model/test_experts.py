@@ -1,11 +1,13 @@
 """Every way to run the experts against a loop over them in float64."""
 
 import jax
+from jax.extend import core as jax_core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mhc.model import experts
+from mhc.model import rows
 
 TOKENS, DIM, HIDDEN, NUM = 40, 6, 10, 8
 
@@ -34,35 +36,41 @@ def assignments(load, k):
   return jnp.asarray(order[:, :k], jnp.int32)
 
 
-def reference(x, weights, chosen):
-  """A dense loop: every expert on every token, then the chosen ones."""
+def reference(x, gates, weights, chosen):
+  """A dense loop: every expert on every token, then the chosen ones, gated."""
   every = []
   for e in range(NUM):
     gate = x @ weights.gate[e]
     hidden = gate / (1 + jnp.exp(-gate)) * (x @ weights.up[e])
     every.append(hidden @ weights.down[e])
-  return jnp.take_along_axis(jnp.stack(every, 1), chosen[..., None], axis=1)
+  out = jnp.take_along_axis(jnp.stack(every, 1), chosen[..., None], axis=1)
+  return jnp.sum(out * gates[..., None], axis=1)
 
 
-def ragged(x, weights, chosen):
-  order, sizes = experts._sort(chosen, NUM)
-  out = experts.ragged(x[order // chosen.shape[1]], sizes, weights)
-  return experts._unsort(out, order, chosen.shape)
+def ragged(x, gates, weights, chosen):
+  queue = rows.make_queue(chosen, NUM)
+  route, sizes = rows.window(queue, 0, chosen.size)
+  out = experts.ragged(rows.spread(x, route), sizes, weights)
+  return rows.collect(out, gates, route)
 
 
-def roomy(x, weights, chosen):
+def roomy(x, gates, weights, chosen):
   out, dropped = experts.capacity(
-    x, chosen, weights, rows_per_expert=chosen.size
+    x, chosen, gates, weights, rows_per_expert=chosen.size
   )
   assert dropped.shape == ()
   return out
 
 
-PATHS = {
-  'dropless': lambda x, w, chosen: experts.dropless(x, chosen, w),
-  'ragged': ragged,
-  'capacity': roomy,
-}
+def dropless(x, gates, weights, chosen):
+  return experts.dropless(x, chosen, gates, weights)
+
+
+PATHS = {'dropless': dropless, 'ragged': ragged, 'capacity': roomy}
+
+
+def gates_of(chosen):
+  return jax.random.uniform(jax.random.key(7), chosen.shape)
 
 
 @pytest.mark.parametrize(
@@ -72,28 +80,29 @@ PATHS = {
 def test_outputs_and_all_gradients_match_a_dense_loop(load, k):
   x, weights = inputs()
   chosen = assignments(load, k)
-  cotangent = jax.random.normal(jax.random.key(9), (TOKENS, k, DIM))
+  gates = gates_of(chosen)
+  cotangent = jax.random.normal(jax.random.key(9), (TOKENS, DIM))
   with jax.enable_x64():
 
     def wide(tree):
       return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tree)
 
     @jax.jit
-    def both(x, weights, cotangent):
-      out, vjp = jax.vjp(lambda x, w: reference(x, w, chosen), x, weights)
+    def both(*floats, cotangent):
+      out, vjp = jax.vjp(lambda *f: reference(*f, chosen), *floats)
       return out, vjp(cotangent)
 
-    want = jax.tree.map(
-      np.asarray, both(wide(x), wide(weights), wide(cotangent))
-    )
+    floats = wide((x, gates, weights))
+    want = both(*floats, cotangent=wide(cotangent))
+    want = jax.tree.map(np.asarray, want)
   for name, path in PATHS.items():
 
     @jax.jit
-    def pulled(x, weights, cotangent, path=path):
-      out, vjp = jax.vjp(lambda x, w: path(x, w, chosen), x, weights)
+    def pulled(*floats, cotangent, path=path):
+      out, vjp = jax.vjp(lambda *f: path(*f, chosen), *floats)
       return out, vjp(cotangent)
 
-    got = pulled(x, weights, cotangent)
+    got = pulled(x, gates, weights, cotangent=cotangent)
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
       scale = np.abs(b).max()
       np.testing.assert_allclose(
@@ -105,9 +114,9 @@ def test_capacity_drops_the_later_tokens_and_says_so():
   x, weights = inputs()
   chosen = assignments('one has all', 1)
   slots = TOKENS // NUM
-  out, dropped = experts.capacity(x, chosen, weights, slots)
+  out, dropped = experts.capacity(x, chosen, None, weights, slots)
   np.testing.assert_allclose(dropped, 1 - slots / TOKENS, rtol=1e-6)
-  kept = np.abs(out[:, 0]).max(axis=1) > 0
+  kept = np.abs(out).max(axis=1) > 0
   assert kept[:slots].all()
   assert not kept[slots:].any()
 
@@ -115,8 +124,9 @@ def test_capacity_drops_the_later_tokens_and_says_so():
 def test_fewer_rows_than_experts():
   x, weights = inputs()
   chosen = jnp.array([[3], [1]], jnp.int32)
-  out = experts.dropless(x[:2], chosen, weights)
-  want = reference(x[:2], weights, chosen)
+  gates = gates_of(chosen)
+  out = experts.dropless(x[:2], chosen, gates, weights)
+  want = reference(x[:2], gates, weights, chosen)
   np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
 
 
@@ -126,29 +136,58 @@ def test_experts_elsewhere_add_nothing(dispatch, monkeypatch):
   x, weights = inputs()
   chosen = assignments('even', 3)
   half = experts.Weights(*(w[: NUM // 2] for w in weights))
-  here = (chosen < NUM // 2)[..., None]
-  local = jnp.where(here[..., 0], chosen, NUM // 2)
+  here, gates = chosen < NUM // 2, gates_of(chosen)
+  local = jnp.where(here, chosen, NUM // 2)
   if dispatch == 'ragged':
     monkeypatch.setattr(experts, 'blocked', experts.ragged)
 
-  def some(x, half):
+  def some(x, gates, half):
     if dispatch == 'capacity':
-      return experts.capacity(x, local, half, chosen.size)[0]
-    return experts.dropless(x, local, half, partial=True)
+      return experts.capacity(x, local, gates, half, chosen.size)[0]
+    return experts.dropless(x, local, gates, half)
 
-  def masked(x, half):
+  def masked(x, gates, half):
     whole = experts.Weights(
       *(
         jnp.concatenate([part, w[NUM // 2 :]])
         for part, w in zip(half, weights, strict=True)
       )
     )
-    return jnp.where(here, reference(x, whole, chosen), 0)
+    return reference(x, jnp.where(here, gates, 0), whole, chosen)
 
-  cotangent = jax.random.normal(jax.random.key(3), (TOKENS, 3, DIM))
+  cotangent = jax.random.normal(jax.random.key(3), (TOKENS, DIM))
   results = []
   for function in (some, masked):
-    out, pull_back = jax.vjp(function, x, half)
+    out, pull_back = jax.vjp(function, x, gates, half)
     results.append((out, pull_back(cotangent)))
   for got, want in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize('path', PATHS.values(), ids=PATHS)
+def test_rows_are_sorted_once_and_never_scattered(path):
+  """Neither forward nor backward; but their numbers and, of CPUs, weights."""
+  x, weights = inputs()
+  chosen = assignments('even', 3)
+
+  def loss(*floats):
+    return jnp.sum(path(*floats, chosen))
+
+  jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(
+    x, gates_of(chosen), weights
+  )
+  found = [*equations(jaxpr.jaxpr)]
+  assert sum(one.primitive.name == 'sort' for one in found) == 1
+  scattered = [
+    one.outvars[0].aval
+    for one in found
+    if one.primitive.name.startswith('scatter')
+  ]
+  assert all(one.ndim != 2 for one in scattered), scattered
+
+
+def equations(jaxpr):
+  for one in jaxpr.eqns:
+    yield one
+    for inner in jax_core.jaxprs_in_params(one.params):
+      yield from equations(inner)
