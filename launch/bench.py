@@ -3,6 +3,7 @@
     python launch/bench.py              # connections: a Markdown table
     python launch/bench.py recompute    # memory of each recompute policy
     python launch/bench.py kernels      # TPU kernels, by the TPU's compiler
+    python launch/bench.py attention    # the TPU's attention kernels, likewise
     python launch/bench.py triton       # GPU kernels, by Triton's compiler
     python launch/bench.py bandwidth    # the operations, on the device here
     python launch/bench.py device       # all that an accelerator here can tell
@@ -53,6 +54,7 @@ from mhc.model import recompute
 from mhc.model import residual
 from mhc.parallel import memory
 from mhc.parallel import partition
+from mhc.planner import attention_cost
 from mhc.planner import bundles
 from mhc.planner import kernel_cost
 from mhc.planner import kernel_timing
@@ -214,6 +216,17 @@ def _kernels():
       flush=True,
     )
   bundles.empty(folder)
+  folder.rmdir()
+
+
+def _attention():
+  folder = bundles.folder()
+  if not JSON.value:
+    print(attention_cost.HEADER)
+  for generation in GENERATIONS.value:
+    for row in attention_cost.rows(attention_cost.Case(), generation, folder):
+      text = json.dumps(row) if JSON.value else attention_cost.line(row)
+      print(text, flush=True)
   folder.rmdir()
 
 
@@ -393,6 +406,7 @@ COMMANDS = {
   'connections': _connections,
   'recompute': _recompute,
   'kernels': _kernels,
+  'attention': _attention,
   'triton': _triton,
   'bandwidth': _bandwidth,
   'telemetry': _telemetry,
