@@ -15,6 +15,7 @@ from mhc.config.run import Config
 from mhc.config.run import DataConfig
 from mhc.config.run import GuardsConfig
 from mhc.config.run import Head
+from mhc.config.run import Keep
 from mhc.config.run import MeshConfig
 from mhc.config.run import OptimizerConfig
 from mhc.config.run import Policy
@@ -29,6 +30,7 @@ __all__ = [
   'DataConfig',
   'GuardsConfig',
   'Head',
+  'Keep',
   'Kind',
   'MeshConfig',
   'MoEConfig',

@@ -8,6 +8,7 @@ from mhc.config.model import ModelConfig
 
 Schedule = Literal['gpipe', '1f1b', 'interleaved', 'wave_v', 'dualpipev']
 Head = Literal['last', 'vocab']
+Keep = Literal['inputs', 'stages']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,10 @@ class MeshConfig:
   # Which devices compute the logits: 'last', those of the last stage; 'vocab',
   # all, each for its part of the vocabulary.
   head: Head = 'last'
+  # What a pipeline keeps of a stage for its gradient: 'inputs', from which it
+  # is computed again; 'stages', all that the gradient needs, see
+  # pipeline/keeping.py. The latter is faster and takes more memory.
+  keep: Keep = 'inputs'
   # Overlap communication with computation on TPUs (training/xla_options.py).
   overlap: bool = True
 
@@ -120,6 +125,12 @@ class MeshConfig:
       raise ValueError(
         f'mesh.num_devices={self.num_devices} is not a multiple of '
         f'mesh.pipe={self.pipe} times mesh.expert={self.expert}'
+      )
+    if self.keep == 'stages' and (self.pipe == 1 or self.head != 'vocab'):
+      raise ValueError(
+        "mesh.keep='stages' is for pipelines whose head is split: it needs "
+        f"mesh.pipe > 1, is {self.pipe}, and mesh.head='vocab', is "
+        f'{self.head!r}'
       )
 
 

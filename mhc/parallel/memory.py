@@ -80,7 +80,8 @@ def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
   """Bytes of activations on a device, by kind, for the rows taken at a time.
 
   In a pipeline they are those of a stage, and `stages`: the inputs of stages,
-  and gradients, in the buffer slots of the schedule.
+  and gradients, in the buffer slots of the schedule; with mesh.keep='stages'
+  also `kept`, the activations of the stages between F and B.
   """
   model, data, mesh = config.model, config.data, config.mesh
   dp_size = num_devices // mesh.pipe
@@ -96,6 +97,9 @@ def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
     size = 2 if model.dtype == 'bfloat16' else 4
     state = size * model.connection.streams * model.dim
     kinds['stages'] = table.peak_states(schedule) * state
+    if mesh.keep == 'stages':
+      each = kinds['streams'] + kinds['outputs'] + kinds['inner'] + state
+      kinds['kept'] = (schedule.num_kept_slots + 1) * each
     if mesh.head == 'vocab':
       kinds['logits'] //= mesh.pipe
   return {name: size * tokens for name, size in kinds.items()}

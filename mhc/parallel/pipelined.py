@@ -24,7 +24,7 @@ def loss_and_grads(p, params, router_bias, tokens):
   microbatches = mesh_lib.microbatches(tokens, p.config.data)
   stages, parts = _cut(p, params, router_bias, microbatches)
   schedule = table.for_mesh(p.config.mesh, len(microbatches))
-  sums = executor.gradients(schedule, stages, parts)
+  sums = executor.gradients(schedule, stages, parts, p.config.mesh.keep)
   grads = sums.shared | {p.config.model.stack: sums.blocks}
   grads = fsdp.scatter(grads, p.param_specs)
   return loss.over_devices(p, sums.nats, grads, sums.stats)

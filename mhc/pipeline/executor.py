@@ -30,8 +30,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mhc import axes
+from mhc import config
 from mhc.model import parts as names
 from mhc.pipeline import buffers
+from mhc.pipeline import keeping
 from mhc.pipeline import table
 from mhc.pipeline import ticks
 
@@ -74,7 +76,10 @@ class Parts(NamedTuple):
 
 @names.part(names.BUFFERS)
 def gradients(
-  schedule: table.Schedule, stages: Stages, parts: Parts
+  schedule: table.Schedule,
+  stages: Stages,
+  parts: Parts,
+  keep: config.Keep = 'inputs',
 ) -> ticks.Gradients:
   """The gradient of the summed loss of a device's microbatches.
 
@@ -82,9 +87,11 @@ def gradients(
     schedule: for as many microbatches and the devices of the axis PIPE.
     stages: the functions.
     parts: what they are applied to.
+    keep: what is kept of a stage from F to B, see `keeping`.
   """
   device = _Device(schedule, stages, parts)
-  tick = ticks.TrainingTick(schedule, device)
+  ticking = keeping.KeepingTick if keep == 'stages' else ticks.TrainingTick
+  tick = ticking(schedule, device)
   total = jax.lax.scan(tick, tick.start(), buffers.table_rows(schedule))[0][-1]
   return total._replace(
     blocks=jax.tree.map(_by_layer, total.blocks),

@@ -19,6 +19,7 @@ Columns are int32 [T, P] (head_*: [T]), -1 for nothing, flags 0:
     b_chunk b_mb b_slot b_first b_last      the same of B
     b_grad_slot               slot of the gradient that came; the last has none
     b_head_slot               the last stage's, of the head's gradient
+    f_keep b_keep             slot of what F keeps for B, see `keeping`
     recv_act_right, _left, _self    slot for what comes with the channel of
                               shift +1, of shift -1, from the device itself
     recv_grad_right, _left, _self   the same of gradients
@@ -55,7 +56,7 @@ FLAGS = ('f_first', 'f_last', 'b_first', 'b_last')
 COMMON = ('head_mb', 'head_slot')
 COLUMNS = (
   *('f_chunk', 'f_mb', 'f_slot', 'b_chunk', 'b_mb', 'b_slot'),
-  *('b_grad_slot', 'b_head_slot', *FLAGS, *COMMON),
+  *('b_grad_slot', 'b_head_slot', 'f_keep', 'b_keep', *FLAGS, *COMMON),
   *(
     f'{r}_{side}'
     for r in ('recv_act', 'recv_grad')
@@ -79,6 +80,7 @@ class Schedule:
     num_slots: stage inputs held, the largest number over devices.
     num_grad_slots: the same of gradients of stage outputs.
     num_head_slots: the same of gradients from the head ('vocab').
+    num_kept_slots: stages between F and B, the largest number over devices.
     channels: ('act' or 'grad', shift): device d sends to (d + shift) mod P.
     table: column -> array, read-only.
   """
@@ -93,6 +95,7 @@ class Schedule:
   num_slots: int
   num_grad_slots: int
   num_head_slots: int
+  num_kept_slots: int
   channels: tuple[Channel, ...]
   table: Mapping[str, np.ndarray] = dataclasses.field(compare=False, repr=False)
 
@@ -231,6 +234,17 @@ def bubble(
   return float(1 - work.sum(axis=0).max() / clock.max())
 
 
+def bubble_of(mesh: config.MeshConfig, num_microbatches: int) -> float:
+  """The bubble of a mesh's pipeline; 0 without one.
+
+  B takes twice as long as F, and a third time where it repeats F.
+  """
+  if mesh.pipe == 1:
+    return 0.0
+  backward = 2.0 if mesh.keep == 'stages' else 3.0
+  return bubble(for_mesh(mesh, num_microbatches), backward=backward)
+
+
 def validate(schedule: Schedule) -> None:
   """Checks what an executor relies on.
 
@@ -248,6 +262,7 @@ def validate(schedule: Schedule) -> None:
     'act': schedule.num_slots,
     'grad': schedule.num_grad_slots,
     'head': schedule.num_head_slots,
+    'kept': schedule.num_kept_slots,
   }
   slots, channels, tenants = [], set(), collections.defaultdict(list)
   for handed in transfers.all_transfers(*shape, f, b):
@@ -310,14 +325,15 @@ def _tabulate(name, placement, head, shape, f, b) -> Schedule:
   handed = [*transfers.all_transfers(placement, shape.devices, head, f, b)]
   slots = [0] * len(handed)
   free_from = {
-    what: [[] for _ in range(shape.devices)] for what in ('act', 'grad', 'head')
+    what: [[] for _ in range(shape.devices)]
+    for what in ('act', 'grad', 'head', 'kept')
   }
   for i in sorted(range(len(handed)), key=lambda i: handed[i].start):
     ends = free_from[handed[i].what][handed[i].device]
     free = (slot for slot, end in enumerate(ends) if end <= handed[i].start)
     slots[i] = next(free, len(ends))
     ends[slots[i] : slots[i] + 1] = [handed[i].end]
-  act, grad, loss = (max(map(len, ends)) for ends in free_from.values())
+  act, grad, loss, kept = (max(map(len, ends)) for ends in free_from.values())
   table = _fill(
     placement, shape.devices, head, f, b, zip(handed, slots, strict=True)
   )
@@ -335,6 +351,7 @@ def _tabulate(name, placement, head, shape, f, b) -> Schedule:
     num_slots=act,
     num_grad_slots=grad,
     num_head_slots=loss,
+    num_kept_slots=kept,
     channels=tuple(sorted(channels, key=lambda c: (c[0], -c[1]))),
     table=types.MappingProxyType(table),
   )

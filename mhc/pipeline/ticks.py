@@ -88,7 +88,7 @@ class TrainingTick:
     self.head_is_split = schedule.head == 'vocab'
 
   def start(self):
-    """Inputs of stages, gradients, those of the head, of the last B, sums."""
+    """Inputs of stages, gradients, of the head, kept, of the last B, sums."""
     schedule, device = self.schedule, self.device
     total = Gradients(
       buffers.filled(jax.ShapeDtypeStruct((), jnp.float32), 0),
@@ -102,21 +102,26 @@ class TrainingTick:
       buffers.unused(device.state, max(1, schedule.num_slots)),
       buffers.unused(device.state, max(1, schedule.num_grad_slots)),
       buffers.unused(device.hidden, max(1, schedule.num_head_slots)),
+      self.kept(),
       buffers.unused(device.state),
       total,
     )
 
+  def kept(self):
+    """The buffer of what F keeps for B beside the input: nothing."""
+    return ()
+
   def __call__(self, carry, row):
     schedule = self.schedule
     my = buffers.device_row(row)
-    inputs, grads, head_grads, dx, total = carry
+    inputs, grads, head_grads, kept, dx, total = carry
     arrived = buffers.permute(dx, 'grad', schedule)
     grads = buffers.store_received(grads, 'grad', my, dx, arrived, schedule)
     # Read before the buffer is handed on, or XLA would copy all of it.
     x_f = buffers.read_slot(inputs, my['f_slot'])
     x_b = buffers.read_slot(inputs, my['b_slot'])
     inputs, x_f, x_b = jax.lax.optimization_barrier((inputs, x_f, x_b))
-    y, h = cond('f', my['f_chunk'] >= 0, self._forward, self._idle, my, x_f)
+    y, h, kept, total = self.forward(my, x_f, kept, total)
     sent = buffers.permute(y, 'act', schedule)
     dh = None
     if self.head_is_split:
@@ -132,27 +137,41 @@ class TrainingTick:
       )
       dh = buffers.read_slot(head_grads, my['b_head_slot'])
     incoming = buffers.read_slot(grads, my['b_grad_slot'])
-    dx, total = cond(
+    dx, total = self.backward(my, x_b, kept, incoming, dh, total)
+    inputs = buffers.store_received(inputs, 'act', my, y, sent, schedule)
+    return (inputs, grads, head_grads, kept, dx, total), None
+
+  def forward(self, my, x, kept, total):
+    """F or nothing: the output, what the head takes, what is kept, sums."""
+    y, h = cond('f', my['f_chunk'] >= 0, self._forward, self._idle, my, x)
+    return y, h, kept, total
+
+  def backward(self, my, x, kept, incoming, dh, total):
+    """B or nothing: the gradient of the stage's input, and sums."""
+    del kept
+    return cond(
       'b',
       my['b_chunk'] >= 0,
       self._backward,
-      self._no_backward,
+      self.no_backward,
       total,
       my,
-      x_b,
+      x,
       incoming,
       dh,
     )
-    inputs = buffers.store_received(inputs, 'act', my, y, sent, schedule)
-    return (inputs, grads, head_grads, dx, total), None
 
   def _forward(self, my, x):
     """F: the stage's output and, for a split head, what the head takes."""
     y = self.device.run(my, 'f', x)[0]
+    return y, self.closed(my, y)
+
+  def closed(self, my, y):
+    """What a split head takes, of the last stage."""
     if not self.head_is_split:
-      return y, None
-    h = cond('f_last', my['f_last'] == 1, self.device.close, self._no_hidden, y)
-    return y, h
+      return None
+    last = my['f_last'] == 1
+    return cond('f_last', last, self.device.close, self._no_hidden, y)
 
   def _idle(self, my, x):
     del my, x
@@ -188,6 +207,20 @@ class TrainingTick:
       return (y, extra), stats
 
     (y, extra), pull_back, stats = jax.vjp(stage, weights, x, has_aux=True)
+    total = total._replace(stats=add_at(total.stats, chunk, stats))
+    return self.pulled_back(total, my, y, extra, pull_back, incoming, dh)
+
+  def pulled_back(self, total, my, y, extra, pull_back, incoming, dh):
+    """The gradient of the stage's input; the totals with the stage's share.
+
+    Args:
+      total: the sums.
+      my: the row of the table.
+      y, extra: the stage's output and its term of the loss.
+      pull_back: of both.
+      incoming, dh: the gradient that came for y, and that of the head.
+    """
+    chunk = my['b_chunk']
     dy, total = cond(
       'b_last',
       my['b_last'] == 1,
@@ -211,12 +244,12 @@ class TrainingTick:
     )
     return dx, Gradients(
       total.nats,
-      _add_at(total.blocks, chunk, d_weights),
+      add_at(total.blocks, chunk, d_weights),
       d_shared,
-      _add_at(total.stats, chunk, stats),
+      total.stats,
     )
 
-  def _no_backward(self, total, *_):
+  def no_backward(self, total, *_):
     return buffers.unused(self.device.state), total
 
   def _at_the_end(self, incoming, total, index, y, dh):
@@ -305,7 +338,7 @@ def _accumulate(total, part):
 
 
 @parts.part(parts.ACCUMULATION)
-def _add_at(total, chunk, part):
+def add_at(total, chunk, part):
   return jax.tree.map(
     lambda a, b: a.at[chunk].add(b.astype(a.dtype)), total, part
   )

@@ -6,6 +6,9 @@ stage s for microbatch m, -1 for nothing. Kept, each in a slot of a buffer:
     act   input of stage s > 0    end of tick F(s - 1, m)        to B(s, m)
     grad  of the output, s < S-1  start of tick B(s + 1, m) + 1  to B(s, m)
     head  the same of s = S - 1   tick F(s, m), between F and B  to B(s, m)
+    kept  all that B needs        tick F(s, m), after F          to B(s, m)
+
+The last is for `keeping`, where B computes nothing again.
 
 In a schedule without B an input is kept to F(s, m). A head's gradient is kept
 where the head is not a part of B(S - 1, m).
@@ -58,7 +61,7 @@ class Transfer(NamedTuple):
   """A slot's use, from the end of tick `start` to the end of tick `end`.
 
   Attributes:
-    what: 'act', 'grad' or 'head'.
+    what: 'act', 'grad', 'head' or 'kept'.
     stage: whose input, or gradient of the output, it is.
     microbatch: m.
     device: the stage's.
@@ -118,6 +121,13 @@ def all_transfers(
         *('grad', s, m, device, side, start, tick_b),
         stored=(f'recv_grad_{SIDES[side]}', (start + 1, device)),
         read=[('b_grad_slot', (tick_b, device))],
+      )
+    if min(tick_f, tick_b) >= 0:
+      # It is stored before the tick's B has read what it reads.
+      yield Transfer(
+        *('kept', s, m, device, 0, tick_f - 1, tick_b),
+        stored=('f_keep', (tick_f, device)),
+        read=[('b_keep', (tick_b, device))],
       )
     if s == last and head == 'vocab':
       # It is stored before the tick's B has read what it reads.

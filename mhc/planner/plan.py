@@ -74,8 +74,8 @@ def plan_step(config: config_lib.Config, topology: str) -> Plan:
     bytes_per_device: peak memory; if the step does not fit, the compiler's
       estimate of the memory required.
     by_category: bytes_per_device, split up; see `categories`.
-    microbatches; bubble: idle fraction of the pipeline schedule's ticks, with B
-      three times F (it recomputes the stage); 0 without a pipeline.
+    microbatches; bubble: idle fraction of the pipeline schedule's ticks, see
+      `table.bubble_of`.
     compile_seconds: on this machine.
     bytes_moved, compute_seconds: of the compiler schedule, loops in full, by
       `cost`; here and below for TPUs only.
@@ -114,7 +114,7 @@ def plan_step(config: config_lib.Config, topology: str) -> Plan:
     'bytes_per_device': needed,
     'by_category': None,
     'microbatches': number,
-    'bubble': table_lib.bubble(schedule) if schedule else 0.0,
+    'bubble': table_lib.bubble_of(config.mesh, number),
     'compile_seconds': compile_seconds,
     **dict.fromkeys(SCHEDULED),
   }
@@ -221,7 +221,8 @@ def categories(step: step_lib.Step, total: int) -> dict[str, int]:
       names = parameters.path_names(path)
       gathered += size * fsdp.used_dtype(names, config.model.dtype).itemsize
       gradients += 4 * size
-    stages = memory.predicted(config, step.mesh.size)['stages']
+    held = memory.predicted(config, step.mesh.size)
+    stages = held['stages'] + held.get('kept', 0)
     found |= {
       'gathered_params': gathered,
       'gradients': gradients,

@@ -7,9 +7,9 @@ All that divide are ranked by an estimated step time,
 with N devices of peak F, links that together carry W bytes a second one way,
 and T tokens a step:
 
-    compute   flops_per_token T / (EFFICIENCY F N), a third more in a pipeline,
-              where a stage's forward pass is computed twice
-    experts   per layer three passes (two forward in a pipeline, one backward):
+    compute   flops_per_token T / (EFFICIENCY F N), a third more in a pipeline
+              that computes a stage's forward pass twice (mesh.keep='inputs')
+    experts   per layer two passes, three where the forward pass is repeated:
               tokens are sent to their experts and back, `expert_parallel`; half
               of it overlapped, all of it with two sub-batches
     matrices  gathered in the activations' dtype and gradients summed in
@@ -21,7 +21,7 @@ if that is at most nine tenths of the HBM. These are rough: compile the result.
 """
 
 from collections.abc import Iterator
-import itertools
+from itertools import product
 from typing import Any, NamedTuple, get_args
 
 from mhc import config as config_lib
@@ -102,7 +102,7 @@ def _candidates(config, num_devices) -> Iterator:
   powers = [2**i for i in range(num_devices.bit_length())]
   microbatches = (1, 2, 4, 8)
   streams = config.model.connection.streams
-  for pipe, expert, microbatch, chunks, schedule, every in itertools.product(
+  for pipe, expert, microbatch, chunks, schedule, every, keep in product(
     powers,
     powers,
     microbatches,
@@ -111,13 +111,14 @@ def _candidates(config, num_devices) -> Iterator:
     sorted(
       {2, 4, recompute.optimal_interval(2 * config.model.num_blocks, streams)}
     ),
+    get_args(config_lib.Keep),
   ):
     # Settings without effect are tried once.
     if chunks > 2 and (pipe == 1 or schedule != 'interleaved'):
       continue
     if num_devices % (pipe * expert):
       continue
-    if pipe == 1 and schedule != 'interleaved':
+    if pipe == 1 and (schedule != 'interleaved' or keep != 'inputs'):
       continue
     settings = {
       'mesh.pipe': pipe,
@@ -132,6 +133,7 @@ def _candidates(config, num_devices) -> Iterator:
         'mesh.schedule': schedule,
         'mesh.chunks': chunks,
         'mesh.head': 'vocab' if vocab else 'last',
+        'mesh.keep': keep,
       }
     try:
       candidate = dicts.replace(config, **_nested(settings))
@@ -164,13 +166,12 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   )
   activations = sum(memory.predicted(config, num_devices).values())
 
-  passes = 4 / 3 if pipe > 1 else 1.0
+  again = pipe > 1 and mesh.keep == 'inputs'
+  passes = 4 / 3 if again else 1.0
   tokens = config.tokens_per_step
   compute = count['flops_per_token'] * tokens * passes
   compute /= EFFICIENCY * chip.flops * num_devices
-  bubble = 0.0
-  if pipe > 1:
-    bubble = table_lib.bubble(table_lib.for_mesh(mesh, number))
+  bubble = table_lib.bubble_of(mesh, number)
 
   experts = 0.0
   if expert > 1 and mesh.num_sub_batches == 1:
@@ -180,7 +181,7 @@ def _estimate(config, settings, num_devices, chip, count, routed):
     layers = model.num_moe_blocks / pipe
     device_tokens = tokens * pipe / num_devices
     each = 2 * sent * device_tokens * model.dim * wire * layers
-    experts = 0.5 * each * (3 if pipe > 1 else 2) / links
+    experts = 0.5 * each * (3 if again else 2) / links
   matrices = 0.0
   if split > 1:
     times = 1 if pipe > 1 else number

@@ -37,6 +37,7 @@ CASES = (
     'vocab',
     'all_gather',
     num_sub_batches=2,
+    keep='stages',
   ),
 )
 
@@ -54,6 +55,27 @@ def test_gradients_are_those_of_one_device(case, references):
     references[key] = grid.reference(case)
   error, where = grid.worst(grid.gradient(settings), references[key])
   assert error < 3e-5, where
+
+
+def test_kept_stages_have_the_gradients_of_stages_computed_again():
+  """To the last bit, and with NaN in every empty slot."""
+  case = grid.Case('mhc', False, (1, 2, 1), 'interleaved', 'vocab')
+  again, kept = (
+    grid.gradient(grid.config(case._replace(keep=keep)))
+    for keep in ('inputs', 'stages')
+  )
+  for a, b in zip(*map(jax.tree.leaves, (again, kept)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_kept_is_not_the_weights():
+  """Slots of the schedule, each with the activations of a stage alone."""
+  schedule = table_lib.build('interleaved', 2, 4, head='vocab')
+  # F and B of a stage and microbatch lie between the first and the last.
+  assert 1 <= schedule.num_kept_slots <= 2 * 4
+  assert table_lib.build('gpipe', 2, 4, head='vocab').num_kept_slots == 4
+  with pytest.raises(ValueError, match=r"mesh.keep='stages'.*'last'"):
+    config.MeshConfig(pipe=2, keep='stages')
 
 
 def test_losses_and_mappings_are_those_of_one_device():

@@ -57,10 +57,11 @@ class Case(NamedTuple):
   head: str = 'last'
   transport: str = 'auto'
   num_sub_batches: int = 1
+  keep: str = 'inputs'
 
 
 def cases():
-  """Yields the grid; transports, heads and sub-batches take turns."""
+  """Yields the grid; transports, heads and what is kept take turns."""
   turn = itertools.count()
   for experts, kind, mesh in itertools.product((False, True), KINDS, MESHES):
     if mesh[2] > 1 and not experts:
@@ -74,6 +75,7 @@ def cases():
         schedule,
         head='vocab' if mesh[1] > 1 and number % 2 else 'last',
         transport=('all_to_all', 'all_gather')[number // 2 % 2],
+        keep='stages' if mesh[1] > 1 and number % 4 == 1 else 'inputs',
       )
 
 
@@ -117,6 +119,7 @@ def config(
       expert=expert,
       schedule=case.schedule,
       head=case.head,
+      keep=case.keep,
       num_sub_batches=case.num_sub_batches,
     ),
   )
@@ -164,7 +167,13 @@ def gradient(settings: config_lib.Config) -> dict:
 
 
 def _filled(shapes, *extra, value):
-  return buffers.filled(shapes, value, *extra)
+  """Arrays of `value`; whole numbers, which have no NaN, of -7."""
+
+  def leaf(shape):
+    inexact = jnp.issubdtype(shape.dtype, jnp.inexact)
+    return buffers.filled(shape, value if inexact else -7, *extra)
+
+  return jax.tree.map(leaf, shapes)
 
 
 def worst(got: dict, want: dict) -> tuple[float, str]:
