@@ -15,7 +15,7 @@ program for the paper's models. For the GPUs of a
 machine (h100, h200, b200; requires pip install 'jax[cuda13]', no GPU) it prints
 whether it fits.
 --suggest instead searches meshes by formulas, in seconds. --draw_schedule draws
-the pipeline schedule. Nothing is allocated.
+the pipeline schedule, --draw_step the step's parts. Nothing is allocated.
 """
 
 import json
@@ -29,6 +29,7 @@ from mhc.kernels import chips
 from mhc.parallel import counts
 from mhc.pipeline import draw
 from mhc.pipeline import table as table_lib
+from mhc.planner import draw as draw_step
 from mhc.planner import plan as plan_lib
 from mhc.planner import search
 from mhc.planner import table as plan_table
@@ -57,6 +58,11 @@ DRAW = flags.DEFINE_string(
   None,
   'PNG file for a drawing of the pipeline schedule of --config.mesh.',
 )
+DRAW_STEP = flags.DEFINE_string(
+  'draw_step',
+  None,
+  'PNG or PDF file for a bar of the parts of the step on --topology.',
+)
 MICROBATCHES = flags.DEFINE_integer(
   'microbatches',
   None,
@@ -73,8 +79,9 @@ def main():
       'nothing to print: give --count, --draw_schedule or a --topology such as '
       'v5p:2x2x1'
     )
-  if SUGGEST.value and not TOPOLOGY.value:
-    raise ValueError('--suggest requires a --topology such as v5p:8x8x8')
+  for flag in (SUGGEST, DRAW_STEP):
+    if flag.value and not TOPOLOGY.value:
+      raise ValueError(f'--{flag.name} requires a --topology such as v5p:8x8x8')
   unknown = set(AGAINST.value) - {'residual', 'xla', ''}
   if unknown:
     raise ValueError(f"--against={unknown.pop()!r} must be 'residual' or 'xla'")
@@ -106,6 +113,8 @@ def _plan(config):
     against = []
   if plan['step_seconds'] is not None:
     plan |= plan_lib.overheads(config, TOPOLOGY.value, plan, tuple(against))
+  if DRAW_STEP.value:
+    draw_step.save(plan, DRAW_STEP.value)
   if JSON.value:
     plan = {
       key: None if isinstance(value, float) and math.isnan(value) else value

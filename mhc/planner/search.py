@@ -34,9 +34,9 @@ from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import table as table_lib
 
-# Fraction of the peak that compiled steps of the paper's models reach in a
-# tick.
-EFFICIENCY = 0.5
+# Fraction of the peak that the 27B model reaches in a tick, by the plan that is
+# compiled for v5p:8x8x8 (docs/planner.md).
+EFFICIENCY = 0.37
 FULL = 0.9
 
 

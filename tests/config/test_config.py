@@ -39,6 +39,7 @@ keep_every
 mesh.chunks
 mesh.expert
 mesh.head
+mesh.keep
 mesh.num_devices
 mesh.num_sub_batches
 mesh.overlap

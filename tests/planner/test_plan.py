@@ -9,6 +9,7 @@ from mhc import config
 from mhc.config import presets
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel.placement import Placement
+from mhc.planner import draw
 from mhc.planner import plan
 from mhc.planner import search
 from mhc.planner import table as plan_table
@@ -67,6 +68,30 @@ def test_a_tpu_slice(sliced):
   assert 'v5e:2x2' in text
   assert f'{sliced["total_params"]:,}' in text
   assert 'all-gather over data' in text
+
+
+def test_where_the_step_goes(sliced):
+  """Its parts add up to it, and all but a little has a name."""
+  parts = {k: v['seconds'] for k, v in sliced['breakdown'].items()}
+  seconds = sliced['step_seconds']
+  assert sum(parts.values()) == pytest.approx(seconds, rel=0.01)
+  assert parts['other'] < 0.1 * seconds
+  assert parts['unknown'] < 0.01 * seconds
+  for name in ('attention', 'dense_products', 'head', 'optimiser'):
+    assert parts[name] > 0
+  low, high = sliced['step_seconds_bounds']
+  assert low < seconds < high
+  assert sliced['mfu_compiler'] < sliced['mfu']
+  text = plan_table.table(sliced)
+  assert 'seconds: dense products' in text
+  assert '| connections, over all else |' in text
+
+
+def test_a_drawn_step(sliced, tmp_path):
+  draw.save(sliced, str(tmp_path / 'new' / 'step.png'))
+  assert (tmp_path / 'new' / 'step.png').stat().st_size > 10_000
+  with pytest.raises(ValueError, match="'cpu' that fits has no time"):
+    draw.save(sliced | {'topology': 'cpu', 'breakdown': None}, 'x.png')
 
 
 def test_loops_count_in_full(sliced):
