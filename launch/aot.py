@@ -27,6 +27,7 @@ import jax
 from mhc import config as config_lib
 from mhc.kernels import chips
 from mhc.parallel import counts
+from mhc.pipeline import bubble
 from mhc.pipeline import draw
 from mhc.pipeline import table as table_lib
 from mhc.planner import draw as draw_step
@@ -101,7 +102,7 @@ def _draw(mesh):
   draw.save(drawn, DRAW.value)
   print(
     f'{mesh.schedule}, {pipe} devices, {number} microbatches: '
-    f'{drawn.num_ticks} ticks, bubble {table_lib.bubble(drawn):.1%}, '
+    f'{drawn.num_ticks} ticks, bubble {bubble.fraction(drawn):.1%}, '
     f'{table_lib.peak_states(drawn)} states kept; drawn in {DRAW.value}'
   )
 

@@ -11,6 +11,7 @@ from matplotlib import patches
 from matplotlib.figure import Figure
 import numpy as np
 
+from mhc.pipeline import bubble
 from mhc.pipeline import table as table_lib
 
 # Okabe-Ito, readable with colour blindness; one colour a chunk, F in a tint.
@@ -78,7 +79,7 @@ def draw(
   axis.set_title(
     f'{schedule.name}: P = {schedule.num_devices}, '
     f'M = {schedule.num_microbatches}, bubble '
-    f'{table_lib.bubble(schedule, forward, backward):.1%}',
+    f'{bubble.fraction(schedule, forward, backward):.1%}',
     fontsize=11,
   )
   figure.legend(

@@ -31,6 +31,7 @@ from mhc.parallel import fsdp
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel.placement import Placement
+from mhc.pipeline import bubble as bubble_lib
 from mhc.pipeline import table as table_lib
 from mhc.pipeline import ticks
 from mhc.planner import breakdown
@@ -75,7 +76,7 @@ def plan_step(config: config_lib.Config, topology: str) -> Plan:
       estimate of the memory required.
     by_category: bytes_per_device, split up; see `categories`.
     microbatches; bubble: idle fraction of the pipeline schedule's ticks, see
-      `table.bubble_of`.
+      `bubble.of_mesh`.
     compile_seconds: on this machine.
     bytes_moved, compute_seconds: of the compiler schedule, loops in full, by
       `cost`; here and below for TPUs only.
@@ -114,7 +115,7 @@ def plan_step(config: config_lib.Config, topology: str) -> Plan:
     'bytes_per_device': needed,
     'by_category': None,
     'microbatches': number,
-    'bubble': table_lib.bubble_of(config.mesh, number),
+    'bubble': bubble_lib.of_mesh(config.mesh, number),
     'compile_seconds': compile_seconds,
     **dict.fromkeys(SCHEDULED),
   }

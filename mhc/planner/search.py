@@ -32,7 +32,7 @@ from mhc.model import recompute
 from mhc.parallel import counts
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
-from mhc.pipeline import table as table_lib
+from mhc.pipeline import bubble as bubble_lib
 
 # Fraction of the peak that the 27B model reaches in a tick, by the plan that is
 # compiled for v5p:8x8x8 (docs/planner.md).
@@ -171,7 +171,7 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   tokens = config.tokens_per_step
   compute = count['flops_per_token'] * tokens * passes
   compute /= EFFICIENCY * chip.flops * num_devices
-  bubble = table_lib.bubble_of(mesh, number)
+  bubble = bubble_lib.of_mesh(mesh, number)
 
   experts = 0.0
   if expert > 1 and mesh.num_sub_batches == 1:

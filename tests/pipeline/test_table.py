@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from mhc.pipeline import bubble
 from mhc.pipeline import draw
 from mhc.pipeline import schedules
 from mhc.pipeline import table as table_lib
@@ -56,8 +57,8 @@ def test_sizes_and_bubbles(p, m, name, ticks, slots, grads, lockstep, none):
   assert built.num_ticks == ticks
   assert (built.num_slots, built.num_grad_slots) == (slots, grads)
   assert table_lib.peak_states(built) == slots + grads
-  assert round(table_lib.bubble(built), 3) == lockstep
-  assert round(table_lib.bubble(built, sync='none'), 3) == none
+  assert round(bubble.fraction(built), 3) == lockstep
+  assert round(bubble.fraction(built, sync='none'), 3) == none
 
 
 @pytest.mark.parametrize(
@@ -71,14 +72,14 @@ def test_sizes_and_bubbles(p, m, name, ticks, slots, grads, lockstep, none):
 )
 def test_bubble_with_neighbours_alone(name, p, m, expected):
   built = table_lib.build(name, p, m)
-  assert round(table_lib.bubble(built, sync='neighbour'), 3) == expected
+  assert round(bubble.fraction(built, sync='neighbour'), 3) == expected
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_waiting_for_fewer_devices_is_never_slower(name):
   for built in every(name):
     none, neighbour, lockstep = (
-      table_lib.bubble(built, sync=sync)
+      bubble.fraction(built, sync=sync)
       for sync in ('none', 'neighbour', 'lockstep')
     )
     assert -1e-12 <= none <= neighbour + 1e-12
@@ -461,7 +462,7 @@ def test_timeline(name, tmp_path):
   (axis,) = figure.axes
   title = axis.get_title()
   assert title.startswith(f'{name}: P = 4, M = 8, bubble ')
-  assert title.endswith(f'{table_lib.bubble(built):.1%}')
+  assert title.endswith(f'{bubble.fraction(built):.1%}')
   stages = 4 * built.num_chunks
   # F of all stages but one and B of all; embedding at F and B, head at B.
   assert len(axis.patches) == 8 * (2 * stages - 1 + 2 + 1)
