@@ -471,7 +471,7 @@ def test_compare_saves_before_its_time_is_up(cluster, state):
   cluster.write('squeue', state)
   with cluster.start(cluster.compare, '--workdir=/s/r') as job:
     cluster.wait_for('../arguments')
-    time.sleep(0.1)  # until it handles signals
+    time.sleep(1)  # until it handles signals
     os.kill(job.pid, signal.SIGTERM)
     if state == 'COMPLETING':
       time.sleep(0.1)
