@@ -69,13 +69,8 @@ class KeepingTick(ticks.TrainingTick):
 
   def _ahead(self, chunk, x):
     """A stage's output, its statistics, and what is kept: a list of arrays."""
-    weights, bias, is_real = self.device.chunk(chunk)
-
-    def stage(weights, x):
-      y, extra, stats = self.device.stages.run(weights, bias, is_real, x)
-      return (y, extra), stats
-
-    (y, extra), pull_back, stats = jax.vjp(stage, weights, x, has_aux=True)
+    weights, *rest = self.device.chunk(chunk)
+    (y, extra), pull_back, stats = self.device.run_vjp(weights, rest, x)
     leaves, tree = jax.tree.flatten((pull_back, y, extra))
     own = jax.tree.leaves(weights)
     # For each leaf the weight that it is, or its place in the list.

@@ -200,13 +200,8 @@ class TrainingTick:
     """B: the gradient of the stage's input; the totals with its share."""
     device, chunk = self.device, my['b_chunk']
     x = device.stage_input(my, 'b', x)
-    weights, bias, is_real = device.chunk(chunk)
-
-    def stage(weights, x):
-      y, extra, stats = device.stages.run(weights, bias, is_real, x)
-      return (y, extra), stats
-
-    (y, extra), pull_back, stats = jax.vjp(stage, weights, x, has_aux=True)
+    weights, *rest = device.chunk(chunk)
+    (y, extra), pull_back, stats = device.run_vjp(weights, rest, x)
     total = total._replace(stats=add_at(total.stats, chunk, stats))
     return self.pulled_back(total, my, y, extra, pull_back, incoming, dh)
 

@@ -60,7 +60,7 @@ def rows(
   )
   for equation in kernel_bundles.kernels(jaxpr.jaxpr):
     counted = kernel_bundles.count(equation, device, chip, folder)
-    tiles = math.ceil(math.prod(equation.params['grid_mapping'].grid))
+    tiles = math.prod(equation.params['grid_mapping'].grid)
     flops = equation.params['cost_estimate'].flops
     yield {
       'kernel': equation.params['name'],
