@@ -131,7 +131,7 @@ def _suggest(config):
     print(json.dumps([one._asdict() for one in found]))
     return
   hbm = chips.CHIPS[TOPOLOGY.value.partition(':')[0]].hbm
-  print(search.table(found, hbm))
+  print(search.table(found, config, number, hbm))
 
 
 if __name__ == '__main__':

@@ -62,12 +62,18 @@ def routed(
   gates: Float[Array, 's k'] | None,
   weights: Weights,
 ) -> Float[Array, 's d']:
-  """`dropless` of the assignments that a route has, sorted by expert."""
+  """`dropless` of the assignments that a route has, sorted by expert.
+
+  Gates multiply the hidden rows, not the results: their gradient then needs no
+  result, which the backward pass would have to compute again. Rows behind the
+  last expert's are never read.
+  """
+  own = None if gates is None else rows_lib.spread_gates(gates, route)
   # Not by lax.platform_dependent, which in the branches of a pipeline stays a
   # choice at run time, with buffers for both.
   multiply = ragged if platform_lib.platform() == 'tpu' else blocked
-  rows = multiply(rows_lib.spread(x, route), sizes, weights)
-  return rows_lib.collect(rows, gates, route)
+  rows = multiply(rows_lib.spread(x, route, False), sizes, weights, own)
+  return rows_lib.collect(rows, None, route, False)
 
 
 def capacity(
@@ -120,27 +126,40 @@ def expert_capacity(
 
 @parts.part(parts.EXPERTS)
 def batched(
-  rows: Float[Array, 'e r d'], weights: Weights
+  rows: Float[Array, 'e r d'],
+  weights: Weights,
+  gates: Float[Array, 'e r'] | None = None,
 ) -> Float[Array, 'e r d']:
-  """r rows of each expert."""
-  gate = recompute.name_inner(jnp.matmul(rows, weights.gate))
-  up = recompute.name_inner(jnp.matmul(rows, weights.up))
-  return jnp.matmul(recompute.name_inner(layers.swiglu(gate, up)), weights.down)
+  """r rows of each expert, times a gate each."""
+  return _swiglu(jnp.matmul, rows, weights, gates)
 
 
 @parts.part(parts.EXPERTS)
 def ragged(
-  rows: Float[Array, 'r d'], sizes: Int[Array, 'e'], weights: Weights
+  rows: Float[Array, 'r d'],
+  sizes: Int[Array, 'e'],
+  weights: Weights,
+  gates: Float[Array, 'r'] | None = None,
 ) -> Float[Array, 'r d']:
-  """Rows sorted by expert, `sizes` of them each."""
-  dot = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-  gate = recompute.name_inner(dot(rows, weights.gate))
-  up = recompute.name_inner(dot(rows, weights.up))
-  return dot(recompute.name_inner(layers.swiglu(gate, up)), weights.down)
+  """Rows sorted by expert, `sizes` of them each, times a gate each."""
+  multiply = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+  return _swiglu(multiply, rows, weights, gates)
+
+
+def _swiglu(multiply, rows, weights, gates):
+  gate = recompute.name_inner(multiply(rows, weights.gate))
+  up = recompute.name_inner(multiply(rows, weights.up))
+  hidden = layers.swiglu(gate, up)
+  if gates is not None:
+    hidden = (hidden.astype(gates.dtype) * gates[..., None]).astype(rows.dtype)
+  return multiply(hidden, weights.down)
 
 
 def blocked(
-  rows: Float[Array, 'r d'], sizes: Int[Array, 'e'], weights: Weights
+  rows: Float[Array, 'r d'],
+  sizes: Int[Array, 'e'],
+  weights: Weights,
+  gates: Float[Array, 'r'] | None = None,
 ) -> Float[Array, 'r d']:
   """`ragged` with the groups padded to blocks."""
   num_rows, num_experts = len(rows), len(sizes)
@@ -164,5 +183,8 @@ def blocked(
   route = rows_lib.Route(row, jnp.zeros_like(row), back[:, None])
 
   buffer = rows_lib.spread(rows, route).reshape(num_blocks, block, -1)
-  out = batched(buffer, Weights(*(w[owner] for w in weights)))
+  if gates is not None:
+    gates = rows_lib.spread_gates(gates[:, None], route)
+    gates = gates.reshape(num_blocks, block)
+  out = batched(buffer, Weights(*(w[owner] for w in weights)), gates)
   return rows_lib.collect(out.reshape(len(place), -1), None, route)

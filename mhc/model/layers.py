@@ -61,7 +61,7 @@ class SwiGLU(nnx.Module):
       recompute.name_inner(self.gate(x)),
       recompute.name_inner(self.up(x)),
     )
-    return self.down(recompute.name_inner(swiglu(gate, up)))
+    return self.down(swiglu(gate, up))
 
 
 @recompute.checkpoint_cheap

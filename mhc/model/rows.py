@@ -12,6 +12,7 @@ correspondence: each names the other, or one past the last for none, which
 reads as 0.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -112,17 +113,24 @@ def routed(
   return Route(source // k, source % k, place)
 
 
-@jax.custom_vjp
-def spread(x: Float[Array, 's d'], route: Route) -> Float[Array, 'm d']:
-  """The rows; 0 where one stands for no assignment."""
-  return _taken(x, route.token)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def spread(
+  x: Float[Array, 's d'], route: Route, blank: bool = True
+) -> Float[Array, 'm d']:
+  """The rows; where one stands for no assignment 0 or, not `blank`, anything.
+
+  To blank them takes another pass over the rows, which is for nothing where
+  nobody reads them.
+  """
+  return _taken(x, route.token, blank)
 
 
-def _spread_forward(x, route):
-  return spread(x, route), route
+def _spread_forward(x, route, blank):
+  return spread(x, route, blank), route
 
 
-def _spread_backward(route, g):
+def _spread_backward(blank, route, g):
+  del blank
   return _summed(g, route.place, None), None
 
 
@@ -130,34 +138,59 @@ spread.defvjp(_spread_forward, _spread_backward)
 
 
 @jax.custom_vjp
+def spread_gates(gates: Float[Array, 's k'], route: Route) -> Float[Array, 'm']:
+  """The gate of each row's assignment; 0 where it stands for none."""
+  at = route.token, route.slot
+  return gates.at[at].get(mode='fill', fill_value=0)
+
+
+def _spread_gates_forward(gates, route):
+  return spread_gates(gates, route), route
+
+
+def _spread_gates_backward(route, g):
+  return _taken(g, route.place), None
+
+
+spread_gates.defvjp(_spread_gates_forward, _spread_gates_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def collect(
-  rows: Float[Array, 'm d'], gates: Float[Array, 's k'] | None, route: Route
+  rows: Float[Array, 'm d'],
+  gates: Float[Array, 's k'] | None,
+  route: Route,
+  blank: bool = True,
 ) -> Float[Array, 's d']:
-  """The gated sum over each token's rows; gates=None stands for 1."""
+  """The gated sum over each token's rows; gates=None stands for 1.
+
+  `blank` is about the gradient's rows, as for `spread`.
+  """
   return _summed(rows, route.place, gates)
 
 
-def _collect_forward(rows, gates, route):
+def _collect_forward(rows, gates, route, blank):
   kept = None if gates is None else rows
-  return collect(rows, gates, route), (kept, gates, route)
+  return collect(rows, gates, route, blank), (kept, gates, route)
 
 
-def _collect_backward(kept, g):
+def _collect_backward(blank, kept, g):
   rows, gates, route = kept
-  d_rows = _taken(g, route.token)
+  d_rows = _taken(g, route.token, blank)
   if gates is None:
     return d_rows, None, None
   dots = jnp.sum((rows * d_rows).astype(jnp.float32), axis=1)
   d_gates = _taken(dots, route.place).astype(gates.dtype)
-  # A row that stands for no assignment is 0 with any gate.
-  own = gates.at[route.token, route.slot].get(mode='fill', fill_value=0)
+  own = spread_gates(gates, route)
   return d_rows * own[:, None].astype(d_rows.dtype), d_gates, None
 
 
 collect.defvjp(_collect_forward, _collect_backward)
 
 
-def _taken(x, at):
+def _taken(x, at, blank=True):
+  if not blank:
+    return x.at[at].get(mode='clip')
   return x.at[at].get(mode='fill', fill_value=0)
 
 

@@ -259,10 +259,14 @@ class Transformer(nnx.Module):
       states, aux = self._run_stack(
         'dense_blocks', None, states, tokens.shape, collect=collect
       )
-    connection = self.config.connection
-    return [residual.flush_pending_output(connection, s) for s in states], aux
+    return self.leave_stage(states), aux
 
-  def run_stage(
+  def enter_stage(self, states: States) -> States:
+    """What the blocks of a stage take, of what the stage before has left."""
+    connection = self.config.connection
+    return [residual.with_empty_pending_output(connection, s) for s in states]
+
+  def run_blocks(
     self,
     states: States,
     batch: tuple[int, int],
@@ -271,18 +275,15 @@ class Transformer(nnx.Module):
     *,
     collect: bool = False,
   ) -> tuple[States, StackAux]:
-    """The blocks of `config.stack`, one stage of a pipeline.
+    """The blocks of `config.stack`: all of a pipeline's stage, or some.
 
     Args:
-      states: what `embed_and_expand` or the stage before has returned, of
-        tokens `batch`.
+      states: of tokens `batch`, from `enter_stage` or the blocks before.
       router_bias: with experts, of these l blocks.
       is_real: False for rows of padding (zeros); None for all True.
       collect: whether `aux.stream_stats` are asked for.
     """
-    connection = self.config.connection
-    states = [residual.with_empty_pending_output(connection, s) for s in states]
-    states, aux = self._run_stack(
+    return self._run_stack(
       self.config.stack,
       router_bias,
       states,
@@ -290,7 +291,11 @@ class Transformer(nnx.Module):
       is_real=is_real,
       collect=collect,
     )
-    return [residual.flush_pending_output(connection, s) for s in states], aux
+
+  def leave_stage(self, states: States) -> States:
+    """Plain streams, which travel to the next stage."""
+    connection = self.config.connection
+    return [residual.flush_pending_output(connection, s) for s in states]
 
   @parts.part(parts.HEAD)
   def collapse_and_norm(self, states: States) -> Float[Array, 's d']:

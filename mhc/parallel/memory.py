@@ -59,7 +59,7 @@ def activations(
   outputs = 0 if n == 1 and model.recompute == 'none' else sublayers
   inner = [
     _attention(model.attention)
-    + (_experts(model) if experts else 3 * model.ffn_dim)
+    + (_experts(model) if experts else _hidden(model) * model.ffn_dim)
     for experts in (False,) * (model.num_blocks - model.num_moe_blocks)
     + (True,) * model.num_moe_blocks
   ][-num_blocks:]
@@ -99,7 +99,7 @@ def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
     kinds['stages'] = table.peak_states(schedule) * state
     if mesh.keep == 'stages':
       each = kinds['streams'] + kinds['outputs'] + kinds['inner'] + state
-      kinds['kept'] = (schedule.num_kept_slots + 1) * each
+      kinds['kept'] = schedule.num_kept_slots * each
     if mesh.head == 'vocab':
       kinds['logits'] //= mesh.pipe
   return {name: size * tokens for name, size in kinds.items()}
@@ -200,8 +200,15 @@ def _attention(c):
   return compressed + heads + latent + expanded
 
 
+def _hidden(model):
+  """Rows of a SwiGLU's hidden width: gate, up and, if kept, their product."""
+  return 2 if model.recompute == 'mhc' else 3
+
+
 def _experts(model):
-  """Gate, up and their product; inputs and outputs of the experts."""
-  c = model.moe
-  routed = c.experts_per_token * (3 * c.expert_dim + 2 * model.dim)
-  return routed + 3 * c.num_shared * c.expert_dim
+  """Of the routed experts also the rows that go in, and gated products."""
+  c, hidden = model.moe, _hidden(model)
+  again = model.recompute == 'mhc'
+  routed = hidden * c.expert_dim
+  routed += 0 if again else c.expert_dim + model.dim
+  return c.experts_per_token * routed + hidden * c.num_shared * c.expert_dim

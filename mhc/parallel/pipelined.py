@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mhc import axes
 from mhc.axes import AXES, DATA, EXPERT, PIPE
+from mhc.model import recompute
 from mhc.parallel import fsdp
 from mhc.parallel import loss
 from mhc.parallel import mesh as mesh_lib
@@ -65,8 +66,11 @@ class Stages:
       tokens, num_sub_batches=self._num_sub_batches
     )[0]
 
+  def enter(self, state):
+    return self._network(self.shared, self.blocks).enter_stage(state)
+
   def run(self, blocks, bias, is_real, state):
-    state, aux = self._network(self.shared, blocks).run_stage(
+    state, aux = self._network(self.shared, blocks).run_blocks(
       state, self.batch, bias, is_real, collect=self.collect
     )
     extra = jnp.zeros((), jnp.float32)
@@ -75,6 +79,9 @@ class Stages:
       extra = loss.balance_loss(model, aux.moe_stats, *self.batch)
     extra = axes.cast_varying(extra, axes.varying_axes(state))
     return state, extra, aux.stream_stats if self.collect else aux.moe_stats
+
+  def leave(self, state):
+    return self._network(self.shared, self.blocks).leave_stage(state)
 
   def close(self, shared, state):
     return self._network(shared, self.blocks).collapse_and_norm(state)
@@ -92,6 +99,11 @@ class Stages:
     network = self._network(shared, self.blocks)
     aux = network.embed_and_expand(tokens, collect=True)[1]
     return None if aux is None else aux.stream_stats
+
+  @property
+  def recompute_blocks(self):
+    rows = self.p.layout.layers_per_stage
+    return recompute.recompute_interval(self.p.config.model, rows) // 2
 
   @property
   def _num_sub_batches(self):

@@ -83,6 +83,30 @@ def index(leaf, number):
   return jax.lax.dynamic_index_in_dim(leaf, number, 0, keepdims=False)
 
 
+def read_at(buffer, at, size=None):
+  """buffer[at]; with a size, that many from the last of `at` on."""
+  block = _block(buffer, at, size)
+  shape = buffer.shape[len(at) :]
+  found = jax.lax.dynamic_slice(buffer, _start(buffer, at), block)
+  return found.reshape(shape if size is None else (size, *shape))
+
+
+def write_at(buffer, at, value, size=None):
+  """buffer[at] = value, as `read_at` reads it."""
+  value = value.reshape(_block(buffer, at, size))
+  return jax.lax.dynamic_update_slice(buffer, value, _start(buffer, at))
+
+
+def _start(buffer, at):
+  zeros = (0,) * (buffer.ndim - len(at))
+  return [jnp.asarray(place, jnp.int32) for place in (*at, *zeros)]
+
+
+def _block(buffer, at, size):
+  ones = (1,) * (len(at) - 1)
+  return (*ones, size or 1, *buffer.shape[len(at) :])
+
+
 def unused(shapes, *extra):
   """Arrays that are written before they are read, or never read.
 

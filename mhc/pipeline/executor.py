@@ -44,14 +44,24 @@ Tree = Any
 class Stages(Protocol):
   """The functions of a pipeline; c rows of t tokens are a microbatch."""
 
+  # Blocks in a recompute block.
+  recompute_blocks: int
+
   def embed(self, shared, tokens):
     """Tokens int32 [c, t] -> state, what the first stage takes."""
 
-  def run(self, blocks, bias, is_real, state):
-    """One stage: state, what else it adds to the objective, statistics.
+  def enter(self, state):
+    """State as it arrives -> as blocks take it."""
 
-    `blocks` [r, ...], `bias` [r, e] or None, `is_real` bool [r] or None.
+  def run(self, blocks, bias, is_real, state):
+    """Blocks: state, what else they add to the objective, statistics.
+
+    `blocks` [r, ...], `bias` [r, e] or None, `is_real` bool [r] or None: the
+    rows of a stage, or some of them.
     """
+
+  def leave(self, state):
+    """State as blocks return it -> as it travels on."""
 
   def close(self, shared, state):
     """State -> h [c t, d], what the head takes."""
@@ -142,7 +152,13 @@ class _Device:
     return buffers.read_slot(self.stack, number)
 
   def first_chunk(self, state):
-    return self.stages.run(*self.chunk(0), state)
+    return self.stage(*self.chunk(0), state)
+
+  def stage(self, blocks, bias, is_real, state):
+    """`stages.run` from what arrives to what travels on."""
+    state = self.stages.enter(state)
+    state, extra, stats = self.stages.run(blocks, bias, is_real, state)
+    return self.stages.leave(state), extra, stats
 
   def embed(self, shared, index):
     tokens = buffers.index(self.tokens, index)
@@ -161,7 +177,7 @@ class _Device:
 
   def run(self, my, op, x):
     chunk = self.chunk(my[f'{op}_chunk'])
-    return self.stages.run(*chunk, self.stage_input(my, op, x))
+    return self.stage(*chunk, self.stage_input(my, op, x))
 
   def run_vjp(self, weights, rest, x):
     """(y, extra) of a stage, what pulls back from both, its statistics.
@@ -171,7 +187,7 @@ class _Device:
     """
 
     def stage(weights, x):
-      y, extra, stats = self.stages.run(weights, *rest, x)
+      y, extra, stats = self.stage(weights, *rest, x)
       return (y, extra), stats
 
     return jax.vjp(stage, weights, x, has_aux=True)

@@ -203,23 +203,17 @@ class TrainingTick:
     weights, *rest = device.chunk(chunk)
     (y, extra), pull_back, stats = device.run_vjp(weights, rest, x)
     total = total._replace(stats=add_at(total.stats, chunk, stats))
-    return self.pulled_back(total, my, y, extra, pull_back, incoming, dh)
+    dy, total = self.at_the_end(my, incoming, total, y, dh)
+    d_weights, dx = pull_back((dy, jnp.ones_like(extra)))
+    blocks = add_at(total.blocks, chunk, d_weights)
+    return self.at_the_start(my, dx, total._replace(blocks=blocks))
 
-  def pulled_back(self, total, my, y, extra, pull_back, incoming, dh):
-    """The gradient of the stage's input; the totals with the stage's share.
-
-    Args:
-      total: the sums.
-      my: the row of the table.
-      y, extra: the stage's output and its term of the loss.
-      pull_back: of both.
-      incoming, dh: the gradient that came for y, and that of the head.
-    """
-    chunk = my['b_chunk']
-    dy, total = cond(
+  def at_the_end(self, my, incoming, total, y, dh):
+    """The gradient of a stage's output, of the last one through the head."""
+    return cond(
       'b_last',
       my['b_last'] == 1,
-      self._at_the_end,
+      self._through_the_head,
       keep_two,
       incoming,
       total,
@@ -227,27 +221,24 @@ class TrainingTick:
       y,
       dh,
     )
-    d_weights, dx = pull_back((dy, jnp.ones_like(extra)))
-    d_shared = cond(
+
+  def at_the_start(self, my, dx, total):
+    """The gradient of a stage's input; of the first one also into the sums."""
+    shared = cond(
       'b_first',
       my['b_first'] == 1,
-      self._at_the_start,
+      self._into_the_embedding,
       keep,
       total.shared,
       my['b_mb'],
       dx,
     )
-    return dx, Gradients(
-      total.nats,
-      add_at(total.blocks, chunk, d_weights),
-      d_shared,
-      total.stats,
-    )
+    return dx, total._replace(shared=shared)
 
   def no_backward(self, total, *_):
     return buffers.unused(self.device.state), total
 
-  def _at_the_end(self, incoming, total, index, y, dh):
+  def _through_the_head(self, incoming, total, index, y, dh):
     """The gradient of the last stage's output, through close and head."""
     del incoming
     device = self.device
@@ -258,7 +249,7 @@ class TrainingTick:
     d_shared, dy = pull_back(dh)
     return dy, total._replace(shared=_add(total.shared, d_shared))
 
-  def _at_the_start(self, d_shared, index, dx):
+  def _into_the_embedding(self, d_shared, index, dx):
     """The gradient of the embedding, added."""
     device = self.device
     _, pull_back = jax.vjp(
@@ -307,6 +298,14 @@ def cond(name, *arguments):
   """`jax.lax.cond`, to be found in the compiled program by its scope."""
   with jax.named_scope(f'pipeline_{name}'):
     return jax.lax.cond(*arguments)
+
+
+def loop(name, once, body, carry):
+  """`body` of the carry if `once`, else the carry, which is never copied."""
+  with jax.named_scope(f'pipeline_{name}'):
+    return jax.lax.fori_loop(
+      0, once.astype(jnp.int32), lambda _, carry: body(carry), carry
+    )
 
 
 def keep(same, *_):

@@ -49,6 +49,7 @@ class Cost(NamedTuple):
   high: float = 0
   hbm_bytes: float = 0
   flops: float = 0  # of products and, as they say themselves, of kernels
+  compiler: float = 0  # by its cycles, the middle where it has none
 
   def plus(self, other: 'Cost', times: float = 1) -> 'Cost':
     return Cost(*(a + times * b for a, b in zip(self, other, strict=True)))
@@ -158,6 +159,13 @@ def price(
   assumed: Assumed = NOTHING,
 ) -> Cost:
   """Cost of an instruction that is not control flow."""
+  found = _price(module, instruction, shapes, chip, assumed)
+  blind = instruction.opcode in ('sort', 'custom-call')
+  blind |= _cycles(instruction) is None
+  return found._replace(compiler=found.middle if blind else found.high)
+
+
+def _price(module, instruction, shapes, chip, assumed) -> Cost:
   kind = instruction.opcode
   if kind in work.FREE or kind.endswith(('-start', '-update')):
     return Cost()

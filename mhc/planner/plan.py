@@ -86,7 +86,7 @@ def plan_step(config: config_lib.Config, topology: str) -> Plan:
     step_seconds: compute_seconds and exposed communication.
     step_seconds_bounds: the same with the low and the high of `cost`.
     tokens_per_second, mfu: derived from step_seconds.
-    mfu_compiler: by the higher bound, the compiler's own cycles.
+    mfu_compiler: by the compiler's own cycles, where it has any.
     breakdown: of step_seconds by part, see `breakdown.Share`.
     bubble_seconds, padding_seconds, recompute_seconds: across the parts.
 
@@ -265,7 +265,7 @@ def _scheduled(step, compiled, schedule, chip, plan, bundles):
     'step_seconds_bounds': (total.low + exposed, total.high + exposed),
     'tokens_per_second': rate,
     'mfu': peak / seconds,
-    'mfu_compiler': peak / (total.high + exposed),
+    'mfu_compiler': peak / (total.compiler + exposed),
     'breakdown': {name: s._asdict() for name, s in shares.parts.items()}
     | {'exposed_communication': breakdown.Share(exposed)._asdict()},
     'bubble_seconds': shares.bubble_seconds,

@@ -211,17 +211,27 @@ def _nested(settings):
   return tree
 
 
-def table(suggestions: list[Suggestion], hbm: int) -> str:
-  """Formats suggestions as a Markdown table."""
+def table(
+  suggestions: list[Suggestion],
+  config: config_lib.Config,
+  num_devices: int,
+  hbm: int,
+) -> str:
+  """Formats suggestions as a Markdown table, with the cost of the whole run."""
   rows = [
-    f'| {one.seconds:.3g} s | {one.bytes / 2**30:.0f} of {hbm / 2**30:.0f} GiB '
+    f'| {one.seconds:.3g} s | {config.tokens_per_step / one.seconds:,.0f} '
+    f'| {run / 24:.3g} days, {run * num_devices:,.0f} device-hours '
+    f'| {one.bytes / 2**30:.0f} of {hbm / 2**30:.0f} GiB '
     f'| {one.bubble:.0%} | `{one.flags()}` |'
     for one in suggestions
+    for run in [config.num_steps * one.seconds / 3600]
   ]
   return '\n'.join(
     [
-      '| step (formula) | bytes a device (formula) | bubble | settings |',
-      '|---:|---:|---:|---|',
+      f'| step (formula, within {ERROR:.0%}) | tokens a second '
+      f'| {config.num_steps:,} steps | bytes a device (formula) | bubble '
+      '| settings |',
+      '|---:|---:|---:|---:|---:|---|',
       *rows,
     ]
   )

@@ -28,6 +28,9 @@ FREE = frozenset(
     'tuple',
   }
 )
+# A custom call that gives memory, and touches none of it.
+ALLOCATION = 'custom_call_target="AllocateBuffer"'
+UPDATE = 'dynamic-update-slice'
 Shapes = dict[str, str]  # of a computation's instructions
 
 
@@ -49,7 +52,7 @@ def of(
     instruction: one of a computation.
     shapes: of that computation's instructions, `hlo.shapes`.
   """
-  if instruction.opcode in FREE:
+  if instruction.opcode in FREE or ALLOCATION in instruction.attributes:
     return Work()
   return Work(
     _moved(module, instruction, shapes, on_chip=False),
@@ -94,16 +97,23 @@ def _fused(body, instruction, shapes, size):
         size(use.shape) for use in uses if use.operands[0] == parameter.name
       )
       given = min(given, taken) if taken else given
-    elif uses and all(
-      use.opcode == 'dynamic-update-slice' and use.operands[0] == parameter.name
-      for use in uses
-    ):
-      # Updated in place: only the update is written.
-      updates = [size(inner[use.operands[1]].shape) for use in uses]
+    elif uses and all(_in_place(use, parameter.name) for use in uses):
+      # Only its slices are read, and of the result only updates written.
+      parts = [size(use.shape) for use in uses if use.opcode != UPDATE]
+      updates = [
+        size(inner[use.operands[1]].shape)
+        for use in uses
+        if use.opcode == UPDATE
+      ]
       written -= given - min(given, sum(updates))
-      given = 0
+      given = min(given, sum(parts))
     read += given
   return read + max(0, written)
+
+
+def _in_place(use, name):
+  """Whether an instruction slices an array, or updates a slice of it."""
+  return use.opcode in ('dynamic-slice', UPDATE) and use.operands[0] == name
 
 
 def _flops(module, instruction, shapes):

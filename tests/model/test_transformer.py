@@ -55,7 +55,9 @@ def logits_of(model, x):
 @jax.jit
 def final_streams(model, x):
   states, _ = model.embed_and_expand(x)
-  return model.run_stage(states, x.shape, None)[0][0]
+  states = model.enter_stage(states)
+  states, _ = model.run_blocks(states, x.shape, None)
+  return model.leave_stage(states)[0]
 
 
 loss_and_grads = jax.jit(jax.value_and_grad(loss))

@@ -94,6 +94,11 @@ def test_the_cost_of_a_schedule_by_hand():
     + max(300 / V5P.flops, 40 / V5P.bandwidth)
   )
   assert total.low < total.middle < total.high
+  # The kernel has no cycles.
+  kernel = costs(MODULE).each('main')[6]
+  assert total.compiler == pytest.approx(
+    total.high + kernel.middle - kernel.high
+  )
 
 
 def test_what_has_no_cycles_waits_for_its_bytes():
