@@ -179,19 +179,6 @@ class _Device:
     chunk = self.chunk(my[f'{op}_chunk'])
     return self.stage(*chunk, self.stage_input(my, op, x))
 
-  def run_vjp(self, weights, rest, x):
-    """(y, extra) of a stage, what pulls back from both, its statistics.
-
-    The gradients are those of the stage's weights and of x; `rest` is its
-    biases and `is_real`.
-    """
-
-    def stage(weights, x):
-      y, extra, stats = self.stage(weights, *rest, x)
-      return (y, extra), stats
-
-    return jax.vjp(stage, weights, x, has_aux=True)
-
   def close(self, y):
     return self.stages.close(self.shared, y)
 

@@ -86,7 +86,9 @@ class KeepingTick(ticks.TrainingTick):
       state, units = carry
       state, new, one = self._ahead(my['f_chunk'], unit, state)
       at = my['f_keep'], unit
-      units = [buffers.write_at(a, at, b) for a, b in zip(units, one)]
+      units = [
+        buffers.write_at(a, at, b) for a, b in zip(units, one, strict=True)
+      ]
       return (state, units), new
 
     carry = axes.cast_varying_everywhere(state), kept.units
@@ -94,7 +96,8 @@ class KeepingTick(ticks.TrainingTick):
     y, leave = jax.vjp(self.device.stages.leave, state)
     ends = self._flatten_ends(enter, leave, y)
     ends = [
-      buffers.write_at(a, (my['f_keep'],), b) for a, b in zip(kept.ends, ends)
+      buffers.write_at(a, (my['f_keep'],), b)
+      for a, b in zip(kept.ends, ends, strict=True)
     ]
     new = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), new)
     stats = ticks.add_at(stats, my['f_chunk'], new)
@@ -102,17 +105,12 @@ class KeepingTick(ticks.TrainingTick):
 
   def _ahead(self, chunk, unit, state):
     """A unit's output, its statistics, and what is kept: a list of arrays."""
-    weights, *rest = self._unit_of(self.device.stack, chunk, unit)
-
-    def run(weights, state):
-      state, extra, stats = self.device.stages.run(weights, *rest, state)
-      return (state, extra), stats
-
-    (state, extra), pull_back, stats = jax.vjp(
-      run, weights, state, has_aux=True
+    blocks = self._unit_of(self.device.stack, chunk, unit)
+    (state, extra), pull_back, stats = ticks.differentiate(
+      self.device.stages.run, blocks, state
     )
     leaves, tree = jax.tree.flatten((pull_back, extra))
-    own = jax.tree.leaves(weights)
+    own = jax.tree.leaves(blocks[0])
     # For each leaf the weight that it is, or its place in the list.
     places, saved = [], []
     for leaf in leaves:

@@ -200,8 +200,9 @@ class TrainingTick:
     """B: the gradient of the stage's input; the totals with its share."""
     device, chunk = self.device, my['b_chunk']
     x = device.stage_input(my, 'b', x)
-    weights, *rest = device.chunk(chunk)
-    (y, extra), pull_back, stats = device.run_vjp(weights, rest, x)
+    (y, extra), pull_back, stats = differentiate(
+      device.stage, device.chunk(chunk), x
+    )
     total = total._replace(stats=add_at(total.stats, chunk, stats))
     dy, total = self.at_the_end(my, incoming, total, y, dh)
     d_weights, dx = pull_back((dy, jnp.ones_like(extra)))
@@ -256,6 +257,20 @@ class TrainingTick:
       lambda shared: device.embed(shared, index), device.shared
     )
     return _add(d_shared, pull_back(dx)[0])
+
+
+def differentiate(run, blocks, state):
+  """`run(*blocks, state)`: (state, extra), what pulls back, statistics.
+
+  The gradients are those of the blocks' weights and of the state.
+  """
+  weights, *rest = blocks
+
+  def outputs(weights, state):
+    state, extra, stats = run(weights, *rest, state)
+    return (state, extra), stats
+
+  return jax.vjp(outputs, weights, state, has_aux=True)
 
 
 def branch_frequencies(schedule: table.Schedule) -> dict[str, float]:
