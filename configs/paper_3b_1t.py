@@ -3,8 +3,9 @@
     python launch/aot.py --config=configs/paper_3b_1t.py --count
     python launch/aot.py --config=configs/paper_3b_1t.py:residual --count
 
-The argument is the connection, by default mhc. For a pod; the paper does not
-print losses.
+The argument is the connection, by default mhc. For a pod: the mesh is planned
+for v5p:2x2x4 (docs/planner.md), and `launch/aot.py --suggest` finds others. The
+paper does not print losses.
 """
 
 import ml_collections

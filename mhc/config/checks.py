@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 import difflib
+import functools
 import typing
 from typing import Any, Literal
 
@@ -45,9 +46,12 @@ def _section(config) -> str:
   )
 
 
+_hints = functools.cache(typing.get_type_hints)
+
+
 def check_types(config):
   """Checks the type of every field; an int passes for a float."""
-  for name, hint in typing.get_type_hints(type(config)).items():
+  for name, hint in _hints(type(config)).items():
     value = getattr(config, name)
     where = _section(config) + name
     if typing.get_origin(hint) is Literal:

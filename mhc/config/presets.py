@@ -2,7 +2,8 @@
 
 `paper` is Table 5 of arXiv 2512.24880. Settings that the table omits are chosen
 to match its parameter counts to the last digit: untied embeddings, no query
-compression, one leading dense FFN of 8 expert widths.
+compression, one leading dense FFN of 8 expert widths. The mesh is that of a
+plan (docs/planner.md): of 512 chips of v5p for 27b, 64 for 9b, 16 for 3b.
 
 `ladder` keeps the family's proportions at sizes that anyone can train: heads
 1.6, latent rank 0.4 and expert width 0.7 times the model width, two shared
@@ -27,13 +28,19 @@ class _Paper(NamedTuple):
   batch_size: int
   num_steps: int
   learning_rate: float
+  microbatch_size: int  # rows of a device at a time
+  mesh: config_lib.MeshConfig
 
 
+_PIPELINE = config_lib.MeshConfig(
+  pipe=2, chunks=3, expert=4, head='vocab', keep='stages'
+)
+_FLAT = config_lib.MeshConfig(expert=4)
 _PAPER = {
-  '3b': _Paper(12, 1280, 16, 64, 896, 320, 30_000, 8.6e-4),
-  '9b': _Paper(18, 1920, 24, 64, 1280, 512, 50_000, 5.9e-4),
-  '27b': _Paper(30, 2560, 32, 72, 1536, 1280, 50_000, 4.0e-4),
-  '3b_1t': _Paper(12, 1280, 16, 64, 896, 2560, 100_000, 9.0e-4),
+  '3b': _Paper(12, 1280, 16, 64, 896, 320, 30_000, 8.6e-4, 4, _FLAT),
+  '9b': _Paper(18, 1920, 24, 64, 1280, 512, 50_000, 5.9e-4, 1, _PIPELINE),
+  '27b': _Paper(30, 2560, 32, 72, 1536, 1280, 50_000, 4.0e-4, 1, _PIPELINE),
+  '3b_1t': _Paper(12, 1280, 16, 64, 896, 2560, 100_000, 9.0e-4, 4, _FLAT),
 }
 
 # Active parameters -> (width, blocks).
@@ -74,10 +81,10 @@ def paper(size: str, kind: config_lib.Kind = 'mhc') -> config_lib.Config:
     optimizer=config_lib.OptimizerConfig(
       learning_rate=p.learning_rate, warmup_steps=2000
     ),
-    # One row per device at a time; the number of rows depends on the slice.
     data=config_lib.DataConfig(
-      seq_len=4096, batch_size=p.batch_size, microbatch_size=1
+      seq_len=4096, batch_size=p.batch_size, microbatch_size=p.microbatch_size
     ),
+    mesh=p.mesh,
     eval_every=1000,
     probe_every=500,
     checkpoint_every=1000,

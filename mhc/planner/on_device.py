@@ -88,7 +88,8 @@ def base(num_blocks: int, num_rows: int) -> config_lib.Config:
   if jax.default_backend() == 'cpu':
     config = presets.ladder('1m')
   else:
-    config = presets.paper('3b')
+    flat = {'mesh.expert': 1, 'data.microbatch_size': 1}
+    config = dicts.override(presets.paper('3b'), flat)
   changes = {
     'model.num_blocks': num_blocks,
     'data.batch_size': num_rows * jax.device_count(),

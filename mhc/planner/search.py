@@ -38,6 +38,8 @@ from mhc.pipeline import bubble as bubble_lib
 # compiled for v5p:8x8x8 (docs/planner.md).
 EFFICIENCY = 0.37
 FULL = 0.9
+# Largest error of the formula over the steps that were compiled.
+ERROR = 0.3
 
 
 class Suggestion(NamedTuple):
@@ -124,6 +126,7 @@ def _candidates(config, num_devices) -> Iterator:
       'mesh.pipe': pipe,
       'mesh.expert': expert,
       'mesh.num_sub_batches': 2 if expert > 1 and microbatch % 2 == 0 else 1,
+      'mesh.keep': keep,
       'data.microbatch_size': microbatch,
       'model.recompute_every': every,
     }
@@ -133,7 +136,6 @@ def _candidates(config, num_devices) -> Iterator:
         'mesh.schedule': schedule,
         'mesh.chunks': chunks,
         'mesh.head': 'vocab' if vocab else 'last',
-        'mesh.keep': keep,
       }
     try:
       candidate = dicts.replace(config, **_nested(settings))

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import double_precision
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,7 @@ def test_site_and_all_gradients_match_the_papers_formulas(kind, num_streams):
   x = random_streams(num_streams)
   cotangent = random_streams(num_streams, seed=2)
   out, (grads, d_x) = value_and_pullback(sublayer, connection, x, cotangent)
-  with jax.enable_x64():
+  with double_precision.x64():
 
     def wide(tree):
       return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tree)

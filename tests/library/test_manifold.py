@@ -2,6 +2,7 @@
 
 import functools
 
+import double_precision
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,7 @@ def oracle(logits, cotangent, num_iters, eps):
     m = m / (m.sum(-1, keepdims=True) + eps)
     return jax.lax.scan(with_eps, m, length=num_iters - 1)[0]
 
-  with jax.enable_x64():
+  with double_precision.x64():
     logits = jnp.asarray(logits, jnp.float64)
     cotangent = jnp.asarray(cotangent, jnp.float64)
 

@@ -127,10 +127,14 @@ def test_what_does_not_fit_says_by_how_much():
 
 
 def test_suggestions_fit_and_are_sorted():
-  found = search.suggest(presets.paper('3b'), 'v5p:2x2x4', 16)
+  config = presets.paper('3b')
+  found = search.suggest(config, 'v5p:2x2x4', 16)
   assert [one.seconds for one in found] == sorted(one.seconds for one in found)
   assert all(one.bytes < 95 << 30 for one in found)
-  assert 'mesh.pipe=' in search.table(found, 95 << 30)
+  table = search.table(found, config, 16, 95 << 30)
+  assert 'mesh.pipe=' in table
+  days = config.num_steps * found[0].seconds / 86400
+  assert f'{days:.3g} days, {days * 24 * 16:,.0f} device-hours' in table
   # What is suggested can be asked for.
   settings = dict(found[0].settings)
   assert 16 % (settings['mesh.pipe'] * settings['mesh.expert']) == 0
