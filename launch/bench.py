@@ -24,8 +24,9 @@ per second, as a fraction of the rate of a copy of the streams in the same run.
 
 `device` takes some minutes of one GPU or TPU (about 20 GB): the error of every
 kernel and gradient against the reference in float64, `bandwidth` of each
-implementation, and an entire training step of each kind at the paper's 3B
-width, with the rate of a matrix product in the same run beside it.
+implementation, attention beside plain JAX, and an entire training step of each
+kind at the paper's 3B width, with the rate of a matrix product in the same run
+and the time that `aot.py --suggest` expects at that rate beside it.
 
 `telemetry` times a training step with and without a guard that can skip the
 update, and a probe of gains, streams and residuals.
@@ -93,8 +94,8 @@ ROWS = flags.DEFINE_integer(
 )
 TABLES = flags.DEFINE_multi_enum(
   'table',
-  ['errors', 'operations', 'steps'],
-  ['errors', 'operations', 'steps'],
+  ['errors', 'operations', 'attention', 'steps'],
+  ['errors', 'operations', 'attention', 'steps'],
   'Tables of `device`; can be given several times.',
 )
 IMPLEMENTATION = flags.DEFINE_enum(
@@ -114,6 +115,7 @@ def _device():
     rows = {
       'errors': lambda: on_device.parity_rows(OPERATIONS.value),
       'operations': _each_bandwidth,
+      'attention': lambda: on_device.attention_rows(ROUNDS.value),
       'steps': _each_step,
     }[name]()
     if not JSON.value:
@@ -128,11 +130,8 @@ def _each_bandwidth():
 
 
 def _each_step():
-  rate = on_device.product_rate(ROUNDS.value)
   base = on_device.base(BLOCKS.value, ROWS.value)
-  kinds = ('residual', *KINDS.value)
-  for row in on_device.step_rows(base, kinds, ROUNDS.value):
-    yield row | {'share_of_product': row['flops_per_second'] / rate}
+  return on_device.step_rows(base, ('residual', *KINDS.value), ROUNDS.value)
 
 
 def _operations(implementation):

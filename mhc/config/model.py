@@ -135,6 +135,9 @@ class AttentionConfig:
   # Queries through a latent vector of this size (q-LoRA), 0 for directly.
   query_rank: int = 0
   rope_theta: float = 10_000.0
+  # 'auto': a kernel on TPUs, cuDNN's on NVIDIA GPUs, where they take the sizes;
+  # 'xla': plain JAX everywhere.
+  implementation: Literal['auto', 'xla'] = 'auto'
 
   def __post_init__(self):
     checks.check_types(self)

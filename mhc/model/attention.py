@@ -2,19 +2,20 @@
 
     o_t = sum_s a_ts v_s,   a_ts = softmax_s(scale q_t . k_s),   s <= start + t
 
-with the softmax in float32. On TPUs whole rows go through a kernel that keeps
-no logits (`mhc.kernels.pallas.attention`). Elsewhere, in decoding, and for
-sizes that the kernel does not take, blocks of `BLOCK` queries are taken one by
-one, each against the keys that it can see, and are computed again for the
-gradient: at most [BLOCK, s] logits a head exist at a time, and most of the
-products beyond the diagonal are never made.
+with the softmax in float32. Whole rows go through a kernel that keeps no
+logits, on TPUs our own (`mhc.kernels.pallas.attention`), on NVIDIA GPUs that of
+cuDNN. Elsewhere, in decoding, and for sizes that the kernels do not take,
+blocks of `BLOCK` queries are taken one by one, each against the keys that it
+can see, and are computed again for the gradient: at most [BLOCK, s] logits a
+head exist at a time, and most of the products beyond the diagonal are never
+made.
 
-(`jax.nn.dot_product_attention` makes all of [t, s] on every backend but cuDNN
-and wants values as wide as keys, which those of latent attention are not;
+(`jax.nn.dot_product_attention` makes all of [t, s] on every backend but cuDNN;
 Splash attention does not trace in a `shard_map` that checks its axes.)
 """
 
 import functools
+from typing import Literal
 
 from absl import logging
 import jax
@@ -37,6 +38,7 @@ def causal_attention(
   value: Float[Array, 'b s h v'] | Float[Array, 'b s v'],
   scale: float,
   start: int | Int[Array, ''] = 0,
+  implementation: Literal['auto', 'xla'] = 'auto',
 ) -> Float[Array, 'b t h v']:
   """The weighted values, in the dtype of the values.
 
@@ -45,11 +47,14 @@ def causal_attention(
     key, value: of s tokens; without a head dimension all heads share them.
     scale: of the logits.
     start: position of the first query; key s stands at position s.
+    implementation: 'auto' for a kernel where there is one, 'xla' for plain JAX.
   """
   whole = isinstance(start, int) and start == 0 and key.ndim == value.ndim == 4
-  if whole and key.shape == query.shape and platform_lib.platform() == 'tpu':
+  kernels = {'tpu': by_kernel, 'gpu': by_cudnn}
+  attend = kernels.get(platform_lib.platform())
+  if whole and key.shape == query.shape and attend and implementation == 'auto':
     try:
-      return by_kernel(query, key, value, scale)
+      return attend(query, key, value, scale)
     except NotImplementedError as reason:
       _warn_once(f'attention runs without its kernel: {reason}')
   return in_blocks(query, key, value, scale, start)
@@ -92,6 +97,33 @@ def _kernel_backward(scale, kept, d_out):
 
 
 _kernel.defvjp(_kernel_forward, _kernel_backward)
+
+
+def by_cudnn(
+  query: Float[Array, 'b t h k'],
+  key: Float[Array, 'b t h k'],
+  value: Float[Array, 'b t h v'],
+  scale: float,
+) -> Float[Array, 'b t h v']:
+  """`causal_attention` of whole rows by cuDNN, of 16-bit numbers.
+
+  It wants values as wide as keys: those of latent attention are padded by
+  zeros, which come out as zeros.
+
+  Raises:
+    NotImplementedError: it does not take these arrays, or is not there.
+  """
+  width = query.shape[-1] - value.shape[-1]
+  if width < 0:
+    raise NotImplementedError('cuDNN wants values at most as wide as keys')
+  padded = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, width)))
+  try:
+    out = jax.nn.dot_product_attention(
+      query, key, padded, scale=scale, is_causal=True, implementation='cudnn'
+    )
+  except (NotImplementedError, RuntimeError, ValueError) as reason:
+    raise NotImplementedError(f'cuDNN: {reason}') from reason
+  return out[..., : value.shape[-1]]
 
 
 def in_blocks(

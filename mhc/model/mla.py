@@ -75,6 +75,7 @@ class MLA(nnx.Module):
       jnp.concatenate([key, key_rope], axis=-1),
       value,
       self.scale,
+      implementation=c.implementation,
     )
     return self.out(recompute.name_inner(mixed.reshape(batch, time, -1)))
 

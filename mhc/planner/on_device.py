@@ -19,8 +19,10 @@ from mhc import config as config_lib
 from mhc.config import dicts, presets
 from mhc.kernels import api
 from mhc.kernels import parity
+from mhc.model import attention
 from mhc.parallel import counts
 from mhc.planner import kernel_cost
+from mhc.planner import search
 from mhc.training import step
 
 WARM_UP = 2  # rounds that do not count
@@ -83,6 +85,45 @@ def product_rate(rounds: int) -> float:
   return 2 * size**3 / statistics.median(_times(lambda: multiply(a, b), rounds))
 
 
+def attention_rows(rounds: int) -> Iterator[dict[str, Any]]:
+  """Yields attention's time, forward and backward, in plain JAX and by kernel.
+
+  Of one row of the paper's 3B. `of_product` is the rate of its causal FLOPs
+  over that of a matrix product; `apart` the largest difference of any gradient
+  from plain JAX, in units of the largest one.
+  """
+  time, heads = (4096, 16) if jax.default_backend() != 'cpu' else (256, 2)
+  keys = jax.random.split(jax.random.key(0), 3)
+  given = [
+    jax.random.normal(key, (1, time, heads, width), jnp.bfloat16)
+    for key, width in zip(keys, (192, 192, 128), strict=True)
+  ]
+  # Two products forward; backward twice those and the logits once more.
+  flops = heads * time**2 * (3 * (192 + 128) + 192)
+  rate, plain = product_rate(rounds), None
+  for name in ('xla', 'auto'):
+
+    def loss(query, key, value, name=name):
+      out = attention.causal_attention(
+        query, key, value, 192**-0.5, implementation=name
+      )
+      return jnp.sum(out.astype(jnp.float32))
+
+    grad = jax.jit(jax.grad(loss, (0, 1, 2)))
+    got = [np.asarray(one, np.float32) for one in grad(*given)]
+    plain = plain or got
+    seconds = statistics.median(_times(lambda g=grad: g(*given), rounds))
+    yield {
+      'implementation': name,
+      'ms': 1e3 * seconds,
+      'of_product': flops / seconds / rate,
+      'apart': max(
+        float(np.abs(a - b).max() / np.abs(b).max())
+        for a, b in zip(got, plain, strict=True)
+      ),
+    }
+
+
 def base(num_blocks: int, num_rows: int) -> config_lib.Config:
   """The paper's 3B with fewer blocks; on a CPU a rung of the ladder."""
   if jax.default_backend() == 'cpu':
@@ -104,7 +145,9 @@ def step_rows(
 
   The programs are compiled at the same time, as one waits for minutes; they run
   one after the other, for the state of one may fill the device.
+  `formula_ms` is the compute of `search` at the measured rate of a product.
   """
+  rate = product_rate(rounds)
   names = [
     (kind, name)
     for kind, name in itertools.product(kinds, implementations())
@@ -135,13 +178,16 @@ def step_rows(
     config = program.placement.config
     tokens = config.data.batch_size * config.data.seq_len
     count = counts.count(config.model, config.data.seq_len)
+    flops = tokens * count['flops_per_token']
     yield {
       'kind': kind,
       'implementation': name,
       'ms': 1e3 * seconds,
+      'formula_ms': 1e3 * flops / rate / search.EFFICIENCY,
       'over_first': seconds / first,
       'tokens_per_second': tokens / seconds,
-      'flops_per_second': tokens * count['flops_per_token'] / seconds,
+      'flops_per_second': flops / seconds,
+      'share_of_product': flops / seconds / rate,
       'parameters': count['total_params'],
       'temporary_bytes': train.memory_analysis().temp_size_in_bytes,
     }

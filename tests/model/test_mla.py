@@ -124,3 +124,38 @@ def test_query_compression_has_its_parameters():
 
   heads = 2 * (8 + 4)
   assert count(5) - count(0) == 16 * 5 + 5 + 5 * heads - 16 * heads
+
+
+def test_cudnn_gets_values_as_wide_as_keys(monkeypatch):
+  """Its public function, of which a CPU has the plain implementation."""
+  query, key = jax.random.normal(jax.random.key(0), (2, 1, 40, 2, 12))
+  value = jax.random.normal(jax.random.key(1), (1, 40, 2, 8))
+  with pytest.raises(NotImplementedError, match='cuDNN'):
+    attention_lib.by_cudnn(query, key, value, 0.5)
+  public = jax.nn.dot_product_attention
+
+  def plain(*arrays, implementation, **options):
+    assert implementation == 'cudnn'
+    return public(*arrays, implementation='xla', **options)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', plain)
+  results = []
+  for attend in (attention_lib.by_cudnn, attention_lib.in_blocks):
+    out, pull_back = jax.vjp(
+      lambda *args, attend=attend: attend(*args, 0.5), query, key, value
+    )
+    results.append((out, *pull_back(jnp.cos(out))))
+  for got, want in zip(*results, strict=True):
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+
+
+def test_plain_attention_can_be_asked_for(monkeypatch):
+  """Where a kernel that does not take the arrays would be said."""
+  monkeypatch.setattr(attention_lib.platform_lib, 'platform', lambda: 'gpu')
+  said = []
+  monkeypatch.setattr(attention_lib, '_warn_once', said.append)
+  x = jnp.ones((1, 4, 1, 8))
+  attention_lib.causal_attention(x, x, x, 1.0, implementation='xla')
+  assert not said
+  attention_lib.causal_attention(x, x, x, 1.0)
+  assert 'cuDNN' in said[0]

@@ -8,6 +8,7 @@ import pytest
 
 from mhc.kernels.xla import ops
 from mhc.planner import on_device
+from mhc.planner import search
 
 
 def errors():
@@ -45,4 +46,14 @@ def test_steps():
   assert row['over_first'] == 1
   tokens = base.data.batch_size * base.data.seq_len
   assert row['tokens_per_second'] == pytest.approx(1e3 * tokens / row['ms'])
-  assert on_device.product_rate(1) > row['flops_per_second'] > 0
+  assert 0 < row['share_of_product'] < 1
+  # What the formula expects is that share of what was measured.
+  expected = row['share_of_product'] / search.EFFICIENCY
+  assert row['formula_ms'] / row['ms'] == pytest.approx(expected)
+
+
+def test_attention_by_its_kernel_stands_beside_plain_jax():
+  plain, best = on_device.attention_rows(1)
+  assert (plain['implementation'], best['implementation']) == ('xla', 'auto')
+  assert plain['of_product'] > 0
+  assert plain['apart'] == best['apart'] == 0  # of a CPU both are plain
