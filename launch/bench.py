@@ -4,6 +4,7 @@
     python launch/bench.py recompute    # memory of each recompute policy
     python launch/bench.py kernels      # TPU kernels, by the TPU's compiler
     python launch/bench.py attention    # the TPU's attention kernels, likewise
+    python launch/bench.py overhead     # mHC in a step of the paper's models
     python launch/bench.py triton       # GPU kernels, by Triton's compiler
     python launch/bench.py bandwidth    # the operations, on the device here
     python launch/bench.py device       # all that an accelerator here can tell
@@ -57,6 +58,7 @@ from mhc.parallel import memory
 from mhc.parallel import partition
 from mhc.planner import attention_cost
 from mhc.planner import bundles
+from mhc.planner import connection_cost
 from mhc.planner import kernel_cost
 from mhc.planner import kernel_timing
 from mhc.planner import on_device
@@ -189,31 +191,11 @@ def _kernels():
   folder = bundles.folder()
   widths = [int(width) for width in KERNEL_WIDTHS.value]
   if not JSON.value:
-    print(
-      f'n = {shapes.STREAMS}, {shapes.TOKENS} tokens; ns a token: of the '
-      "schedule, of the kernel's bytes, and as the compiler expects of plain "
-      'JAX\n'
-    )
-    print(
-      '| op | direction | C | TPU | elements / bound | schedule | HBM '
-      '| of HBM | plain JAX | its bytes |'
-    )
-    print('|---|---|---:|---|---:|---:|---:|---:|---:|---:|')
+    print(kernel_cost.HEADER)
   rows = kernel_cost.rows(OPERATIONS.value, widths, GENERATIONS.value, folder)
   for row in rows:
-    if JSON.value:
-      print(json.dumps(row), flush=True)
-      continue
-    elements = row['elements_per_token']
-    bound = elements / row['lower_bound_elements_per_token']
-    spent, hbm = row['schedule_ns_per_token'], row['hbm_ns_per_token']
-    print(
-      f'| {row["op"]} | {row["direction"]} | {row["C"]} | {row["generation"]} '
-      f'| {elements} / {bound:.2f} | {spent:.1f} | {hbm:.1f} '
-      f'| {spent / hbm:.2f} | {row["xla_ns_per_token"]:.1f} '
-      f'| {row["xla_bytes_per_token"] / row["bytes_per_token"]:.1f}x |',
-      flush=True,
-    )
+    text = json.dumps(row) if JSON.value else kernel_cost.line(row)
+    print(text, flush=True)
   bundles.empty(folder)
   folder.rmdir()
 
@@ -226,6 +208,13 @@ def _attention():
     for row in attention_cost.rows(attention_cost.Case(), generation, folder):
       text = json.dumps(row) if JSON.value else attention_cost.line(row)
       print(text, flush=True)
+  folder.rmdir()
+
+
+def _overhead():
+  folder = bundles.folder()
+  sizes, generations = connection_cost.SIZES, GENERATIONS.value
+  _print_rows(connection_cost.rows(sizes, generations, folder))
   folder.rmdir()
 
 
@@ -406,6 +395,7 @@ COMMANDS = {
   'recompute': _recompute,
   'kernels': _kernels,
   'attention': _attention,
+  'overhead': _overhead,
   'triton': _triton,
   'bandwidth': _bandwidth,
   'telemetry': _telemetry,

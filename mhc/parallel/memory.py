@@ -206,7 +206,7 @@ def _hidden(model):
 
 
 def _experts(model):
-  """Of the routed experts also the rows that go in, and gated products."""
+  """Hidden rows; kept ones also with what goes in, and gated products."""
   c, hidden = model.moe, _hidden(model)
   again = model.recompute == 'mhc'
   routed = hidden * c.expert_dim

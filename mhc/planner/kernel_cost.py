@@ -34,6 +34,13 @@ from mhc.planner import targets
 OPERATIONS = ('sinkhorn', 'pre', 'advance', 'post', 'collapse')
 ITERATIONS = 20
 NORM_EPS = 1e-20
+HEADER = (
+  f'n = {shapes.STREAMS}, {shapes.TOKENS} tokens; ns a token: of the schedule, '
+  "of the kernel's bytes, and as the compiler expects of plain JAX\n\n"
+  '| op | direction | C | TPU | elements / bound | schedule | HBM | of HBM '
+  '| plain JAX | its bytes |\n'
+  '|---|---|---:|---|---:|---:|---:|---:|---:|---:|'
+)
 
 
 def case(
@@ -177,16 +184,33 @@ def rows(
         yield from _both_directions(operation, dim, generation, folder)
 
 
-def _both_directions(operation, dim, generation, folder):
-  chip = chips.CHIPS[generation]
-  operands = case(operation, dim)
-  _, kernel = programs(operation, operands, generation, None)
+def scheduled(
+  operation: str, dim: int, generation: str, folder: pathlib.Path
+) -> dict[str, int]:
+  """Compiles the kernels of an operation: bundles of a tile by direction."""
+  _, kernel = programs(operation, case(operation, dim), generation, None)
   kernel.compile()
   counts = {
     direction: bundles.bundles(folder, f'{operation}_{direction}')
     for direction in ('forward', 'backward')
   }
   bundles.empty(folder)
+  return counts
+
+
+def schedule_ns_per_token(
+  operation: str, direction: str, dim: int, generation: str, count: int
+) -> float:
+  """Nanoseconds a token of a kernel whose tile has `count` bundles."""
+  chip = chips.CHIPS[generation]
+  tokens, *_ = _blocks(operation, direction, dim, generation)
+  return 1e9 * count / tokens / chip.clock / chip.cores
+
+
+def _both_directions(operation, dim, generation, folder):
+  chip = chips.CHIPS[generation]
+  operands = case(operation, dim)
+  counts = scheduled(operation, dim, generation, folder)
   plain = [
     program.compile()
     for program in programs(operation, operands, generation, 'xla')
@@ -198,7 +222,9 @@ def _both_directions(operation, dim, generation, folder):
   ]
   for direction in ('forward', 'backward'):
     tokens, elements, moved = _blocks(operation, direction, dim, generation)
-    spent = 1e9 * counts[direction] / tokens / chip.clock / chip.cores
+    spent = schedule_ns_per_token(
+      operation, direction, dim, generation, counts[direction]
+    )
     hbm = hbm_ns_per_token(operation, direction, dim, generation)
     back = direction == 'backward'
     yield {
@@ -253,4 +279,17 @@ def _blocks(operation, direction, dim, generation):
     call.sizes.tokens,
     elements_per_token(call),
     launch.moved(call, num_tokens) / num_tokens,
+  )
+
+
+def line(row: dict[str, Any]) -> str:
+  """A row of `rows` under `HEADER`."""
+  elements = row['elements_per_token']
+  bound = elements / row['lower_bound_elements_per_token']
+  spent, hbm = row['schedule_ns_per_token'], row['hbm_ns_per_token']
+  return (
+    f'| {row["op"]} | {row["direction"]} | {row["C"]} | {row["generation"]} '
+    f'| {elements} / {bound:.2f} | {spent:.1f} | {hbm:.1f} '
+    f'| {spent / hbm:.2f} | {row["xla_ns_per_token"]:.1f} '
+    f'| {row["xla_bytes_per_token"] / row["bytes_per_token"]:.1f}x |'
   )
