@@ -73,47 +73,58 @@ def _moved(module, instruction, shapes, on_chip):
       return 2 * size(shapes.get(instruction.operands[1], ''))
     case 'fusion':
       body = module.computations[hlo.called(instruction, 'calls')]
-      return _fused(body, instruction, shapes, size)
+      return _fused(module, body, instruction, shapes, size)
   return written + sum(size(shapes.get(o, '')) for o in instruction.operands)
 
 
-def _fused(body, instruction, shapes, size):
+def _fused(module, body, instruction, shapes, size):
   """Bytes of a fusion; an operand that is only sliced counts its slices."""
-  written = size(instruction.shape)
-  inner = {i.name: i for i in body}
-  users = {}
-  for user in body:
-    for operand in user.operands:
-      users.setdefault(operand, []).append(user)
-
-  read = 0
+  written, read = size(instruction.shape), 0
   for parameter in (i for i in body if i.opcode == 'parameter'):
     name = instruction.operands[int(parameter.operands[0])]
     given = size(shapes.get(name, ''))
-    uses = users.get(parameter.name, [])
-    if uses and all(use.opcode in ('dynamic-slice', 'gather') for use in uses):
-      # The first operand is what is sliced; another is where.
-      taken = sum(
-        size(use.shape) for use in uses if use.operands[0] == parameter.name
-      )
-      given = min(given, taken) if taken else given
-    elif uses and all(_in_place(use, parameter.name) for use in uses):
-      # Only its slices are read, and of the result only updates written.
-      parts = [size(use.shape) for use in uses if use.opcode != UPDATE]
-      updates = [
-        size(inner[use.operands[1]].shape)
-        for use in uses
-        if use.opcode == UPDATE
-      ]
-      written -= given - min(given, sum(updates))
-      given = min(given, sum(parts))
-    read += given
+    taken, updated = _touched(module, body, parameter.name, size)
+    read += min(given, taken)
+    if updated is not None:  # in place: of the result only that is written
+      written -= given - min(given, updated)
   return read + max(0, written)
 
 
-def _in_place(use, name):
-  """Whether an instruction slices an array, or updates a slice of it."""
-  return use.opcode in ('dynamic-slice', UPDATE) and use.operands[0] == name
+def _touched(module, body, name, size):
+  """Bytes read of an array in a fusion, and of its updates in place, if any.
+
+  Bitcasts and fusions inside are followed; infinity is all of it.
+  """
+  inner = {i.name: i for i in body}
+  read, updated = 0, None
+  uses = [i for i in body if name in i.operands]
+  for use in uses:
+    first = use.operands[0] == name
+    match use.opcode:
+      case 'dynamic-slice' | 'gather' if first:
+        read += size(use.shape)
+      case 'dynamic-slice' | 'gather' | 'dynamic-update-slice' if (
+        name in use.operands[2:] or (use.opcode != UPDATE and not first)
+      ):
+        read += size(inner[name].shape)  # it says where
+      case 'dynamic-update-slice' if first:
+        updated = (updated or 0) + size(inner[use.operands[1]].shape)
+      case 'bitcast':
+        more, changed = _touched(module, body, use.name, size)
+        read += more
+        updated = updated if changed is None else (updated or 0) + changed
+      case 'fusion':
+        called = module.computations[hlo.called(use, 'calls')]
+        places = [
+          n for n, operand in enumerate(use.operands) if operand == name
+        ]
+        for parameter in (i for i in called if i.opcode == 'parameter'):
+          if int(parameter.operands[0]) in places:
+            more, changed = _touched(module, called, parameter.name, size)
+            read += math.inf if changed is not None else more
+      case _:
+        read = math.inf
+  return read if uses else 0, updated
 
 
 def _flops(module, instruction, shapes):
