@@ -21,7 +21,7 @@ from mhc.config import dicts, presets
 
 KINDS = ('residual', 'residual_params', 'hc', 'mhc', 'identity')
 # The 27B model on TPU v5p, 8 x 8 x 8, as planned (docs/planner.md).
-PLANNED = (('mhc', 'the 27B on 512 v5p', 1.036),)
+PLANNED = (('mhc', 'the 27B on 512 v5p', 1.043),)
 
 
 def _panel(rung, seeds, **changes):

@@ -145,7 +145,7 @@ def step_rows(
 
   The programs are compiled at the same time, as one waits for minutes; they run
   one after the other, for the state of one may fill the device.
-  `formula_ms` is the compute of `search` at the measured rate of a product.
+  `formula_ms` is what `search` expects of products at the rate measured here.
   """
   rate = product_rate(rounds)
   names = [
@@ -183,7 +183,7 @@ def step_rows(
       'kind': kind,
       'implementation': name,
       'ms': 1e3 * seconds,
-      'formula_ms': 1e3 * flops / rate / search.EFFICIENCY,
+      'formula_ms': 1e3 * flops / rate * search.PRODUCTS,
       'over_first': seconds / first,
       'tokens_per_second': tokens / seconds,
       'flops_per_second': flops / seconds,

@@ -7,8 +7,9 @@ All that divide are ranked by an estimated step time,
 with N devices of peak F, links that together carry W bytes a second one way,
 and T tokens a step:
 
-    compute   flops_per_token T / (EFFICIENCY F N), a third more in a pipeline
-              that computes a stage's forward pass twice (mesh.keep='inputs')
+    compute   flops_per_token T / (N F efficiency), a third more in a pipeline
+              that computes a stage's forward pass twice (mesh.keep='inputs');
+              1 / efficiency = PRODUCTS + MOVED F / B with B of the memory
     experts   per layer two passes, three where the forward pass is repeated:
               tokens are sent to their experts and back, `expert_parallel`; half
               of it overlapped, all of it with two sub-batches
@@ -17,7 +18,9 @@ and T tokens a step:
 
 A device's memory holds its shards of parameters and optimiser, gathered
 matrices and gradient sums, and activations by `memory.predicted`. It suffices
-if that is at most nine tenths of the HBM. These are rough: compile the result.
+if that is at most nine tenths of the HBM. These are rough: the seconds of five
+plans that were compiled are off by up to ERROR, and compiled bytes are a tenth
+to a half more. Compile the result.
 """
 
 from collections.abc import Iterator
@@ -34,12 +37,12 @@ from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import bubble as bubble_lib
 
-# Fraction of the peak that the 27B model reaches in a tick, by the plan that is
-# compiled for v5p:8x8x8 (docs/planner.md).
-EFFICIENCY = 0.37
+# Seconds of a FLOP over those of the peak, and bytes that go along with a FLOP:
+# from the compiled plans of the 27B on v5p and v6e (docs/planner.md).
+PRODUCTS, MOVED = 1.12, 0.0095
 FULL = 0.9
 # Largest error of the formula over the steps that were compiled.
-ERROR = 0.3
+ERROR = 0.15
 
 
 class Suggestion(NamedTuple):
@@ -172,7 +175,7 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   passes = 4 / 3 if again else 1.0
   tokens = config.tokens_per_step
   compute = count['flops_per_token'] * tokens * passes
-  compute /= EFFICIENCY * chip.flops * num_devices
+  compute /= efficiency(chip) * chip.flops * num_devices
   bubble = bubble_lib.of_mesh(mesh, number)
 
   experts = 0.0
@@ -194,6 +197,11 @@ def _estimate(config, settings, num_devices, chip, count, routed):
     shards + buffers + activations,
     bubble,
   )
+
+
+def efficiency(chip: chips.Chip) -> float:
+  """Fraction of a chip's peak that a tick is expected to reach."""
+  return 1 / (PRODUCTS + MOVED * chip.flops / chip.bandwidth)
 
 
 def _routed(model):

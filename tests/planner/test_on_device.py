@@ -48,7 +48,7 @@ def test_steps():
   assert row['tokens_per_second'] == pytest.approx(1e3 * tokens / row['ms'])
   assert 0 < row['share_of_product'] < 1
   # What the formula expects is that share of what was measured.
-  expected = row['share_of_product'] / search.EFFICIENCY
+  expected = row['share_of_product'] * search.PRODUCTS
   assert row['formula_ms'] / row['ms'] == pytest.approx(expected)
 
 
