@@ -26,6 +26,7 @@ import pathlib
 import subprocess
 import sys
 
+import forked_mains
 import jax
 from jaxtyping import install_import_hook
 import numpy as np
@@ -89,23 +90,36 @@ def compiled(tmp_path_factory):
   return tmp_path_factory.getbasetemp() / 'compiled'
 
 
-@pytest.fixture
-def launch(compiled):
-  """Runs a main as a user would, on one CPU device."""
+@pytest.fixture(scope='session')
+def mains(compiled):
+  """Runs mains on one CPU device, all imports made; and their environment."""
+  environment = os.environ | {
+    'XLA_FLAGS': '--xla_backend_optimization_level=0',
+    'JAX_COMPILATION_CACHE_DIR': str(compiled),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  with forked_mains.Mains(environment) as mains:
+    yield mains, environment
 
-  def run(main: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-    quick = {
-      'XLA_FLAGS': '--xla_backend_optimization_level=0',
-      'JAX_COMPILATION_CACHE_DIR': str(compiled),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    }
+
+@pytest.fixture
+def launch(mains):
+  """Runs a main as a user would; one that starts `cold` makes its imports."""
+
+  def run(
+    main, *arguments, cold=False, cwd=None
+  ) -> subprocess.CompletedProcess:
+    forked, environment = mains
+    command = [ROOT / 'launch' / main, *arguments]
+    if not cold:
+      return forked.run(command, cwd)
     return subprocess.run(
-      [sys.executable, ROOT / 'launch' / main, *arguments],
+      [sys.executable, *command],
       capture_output=True,
       text=True,
-      env=os.environ | quick,
+      env=environment,
+      cwd=cwd,
       check=False,
-      **options,
     )
 
   return run

@@ -646,7 +646,7 @@ def test_the_main_writes_what_others_can_read(launch, run, tmp_path):
   """From numpy, the file and its config to the model's own logits."""
   workdir, settings, state = run
   arguments = (f'--workdir={workdir}', f'--out={tmp_path / "out"}')
-  result = launch('export.py', *arguments)
+  result = launch('export.py', *arguments, cold=True)
   assert result.returncode == 0, result.stderr
   assert 'after 7 updates' in result.stdout
   assert (tmp_path / 'out' / 'tokenizer.json').exists()

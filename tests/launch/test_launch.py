@@ -50,12 +50,12 @@ def test_train_then_evaluate(launch, text, tmp_path):
   assert 'bits per byte' in result.stdout
   assert '100%' in result.stderr
   assert 'checkpoint' not in result.stderr  # no log lines of libraries
-  result = launch('evaluate.py', workdir)
+  result = launch('evaluate.py', workdir, cold=True)
   assert result.returncode == 0, result.stderr
   assert json.loads(result.stdout)['step'] == 4
   other = launch('evaluate.py', workdir, f'--path={text / "0.txt"}')
   assert json.loads(other.stdout)['corpus'].endswith('0.txt')
-  table = launch('dissect.py', workdir, '--rows=4')
+  table = launch('dissect.py', workdir, '--rows=4', cold=True)
   assert table.returncode == 0, table.stderr
   assert re.search(r'\n\| H_res := I \| [0-9.]+ \| [+-]0', table.stdout)
   # The same folder for another model: refused.
@@ -72,9 +72,8 @@ def test_train_then_evaluate(launch, text, tmp_path):
 def test_prepare_then_train_then_sample(launch, text, tmp_path):
   """Learned words, memory-mapped tokens, a checkpoint, text."""
   out, workdir = tmp_path / 'tokens', f'--workdir={tmp_path / "run"}'
-  result = launch(
-    'prepare_data.py', f'--path={text}', f'--out={out}', '--tokenizer=train:280'
-  )
+  given = (f'--path={text}', f'--out={out}', '--tokenizer=train:280')
+  result = launch('prepare_data.py', *given, cold=True)
   assert result.returncode == 0, result.stderr
   assert '30 documents' in result.stdout
   data = f'--config.data.path={out}'
@@ -84,7 +83,7 @@ def test_prepare_then_train_then_sample(launch, text, tmp_path):
   assert 'by formula' in result.stderr
   assert 'by XLA' in result.stderr
   drawn = ('--prompt=ab cd', '--num_tokens=8')
-  result = launch('sample.py', workdir, *drawn)
+  result = launch('sample.py', workdir, *drawn, cold=True)
   assert result.returncode == 0, result.stderr
   assert result.stdout.startswith('ab cd')
   several = launch('sample.py', workdir, *drawn, '--num_samples=3')
