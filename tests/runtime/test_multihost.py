@@ -48,22 +48,22 @@ def together(changes, tmp_path_factory):
   return workdir
 
 
-def test_the_same_losses_as_one_process(together, changes, tmp_path):
-  full.alone(tmp_path / 'one', changes)
-  far = full.difference(together, tmp_path / 'one')
-  assert far.keys() >= {'loss/train', 'loss/heldout', 'grad/global_norm'}
-  assert max(far.values()) < full.BOUND
-  names = sorted(path.name for path in (tmp_path / 'one').iterdir())
+def test_the_same_losses_as_one_process_with_another_mesh(
+  together, changes, tmp_path
+):
+  """From the start, and from what the two saved half-way."""
+  other = dict(mesh=dict(num_devices=2, pipe=1), data=dict(microbatch_size=0))
+  other = full.merge(changes, other)
+  one, copy = tmp_path / 'one', full.half_way(together, SAVED)
+  for workdir in (one, copy):
+    full.alone(workdir, other)
+    far = full.difference(workdir, together)
+    assert far.keys() >= {'loss/train', 'loss/heldout', 'grad/global_norm'}
+    assert max(far.values()) < full.BOUND
+  names = sorted(path.name for path in one.iterdir())
   assert sorted(path.name for path in together.iterdir()) == names
   probes = files.read_lines(together / 'probes.jsonl')
   assert [probe['step'] for probe in probes] == [STEPS]
-
-
-def test_what_they_saved_goes_on_in_one_with_another_mesh(together, changes):
-  copy = full.half_way(together, SAVED)
-  other = dict(mesh=dict(num_devices=2, pipe=1), data=dict(microbatch_size=0))
-  full.alone(copy, full.merge(changes, other))
-  assert max(full.difference(copy, together).values()) < full.BOUND
   # The folder says with what the run ended, and can be evaluated so.
   assert workdir_lib.read_config(copy).mesh.pipe == 1
   assert workdir_lib.read_config(together).mesh.pipe == 2
