@@ -34,17 +34,18 @@ KINDS = {
 }
 
 
+def normal(seed, shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
 def perturbed(module, seed):
   """Away from the initial values, where many gradients vanish."""
   leaves, tree = jax.tree.flatten(module)
-  keys = jax.random.split(jax.random.key(seed), max(1, len(leaves)))
-  return jax.tree.unflatten(
-    tree,
-    [
-      leaf + 0.5 * jax.random.normal(key, leaf.shape)
-      for leaf, key in zip(leaves, keys, strict=False)
-    ],
-  )
+  moved = [
+    np.asarray(leaf) + 0.5 * normal(100 * seed + i, leaf.shape)
+    for i, leaf in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(tree, moved)
 
 
 def mesh(kind):
@@ -66,25 +67,38 @@ def loss(function, parameters, x, weights):
   return jnp.sum(function(parameters, x) * weights)
 
 
-def compare(function, parameters, x, weights, spec):
-  """Value and gradients on both kinds of mesh against one device."""
-  both = jax.jit(
+@functools.cache
+def on_one_device(kind):
+  """The gradient of two sub-layers, its arguments and what it is there."""
+  n = 1 if kind == 'residual' else N
+  parts = KINDS[kind](), KINDS[kind](), mhc.Collapse('learned', DIM, n)
+  parameters = tuple(perturbed(part, i) for i, part in enumerate(parts))
+  given = parameters, normal(10, (4, 4, n, DIM)), normal(11, (4, 4, DIM))
+  both = gradient(two_sublayers)
+  return both, given, both(*given)
+
+
+def gradient(function):
+  return jax.jit(
     jax.value_and_grad(functools.partial(loss, function), argnums=(0, 1))
   )
-  want = both(parameters, x, weights)
-  for kind in (AxisType.Explicit, AxisType.Auto):
-    here = mesh(kind)
-    with jax.set_mesh(here):
-      split = jax.device_put(x, NamedSharding(here, spec))
-      got = both(parameters, split, jax.device_put(weights, P()))
-      if kind == AxisType.Explicit:
-        assert (
-          jax.typeof(split).sharding.spec == jax.typeof(got[1][1]).sharding.spec
-        )
-    # Sums over tokens cancel: of the largest gradient, not of each.
-    scale = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(want))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-      np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=1e-6)
+
+
+def compare(both, given, want, spec, kind):
+  """Value and gradients on a kind of mesh against one device."""
+  parameters, x, weights = given
+  here = mesh(kind)
+  with jax.set_mesh(here):
+    split = jax.device_put(x, NamedSharding(here, spec))
+    got = both(parameters, split, jax.device_put(weights, P()))
+    if kind == AxisType.Explicit:
+      assert (
+        jax.typeof(split).sharding.spec == jax.typeof(got[1][1]).sharding.spec
+      )
+  # Sums over tokens cancel: of the largest gradient, not of each.
+  scale = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(want))
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=1e-6)
 
 
 OFTEN = [
@@ -102,30 +116,23 @@ SELDOM = [
   [*OFTEN, *(pytest.param(*each, marks=pytest.mark.slow) for each in SELDOM)],
 )
 def test_connections_have_the_gradients_of_one_device(kind, split):
-  n = 1 if kind == 'residual' else N
-  parameters = tuple(
-    perturbed(each, seed=i)
-    for i, each in enumerate(
-      (KINDS[kind](), KINDS[kind](), mhc.Collapse('learned', DIM, n))
-    )
-  )
-  keys = jax.random.split(jax.random.key(0))
-  x = jax.random.normal(keys[0], (4, 4, n, DIM))
-  weights = jax.random.normal(keys[1], (4, 4, DIM))
-  compare(two_sublayers, parameters, x, weights, SPLIT[split])
+  # With Auto axes every kind is called as on one device.
+  auto = [AxisType.Auto] if kind == 'mhc' else []
+  for axes in (AxisType.Explicit, *auto):
+    compare(*on_one_device(kind), SPLIT[split], axes)
 
 
-@pytest.mark.parametrize('split', ['batch', 'batch and time'])
-def test_the_projection_has_the_gradients_of_one_device(split):
-  keys = jax.random.split(jax.random.key(0))
-  logits = jax.random.normal(keys[0], (4, 8, N, N))
-  weights = jax.random.normal(keys[1], logits.shape)
-  project = lambda _, x: mhc.sinkhorn_project(x)
-  compare(project, (), logits, weights, SPLIT[split])
+def test_the_projection_has_the_gradients_of_one_device():
+  both = gradient(lambda _, x: mhc.sinkhorn_project(x))
+  given = (), *(normal(seed, (4, 8, N, N)) for seed in range(2))
+  want = both(*given)
+  for split in ('batch', 'batch and time'):
+    for axes in (AxisType.Explicit, AxisType.Auto):
+      compare(both, given, want, SPLIT[split], axes)
 
 
 def test_single_pass_expansion_and_gains():
-  x = jax.random.normal(jax.random.key(0), (4, 8, DIM))
+  x = normal(10, (4, 8, DIM))
   connection = perturbed(mhc.SinglePass(DIM, N, 0), 0)
 
   def run(x):
