@@ -66,45 +66,62 @@ def test_other_streams_are_refused_with_their_shape():
       mhc.Collapse(kind, DIM, 2)(streams(3))
 
 
+def traced(function):
+  """Calls a function whose arrays need no values."""
+  jax.eval_shape(lambda: function() or ())
+
+
 @pytest.mark.parametrize('make', [*MADE, lambda n: mhc.Residual()])
 def test_outputs_of_other_tokens_are_refused_with_their_shape(make):
   connection = make(N)
-  n = 1 if isinstance(connection, mhc.Residual) else N
-  h, context = connection.pre(streams(3, 5, n=n))
-  for y in (jnp.ones((4, 5, DIM)), jnp.ones((3, 1, DIM)), jnp.ones((15, DIM))):
-    for leave in (connection.post, connection.advance):
-      with pytest.raises((ValueError, TypeError), match=r'\(3, 5, 8\)'):
-        leave(y, context)
-  with pytest.raises(ValueError, match='bfloat16'):
-    connection.post(h.astype(jnp.bfloat16), context)
+
+  @traced
+  def leave_with_them():
+    n = 1 if isinstance(connection, mhc.Residual) else N
+    h, context = connection.pre(streams(3, 5, n=n))
+    for shape in ((4, 5, DIM), (3, 1, DIM), (15, DIM)):
+      for leave in (connection.post, connection.advance):
+        with pytest.raises((ValueError, TypeError), match=r'\(3, 5, 8\)'):
+          leave(jnp.ones(shape), context)
+    with pytest.raises(ValueError, match='bfloat16'):
+      connection.post(h.astype(jnp.bfloat16), context)
 
 
 def test_a_context_of_two_batches_is_refused():
   connection = mhc.MHC(DIM, N, 0)
-  _, context = connection.pre(streams(3))
-  _, other = connection.pre(streams(5))
-  mixed = context_lib.Context(context.x, other.mappings)
-  with pytest.raises(ValueError, match=r'\(4, 5\), not \(4, 3\)'):
-    connection.post(jnp.ones((3, DIM)), mixed)
+
+  @traced
+  def leave_with_it():
+    _, context = connection.pre(streams(3))
+    _, other = connection.pre(streams(5))
+    mixed = context_lib.Context(context.x, other.mappings)
+    with pytest.raises(ValueError, match=r'\(4, 5\), not \(4, 3\)'):
+      connection.post(jnp.ones((3, DIM)), mixed)
 
 
 @pytest.mark.parametrize('make', MADE)
 @pytest.mark.parametrize('batch', [(0,), (2, 0), (0, 3)])
 def test_empty_batches_stay_empty(make, batch):
-  connection = make(N)
-
   def run(connection, x):
     h, context = connection.pre(x)
     h, context = connection.advance(h, context)
     return connection.post(h, context)
 
+  @jax.jit
+  def everything(connection, x):
+    return (
+      run(connection, x),
+      jax.grad(lambda c: jnp.sum(run(c, x)))(connection),
+      mhc.sinkhorn_project(jnp.ones((*batch, N, N))),
+      mhc.Collapse('learned', DIM, N)(x),
+    )
+
   x = streams(*batch)
-  out = run(connection, x)
+  out, grads, projected, collapsed = everything(make(N), x)
   assert out.shape == x.shape
-  grads = jax.grad(lambda c: jnp.sum(run(c, x)))(connection)
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
-  assert mhc.sinkhorn_project(jnp.ones((*batch, N, N))).shape == (*batch, N, N)
-  assert mhc.Collapse('learned', DIM, N)(x).shape == (*batch, DIM)
+  assert projected.shape == (*batch, N, N)
+  assert collapsed.shape == (*batch, DIM)
 
 
 def test_only_real_logits_are_projected():
@@ -115,13 +132,19 @@ def test_only_real_logits_are_projected():
 
 def test_parameters_of_other_dtypes_make_float32_mappings():
   """A model that was cast as a whole."""
+
+  @jax.jit
+  def pre(connection, x):
+    h, context = connection.pre(x)
+    return h, context.mappings
+
   x = jax.random.normal(jax.random.key(0), (3, N, DIM))
   for make in MADE:
     connection = make(N)
     cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), connection)
-    want, _ = connection.pre(x)
-    got, other = cast.pre(x)
-    assert {leaf.dtype for leaf in jax.tree.leaves(other.mappings)} == {
+    want, _ = pre(connection, x)
+    got, mappings = pre(cast, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(mappings)} == {
       jnp.dtype(jnp.float32)
     }
     np.testing.assert_allclose(got, want, rtol=2e-2, atol=1e-3)
