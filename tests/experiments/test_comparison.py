@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 from example_configs import TINY_RUN
 import jax
+from matplotlib import figure
 import numpy as np
 import pytest
 from scipy import stats
@@ -58,6 +60,16 @@ def finished(text, tmp_path_factory):
     run_all.train_all(comparison, folder / 'work')
   report.render(folder / 'work')
   return comparison, folder / 'work'
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+  """Leaves pictures empty, which take most of a report's time."""
+
+  def save(_, file, **how):
+    pathlib.Path(file).touch()
+
+  monkeypatch.setattr(figure.Figure, 'savefig', save)
 
 
 def test_the_report_is_whole(finished):
@@ -149,6 +161,7 @@ def test_numbers_follow_from_the_results(finished):
     assert f'{np.mean(nats):.4f} ({min(nats):.3f}-{max(nats):.3f})' in markdown
 
 
+@pytest.mark.usefixtures('no_pictures')
 def test_events_come_into_the_report_and_old_runs_have_none(finished, tmp_path):
   _, workdir = finished
   copy = shutil.copytree(workdir, tmp_path / 'copy')
@@ -173,6 +186,7 @@ def test_events_come_into_the_report_and_old_runs_have_none(finished, tmp_path):
   assert 'No events.' not in markdown
 
 
+@pytest.mark.usefixtures('no_pictures')
 def test_a_page_is_drawn_again_when_it_may_differ(
   finished, tmp_path, monkeypatch
 ):
@@ -224,6 +238,7 @@ def test_changes_are_refused_before_training(finished, changes, message):
   assert (workdir / 'comparison.json').read_text() == before
 
 
+@pytest.mark.usefixtures('no_pictures')
 def test_added_seeds_are_told(finished, tmp_path):
   """They are missing, and were not declared."""
   comparison, workdir = finished
