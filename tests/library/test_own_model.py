@@ -281,32 +281,35 @@ def test_observe_takes_every_kind_and_plain_functions():
   x = batch()
   identity = functools.partial(mhc.MHC, mixing='identity')
   for make in (mhc.HC, identity):
-    seen = mhc.observe(Wide(nnx.Rngs(0), make=make), x)
+    seen = mhc.observe(jax.jit(Wide(nnx.Rngs(0), make=make).__call__), x)
     assert seen.stats.pre.shape == (DEPTH, 10, N)
   params = mhc.functional.init(DIM, N, 0)
 
+  @jax.jit
   def bare(x):
     h, context = mhc.functional.pre(params, x)
     return mhc.functional.post(h, context)
 
   assert mhc.observe(bare, mhc.expand(x, N)).rms.shape == (1,)
   residual = mhc.Residual()
-  seen = mhc.observe(lambda x: residual.pre(x)[0], x[..., None, :])
+  pre = jax.jit(lambda x: residual.pre(x)[0])
+  seen = mhc.observe(pre, x[..., None, :])
   assert seen.stats.res.shape == (1, 10, 1, 1)
   with pytest.raises(ValueError, match='no connection'):
     mhc.observe(jnp.sin, x)
 
 
 def test_observe_refuses_stacks_of_several_sizes():
+  @jax.jit
   def two(x):
     mhc.MHC(DIM, N, 0).pre(mhc.expand(x, N))
     mhc.MHC(DIM, 2, 0).pre(mhc.expand(x, 2))
 
   with pytest.raises(ValueError, match='several numbers'):
     mhc.observe(two, batch())
-  assert mhc.observe(
-    lambda x: mhc.MHC(DIM, N, 0).pre(mhc.expand(x, N)), batch(), max_tokens=3
-  ).stats.res.shape == (1, 3, N, N)
+  one = jax.jit(lambda x: mhc.MHC(DIM, N, 0).pre(mhc.expand(x, N))[0])
+  seen = mhc.observe(one, batch(), max_tokens=3)
+  assert seen.stats.res.shape == (1, 3, N, N)
 
 
 # optimisers
