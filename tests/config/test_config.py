@@ -46,6 +46,7 @@ mesh.overlap
 mesh.pipe
 mesh.schedule
 model.attention.head_dim
+model.attention.implementation
 model.attention.kv_rank
 model.attention.num_heads
 model.attention.query_rank
