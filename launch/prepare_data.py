@@ -5,7 +5,8 @@
     python launch/train.py --workdir=runs/mine --config.data.path=data/mine \
       --config.model.vocab_size=32768
 
-Reads UTF-8 text, JSON lines and Parquet (the field `text`) and ArrayRecord.
+Reads UTF-8 text, JSON lines and Parquet (the field `text`, or --text_field) and
+ArrayRecord, text and JSON also compressed; docs/your_own_text.md.
 """
 
 import pathlib
@@ -28,11 +29,18 @@ ON_DAMAGE = flags.DEFINE_enum(
   ['stop', 'skip'],
   'What to do with a corrupted record: stop, or skip it and count it.',
 )
+TEXT_FIELD = flags.DEFINE_string(
+  'text_field', 'text', 'Field of JSON or column of Parquet with the text.'
+)
 
 
 def main():
   index = tokenize_corpus.prepare(
-    PATH.value, pathlib.Path(OUT.value), TOKENIZER.value, ON_DAMAGE.value
+    PATH.value,
+    pathlib.Path(OUT.value),
+    TOKENIZER.value,
+    ON_DAMAGE.value,
+    TEXT_FIELD.value,
   )
   train, heldout = sum(index['train']), sum(index['heldout'])
   print(

@@ -66,10 +66,15 @@ class DataConfig:
   """Text, cut into rows of `seq_len` tokens."""
 
   # A file of text, JSON lines, Parquet or ArrayRecord, a folder of them or a
-  # glob pattern, tokenised to bytes; a token folder written by
-  # launch/prepare_data.py; '' is the source code of the running Python's
-  # standard library, about 10 MB.
+  # glob pattern, tokenised to bytes (docs/your_own_text.md); a token folder
+  # written by launch/prepare_data.py; '' is the source code of the running
+  # Python's standard library, about 10 MB.
   path: str = ''
+  # The field of JSON or column of Parquet that holds the text.
+  text_field: str = 'text'
+  # Of token files of others without a header; '' for uint16, refused where it
+  # looks like uint32.
+  token_dtype: Literal['', 'uint16', 'uint32'] = ''
   # A corrupted record, file or block of tokens stops the run, or is skipped and
   # counted.
   on_damage: Literal['stop', 'skip'] = 'stop'

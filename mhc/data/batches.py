@@ -19,6 +19,7 @@ import grain
 import numpy as np
 
 from mhc import config as config_lib
+from mhc.data import corpus_files
 from mhc.data import corruption
 from mhc.data import documents as documents_lib
 from mhc.data import token_dataset
@@ -74,7 +75,12 @@ class Corpus:
 
 
 @functools.lru_cache(maxsize=1)
-def load(path: str, on_damage: str = 'stop') -> Corpus:
+def load(
+  path: str,
+  on_damage: str = 'stop',
+  text_field: str = documents_lib.TEXT,
+  token_dtype: str = '',
+) -> Corpus:
   """Reads the text or the tokens at `path` (see `DataConfig`).
 
   Raises:
@@ -84,7 +90,7 @@ def load(path: str, on_damage: str = 'stop') -> Corpus:
       `on_damage` is 'stop', or nothing else remains.
   """
   try:
-    return _load(path, corruption.SkipLog(on_damage))
+    return _load(path, corruption.SkipLog(on_damage), text_field, token_dtype)
   except OSError as error:
     if 'data.path' in str(error):
       raise
@@ -94,18 +100,15 @@ def load(path: str, on_damage: str = 'stop') -> Corpus:
     ) from error
 
 
-def _load(path, log) -> Corpus:
+def _load(path, log, text_field, token_dtype) -> Corpus:
   if path and token_dataset.holds(pathlib.Path(path)):
-    return _from_tokens(pathlib.Path(path), log)
+    return _from_tokens(pathlib.Path(path), log, token_dtype)
   if path:
-    name, documents = (
-      path,
-      [
-        document
-        for name, file in documents_lib.files(path).items()
-        for document, _ in documents_lib.read(name, file, log)
-      ],
-    )
+    files = corpus_files.find(path)
+    if files.summary():
+      console.print_line(f'{path}: {files.summary()}')
+    name = path
+    documents = list(documents_lib.read_all(files, log, text_field))
   else:
     name = "Python's standard library"
     documents = documents_lib.standard_library()
@@ -133,8 +136,8 @@ def _load(path, log) -> Corpus:
   )
 
 
-def _from_tokens(path, log):
-  folder = token_dataset.read(path, log)
+def _from_tokens(path, log, token_dtype):
+  folder = token_dataset.read(path, log, token_dtype)
   return Corpus(
     name=folder.index['name'],
     train=folder.train,
@@ -156,7 +159,8 @@ def _from_tokens(path, log):
 
 def load_for(config: config_lib.Config) -> Corpus:
   """Loads the text of a run and checks its vocabulary; see `load`."""
-  corpus = load(config.data.path, config.data.on_damage)
+  data = config.data
+  corpus = load(data.path, data.on_damage, data.text_field, data.token_dtype)
   check_vocabulary(corpus, config.model.vocab_size)
   return corpus
 

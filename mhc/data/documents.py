@@ -1,25 +1,24 @@
-"""Documents from files: text, JSON lines, Parquet, ArrayRecord.
+"""Documents from files of text, JSON, Parquet and ArrayRecord (`formats`).
 
-    *.jsonl          an object a line, its text under `text`
-    *.parquet        a row each, in the column `text`      (needs pyarrow)
-    *.array_record   a record each, the text itself        (needs array_record)
-    anything else    one UTF-8 document
+The text of a record is under `text_field`; an ArrayRecord's record is the text
+itself. Parquet needs pyarrow, ArrayRecord array_record, zstd zstandard.
 
 About one document in twenty is held out, chosen by a hash of its name, so that
-the split depends neither on order nor on what else is in the folder. A
-corrupted record keeps its number, so the names of the others do not change.
+the split depends neither on order nor on what else is in the folder; unless the
+files are named for splits (`corpus_files`). A corrupted record keeps its
+number, so the names of the others do not change.
 """
 
-from collections.abc import Iterator, Sequence
-import glob
+from collections.abc import Callable, Iterator, Sequence
 import hashlib
 import json
-import os
 import pathlib
 import sysconfig
 from typing import NamedTuple
 
+from mhc.data import corpus_files
 from mhc.data import corruption
+from mhc.data import formats
 from mhc.runtime import retry
 
 TEXT = 'text'
@@ -29,63 +28,54 @@ HELD_OUT = 20  # one document in so many
 class Document(NamedTuple):
   name: str
   text: bytes
+  side: corpus_files.Side = ''  # '' to be split by its name
 
 
-def files(path: str) -> dict[str, pathlib.Path]:
-  """Maps names to files: one, those of a folder (none hidden) or of a pattern.
-
-  A dangling link counts as a file, one that cannot be read.
-
-  Raises:
-    FileNotFoundError: there is no such file.
-    OSError: a folder cannot be read.
-  """
-  root = pathlib.Path(path)
-  if root.is_file():
-    found = {root.name: root}
-  elif root.is_dir():
-    found = {
-      str(file.relative_to(root)): file
-      for file in retry.with_retries(lambda: list(_walk(root)), root)
-      if not any(p.startswith('.') for p in file.relative_to(root).parts)
-    }
-  else:
-    found = {
-      name: pathlib.Path(name) for name in glob.glob(path, recursive=True)
-    }
-  found = {
-    name: file
-    for name, file in found.items()
-    if retry.with_retries(file.is_file, file)
-    or (file.is_symlink() and not file.exists())
-  }
-  if not found:
-    raise FileNotFoundError(
-      f'data.path={path!r} names no file: give a text file, a folder of them '
-      "or a quoted pattern such as 'texts/**/*.txt'"
-    )
-  return dict(sorted(found.items()))
+def read_all(
+  files: corpus_files.Files,
+  log: corruption.SkipLog | None = None,
+  text_field: str = TEXT,
+  progress: Callable[[int], object] = lambda size: None,
+) -> Iterator[Document]:
+  """Yields the documents of files, calling `progress` with the bytes read."""
+  for name, file in files.files.items():
+    for document, size in read(name, file, log, text_field):
+      yield document._replace(side=files.sides[name])
+      progress(size)
 
 
 def read(
-  name: str, file: pathlib.Path, log: corruption.SkipLog | None = None
+  name: str,
+  file: pathlib.Path,
+  log: corruption.SkipLog | None = None,
+  text_field: str = TEXT,
 ) -> Iterator[tuple[Document, int]]:
   """Yields a file's documents, each with the bytes of the file that it takes.
 
   Documents that `log` skips are missing.
 
   Raises:
-    ValueError: a line, row or file is not UTF-8 text, and the policy of `log`
-      is 'stop' (the default).
+    ValueError: a line, row or file is not UTF-8 text, or the file is of another
+      format, and the policy of `log` is 'stop' (the default).
     OSError: the file system is gone.
   """
-  formats = {
-    '.jsonl': _json_lines,
-    '.parquet': _parquet,
-    '.array_record': _array_record,
-  }
   log = log or corruption.SkipLog()
-  yield from formats.get(file.suffix, _text)(name, file, log)
+  readers = {
+    'json_lines': _json_lines,
+    'json_array': _json_array,
+    'parquet': _parquet,
+    'array_record': _array_record,
+    'text': _text,
+  }
+  try:
+    found = formats.detect(file)
+  except formats.Refused as problem:
+    log.report(f'{file} {problem}', [name])
+    return
+  except OSError as error:
+    log.report(f'{file} cannot be read: {corruption.reason(error)}', [name])
+    return
+  yield from readers[found.kind](name, file, found.compression, log, text_field)
 
 
 def standard_library() -> list[Document]:
@@ -104,8 +94,12 @@ def standard_library() -> list[Document]:
 
 
 def distinct(documents: list[Document]) -> list[Document]:
-  """Drops empty documents and exact copies; the first name wins."""
-  first = {d.text: d for d in sorted(documents, reverse=True) if d.text.strip()}
+  """Drops empty documents and exact copies.
+
+  A copy that is held out wins, then the first name.
+  """
+  order = sorted(documents, key=lambda d: (d.side != 'heldout', d.name))
+  first = {d.text: d for d in reversed(order) if d.text.strip()}
   return list(first.values())
 
 
@@ -118,70 +112,76 @@ def split(
 ) -> tuple[list[Document], list[Document]]:
   """Returns (train, held out); a single document has its last 1/20 held out.
 
-  `skipped` documents, given by name, do not change the side of the others.
+  Documents that have a side are on it. `skipped` documents, given by name, do
+  not change the side of the others.
 
   Raises:
     ValueError: all documents of one side were skipped.
   """
-  names = {d.name for d in documents}.union(skipped)
-  if len(names) == 1:
-    name, text = documents[0]
-    cut = len(text) - max(1, len(text) // HELD_OUT)
-    while cut and text[cut] & 0xC0 == 0x80:  # not inside a character
-      cut -= 1
-    return [Document(name, text[:cut])], [Document(name, text[cut:])]
-  heldout = set(filter(is_held_out, names))
-  if not heldout or heldout == names:
-    heldout = {min(names, key=_hash)}
+  if any(d.side for d in documents):
+    heldout = {d.name for d in documents if d.side == 'heldout'}
+  else:
+    names = {d.name for d in documents}.union(skipped)
+    if len(names) == 1:
+      return _cut(documents[0])
+    heldout = set(filter(is_held_out, names))
+    if not heldout or heldout == names:
+      heldout = {min(names, key=_hash)}
   sides = (
     [d for d in documents if d.name not in heldout],
     [d for d in documents if d.name in heldout],
   )
   if not all(sides):
     side = 'training' if sides[1] else 'evaluation'
+    what = f'damaged, such as {min(skipped)}' if skipped else 'empty, or a copy'
     raise ValueError(
-      f'all text that is for {side} is damaged, such as {min(skipped)}: repair '
-      "it, or name what is good by a pattern such as data.path='texts/**/*.txt'"
+      f'all text that is for {side} is {what}: repair it, or name what is good '
+      "by a pattern such as data.path='texts/**/*.txt'"
     )
   return sides
 
 
-def _walk(root):
-  def refuse(error):
-    raise error
+def _cut(document):
+  """The last 1/20 of a document is held out."""
+  text = document.text
+  cut = len(text) - max(1, len(text) // HELD_OUT)
+  while cut and text[cut] & 0xC0 == 0x80:  # not inside a character
+    cut -= 1
+  return (
+    [document._replace(text=text[:cut])],
+    [document._replace(text=text[cut:])],
+  )
 
-  for folder, _, names in os.walk(root, onerror=refuse):
-    yield from (pathlib.Path(folder, name) for name in names)
 
-
-def _text(name, file, log):
+def _text(name, file, compression, log, text_field):
+  del text_field
   try:
-    text = retry.with_retries(file.read_bytes, file)
-  except OSError as error:
+    with formats.open_stream(file, compression) as stream:
+      text = retry.with_retries(stream.read, file)
+  except (OSError, *formats.damaged()) as error:
     log.report(f'{file} cannot be read: {corruption.reason(error)}', [name])
     return
-  yield from _document(name, text, str(file), log, len(text))
+  size = _size(file) if compression else len(text)
+  yield from _document(name, text, str(file), log, size)
 
 
-def _json_lines(name, file, log):
+def _json_lines(name, file, compression, log, text_field):
   number = 0
   try:
-    with retry.stream(file) as lines:
+    with formats.open_stream(file, compression) as lines:
       for line in lines:
         number += 1
         if not line.strip():
           continue
         name_, where = f'{name}:{number}', f'{file}, line {number}'
         try:
-          text = json.loads(line)[TEXT]
+          text = json.loads(line)[text_field]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-          problem = (
-            f'not a JSON object with {TEXT!r}: {corruption.reason(error)}'
-          )
+          problem = _no_text(text_field, error)
           log.report(f'{where}: {problem}', [name_])
           continue
-        yield from _document(name_, text, where, log, len(line))
-  except OSError as error:
+        yield from _document(name_, text, where, log, len(line), text_field)
+  except (OSError, *formats.damaged()) as error:
     log.report(
       f'{file}, after line {number}, cannot be read: '
       f'{corruption.reason(error)}',
@@ -189,14 +189,44 @@ def _json_lines(name, file, log):
     )
 
 
-def _parquet(name, file, log):
+def _json_array(name, file, compression, log, text_field):
+  try:
+    with formats.open_stream(file, compression) as stream:
+      records = json.loads(retry.with_retries(stream.read, file))
+  except (OSError, ValueError, RecursionError, *formats.damaged()) as error:
+    log.report(f'{file} cannot be read: {corruption.reason(error)}', [name])
+    return
+  each = _size(file) // max(1, len(records))
+  for number, record in enumerate(records, start=1):
+    name_, where = f'{name}:{number}', f'{file}, record {number}'
+    try:
+      text = record if isinstance(record, str) else record[text_field]
+    except (KeyError, TypeError) as error:
+      log.report(f'{where}: {_no_text(text_field, error)}', [name_])
+      continue
+    yield from _document(name_, text, where, log, each, text_field)
+
+
+def _no_text(text_field, error):
+  return (
+    f'not a JSON object with {text_field!r} (data.text_field, '
+    f'--text_field): {corruption.reason(error)}'
+  )
+
+
+def _size(file):
+  return retry.with_retries(file.stat, file).st_size
+
+
+def _parquet(name, file, compression, log, text_field):
+  del compression  # its own
   try:
     import pyarrow  # optional
     from pyarrow import parquet
   except ImportError:
     raise ValueError(f'{file}: Parquet needs pip install pyarrow') from None
   try:
-    size = retry.with_retries(file.stat, file).st_size
+    size = _size(file)
     table = parquet.ParquetFile(
       retry.stream(file), page_checksum_verification=True
     )
@@ -209,14 +239,15 @@ def _parquet(name, file, log):
     problem = corruption.reason(error)
     log.report(f'{file} is not a readable Parquet file: {problem}', [name])
     return
-  if TEXT not in columns:
-    log.report(f'{file} has no column {TEXT!r}, only {columns}', [name])
+  if text_field not in columns:
+    problem = f'has no column {text_field!r} (data.text_field, --text_field)'
+    log.report(f'{file} {problem}, only {columns}', [name])
     return
   each = size // max(1, sum(counts))
   end = 0
   for group, count in enumerate(counts):
     number, end = end, end + count
-    batches = table.iter_batches(256, [group], [TEXT], use_threads=False)
+    batches = table.iter_batches(256, [group], [text_field], use_threads=False)
     while number < end:
       try:
         column = next(batches).column(0)
@@ -239,10 +270,12 @@ def _parquet(name, file, log):
       for text in texts:
         number += 1
         where = f'{file}, row {number}'
-        yield from _document(f'{name}:{number}', text, where, log, each)
+        name_ = f'{name}:{number}'
+        yield from _document(name_, text, where, log, each, text_field)
 
 
-def _array_record(name, file, log):
+def _array_record(name, file, compression, log, text_field):
+  del compression, text_field  # a record is a text
   try:
     from array_record.python import array_record_module  # optional
   except ImportError:
@@ -256,7 +289,7 @@ def _array_record(name, file, log):
     return reader
 
   try:
-    size = retry.with_retries(file.stat, file).st_size
+    size = _size(file)
     reader = reader_from(0)
     count = reader.num_records()
     assert count, 'no records'
@@ -276,14 +309,14 @@ def _array_record(name, file, log):
   reader.close()
 
 
-def _document(name, text, where, log, size):
+def _document(name, text, where, log, size, text_field=TEXT):
   """Yields the document, or reports why it is not text."""
   if isinstance(text, str):
     text = text.encode('utf-8', 'replace')
   try:
     text.decode()
   except AttributeError:
-    problem = f': {TEXT!r} is of type {type(text).__name__}, not a string'
+    problem = f': {text_field!r} is of type {type(text).__name__}, not a string'
   except UnicodeDecodeError as error:
     problem = f' is not UTF-8 text (byte {error.start}): convert it with iconv'
   else:

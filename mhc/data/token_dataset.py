@@ -9,7 +9,7 @@
 
 The token files are flat little-endian uint16 or uint32; for .crc see
 `token_file`, the index has its SHA-256. Such files from elsewhere (nanoGPT's
-train.bin and val.bin; also with the 1,024-byte header of llm.c) are read
+train.bin and val.bin; also with the 1,024-byte headers of llm.c) are read
 without an index; then their vocabulary is unknown, and corruption is detected
 by their size only.
 """
@@ -32,7 +32,11 @@ FORMAT = 'mhc tokens 1'
 SIDES = ('train', 'heldout')
 SHARD_TOKENS = 100_000_000
 HEADER_BYTES = 1024
-HEADER_MAGIC = 20240520
+# The first number of llm.c's header, and the type of what follows it.
+HEADER_DTYPES = {20240520: 'uint16', 20240801: 'uint32'}
+# How much of a file without a header is looked at to tell uint32, and what the
+# upper 16 bits of a token are below: no vocabulary has 2^20 tokens.
+SAMPLE_BYTES, MOST_UPPER = 2**20, 2**4
 
 
 def _is(kind):
@@ -162,8 +166,12 @@ def holds(path: pathlib.Path) -> bool:
   )
 
 
-def read(path: pathlib.Path, log: corruption.SkipLog | None = None) -> Folder:
-  """Opens a token folder.
+def read(
+  path: pathlib.Path,
+  log: corruption.SkipLog | None = None,
+  token_dtype: str = '',
+) -> Folder:
+  """Opens a token folder; `token_dtype` is that of files without a header.
 
   Corruption of a token file stops the run or is skipped, by the policy of `log`
   ('stop' by default); the index and the vocabulary must be intact.
@@ -174,7 +182,7 @@ def read(path: pathlib.Path, log: corruption.SkipLog | None = None) -> Folder:
   """
   log = log or corruption.SkipLog()
   if not (path / 'index.json').exists():
-    return _foreign(path, log)
+    return _foreign(path, log, token_dtype)
   index = _index(path / 'index.json')
   digests = index.get('digests') or {}
   shards = {
@@ -229,7 +237,7 @@ def _index(file):
   return index
 
 
-def _foreign(path, log):
+def _foreign(path, log, token_dtype):
   """Opens token files without an index: *val* is held out, the rest trains."""
   found = sorted(path.glob('*.bin'))
   heldout = [file for file in found if 'val' in file.name]
@@ -243,7 +251,9 @@ def _foreign(path, log):
   digest = hashlib.sha256()
   shards = {}
   for side, files in (('train', train), ('heldout', heldout)):
-    shards[side] = tuple(_foreign_shard(file, log) for file in files)
+    shards[side] = tuple(
+      _foreign_shard(file, log, token_dtype) for file in files
+    )
     for file in files:
       text = f'{file.name} {token_file.size_of(file)}'
       digest.update(text.encode(errors='replace'))
@@ -262,17 +272,40 @@ def _foreign(path, log):
   )
 
 
-def _foreign_shard(file, log):
+def _foreign_shard(file, log, token_dtype):
   size = token_file.size_of(file)
   head = retry.File(file).pread(0, 12) if size >= HEADER_BYTES else b''
   magic, _, count = np.frombuffer(head, '<i4').tolist() or (0, 0, -1)
-  if magic == HEADER_MAGIC and count >= 0:
-    return token_file.Shard(file, 'uint16', HEADER_BYTES, count, log)
-  if magic == HEADER_MAGIC or count == (size - HEADER_BYTES) // 2:
+  if magic in HEADER_DTYPES and count >= 0:
+    dtype = HEADER_DTYPES[magic]
+    if token_dtype not in ('', dtype):
+      raise ValueError(
+        f'data.token_dtype={token_dtype!r}, but the header of {file} says '
+        f'{dtype}: leave it out'
+      )
+    return token_file.Shard(file, dtype, HEADER_BYTES, count, log)
+  if magic in HEADER_DTYPES or count in [
+    (size - HEADER_BYTES) // width for width in (2, 4)
+  ]:
     raise ValueError(
       f'{file} is damaged, its header is not that of llm.c: copy it again'
     )
-  return token_file.Shard(file, 'uint16', 0, size // 2, log)
+  if not token_dtype and _seems_uint32(file, size):
+    raise ValueError(
+      f'{file} has no header and seems to hold uint32, for every other 16 bits '
+      "are nearly 0: set data.token_dtype='uint32', or 'uint16' if it is not so"
+    )
+  dtype = np.dtype(token_dtype or 'uint16')
+  return token_file.Shard(file, dtype.name, 0, size // dtype.itemsize, log)
+
+
+def _seems_uint32(file, size):
+  """Whether the upper halves of 32 bits are those of a vocabulary's numbers."""
+  data = retry.File(file).pread(0, min(size, SAMPLE_BYTES) // 4 * 4)
+  low, high = np.frombuffer(data, '<u2').reshape(-1, 2).T
+  if size % 4 or len(high) < 16:
+    return False
+  return high.max() < MOST_UPPER <= low.max()
 
 
 def _sha256(file):

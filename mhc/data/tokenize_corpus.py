@@ -1,11 +1,13 @@
 """Documents to a token folder, in one pass over files of any size."""
 
 from collections.abc import Iterator
+import functools
 import hashlib
 import itertools
 import pathlib
 from typing import Any
 
+from mhc.data import corpus_files
 from mhc.data import corruption
 from mhc.data import documents as documents_lib
 from mhc.data import token_dataset
@@ -19,7 +21,11 @@ VOCABULARY_BYTES = 100_000_000
 
 
 def prepare(
-  path: str, out: pathlib.Path, tokenizer: str, on_damage: str = 'stop'
+  path: str,
+  out: pathlib.Path,
+  tokenizer: str,
+  on_damage: str = 'stop',
+  text_field: str = documents_lib.TEXT,
 ) -> dict[str, Any]:
   """Tokenises the text at `path` into the folder `out`; returns its index.
 
@@ -30,19 +36,23 @@ def prepare(
     tokenizer: 'bytes', a tokenizer.json, or 'train:N' to learn a byte-level
       BPE vocabulary of N tokens from the first 100 MB.
     on_damage: as `DataConfig.on_damage`; the index counts what was skipped.
+    text_field: of records, that which holds the text.
 
   Exact copies are dropped; the split is that of `documents`.
 
   Raises:
     OSError, ValueError: unusable files, tokenizer or folder.
   """
-  files = documents_lib.files(path) if path else {}
-  total = sum(token_file.size_of(file) for file in files.values())
-  vocabulary = _vocabulary(files, total, tokenizer, on_damage)
+  files = corpus_files.find(path) if path else None
+  total = sum(map(token_file.size_of, files.files.values())) if files else 0
+  if files and files.summary():
+    console.print_line(f'{path}: {files.summary()}')
+  source = functools.partial(_read, files, text_field)
+  vocabulary = _vocabulary(source, total, tokenizer, on_damage)
   log = corruption.SkipLog(on_damage)
   tokens = token_dataset.Writer(out, vocabulary)
   with console.byte_bar(total, 'tokenise') as bar:
-    documents = _distinct(_read(files, bar.update, log))
+    documents = _distinct(source(log, bar.update))
     first = list(itertools.islice(documents, BATCH))
     if not first:
       why = log.summary() or 'every file is empty'
@@ -65,7 +75,7 @@ def prepare(
           part = [
             document.text
             for document in batch
-            if documents_lib.is_held_out(document.name) == heldout
+            if _is_held_out(document) == heldout
           ]
           if part:
             tokens.add(side, part)
@@ -74,7 +84,13 @@ def prepare(
   return tokens.close(path or "Python's standard library", log.count)
 
 
-def _vocabulary(files, total, tokenizer, on_damage):
+def _is_held_out(document):
+  if document.side:
+    return document.side == 'heldout'
+  return documents_lib.is_held_out(document.name)
+
+
+def _vocabulary(source, total, tokenizer, on_damage):
   kind, _, number = tokenizer.partition(':')
   if kind != 'train':
     return tokenizer_lib.load(tokenizer)
@@ -86,30 +102,31 @@ def _vocabulary(files, total, tokenizer, on_damage):
   tokenizer_lib.library()  # before a bar is drawn
   with console.byte_bar(min(total, VOCABULARY_BYTES), 'learn words') as bar:
     return tokenizer_lib.BPE.train(
-      _sample(_read(files, bar.update, corruption.SkipLog(on_damage))),
+      _sample(source(corruption.SkipLog(on_damage), bar.update)),
       int(number),
     )
 
 
 def _sample(documents):
+  """Texts of the training side, about `VOCABULARY_BYTES` of them."""
   size = 0
   for document in documents:
+    if document.side == 'heldout':
+      continue
     yield document.text
     size += len(document.text)
     if size >= VOCABULARY_BYTES:
       return
 
 
-def _read(files, progress, log) -> Iterator[documents_lib.Document]:
+def _read(files, text_field, log, progress) -> Iterator[documents_lib.Document]:
   """Yields documents of the files or, without any, the standard library's."""
-  if not files:
-    for document in documents_lib.standard_library():
-      yield document
-      progress(len(document.text))
-  for name, file in files.items():
-    for document, size in documents_lib.read(name, file, log):
-      yield document
-      progress(size)
+  if files:
+    yield from documents_lib.read_all(files, log, text_field, progress)
+    return
+  for document in documents_lib.standard_library():
+    yield document
+    progress(len(document.text))
 
 
 def _distinct(documents):

@@ -16,6 +16,8 @@ data.microbatch_size
 data.on_damage
 data.path
 data.seq_len
+data.text_field
+data.token_dtype
 data_seed
 eval_every
 eval_sequences

@@ -113,7 +113,7 @@ def test_token_files_of_others_drop_in(tmp_path):
   values = np.arange(1000, dtype=np.uint16)
   values.tofile(tmp_path / 'train.bin')
   header = np.zeros(256, np.int32)
-  header[:3] = token_dataset.HEADER_MAGIC, 1, 1000
+  header[:3] = 20240520, 1, 1000
   (tmp_path / 'fine_val_0.bin').write_bytes(header.tobytes() + values.tobytes())
   corpus = batches.load(str(tmp_path))
   np.testing.assert_array_equal(corpus.train[0][:], values)
@@ -122,6 +122,30 @@ def test_token_files_of_others_drop_in(tmp_path):
   with pytest.raises(ValueError, match=r'vocab_size=320.*1000 tokens'):
     batches.check_vocabulary(corpus, 320)
   batches.check_vocabulary(corpus, 1000)
+
+
+def test_token_files_of_32_bits(tmp_path):
+  """By llm.c's newer header, by the setting, never by chance."""
+  values = np.arange(70_000, dtype=np.uint32)
+  header = np.zeros(256, np.int32)
+  header[:3] = 20240801, 7, len(values)
+  for name in ('train.bin', 'val.bin'):
+    (tmp_path / name).write_bytes(header.tobytes() + values.tobytes())
+  corpus = batches.load(str(tmp_path))
+  np.testing.assert_array_equal(corpus.train[0][:], values)
+  with pytest.raises(ValueError, match=r"token_dtype='uint16', but the header"):
+    batches.load(str(tmp_path), token_dtype='uint16')
+  for numbers in (values, values % 50_000):  # below 65,536 as well
+    for name in ('train.bin', 'val.bin'):
+      numbers.tofile(tmp_path / name)
+    batches.load.cache_clear()
+    with pytest.raises(ValueError, match=r"data.token_dtype='uint32'"):
+      batches.load(str(tmp_path))
+    corpus = batches.load(str(tmp_path), token_dtype='uint32')
+    np.testing.assert_array_equal(corpus.train[0][:], numbers)
+  # What is said is believed.
+  halves = batches.load(str(tmp_path), token_dtype='uint16').train[0]
+  assert len(halves) == 2 * len(values)
 
 
 def test_damage_is_named(tmp_path):

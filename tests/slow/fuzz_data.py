@@ -104,7 +104,7 @@ def make_good(folder: pathlib.Path):
     stream = rng.integers(0, VOCAB, count).astype('<u2')
     stream.tofile(folder / 'nanogpt' / f'{name}.bin')
     header = np.zeros(256, '<i4')
-    header[:3] = token_dataset.HEADER_MAGIC, 1, count
+    header[:3] = 20240520, 1, count
     file = folder / 'llmc' / f'{name}_0.bin'
     file.write_bytes(header.tobytes() + stream.tobytes())
   shutil.copytree(folder / 'jsonl', folder / 'tokenizer', dirs_exist_ok=True)
