@@ -57,6 +57,7 @@ BASES = (
 # A type does not say which strings are meant.
 WORDS = {
   'data.path': [str(ROOT / name) for name in ('tests/*.py', 'kernels/*.py')],
+  'data.text_field': ['text', 'content'],
   'kinds': config_lib.KINDS,
   'title': ['', 'Depth'],
   'tuned_on': ['', 'main', 'rates'],
