@@ -80,17 +80,24 @@ def load(
   on_damage: str = 'stop',
   text_field: str = documents_lib.TEXT,
   token_dtype: str = '',
+  tokenizer: tokenizer_lib.Tokenizer | None = None,
 ) -> Corpus:
   """Reads the text or the tokens at `path` (see `DataConfig`).
+
+  Text is tokenised by `tokenizer`, by default to bytes; tokens must be of that
+  vocabulary, if one is given and theirs is known.
 
   Raises:
     FileNotFoundError: nothing is at `path`.
     OSError: it cannot be read; names `data.path`.
     ValueError: it holds no text; something is corrupted or not UTF-8 and
-      `on_damage` is 'stop', or nothing else remains.
+      `on_damage` is 'stop', or nothing else remains; another vocabulary.
   """
   try:
-    return _load(path, corruption.SkipLog(on_damage), text_field, token_dtype)
+    log = corruption.SkipLog(on_damage)
+    if path and token_dataset.holds(pathlib.Path(path)):
+      return _from_tokens(pathlib.Path(path), log, token_dtype, tokenizer)
+    return _from_text(path, log, text_field, tokenizer or tokenizer_lib.Bytes())
   except OSError as error:
     if 'data.path' in str(error):
       raise
@@ -100,9 +107,7 @@ def load(
     ) from error
 
 
-def _load(path, log, text_field, token_dtype) -> Corpus:
-  if path and token_dataset.holds(pathlib.Path(path)):
-    return _from_tokens(pathlib.Path(path), log, token_dtype)
+def _from_text(path, log, text_field, tokenizer) -> Corpus:
   if path:
     files = corpus_files.find(path)
     if files.summary():
@@ -122,7 +127,6 @@ def _load(path, log, text_field, token_dtype) -> Corpus:
   digest = hashlib.sha256()
   for document in documents:
     digest.update(document.text)
-  tokenizer = tokenizer_lib.Bytes()
   return Corpus(
     name=name,
     train=(tokenizer.encode_documents([d.text for d in train]),),
@@ -136,8 +140,16 @@ def _load(path, log, text_field, token_dtype) -> Corpus:
   )
 
 
-def _from_tokens(path, log, token_dtype):
+def _from_tokens(path, log, token_dtype, tokenizer) -> Corpus:
   folder = token_dataset.read(path, log, token_dtype)
+  known = folder.tokenizer
+  if tokenizer and known and tokenizer.description != known.description:
+    raise ValueError(
+      f'data.path={str(path)!r} holds tokens of another vocabulary '
+      f'({known.num_tokens:,} tokens of {known.name}) than the run '
+      f'({tokenizer.num_tokens:,} of {tokenizer.name}): give text, or prepare '
+      "it again by the run's tokenizer.json"
+    )
   return Corpus(
     name=folder.index['name'],
     train=folder.train,
@@ -157,10 +169,14 @@ def _from_tokens(path, log, token_dtype):
   )
 
 
-def load_for(config: config_lib.Config) -> Corpus:
+def load_for(
+  config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer | None = None
+) -> Corpus:
   """Loads the text of a run and checks its vocabulary; see `load`."""
   data = config.data
-  corpus = load(data.path, data.on_damage, data.text_field, data.token_dtype)
+  corpus = load(
+    data.path, data.on_damage, data.text_field, data.token_dtype, tokenizer
+  )
   check_vocabulary(corpus, config.model.vocab_size)
   return corpus
 

@@ -33,7 +33,7 @@ STOP_MARKS = (
 class Bytes:
   """Token i < 256 is byte i. No vocabulary file."""
 
-  name = 'bytes'
+  name = description = 'bytes'
   num_tokens = 258
   dtype = np.uint16
   start = 256

@@ -13,6 +13,7 @@ from mhc.parallel import partition
 from mhc.training import checkpoint
 from mhc.training import state as state_lib
 from mhc.training import step as step_lib
+from mhc.training import vocabulary
 from mhc.training import workdir as workdir_lib
 
 # Rows are scored in batches this many times the training batch.
@@ -67,18 +68,26 @@ def evaluate_checkpoint(
 
   Args:
     workdir: the work directory of the run.
-    path: text to score, None for the run's own; its held-out side is used.
+    path: text to score, None for the run's own; its held-out side is used, by
+      the vocabulary of the run.
     num_rows: rows to score, 0 for all.
 
   Raises:
-    ValueError, OSError: there is no run or no checkpoint, or unusable text.
+    ValueError, OSError: there is no run or no checkpoint, unusable text, or
+      tokens of another vocabulary.
   """
   config = workdir_lib.read_config(workdir)
+  tokenizer = vocabulary.of(workdir)
   if path is not None:
     config = dataclasses.replace(
       config, data=dataclasses.replace(config.data, path=path)
     )
-  corpus = batches.load_for(config)
+  corpus = batches.load_for(config, tokenizer)
+  if tokenizer is None and corpus.tokenizer is not None:
+    raise ValueError(
+      f'the vocabulary of {workdir} is unknown, its tokens came without one: '
+      f'{corpus.name} must be token files of the same kind, made by the same'
+    )
   rows = batches.heldout_rows(
     corpus, config.data.seq_len, num_rows or None, config.model.vocab_size
   )

@@ -20,6 +20,7 @@ from mhc import config as config_lib
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.model import transformer
 from mhc.training import checkpoint
+from mhc.training import vocabulary
 from mhc.training import workdir as workdir_lib
 
 
@@ -118,13 +119,20 @@ def restore(
   """Restores the model of the newest checkpoint, its router bias and tokenizer.
 
   Raises:
-    ValueError: `workdir` holds no run or no checkpoint.
+    ValueError: `workdir` holds no run or no checkpoint, or the vocabulary of
+      its tokens is unknown.
   """
   config = workdir_lib.read_config(workdir)
+  tokenizer = vocabulary.of(workdir)
+  if tokenizer is None:
+    raise ValueError(
+      f'the vocabulary of {workdir} is unknown, its tokens came without one: '
+      'there is no text to give it or to take from it'
+    )
   state = checkpoint.restore_model(workdir)
   graphdef, _ = transformer.abstract(inference_config(config.model))
   return (
     nnx.merge(graphdef, nnx.State(state.params)),
     state.router_bias,
-    tokenizer_lib.load(workdir_lib.tokenizer_source(workdir)),
+    tokenizer,
   )

@@ -28,6 +28,7 @@ from mhc.runtime import source
 from mhc.training import checkpoint
 from mhc.training import loop
 from mhc.training import step as step_lib
+from mhc.training import vocabulary
 from mhc.training import workdir as workdir_lib
 
 
@@ -105,10 +106,7 @@ def _claim(config, workdir, corpus) -> dict | None:
   with multihost.raise_together():
     if first:
       workdir_lib.initialize(workdir, config)
-      if corpus.tokenizer is not None and corpus.tokenizer.name != 'bytes':
-        # So that the run can be sampled without its data.
-        text = corpus.tokenizer.description
-        files.replace(workdir / workdir_lib.TOKENIZER, text)
+      vocabulary.keep(workdir, corpus.tokenizer)
   with multihost.raise_together():
     if not (workdir / workdir_lib.CONFIG).exists():
       raise ValueError(

@@ -1,7 +1,7 @@
 """The work directory of a run, which belongs to that run alone.
 
     config.json         the settings; for those that may change, the latest
-    tokenizer.json      the vocabulary, if it is not bytes
+    tokenizer.json      the vocabulary, if it is not bytes, see `vocabulary`
     metrics.jsonl       a line a step: loss, gradient norm, rate, time; held-out
                         loss and the metrics of guards where measured
     probes.jsonl        gains, streams and mean mappings on held-out rows
@@ -25,7 +25,7 @@ from mhc import config as config_lib
 from mhc.config import aliases, dicts
 from mhc.runtime import files
 
-CONFIG, SUMMARY, TOKENIZER = 'config.json', 'summary.json', 'tokenizer.json'
+CONFIG, SUMMARY = 'config.json', 'summary.json'
 HELDOUT = 'heldout.npy'
 METRICS, PROBES, EVENTS = 'metrics.jsonl', 'probes.jsonl', 'events.jsonl'
 CHECKPOINTS, DAMAGED = 'checkpoints', 'damaged'
@@ -108,9 +108,3 @@ def read_summary(workdir: pathlib.Path) -> dict | None:
   """Reads the summary of a finished run; None for an unfinished one."""
   file = workdir / SUMMARY
   return json.loads(file.read_text()) if file.exists() else None
-
-
-def tokenizer_source(workdir: pathlib.Path) -> pathlib.Path | str:
-  """The argument of `tokenizer.load` for the run's vocabulary."""
-  file = workdir / TOKENIZER
-  return file if file.exists() else 'bytes'

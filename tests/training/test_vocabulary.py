@@ -1,0 +1,82 @@
+"""One vocabulary a run: it travels with it, and all text is read by it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mhc.data import batches
+from mhc.data import tokenize_corpus
+from mhc.data import tokenizer as tokenizer_lib
+from mhc.training import evaluate
+from mhc.training import generate
+from mhc.training import vocabulary
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  """The same text as JSON lines and as tokens of two vocabularies."""
+  root = tmp_path_factory.mktemp('vocabulary')
+  words = np.random.default_rng(0).choice(['red ', 'green ', 'blue '], (60, 40))
+  lines = (json.dumps({'text': ''.join(row)}) for row in words)
+  (root / 'text.jsonl').write_text('\n'.join(lines))
+  for size in (262, 268):
+    tokenize_corpus.prepare(
+      str(root / 'text.jsonl'), root / f'{size}', f'train:{size}'
+    )
+  return root
+
+
+def test_text_is_read_by_the_vocabulary_of_the_run(prepared):
+  tokens = batches.load(str(prepared / '262'))
+  text = batches.load(str(prepared / 'text.jsonl'), tokenizer=tokens.tokenizer)
+  for side in ('train', 'heldout'):
+    one, other = getattr(tokens, side), getattr(text, side)
+    # Documents come in order of the file, or of their names.
+    assert sorted(one[0][:]) == sorted(other[0][:])
+  as_bytes = batches.load(str(prepared / 'text.jsonl'))
+  assert len(as_bytes.heldout[0]) > 1.2 * len(text.heldout[0])
+
+
+def test_tokens_of_another_vocabulary_are_refused(prepared):
+  known = [
+    batches.load(str(prepared / size)).tokenizer for size in ('262', '268')
+  ]
+  for tokenizer in (known[1], tokenizer_lib.Bytes()):
+    with pytest.raises(
+      ValueError, match=r'another vocabulary \(\d+ tokens of bpe'
+    ):
+      batches.load(str(prepared / '262'), tokenizer=tokenizer)
+  assert batches.load(str(prepared / '262'), tokenizer=known[0])
+
+
+def test_a_run_keeps_its_vocabulary(prepared, tmp_path):
+  one, two = (
+    batches.load(str(prepared / size)).tokenizer for size in ('262', '268')
+  )
+  choices = {'bytes': tokenizer_lib.Bytes(), 'one': one, 'two': two, '': None}
+  for name, first in choices.items():
+    workdir = tmp_path / (name or 'unknown')
+    workdir.mkdir()
+    vocabulary.keep(workdir, first)
+    kept = vocabulary.of(workdir)
+    assert (kept and kept.description) == (first and first.description)
+    vocabulary.keep(workdir, first)
+    others = [one for one in choices.values() if one is not first]
+    for other in others if name != 'bytes' else ():  # as a new run looks
+      with pytest.raises(
+        ValueError, match=r'another vocabulary than data\.path'
+      ):
+        vocabulary.keep(workdir, other)
+
+
+def test_without_a_vocabulary_there_is_no_text(tmp_path, monkeypatch, prepared):
+  vocabulary.keep(tmp_path, None)
+  for module in (generate, evaluate):
+    monkeypatch.setattr(
+      module.workdir_lib, 'read_config', lambda _: batches.config_lib.Config()
+    )
+  with pytest.raises(ValueError, match=r'vocabulary of .* is unknown'):
+    generate.restore(tmp_path)
+  with pytest.raises(ValueError, match='must be token files of the same kind'):
+    evaluate.evaluate_checkpoint(tmp_path, str(prepared / 'text.jsonl'), 1)
