@@ -81,6 +81,11 @@ def prepare(
             tokens.add(side, part)
   if log.count:
     console.print_line(log.summary())
+  if vocabulary.num_normalized:
+    console.print_line(
+      f'{vocabulary.num_normalized:,} documents were changed by the normalizer '
+      f'of {tokenizer}: losses are those of what it made of them'
+    )
   return tokens.close(path or "Python's standard library", log.count)
 
 

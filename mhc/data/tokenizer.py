@@ -36,6 +36,7 @@ class Bytes:
   name = description = 'bytes'
   num_tokens = 258
   dtype = np.uint16
+  num_normalized = 0
   start = 256
   stop = 257
 
@@ -70,7 +71,9 @@ class Bytes:
 class BPE:
   """A byte-level BPE vocabulary of the `tokenizers` library (tokenizer.json).
 
-  `start` is `stop` where the vocabulary has no mark of its own for it.
+  `start` is `stop` where the vocabulary has no mark of its own for it. A
+  normalizer in it acts first: what is tokenised, counted and decoded is
+  `normalized` text.
   """
 
   name = 'bpe'
@@ -98,9 +101,12 @@ class BPE:
         f'{source} numbers its tokens up to {self.num_tokens}, more than '
         f'{MOST_TOKENS}: it is damaged; {HINT}'
       )
+    added = self._tokenizer.get_added_tokens_decoder()
+    known = {*STOP_MARKS, *TRAINED_MARKS}
     marks = {
       token.content: number
-      for number, token in self._tokenizer.get_added_tokens_decoder().items()
+      for number, token in added.items()
+      if token.special or token.content in known
     }
     stops = [marks[name] for name in STOP_MARKS if name in marks]
     if not stops:
@@ -110,11 +116,18 @@ class BPE:
       )
     self.stop = stops[0]
     self.start = marks.get(TRAINED_MARKS[0], self.stop)
-    # In such a vocabulary each character of a token's name is one byte.
+    # An added token that is no mark stands for its name, as runs of spaces do.
+    self._texts = {
+      number: token.content.encode()
+      for number, token in added.items()
+      if token.content not in marks
+    }
+    self.num_normalized = 0  # documents that a normalizer has changed
+    # In such a vocabulary each character of another token's name is one byte.
     self._lengths = np.zeros(self.num_tokens, np.int64)
     for name, number in self._tokenizer.get_vocab().items():
       if name not in marks:
-        self._lengths[number] = len(name)
+        self._lengths[number] = len(self._texts.get(number, name))
 
   @classmethod
   def train(cls, documents: Iterable[bytes], num_tokens: int) -> 'BPE':
@@ -141,9 +154,15 @@ class BPE:
     """The content of `tokenizer.json`."""
     return self._tokenizer.to_str()
 
+  def normalized(self, text: bytes) -> bytes:
+    """What the tokens of a text stand for, such as its NFC."""
+    if self._tokenizer.normalizer is None:
+      return text
+    return self._tokenizer.normalizer.normalize_str(text.decode()).encode()
+
   def encode(self, text: bytes) -> UInt[np.ndarray, 't']:
     """Encodes a text without marks; marks spelled out in it are text."""
-    return self._encode([text])[0]
+    return self._encode([self.normalized(text)])[0]
 
   def encode_documents(
     self, documents: Sequence[bytes]
@@ -154,12 +173,16 @@ class BPE:
       ValueError: a document cannot be decoded from its tokens.
     """
     parts = []
-    for text, tokens in zip(documents, self._encode(documents), strict=True):
+    normalized = [self.normalized(text) for text in documents]
+    self.num_normalized += sum(
+      a != b for a, b in zip(documents, normalized, strict=True)
+    )
+    for text, tokens in zip(normalized, self._encode(normalized), strict=True):
       if self.num_bytes(tokens) != len(text):
         raise ValueError(
           f'{self._source} is lossy: {len(text)} bytes became tokens of '
-          f'{self.num_bytes(tokens)}, in the document {text[:60]!r}...; a '
-          f'normalizer in it does that, or damage; {HINT}'
+          f'{self.num_bytes(tokens)}, in the document {text[:60]!r}...; '
+          f'its normalizer or damage does that; {HINT}'
         )
       if self.start != self.stop:
         parts.append([self.start])
@@ -167,15 +190,15 @@ class BPE:
     return np.concatenate(parts).astype(self.dtype)
 
   def decode(self, tokens) -> bytes:
-    ids = [int(token) for token in np.asarray(tokens).reshape(-1)]
     byte_of = _byte_of_character()
-    names = (self._tokenizer.id_to_token(number) for number in ids)
-    return bytes(
-      byte_of[character]
-      for number, name in zip(ids, names, strict=True)
-      if name is not None and self._lengths[number]
-      for character in name
-    )
+    parts = []
+    for number in map(int, np.asarray(tokens).reshape(-1)):
+      if number in self._texts:
+        parts.append(self._texts[number])
+      elif self._lengths[number]:
+        name = self._tokenizer.id_to_token(number)
+        parts.append(bytes(byte_of[character] for character in name))
+    return b''.join(parts)
 
   def num_bytes(self, tokens: Integer[np.ndarray, '...']) -> int:
     """Returns the bytes of text that the tokens stand for."""

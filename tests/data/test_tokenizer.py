@@ -66,11 +66,42 @@ def test_unusable_vocabularies_say_why(bpe, tmp_path):
   unmarked = edited(bpe, lambda d: d.update(added_tokens=[]))
   with pytest.raises(ValueError, match='none of the marks'):
     tokenizer.BPE(unmarked)
-  lower = tokenizer.BPE(
-    edited(bpe, lambda d: d.update(normalizer={'type': 'NFKC'}))
-  )
+  growing = {'type': 'Prepend', 'prepend': 'x'}  # each time it is applied
+  lossy = tokenizer.BPE(edited(bpe, lambda d: d.update(normalizer=growing)))
   with pytest.raises(ValueError, match='lossy'):
-    lower.encode_documents(['\N{LATIN SMALL LIGATURE FI}'.encode()])
+    lossy.encode_documents([b'a text'])
+
+
+def test_normalized_text_is_what_counts(bpe):
+  """As Qwen's vocabularies do, and as a combining accent shows."""
+  nfc = tokenizer.BPE(
+    edited(bpe, lambda d: d.update(normalizer={'type': 'NFC'}))
+  )
+  texts = ['cafe\N{COMBINING ACUTE ACCENT}', 'plain']
+  tokens = nfc.encode_documents([text.encode() for text in texts])
+  assert (
+    nfc.decode(tokens).decode() == 'caf\N{LATIN SMALL LETTER E WITH ACUTE}plain'
+  )
+  assert nfc.num_bytes(tokens) == len(nfc.decode(tokens))
+  assert nfc.num_normalized == 1
+
+
+def test_added_tokens_that_are_text(bpe):
+  """Runs of spaces, as NeoX, Pythia and OLMo have them; é is two bytes."""
+  whole = tokenizers.Tokenizer.from_str(bpe.description)
+  whole.add_tokens(
+    [
+      tokenizers.AddedToken('    ', normalized=False),
+      tokenizers.AddedToken('é!', normalized=False),
+    ]
+  )
+  loaded = tokenizer.BPE(whole.to_str())
+  text = 'if x:\n        é! y\n'.encode()
+  tokens = loaded.encode(text)
+  assert (tokens >= bpe.num_tokens).sum() == 3
+  assert loaded.decode(tokens) == text
+  assert loaded.num_bytes(tokens) == len(text)
+  loaded.encode_documents([text])
 
 
 def test_a_published_kind_of_vocabulary_has_one_mark():
