@@ -2,9 +2,13 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
 import numpy as np
 import pyarrow
 from pyarrow import parquet
@@ -148,6 +152,48 @@ def test_zstd_without_its_library(tmp_path, monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'zstandard', None)
   with pytest.raises(ValueError, match='needs pip install zstandard'):
     texts(file)
+
+
+SUFFIXES = ('', '.txt', '.jsonl', '.JSON', '.md', '.dat', '.parquet', '.csv')
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+  st.lists(st.text(st.characters(exclude_categories=['Cs'])), max_size=4),
+  st.sampled_from(['lines', 'array', 'parquet', 'text']),
+  st.sampled_from(sorted(COMPRESS)),
+  st.sampled_from(SUFFIXES),
+)
+def test_what_comes_out_went_in_or_is_refused(
+  tmp_path_factory, given_texts, kind, compressed, suffix
+):
+  """Under any name; a text that is a JSON object is JSON lines to anyone."""
+  file = tmp_path_factory.mktemp('any') / ('a' + suffix + compressed)
+  if kind == 'text':
+    given_texts = [text for text in given_texts[:1] if '{' not in text]
+    data = ''.join(given_texts).encode()
+    given_texts = given_texts or ['']
+  elif kind == 'lines':
+    data = ''.join(json.dumps({'text': t}) + '\n' for t in given_texts).encode()
+  elif kind == 'array':
+    data = json.dumps([{'text': text} for text in given_texts]).encode()
+  else:
+    buffer = io.BytesIO()
+    column = pyarrow.array(given_texts, pyarrow.string())
+    parquet.write_table(pyarrow.table({'text': column}), buffer)
+    data, compressed = buffer.getvalue(), ''
+  file.write_bytes(COMPRESS[compressed](data))
+  try:
+    found = texts(file)
+  except ValueError:
+    return
+  if kind == 'array' and suffix != '.JSON':
+    # Under another name an array of JSON is a text.
+    assert found in ([data.decode()], [])
+  elif not data or (kind == 'lines' and not given_texts):
+    assert ''.join(found) == ''
+  else:
+    assert found == given_texts
 
 
 def test_every_compression_has_a_name():
