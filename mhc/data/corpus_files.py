@@ -113,8 +113,10 @@ def _leave_out(found, left_out, why, names):
 def _sides(found):
   """The side of each file, 'test' for none; all '' without named splits."""
   named = {}
+  # What all are in says nothing of splits.
+  common = len(os.path.commonpath([os.path.dirname(name) for name in found]))
   for name in found:
-    match = _SPLIT.findall(name.lower())
+    match = _SPLIT.findall(name[common:].lower())
     named[name] = _SIDES[match[-1][:2]] if match else ''
   has = set(named.values())
   if 'train' not in has or not has & {'heldout', 'test'}:

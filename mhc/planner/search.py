@@ -18,7 +18,7 @@ and T tokens a step:
 
 A device's memory holds its shards of parameters and optimiser, gathered
 matrices and gradient sums, and activations by `memory.predicted`. It suffices
-if that is at most nine tenths of the HBM. These are rough: the seconds of five
+if that is at most nine tenths of the HBM. These are rough: the seconds of four
 plans that were compiled are off by up to ERROR, and compiled bytes are a tenth
 to a half more. Compile the result.
 """

@@ -101,3 +101,6 @@ def test_a_pattern_names_what_it_matches(tmp_path):
     'b.jsonl',
   ]
   assert not found.summary()
+  path = make(tmp_path / 'test', 'train.txt', 'val.txt', 'more.txt')
+  found = corpus_files.find(f'{path}/*.txt')
+  assert sorted(found.sides.values()) == ['heldout', 'train', 'train']
