@@ -3,4 +3,5 @@
 import jax
 from jax import experimental
 
-x64 = getattr(jax, 'enable_x64', None) or experimental.enable_x64
+module = jax if hasattr(jax, 'enable_x64') else experimental
+x64 = module.enable_x64
