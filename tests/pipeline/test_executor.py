@@ -9,6 +9,7 @@ import pytest
 from slow import pipeline_grid as grid
 
 from mhc import config
+from mhc.config import dicts
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel import partition
 from mhc.parallel import sharded
@@ -58,10 +59,13 @@ def test_gradients_are_those_of_one_device(case, references):
 
 
 def test_kept_stages_have_the_gradients_of_stages_computed_again():
-  """To the last bit, and with NaN in every empty slot."""
+  """To the last bit, with NaN in every empty slot and two blocks at a time."""
   case = grid.Case('mhc', False, (1, 2, 1), 'interleaved', 'vocab')
+  changes = {'model.num_blocks': 8, 'model.recompute_every': 4}
   again, kept = (
-    grid.gradient(grid.config(case._replace(keep=keep)))
+    grid.gradient(
+      dicts.override(grid.config(case._replace(keep=keep)), changes)
+    )
     for keep in ('inputs', 'stages')
   )
   for a, b in zip(*map(jax.tree.leaves, (again, kept)), strict=True):
