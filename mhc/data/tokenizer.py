@@ -190,12 +190,13 @@ class BPE:
     return np.concatenate(parts).astype(self.dtype)
 
   def decode(self, tokens) -> bytes:
+    # A model may know more numbers than there are tokens; they are no text.
     byte_of = _byte_of_character()
     parts = []
     for number in map(int, np.asarray(tokens).reshape(-1)):
       if number in self._texts:
         parts.append(self._texts[number])
-      elif self._lengths[number]:
+      elif number < self.num_tokens and self._lengths[number]:
         name = self._tokenizer.id_to_token(number)
         parts.append(bytes(byte_of[character] for character in name))
     return b''.join(parts)

@@ -102,6 +102,7 @@ def test_added_tokens_that_are_text(bpe):
   assert loaded.decode(tokens) == text
   assert loaded.num_bytes(tokens) == len(text)
   loaded.encode_documents([text])
+  assert loaded.decode([loaded.num_tokens, *tokens, 10**6]) == text
 
 
 def test_a_published_kind_of_vocabulary_has_one_mark():
