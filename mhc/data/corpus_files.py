@@ -136,7 +136,10 @@ def _without_documents(found):
 
 def _kind(name, file):
   """'records', 'text', or 'json' for JSON of no records; None for others."""
-  base, suffix = pathlib.PurePath(name).name.lower(), _suffix(name)
+  base, (suffix, _) = (
+    pathlib.PurePath(name).name.lower(),
+    formats.suffixes(name),
+  )
   if base.startswith(_DESCRIPTIONS):
     return None
   if suffix == '.json':
@@ -150,13 +153,6 @@ def _kind(name, file):
   if suffix in _RECORDS:
     return 'records'
   return 'text' if suffix in _TEXTS else None
-
-
-def _suffix(name):
-  suffixes = [suffix.lower() for suffix in pathlib.PurePath(name).suffixes]
-  if suffixes and suffixes[-1] in formats.COMPRESSED_NAMES:
-    suffixes.pop()
-  return suffixes[-1] if suffixes else ''
 
 
 def _walk(root):

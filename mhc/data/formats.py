@@ -69,20 +69,24 @@ def detect(file: pathlib.Path) -> Format:
   """
   with retry.stream(file) as stream:
     head = stream.read(HEAD)
-  suffixes = [suffix.lower() for suffix in file.suffixes]
-  if suffixes and suffixes[-1] == '.array_record':
+  suffix, outer = suffixes(file.name)
+  if suffix == '.array_record' and not outer:
     return Format('array_record')
-  if head.startswith(b'PAR1') or (suffixes and suffixes[-1] == '.parquet'):
+  if head.startswith(b'PAR1') or (suffix == '.parquet' and not outer):
     return Format('parquet')
   compression = _first_of(_COMPRESSION, head)
-  if suffixes and suffixes[-1] in COMPRESSED_NAMES:
-    if not compression and head:
-      raise Refused(f'is not compressed, as {suffixes[-1]} says')
-    suffixes.pop()
+  if outer and not compression and head:
+    raise Refused(f'is not compressed, as {outer} says')
   if compression:
     with open_stream(file, compression) as stream:
       head = _start(stream)
-  return Format(_kind(suffixes[-1] if suffixes else '', head), compression)
+  return Format(_kind(suffix, head), compression)
+
+
+def suffixes(name: str) -> tuple[str, str]:
+  """What a name says of the content and, '' for none, of compression."""
+  *_, inner, last = '', '', *pathlib.PurePath(name.lower()).suffixes
+  return (inner, last) if last in COMPRESSED_NAMES else (last, '')
 
 
 def open_stream(file: pathlib.Path, compression: str = '') -> io.BufferedIOBase:

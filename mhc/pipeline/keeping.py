@@ -132,7 +132,7 @@ class KeepingTick(ticks.TrainingTick):
   def _pull(self, total, my, kept, incoming, dh):
     """B: pulls back through what F has kept."""
     slot, chunk = my['b_keep'], my['b_chunk']
-    ends = [buffers.read_at(leaf, (slot,)) for leaf in kept.ends]
+    ends = buffers.read_slot(kept.ends, slot)
     enter, leave, y = jax.tree.unflatten(self._ends, ends)
     dy, total = self.at_the_end(my, incoming, total, y, dh)
     tree, places = self._restore

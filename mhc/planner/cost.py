@@ -29,8 +29,8 @@ from mhc.kernels import chips
 from mhc.planner import hlo
 from mhc.planner import work
 
-# Of the bandwidth of HBM that plain array code reaches. Assumed: no plan has
-# been held against a measured step yet.
+# Of the bandwidth of HBM that plain array code reaches. Assumed, not fitted;
+# docs/planner.md holds plans against speeds that others measured.
 STREAMED = 0.8
 # How much slower than HBM's peak what has no estimate may be, at worst.
 BLIND = 3.0
