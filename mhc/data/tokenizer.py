@@ -8,26 +8,29 @@ losses can be compared in bits per byte. Documents are framed by the marks
 from collections.abc import Iterable, Sequence
 import json
 import pathlib
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxtyping import Integer, UInt
 import numpy as np
 
 from mhc.data import corruption
+from mhc.data import marks
 from mhc.runtime import retry
 
-TRAINED_MARKS = ('<|start|>', '<|stop|>')
 HINT = "give another one, or train one with --tokenizer='train:32768'"
 MOST_TOKENS = 2**24
-# Names that published vocabularies give to the mark after a document.
-STOP_MARKS = (
-  TRAINED_MARKS[1],
-  '<|endoftext|>',
-  '<|end_of_text|>',
-  '<\N{FULLWIDTH VERTICAL LINE}end▁of▁sentence\N{FULLWIDTH VERTICAL LINE}>',
-  '</s>',
-  '<eos>',
-)
+
+
+class Encoded(NamedTuple):
+  """Documents as one flat array, marks included.
+
+  Attributes:
+    tokens: of all documents in order.
+    lengths: tokens of each, int64; 0 for one that its tokens do not give back.
+  """
+
+  tokens: UInt[np.ndarray, 't']
+  lengths: Integer[np.ndarray, 'documents']
 
 
 class Bytes:
@@ -44,20 +47,22 @@ class Bytes:
     """Encodes a text without marks."""
     return np.frombuffer(text, np.uint8)
 
+  def encode_each(self, documents: Sequence[bytes]) -> Encoded:
+    """Start, tokens, stop of every document in order."""
+    lengths = np.array([len(text) + 2 for text in documents], np.int64)
+    ends = lengths.cumsum()
+    tokens = np.empty(lengths.sum(), self.dtype)
+    is_text = np.ones(len(tokens), bool)
+    is_text[ends - lengths] = is_text[ends - 1] = False
+    tokens[is_text] = self.encode(b''.join(documents))
+    tokens[ends - lengths], tokens[ends - 1] = self.start, self.stop
+    return Encoded(tokens, lengths)
+
   def encode_documents(
     self, documents: Sequence[bytes]
   ) -> UInt[np.ndarray, 't']:
-    """One flat array: start, tokens, stop of every document in order."""
-    size = sum(len(text) + 2 for text in documents)
-    tokens = np.empty(size, self.dtype)
-    first = 0
-    for text in documents:
-      last = first + len(text) + 2
-      tokens[first] = self.start
-      tokens[first + 1 : last - 1] = self.encode(text)
-      tokens[last - 1] = self.stop
-      first = last
-    return tokens
+    """The tokens of `encode_each`."""
+    return self.encode_each(documents).tokens
 
   def decode(self, tokens) -> bytes:
     tokens = np.asarray(tokens)
@@ -71,24 +76,18 @@ class Bytes:
 class BPE:
   """A byte-level BPE vocabulary of the `tokenizers` library (tokenizer.json).
 
-  `start` is `stop` where the vocabulary has no mark of its own for it. A
-  normalizer in it acts first: what is tokenised, counted and decoded is
-  `normalized` text.
+  The marks are those of `marks`; `start` is `stop` where it has no mark of its
+  own for it. A normalizer in it acts first: what is tokenised, counted and
+  decoded is `normalized` text.
   """
 
   name = 'bpe'
 
   def __init__(self, description: str, source: str = 'tokenizer'):
-    tokenizers = library()
     self._source = source
-    try:
-      self._tokenizer = tokenizers.Tokenizer.from_str(description)
-    except Exception as error:  # the library raises nothing more specific
-      problem = corruption.one_line(str(error))
-      raise ValueError(
-        f'{source} is not a tokenizer.json: {problem}; {HINT}'
-      ) from None
-    if 'ByteLevel' not in json.dumps(json.loads(description).get('decoder')):
+    self._tokenizer = _parsed(description, source)
+    parsed = json.loads(description)
+    if 'ByteLevel' not in json.dumps(parsed.get('decoder')):
       raise ValueError(
         f'{source} is not a byte-level vocabulary: the bytes that its tokens '
         f'stand for are unknown; {HINT}'
@@ -102,31 +101,27 @@ class BPE:
         f'{MOST_TOKENS}: it is damaged; {HINT}'
       )
     added = self._tokenizer.get_added_tokens_decoder()
-    known = {*STOP_MARKS, *TRAINED_MARKS}
-    marks = {
-      token.content: number
-      for number, token in added.items()
-      if token.special or token.content in known
-    }
-    stops = [marks[name] for name in STOP_MARKS if name in marks]
-    if not stops:
+    known = marks.numbers(parsed)
+    self.start_name, self.stop_name = marks.own(parsed)
+    if not self.stop_name:
       raise ValueError(
-        f'{source} has none of the marks {STOP_MARKS} to put after a document: '
-        'add one with tokenizers.Tokenizer.add_special_tokens'
+        f'{source} has none of the marks {marks.STOP} to put after a document: '
+        'name another by --stop_mark, or add one with '
+        'tokenizers.Tokenizer.add_special_tokens'
       )
-    self.stop = stops[0]
-    self.start = marks.get(TRAINED_MARKS[0], self.stop)
+    self.stop = known[self.stop_name]
+    self.start = known[self.start_name or self.stop_name]
     # An added token that is no mark stands for its name, as runs of spaces do.
     self._texts = {
       number: token.content.encode()
       for number, token in added.items()
-      if token.content not in marks
+      if token.content not in known
     }
     self.num_normalized = 0  # documents that a normalizer has changed
     # In such a vocabulary each character of another token's name is one byte.
     self._lengths = np.zeros(self.num_tokens, np.int64)
     for name, number in self._tokenizer.get_vocab().items():
-      if name not in marks:
+      if name not in known:
         self._lengths[number] = len(self._texts.get(number, name))
 
   @classmethod
@@ -140,7 +135,7 @@ class BPE:
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
       vocab_size=num_tokens,
-      special_tokens=list(TRAINED_MARKS),
+      special_tokens=list(marks.TRAINED),
       initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
       show_progress=False,
     )
@@ -164,30 +159,43 @@ class BPE:
     """Encodes a text without marks; marks spelled out in it are text."""
     return self._encode([self.normalized(text)])[0]
 
-  def encode_documents(
-    self, documents: Sequence[bytes]
-  ) -> UInt[np.ndarray, 't']:
-    """One flat array: tokens and stop of every document, start if it differs.
-
-    Raises:
-      ValueError: a document cannot be decoded from its tokens.
-    """
-    parts = []
+  def encode_each(self, documents: Sequence[bytes]) -> Encoded:
+    """Tokens and stop of every document, start before them if it differs."""
     normalized = [self.normalized(text) for text in documents]
     self.num_normalized += sum(
       a != b for a, b in zip(documents, normalized, strict=True)
     )
-    for text, tokens in zip(normalized, self._encode(normalized), strict=True):
-      if self.num_bytes(tokens) != len(text):
-        raise ValueError(
-          f'{self._source} is lossy: {len(text)} bytes became tokens of '
-          f'{self.num_bytes(tokens)}, in the document {text[:60]!r}...; '
-          f'its normalizer or damage does that; {HINT}'
-        )
-      if self.start != self.stop:
-        parts.append([self.start])
-      parts += [tokens, [self.stop]]
-    return np.concatenate(parts).astype(self.dtype)
+    parts, lengths = [], np.zeros(len(documents), np.int64)
+    before = [] if self.start == self.stop else [[self.start]]
+    each = zip(normalized, self._encode(normalized), strict=True)
+    for index, (text, tokens) in enumerate(each):
+      if self.num_bytes(tokens) == len(text):
+        parts += [*before, tokens, [self.stop]]
+        lengths[index] = len(before) + len(tokens) + 1
+    tokens = np.concatenate(parts) if parts else np.zeros(0)
+    return Encoded(tokens.astype(self.dtype), lengths)
+
+  def encode_documents(
+    self, documents: Sequence[bytes]
+  ) -> UInt[np.ndarray, 't']:
+    """The tokens of `encode_each`.
+
+    Raises:
+      ValueError: a document cannot be decoded from its tokens.
+    """
+    tokens, lengths = self.encode_each(documents)
+    if not lengths.all():
+      raise ValueError(self.lossy(documents[int(np.argmin(lengths))]))
+    return tokens
+
+  def lossy(self, text: bytes) -> str:
+    """Says that a document cannot be decoded from its tokens."""
+    (tokens,) = self._encode([self.normalized(text)])
+    return (
+      f'{self._source} is lossy: {len(self.normalized(text))} bytes became '
+      f'tokens of {self.num_bytes(tokens)}, in the document {text[:60]!r}...; '
+      f'its normalizer or damage does that; {HINT}'
+    )
 
   def decode(self, tokens) -> bytes:
     # A model may know more numbers than there are tokens; they are no text.
@@ -222,17 +230,36 @@ class BPE:
 Tokenizer = Bytes | BPE
 
 
-def load(source: Literal['bytes'] | str | pathlib.Path) -> Tokenizer:
+def load(
+  source: Literal['bytes'] | str | pathlib.Path,
+  start: str | None = None,
+  stop: str | None = None,
+) -> Tokenizer:
   """Loads the vocabulary of a tokenizer.json, or 'bytes'.
+
+  `start` and `stop` name other marks than its own, '' none at the start; they
+  become part of its description.
 
   Raises:
     OSError: the file does not exist.
-    ValueError: it is not a lossless byte-level vocabulary.
+    ValueError: it is not a lossless byte-level vocabulary, or has no such mark.
   """
   if source == 'bytes':
+    if start is not None or stop is not None:
+      raise ValueError(
+        'bytes have marks of their own: leave out --start_mark, --stop_mark'
+      )
     return Bytes()
   data = retry.with_retries(pathlib.Path(source).read_bytes, source)
-  return BPE(data.decode(errors='replace'), str(source))
+  description = data.decode(errors='replace')
+  if start is not None or stop is not None:
+    _parsed(description, source)
+    try:
+      changed = marks.replaced(json.loads(description), start, stop)
+    except ValueError as error:
+      raise ValueError(f'{source} {error}') from None
+    description = json.dumps(changed)
+  return BPE(description, str(source))
 
 
 def library():
@@ -244,6 +271,16 @@ def library():
       'BPE vocabularies need the tokenizers library: pip install tokenizers'
     ) from None
   return tokenizers
+
+
+def _parsed(description, source):
+  try:
+    return library().Tokenizer.from_str(description)
+  except Exception as error:  # the library raises nothing more specific
+    problem = corruption.one_line(str(error))
+    raise ValueError(
+      f'{source} is not a tokenizer.json: {problem}; {HINT}'
+    ) from None
 
 
 def _byte_of_character():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from mhc.data import marks
 from mhc.data import tokenizer
 
 TEXTS = [
@@ -125,3 +126,105 @@ def test_a_published_kind_of_vocabulary_has_one_mark():
   assert loaded.start == loaded.stop
   tokens = loaded.encode_documents(DOCUMENTS)
   assert (tokens == loaded.stop).sum() == 3
+
+
+def with_added(bpe, *names, template=None):
+  """A vocabulary with more marks, and a post-processor."""
+  whole = tokenizers.Tokenizer.from_str(bpe.description)
+  whole.add_special_tokens(list(names))
+  parsed = json.loads(whole.to_str())
+  parsed['added_tokens'] = [
+    token
+    for token in parsed['added_tokens']
+    if token['content'] not in marks.TRAINED
+  ]
+  parsed['post_processor'] = template
+  return json.dumps(parsed)
+
+
+def template(*names):
+  """A post-processor of these names around the text, which is None."""
+  text = {'Sequence': {'id': 'A', 'type_id': 0}}
+  return {
+    'type': 'TemplateProcessing',
+    'single': [
+      {'SpecialToken': {'id': name, 'type_id': 0}} if name else text
+      for name in names
+    ],
+    'pair': [text, text],
+    'special_tokens': {
+      name: {'id': name, 'ids': [0], 'tokens': [name]} for name in names if name
+    },
+  }
+
+
+@pytest.mark.parametrize(
+  ('names', 'post_processor', 'start', 'stop'),
+  [
+    # Llama 3, DeepSeek, a template that names none of the known.
+    (('<|begin_of_text|>', '<|end_of_text|>'), None, 0, 1),
+    (
+      ('<|begin_of_text|>', '<|end_of_text|>'),
+      ('<|begin_of_text|>', None),
+      0,
+      1,
+    ),
+    (('<s>', '</s>', '<|eod|>', '<|bod|>'), ('<|bod|>', None, '<|eod|>'), 3, 2),
+    # It says that nothing precedes a text.
+    (('<s>', '</s>'), (None, '</s>'), 1, 1),
+    # Qwen: no start.
+    (('<|endoftext|>', '<|im_start|>'), None, 0, 0),
+  ],
+)
+def test_marks_of_published_kinds(bpe, names, post_processor, start, stop):
+  around = post_processor and template(*post_processor)
+  for processor in (
+    around,
+    {'type': 'Sequence', 'processors': [around] if around else []},
+  ):
+    loaded = tokenizer.BPE(with_added(bpe, *names, template=processor))
+    numbers = [loaded._tokenizer.token_to_id(name) for name in names]
+    assert (loaded.start, loaded.stop) == (numbers[start], numbers[stop])
+    tokens = loaded.encode_documents([b'a text', b'another'])
+    assert tokens[-1] == loaded.stop
+    assert (tokens == loaded.start).sum() == 2
+    assert (tokens[0] == loaded.start) == (start != stop)
+    assert loaded.num_bytes(tokens) == len(b'a textanother')
+
+
+def test_marks_as_roberta_has_them(bpe):
+  around = {
+    'type': 'RobertaProcessing',
+    'cls': ['<s>', 1],
+    'sep': ['</s>', 2],
+    'trim_offsets': True,
+    'add_prefix_space': False,
+  }
+  text = with_added(bpe, '<|endoftext|>', '<s>', '</s>', template=around)
+  loaded = tokenizer.BPE(text)
+  assert (loaded.start_name, loaded.stop_name) == ('<s>', '</s>')
+
+
+def test_marks_that_are_asked_for(bpe, tmp_path):
+  file = tmp_path / 'tokenizer.json'
+  file.write_text(with_added(bpe, '<|im_start|>', '<|endoftext|>', '<|eod|>'))
+  own = tokenizer.load(file)
+  assert own.start == own.stop
+  asked = tokenizer.load(file, start='<|im_start|>', stop='<|eod|>')
+  # They travel with the vocabulary.
+  for loaded in (asked, tokenizer.BPE(asked.description)):
+    tokens = loaded.encode_documents([b'a text'])
+    assert loaded._tokenizer.id_to_token(int(tokens[0])) == '<|im_start|>'
+    assert loaded._tokenizer.id_to_token(int(tokens[-1])) == '<|eod|>'
+    assert loaded.decode(tokens) == b'a text'
+  none = tokenizer.load(file, start='')
+  assert none.start == none.stop == own.stop
+  # A mark that no list has, of a vocabulary that is refused without it.
+  file.write_text(with_added(bpe, '<|eod|>'))
+  with pytest.raises(ValueError, match='--stop_mark'):
+    tokenizer.load(file)
+  assert tokenizer.load(file, stop='<|eod|>').stop_name == '<|eod|>'
+  with pytest.raises(ValueError, match=r"no token '<bos>'.*only <\|eod\|>"):
+    tokenizer.load(file, start='<bos>', stop='<|eod|>')
+  with pytest.raises(ValueError, match='marks of their own'):
+    tokenizer.load('bytes', start='<s>')
