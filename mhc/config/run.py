@@ -70,6 +70,10 @@ class DataConfig:
   # written by launch/prepare_data.py; '' is the source code of the running
   # Python's standard library, about 10 MB.
   path: str = ''
+  # Several such paths in place of one, each as 'PATH=WEIGHT': of the rows of
+  # training, that share of the sum of weights is from it. Each has its own
+  # held-out text. Copies are dropped within each path only.
+  mixture: tuple[str, ...] = ()
   # The field of JSON or column of Parquet that holds the text.
   text_field: str = 'text'
   # Of token files of others without a header; '' for uint16, refused where it
@@ -84,10 +88,52 @@ class DataConfig:
   # Gradients are accumulated; what depends on the tokens taken together
   # (capacity, the Sinkhorn router) then depends on those of a microbatch.
   microbatch_size: int = 0
+  # Rows that are read at once, and come one after the other in the same row of
+  # the batch; 1 to shuffle all rows. For slow disks and many processes, of
+  # token folders, whose documents are shuffled (data/batches.py).
+  block_rows: int = 1
+  # Batches of token folders that are read ahead, by a thread each; 0 for none.
+  read_ahead: int = 4
 
   def __post_init__(self):
     checks.check_types(self)
-    checks.at_least(self, seq_len=2, batch_size=1, microbatch_size=0)
+    checks.at_least(
+      self,
+      seq_len=2,
+      batch_size=1,
+      microbatch_size=0,
+      block_rows=1,
+      read_ahead=0,
+    )
+    self.sources()
+
+  def sources(self) -> tuple[tuple[str, float], ...]:
+    """The paths of text and their weights: `mixture`, or `path` alone.
+
+    Raises:
+      ValueError: an entry of `mixture` is not PATH=WEIGHT.
+    """
+    if not self.mixture:
+      return ((self.path, 1.0),)
+    if self.path:
+      raise ValueError(
+        f'data.path={self.path!r} and data.mixture={self.mixture} exclude each '
+        'other: give one of them'
+      )
+    found = {}
+    for entry in self.mixture:
+      path, _, weight = entry.rpartition('=')
+      try:
+        value = float(weight)
+      except ValueError:
+        value = 0.0
+      if not checks.SMALLEST <= value <= checks.LARGEST or path in found:
+        raise ValueError(
+          f'data.mixture={self.mixture}: {entry!r} must be PATH=WEIGHT, such '
+          "as 'data/web=0.7', with a positive weight and a path of its own"
+        )
+      found[path] = value
+    return tuple(found.items())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ The log counts what is skipped and keeps the first few places and reasons.
 from collections.abc import Iterable
 import errno
 import itertools
+import threading
 
 SHOWN = 3
 HINT = (
@@ -42,10 +43,14 @@ class SkipLog:
     self.policy = policy
     self.count = 0
     self.names: list[str] = []
+    self.blocks: set[str] = set()
     self._places = []
+    self._lock = threading.Lock()
 
-  def report(self, problem: str, names: Iterable[str] = ()):
-    """Records a problem with the documents of these names.
+  def report(
+    self, problem: str, names: Iterable[str] = (), block: str | None = None
+  ):
+    """Records a problem with the documents of these names, or with a block.
 
     Raises:
       ValueError: the policy is 'stop'.
@@ -53,11 +58,20 @@ class SkipLog:
     problem = one_line(problem)
     if self.policy == 'stop':
       raise ValueError(f'{problem}; {HINT}')
-    self.count += 1
-    if len(self._places) < SHOWN:
-      self._places.append(problem)
-    room = MANY_NAMES - len(self.names)
-    self.names.extend(itertools.islice(names, max(0, room)))
+    with self._lock:
+      self.count += 1
+      if block is not None:
+        self.blocks.add(block)
+      if len(self._places) < SHOWN:
+        self._places.append(problem)
+      room = MANY_NAMES - len(self.names)
+      self.names.extend(itertools.islice(names, max(0, room)))
+
+  def forget(self):
+    """Counts from here on."""
+    self.count = 0
+    self.names.clear()
+    self._places.clear()
 
   def summary(self) -> str:
     """Returns one line about what was skipped, '' for nothing."""

@@ -14,7 +14,7 @@ import hashlib
 import json
 import pathlib
 import sysconfig
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mhc.data import corpus_files
 from mhc.data import corruption
@@ -83,7 +83,7 @@ def standard_library() -> list[Document]:
   root = pathlib.Path(sysconfig.get_paths()['stdlib'])
   skipped = {'test', 'tests', 'idle_test', 'site-packages', '__pycache__'}
   documents = []
-  for file in root.rglob('*.py'):
+  for file in sorted(root.rglob('*.py')):
     name = file.relative_to(root)
     if skipped & set(name.parts):
       continue
@@ -93,18 +93,23 @@ def standard_library() -> list[Document]:
   return documents
 
 
-def distinct(documents: list[Document]) -> list[Document]:
-  """Drops empty documents and exact copies.
+def distinct(documents: Sequence[Document]) -> list[Document]:
+  """Drops empty documents and exact copies, in the order that they have.
 
-  A copy that is held out wins, then the first name.
+  A copy that is held out wins, then the first.
   """
-  order = sorted(documents, key=lambda d: (d.side != 'heldout', d.name))
-  first = {d.text: d for d in reversed(order) if d.text.strip()}
-  return list(first.values())
+  kept = {}
+  for document in sorted(documents, key=lambda d: not is_held_out(d)):
+    if document.text.strip():
+      kept.setdefault(document.text, document)
+  return [d for d in documents if kept.get(d.text) is d]
 
 
-def is_held_out(name: str) -> bool:
-  return _hash(name) % HELD_OUT == 0
+def is_held_out(document: Document) -> bool:
+  """By its side, else by a hash of its name."""
+  if document.side:
+    return document.side == 'heldout'
+  return _hash(document.name) % HELD_OUT == 0
 
 
 def split(
@@ -124,7 +129,7 @@ def split(
     names = {d.name for d in documents}.union(skipped)
     if len(names) == 1:
       return _cut(documents[0])
-    heldout = set(filter(is_held_out, names))
+    heldout = {name for name in names if _hash(name) % HELD_OUT == 0}
     if not heldout or heldout == names:
       heldout = {min(names, key=_hash)}
   sides = (
@@ -175,12 +180,11 @@ def _json_lines(name, file, compression, log, text_field):
           continue
         name_, where = f'{name}:{number}', f'{file}, line {number}'
         try:
-          text = json.loads(line)[text_field]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-          problem = _no_text(text_field, error)
-          log.report(f'{where}: {problem}', [name_])
+          record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+          log.report(f'{where}: {_no_text(text_field, error)}', [name_])
           continue
-        yield from _document(name_, text, where, log, len(line), text_field)
+        yield from of_record(name_, record, where, log, text_field, len(line))
   except (OSError, *formats.damaged()) as error:
     log.report(
       f'{file}, after line {number}, cannot be read: '
@@ -199,12 +203,26 @@ def _json_array(name, file, compression, log, text_field):
   each = _size(file) // max(1, len(records))
   for number, record in enumerate(records, start=1):
     name_, where = f'{name}:{number}', f'{file}, record {number}'
-    try:
-      text = record if isinstance(record, str) else record[text_field]
-    except (KeyError, TypeError) as error:
-      log.report(f'{where}: {_no_text(text_field, error)}', [name_])
-      continue
-    yield from _document(name_, text, where, log, each, text_field)
+    if isinstance(record, str):
+      record = {text_field: record}
+    yield from of_record(name_, record, where, log, text_field, each)
+
+
+def of_record(
+  name: str,
+  record: Any,
+  where: str,
+  log: corruption.SkipLog,
+  text_field: str = TEXT,
+  size: int = 0,
+) -> Iterator[tuple[Document, int]]:
+  """Yields the document of a record, if it has one, or reports that."""
+  try:
+    text = record[text_field]
+  except (KeyError, TypeError) as error:
+    log.report(f'{where}: {_no_text(text_field, error)}', [name])
+    return
+  yield from _document(name, text, where, log, size, text_field)
 
 
 def _no_text(text_field, error):

@@ -3,6 +3,7 @@
     index.json       format, dtype, tokenizer, origin of the text, digests of
                      the other files; written last, so a folder without it is
                      incomplete
+    sources.json     documents and fingerprint of each file that was read
     tokenizer.json   the vocabulary, if it is not bytes
     train-00000.bin, heldout-00000.bin, ...
     train-00000.crc, heldout-00000.crc, ...
@@ -14,12 +15,13 @@ without an index; then their vocabulary is unknown, and corruption is detected
 by their size only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import hashlib
 import json
 import pathlib
 from typing import Any, NamedTuple
 
+from jaxtyping import UInt
 import numpy as np
 
 from mhc.data import corruption
@@ -79,84 +81,92 @@ class Folder(NamedTuple):
   index: dict[str, Any]
 
 
-class Writer:
-  """Writes a token folder, incomplete until `close`."""
+def write_shards(
+  path: pathlib.Path,
+  side: str,
+  first: int,
+  chunks: Iterable[UInt[np.ndarray, '_']],
+  *,
+  split: bool = False,
+) -> list[dict[str, Any]]:
+  """Writes tokens as the shard `first` of a side, and describes it.
 
-  def __init__(self, path: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer):
-    path.mkdir(parents=True, exist_ok=True)
-    if (path / 'index.json').exists():
-      raise ValueError(f'{path} holds tokens already: choose another folder')
-    foreign = [f.name for f in path.iterdir() if not _ours(f.name)]
-    if foreign:
+  With `split`, as as many as `SHARD_TOKENS` asks for, perhaps none.
+  """
+  described = []
+  chunks = iter(chunks)
+  chunk = next(chunks, None)
+  while chunk is not None or (not split and not described):
+    stem = path / f'{side}-{first + len(described):05d}'
+    partial, count, crcs = stem.with_suffix('.partial'), 0, token_file.Crcs()
+    with partial.open('wb') as file:
+      while chunk is not None and not (split and count >= SHARD_TOKENS):
+        data = chunk.astype(chunk.dtype.newbyteorder('<')).tobytes()
+        crcs.update(data)
+        file.write(data)
+        count += len(chunk)
+        chunk = next(chunks, None)
+    crc = crcs.tobytes()
+    stem.with_suffix('.crc').write_bytes(crc)
+    partial.replace(stem.with_suffix('.bin'))
+    described.append(
+      {'tokens': count, 'digest': hashlib.sha256(crc).hexdigest()}
+    )
+  return described
+
+
+def index_of(
+  path: pathlib.Path,
+  name: str,
+  tokenizer: tokenizer_lib.Tokenizer,
+  written: Sequence[dict[str, Any]],
+  num_skipped: int = 0,
+) -> dict[str, Any]:
+  """Keeps the vocabulary, and returns the index of what was written.
+
+  Args:
+    path: the folder.
+    name: of the text.
+    tokenizer: its vocabulary.
+    written: `side`, `files` (as of `write_shards`), `documents`, `bytes` and
+      `sha256` of every bucket in order.
+    num_skipped: records and files that were left out.
+
+  Raises:
+    ValueError: a side has no text.
+  """
+  of = {side: [w for w in written if w['side'] == side] for side in SIDES}
+  files = {
+    side: [file for one in of[side] for file in one['files']] for side in SIDES
+  }
+  for side in SIDES:
+    if not sum(file['tokens'] for file in files[side]):
       raise ValueError(
-        f'{path} is not empty ({foreign[0]}): choose another folder'
+        f'{name}: no document is in {side!r} (one in twenty is held out, '
+        'by its name): give more or smaller documents'
       )
-    for leftover in path.iterdir():
-      leftover.unlink()
-    self._path, self._tokenizer = path, tokenizer
-    self._counts = {side: [] for side in SIDES}
-    self._crcs = {side: [] for side in SIDES}
-    self._digest = hashlib.sha256()
-    self._num_bytes = self._num_documents = self._num_heldout = 0
-
-  def add(self, side: str, documents: Iterable[bytes]):
-    """Appends documents to 'train' or 'heldout'."""
-    documents = list(documents)
-    tokens = self._tokenizer.encode_documents(documents)
-    for text in documents:
-      self._digest.update(text)
-      self._num_bytes += len(text)
-    self._num_documents += len(documents)
-    self._num_heldout += len(documents) * (side == 'heldout')
-    counts, crcs = self._counts[side], self._crcs[side]
-    if not counts or counts[-1] + len(tokens) > SHARD_TOKENS:
-      counts.append(0)
-      crcs.append(token_file.Crcs())
-    counts[-1] += len(tokens)
-    data = tokens.astype(tokens.dtype.newbyteorder('<')).tobytes()
-    crcs[-1].update(data)
-    with self._file(side, len(counts) - 1, 'bin').open('ab') as file:
-      file.write(data)
-
-  def close(self, name: str, num_skipped: int = 0) -> dict[str, Any]:
-    """Writes the index, once both sides have text, and returns it."""
-    for side in SIDES:
-      if not sum(self._counts[side]):
-        raise ValueError(
-          f'{name}: no document is in {side!r} (one in twenty is held out, '
-          'by its name): give more or smaller documents'
-        )
-    digests = {side: [] for side in SIDES}
-    for side in SIDES:
-      for number, crcs in enumerate(self._crcs[side]):
-        data = crcs.tobytes()
-        self._file(side, number, 'crc').write_bytes(data)
-        digests[side].append(hashlib.sha256(data).hexdigest())
-    vocabulary = 'bytes'
-    if self._tokenizer.name != 'bytes':
-      vocabulary = 'tokenizer.json'
-      files_lib.replace(self._path / vocabulary, self._tokenizer.description)
-      digests[vocabulary] = _sha256(self._path / vocabulary)
-    index = {
-      'format': FORMAT,
-      'name': name,
-      'tokenizer': vocabulary,
-      'num_tokens': self._tokenizer.num_tokens,
-      'dtype': np.dtype(self._tokenizer.dtype).name,
-      'num_documents': self._num_documents,
-      'num_heldout_documents': self._num_heldout,
-      'num_skipped': num_skipped,
-      'num_bytes': self._num_bytes,
-      'sha256': self._digest.hexdigest(),
-      **{side: self._counts[side] for side in SIDES},
-      'digests': digests,
-    }
-    text = json.dumps(index, indent=2) + '\n'
-    files_lib.replace(self._path / 'index.json', text)
-    return index
-
-  def _file(self, side, number, kind):
-    return self._path / f'{side}-{number:05d}.{kind}'
+  digests = {side: [file['digest'] for file in files[side]] for side in SIDES}
+  vocabulary = 'bytes'
+  if tokenizer.name != 'bytes':
+    vocabulary = 'tokenizer.json'
+    text = tokenizer.description
+    files_lib.replace(path / vocabulary, text, shared=True)
+    digests[vocabulary] = _sha256(path / vocabulary)
+  text = ' '.join(one['sha256'] for one in written)
+  return {
+    'format': FORMAT,
+    'name': name,
+    'tokenizer': vocabulary,
+    'num_tokens': tokenizer.num_tokens,
+    'dtype': np.dtype(tokenizer.dtype).name,
+    'num_documents': sum(one['documents'] for one in written),
+    'num_heldout_documents': sum(one['documents'] for one in of['heldout']),
+    'num_skipped': num_skipped,
+    'num_bytes': sum(one['bytes'] for one in written),
+    'sha256': hashlib.sha256(text.encode()).hexdigest(),
+    **{side: [file['tokens'] for file in files[side]] for side in SIDES},
+    'digests': digests,
+  }
 
 
 def holds(path: pathlib.Path) -> bool:
@@ -183,7 +193,7 @@ def read(
   log = log or corruption.SkipLog()
   if not (path / 'index.json').exists():
     return _foreign(path, log, token_dtype)
-  index = _index(path / 'index.json')
+  index = read_index(path / 'index.json')
   digests = index.get('digests') or {}
   shards = {
     side: tuple(
@@ -214,7 +224,8 @@ def read(
   return Folder(**shards, tokenizer=tokenizer, index=index)
 
 
-def _index(file):
+def read_index(file: pathlib.Path) -> dict[str, Any]:
+  """Reads an index; raises ValueError if it is damaged."""
   try:
     index = json.loads(retry.with_retries(file.read_bytes, file))
     if not isinstance(index, dict) or index.get('format') != FORMAT:
@@ -310,10 +321,3 @@ def _seems_uint32(file, size):
 
 def _sha256(file):
   return hashlib.sha256(retry.with_retries(file.read_bytes, file)).hexdigest()
-
-
-def _ours(name):
-  return name == 'tokenizer.json' or (
-    name.endswith(('.bin', '.crc', '.partial'))
-    and name.startswith((*SIDES, 'index'))
-  )

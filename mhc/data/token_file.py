@@ -11,6 +11,7 @@ import array
 import functools
 import hashlib
 import pathlib
+import threading
 import zlib
 
 import numpy as np
@@ -45,6 +46,7 @@ class Shard:
     self._dtype = np.dtype(dtype).newbyteorder('<')
     self._log, self._digest = log, digest
     self._size = count * self._dtype.itemsize
+    self._lock, self._found_crcs = threading.Lock(), None
     self._state = np.zeros(-(-self._size // BLOCK), np.uint8)  # UNREAD
     found, want = size_of(file), offset + self._size
     if found != want:
@@ -73,21 +75,40 @@ class Shard:
     if all(self._state[block] == GOOD for block in blocks):
       data = self._read(first, last)
     else:
-      data = b''.join(map(self._verified, blocks))
-      data = data[first % BLOCK :][: last - first]
+      data = self._verified(blocks)[first % BLOCK :][: last - first]
     return np.frombuffer(data, self._dtype)
 
-  def _verified(self, block):
-    """Reads a whole block and verifies it, if its CRC is known."""
-    if self._state[block] == BAD:
+  def _verified(self, blocks):
+    """Reads whole blocks by one read, and verifies them if CRCs are known."""
+    if any(self._state[block] == BAD for block in blocks):
       raise corruption.Skipped
-    first, last = block * BLOCK, min((block + 1) * BLOCK, self._size)
-    data = self._read(first, last)
-    if self._digest and zlib.crc32(data) != self._crcs[block]:
-      data = self._read(first, last)  # the read itself may have failed
-      if zlib.crc32(data) != self._crcs[block]:
-        self._reject(block, 'does not match its CRC-32')
-    self._state[block] = GOOD
+    first, last = blocks[0] * BLOCK, min((blocks[-1] + 1) * BLOCK, self._size)
+    if len(blocks) == 1:
+      data = self._read(first, last)
+    else:
+      try:
+        data = _opened(self).pread(self._offset + first, last - first)
+      except OSError as error:
+        corruption.reason(error)  # raises it if it is of no block
+        data = b''
+      if len(data) < last - first:  # which block is it?
+        data = b''.join(self._read(*self._ends(block)) for block in blocks)
+    parts = []
+    for block in blocks:
+      start, end = (end - first for end in self._ends(block))
+      parts.append(self._checked(block, data[start:end]))
+    return b''.join(parts)
+
+  def _ends(self, block):
+    return block * BLOCK, min((block + 1) * BLOCK, self._size)
+
+  def _checked(self, block, data):
+    if self._state[block] == UNREAD:
+      if self._digest and zlib.crc32(data) != self._crcs[block]:
+        data = self._read(*self._ends(block))  # the read itself may have failed
+        if zlib.crc32(data) != self._crcs[block]:
+          self._reject(block, 'does not match its CRC-32')
+      self._state[block] = GOOD
     return data
 
   def _read(self, first, last):
@@ -100,9 +121,15 @@ class Shard:
       self._reject((first + len(data)) // BLOCK, problem)
     return data
 
-  @functools.cached_property
+  @property
   def _crcs(self):
     """CRCs of all blocks; -1, which matches none, where one is missing."""
+    with self._lock:  # threads read ahead
+      if self._found_crcs is None:
+        self._found_crcs = self._read_crcs()
+      return self._found_crcs
+
+  def _read_crcs(self):
     file = self._file.with_suffix('.crc')
     try:
       data, problem = (
@@ -113,7 +140,8 @@ class Shard:
       data, problem = b'', f'is unreadable ({corruption.reason(error)})'
     if hashlib.sha256(data).hexdigest() != self._digest:
       # Blocks that match the remaining CRCs are good nevertheless.
-      self._report(f' cannot be checked in full, {file.name} {problem}')
+      problem = f' cannot be checked in full, {file.name} {problem}'
+      self._report(problem, file.name)
     crcs = np.full(len(self._state), -1)
     found = np.frombuffer(data[: len(data) // 4 * 4], '<u4')[: len(crcs)]
     crcs[: len(found)] = found
@@ -121,14 +149,17 @@ class Shard:
 
   def _reject(self, block, problem):
     """Reports a block and marks it as bad: it is not read again."""
-    self._state[block] = BAD
-    first = self._offset + block * BLOCK
-    self._report(f', block {block} (from byte {first} on) {problem}')
+    with self._lock:
+      known, self._state[block] = self._state[block] == BAD, BAD
+    if not known:
+      first = self._offset + block * BLOCK
+      problem = f', block {block} (from byte {first} on) {problem}'
+      self._report(problem, str(block))
     raise corruption.Skipped
 
-  def _report(self, problem):
+  def _report(self, problem, block=None):
     problem = f'{self._file}{problem}'
-    self._log.report(problem)
+    self._log.report(problem, block=block and f'{self._file} {block}')
     if self._log.count.bit_count() == 1:
       console.print_line(
         f'DAMAGED DATA: {problem}; {self._log.count} left out so far'

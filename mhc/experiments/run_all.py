@@ -16,6 +16,7 @@ import pathlib
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
 from mhc.data import batches
+from mhc.data import mixture
 from mhc.experiments import jobs as jobs_lib
 from mhc.experiments import timing
 from mhc.experiments import workers
@@ -46,7 +47,7 @@ def prepare(
   for cell in jobs.cells():
     workdir_lib.check(workdir / cell.name, cell.config)
     if not jobs.is_done(cell.name):
-      batches.heldout_for(cell.config, batches.load_for(cell.config))
+      batches.heldout_for(cell.config, mixture.load(cell.config))
   workdir.mkdir(parents=True, exist_ok=True)
   values = dicts.to_dict(comparison)
   for name, panel in values['panels'].items():

@@ -79,6 +79,29 @@ def abstract(shapes, specs, mesh: Mesh):
   )
 
 
+def rows_here(num_rows: int, mesh: Mesh) -> list[int]:
+  """The rows of a batch that the devices of this process need."""
+  sharding = NamedSharding(mesh, BATCH)
+  indices = sharding.addressable_devices_indices_map((num_rows,)).values()
+  return sorted({i for (rows,) in indices for i in range(num_rows)[rows]})
+
+
+def put_rows(
+  rows: np.ndarray, numbers: list[int], num_rows: int, mesh: Mesh
+) -> jax.Array:
+  """Puts a batch of which every process has those of `rows_here`."""
+  if len(numbers) == num_rows:
+    return put(rows, mesh, BATCH)
+  place = {number: index for index, number in enumerate(numbers)}
+
+  def part(index):
+    mine = range(num_rows)[index[0]]
+    return rows[place[mine[0]] : place[mine[0]] + len(mine)]
+
+  shape = num_rows, *rows.shape[1:]
+  return jax.make_array_from_callback(shape, NamedSharding(mesh, BATCH), part)
+
+
 def put(tree, mesh: Mesh, spec: PartitionSpec):
   """Puts arrays, of which every process has the whole, onto the mesh."""
   sharding = NamedSharding(mesh, spec)

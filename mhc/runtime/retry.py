@@ -67,7 +67,8 @@ def with_retries[T](function: Callable[[], T], what: str | pathlib.Path) -> T:
 class File(io.RawIOBase):
   """A read-only file with retries, for random access or sequential reads.
 
-  It is opened at the first read, and again after an error.
+  It is opened at the first read, and again after an error. Threads may call
+  `pread` at a time.
   """
 
   def __init__(self, path: pathlib.Path):
@@ -104,25 +105,33 @@ class File(io.RawIOBase):
     return len(data)
 
   def close(self):
-    if self._descriptor is not None:
-      os.close(self._descriptor)
-      self._descriptor = None
+    self._descriptor = None
     super().close()
 
   def _pread(self, first, size):
-    if self._descriptor is None:
-      self._descriptor = os.open(self._path, os.O_RDONLY)
+    descriptor = self._descriptor = self._descriptor or _Descriptor(self._path)
     try:
-      data = os.pread(self._descriptor, size, first)
+      data = os.pread(descriptor.number, size, first)
       while len(data) < size and (
-        more := os.pread(self._descriptor, size - len(data), first + len(data))
+        more := os.pread(descriptor.number, size - len(data), first + len(data))
       ):
         data += more
       return data
     except OSError:
-      os.close(self._descriptor)
       self._descriptor = None
       raise
+
+
+class _Descriptor:
+  """A descriptor that is closed when the last thread has done with it."""
+
+  def __init__(self, path):
+    self.number = None
+    self.number = os.open(path, os.O_RDONLY)
+
+  def __del__(self):
+    if self.number is not None:
+      os.close(self.number)
 
 
 def stream(path: pathlib.Path) -> io.BufferedReader:

@@ -31,6 +31,7 @@ import numpy as np
 from mhc import config as config_lib
 from mhc.connections import StreamsWithPre
 from mhc.data import batches
+from mhc.data import mixture as mixture_lib
 from mhc.functional import Context
 from mhc.model import residual
 from mhc.model import transformer
@@ -206,9 +207,9 @@ def dissect_checkpoint(workdir: pathlib.Path, num_rows: int) -> dict:
   config = workdir_lib.read_config(workdir)
   graphdef, _ = transformer.abstract(model_config(config))
   state = checkpoint.restore_model(workdir)
-  corpus = batches.load_for(config)
-  rows = batches.heldout_rows(
-    corpus, config.data.seq_len, num_rows, config.model.vocab_size
+  mixture = mixture_lib.load(config)
+  rows, _ = batches.heldout_rows(
+    mixture, config.data, num_rows, config.model.vocab_size
   )
   size = config.data.microbatch_size or config.data.batch_size
   nats = dissect(graphdef, state, rows, size)
@@ -216,7 +217,7 @@ def dissect_checkpoint(workdir: pathlib.Path, num_rows: int) -> dict:
     'step': int(state.step),
     'kind': config.model.connection.kind,
     'rows': len(rows),
-    'corpus': corpus.name,
+    'corpus': ', '.join(corpus.name for corpus in mixture.corpora),
     'interventions': _compared(nats),
   }
 

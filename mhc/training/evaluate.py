@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from mhc.data import batches
+from mhc.data import mixture as mixture_lib
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.parallel import partition
 from mhc.training import checkpoint
@@ -80,16 +81,16 @@ def evaluate_checkpoint(
   tokenizer = vocabulary.of(workdir)
   if path is not None:
     config = dataclasses.replace(
-      config, data=dataclasses.replace(config.data, path=path)
+      config, data=dataclasses.replace(config.data, path=path, mixture=())
     )
-  corpus = batches.load_for(config, tokenizer)
-  if tokenizer is None and corpus.tokenizer is not None:
+  mixture = mixture_lib.load(config, tokenizer)
+  if tokenizer is None and mixture.tokenizer is not None:
     raise ValueError(
       f'the vocabulary of {workdir} is unknown, its tokens came without one: '
-      f'{corpus.name} must be token files of the same kind, made by the same'
+      f'{path} must be token files of the same kind, made by the same'
     )
-  rows = batches.heldout_rows(
-    corpus, config.data.seq_len, num_rows or None, config.model.vocab_size
+  rows, _ = batches.heldout_rows(
+    mixture, config.data, num_rows or None, config.model.vocab_size
   )
   step = step_lib.build(config)
   abstract = step.saved_state._replace(opt_state=None)
@@ -97,8 +98,8 @@ def evaluate_checkpoint(
   nats = row_nats(step, state, rows, config.data.batch_size)
   return {
     'step': int(state.step),
-    **losses(nats, rows, corpus.tokenizer),
+    **losses(nats, rows, mixture.tokenizer),
     'rows': len(rows),
-    'corpus': corpus.name,
-    'corpus_sha256': corpus.sha256,
+    'corpus': ', '.join(corpus.name for corpus in mixture.corpora),
+    'corpus_sha256': mixture.sha256,
   }

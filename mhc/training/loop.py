@@ -18,6 +18,7 @@ import jax
 
 from mhc import config as config_lib
 from mhc.data import batches as batches_lib
+from mhc.data import mixture as mixture_lib
 from mhc.parallel import partition
 from mhc.runtime import console
 from mhc.runtime import files
@@ -37,6 +38,7 @@ class Pending(NamedTuple):
 
   step: int
   limit: float  # the loss above which it is a spike
+  data_wait_s: float  # for its batch
   position: dict[str, Any]  # in the data, after its batch
   metrics: dict[str, jax.Array]
 
@@ -51,12 +53,13 @@ class Loop:
     step: step_lib.Step,
     batches,
     heldout: batches_lib.Heldout,
-    corpus: batches_lib.Corpus,
+    mixture: mixture_lib.Mixture,
     label: str | None,
   ):
     self._config, self._workdir, self._compiled = config, workdir, step
     self._batches, self._heldout = batches, heldout
-    self._corpus = corpus
+    self._mixture = mixture
+    self._rows = partition.rows_here(config.data.batch_size, step.mesh)
     self._guards = guards_lib.Guards(config)
     self._sinks, self._events = {}, None
     self._num_events = 0
@@ -156,10 +159,14 @@ class Loop:
 
   def _dispatch(self) -> Pending:
     skips = self._config.guards.loss_spike == 'skip_step'
+    before = time.perf_counter()
     batch = next(self._batches)
+    waited = time.perf_counter() - before
     limit, mesh = self._guards.loss_limit(), self._compiled.mesh
     self._step += 1
-    tokens = partition.put(batch, mesh, partition.BATCH)
+    tokens = partition.put_rows(
+      batch, self._rows, self._config.data.batch_size, mesh
+    )
     inputs = (limit if skips else math.inf, self._guards.memory.rate)
     if inputs != self._last_inputs:
       self._last_inputs = inputs
@@ -169,7 +176,7 @@ class Loop:
         self._state, tokens, self._inputs
       )
     self._position = self._batches.get_state()
-    return Pending(self._step, limit, self._position, metrics)
+    return Pending(self._step, limit, waited, self._position, metrics)
 
   def _end_without_data(self, pending):
     """Saves the steps before the data that could not be read."""
@@ -191,6 +198,7 @@ class Loop:
     values['time/tokens_per_s'] = (
       self._config.tokens_per_step / values['time/step_s']
     )
+    values['time/data_wait_s'] = pending.data_wait_s
     self._clock = now
     return values, self._guards.step(pending.step, pending.limit, values)
 
@@ -203,7 +211,16 @@ class Loop:
     )
     if last and multihost.is_first():
       files.replace_array(self._workdir / workdir_lib.HELDOUT, nats)
-    return evaluate.losses(nats, rows, self._corpus.tokenizer)
+    found = evaluate.losses(nats, rows, self._mixture.tokenizer)
+    sources = self._heldout.final_sources
+    if not last:
+      sources = self._heldout.periodic_sources
+    for index, name in enumerate(self._heldout.names):
+      if len(self._heldout.names) > 1:
+        mine = sources == index
+        of = evaluate.losses(nats[mine], rows[mine], self._mixture.tokenizer)
+        found |= {f'{key}/{name}': value for key, value in of.items()}
+    return found
 
   def _run_probe(self, values) -> list[guards_lib.Event]:
     """Adds the numbers of a probe to the metrics; returns its events."""
@@ -300,9 +317,6 @@ class Loop:
     return saved and saved.extra
 
   def _save(self):
-    multihost.assert_same(
-      {'the number of records left out of the data': self._corpus.log.count}
-    )
     self._checkpoints.save(
       self._compiled.to_depth_order(self._state),
       {

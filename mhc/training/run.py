@@ -14,10 +14,12 @@ import jax
 from mhc import config as config_lib
 from mhc.config import dicts
 from mhc.data import batches as batches_lib
+from mhc.data import mixture as mixture_lib
 from mhc.model import recompute
 from mhc.parallel import counts
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
+from mhc.parallel import partition
 from mhc.parallel.placement import Placement
 from mhc.runtime import accelerators
 from mhc.runtime import console
@@ -35,7 +37,7 @@ from mhc.training import workdir as workdir_lib
 class Data(NamedTuple):
   """What a run reads: batches to train on, rows to evaluate on."""
 
-  corpus: batches_lib.Corpus
+  mixture: mixture_lib.Mixture
   batches: grain.DatasetIterator
   heldout: batches_lib.Heldout
 
@@ -61,15 +63,15 @@ def train(
       `time.monotonic`) has passed; it is saved.
     guards.Stop: a guard stopped it.
   """
-  data = _prepare(config)
-  summary = _claim(config, workdir, data.corpus)
+  data = _prepare(config, shown=label is not None)
+  summary = _claim(config, workdir, data.mixture)
   if summary is not None:
     return summary
   step = _compile(config, workdir, shown=label is not None)
   with (
     preemption.StopSignal(deadline) as stop_signal,
     loop.Loop(
-      config, workdir, step, data.batches, data.heldout, data.corpus, label
+      config, workdir, step, data.batches, data.heldout, data.mixture, label
     ) as running,
   ):
     values = running.run(stop_signal)
@@ -81,32 +83,38 @@ def train(
   return summary
 
 
-def _prepare(config) -> Data:
+def _prepare(config, *, shown) -> Data:
   """Opens the data and checks that the devices can run `config`."""
   with multihost.raise_together():
-    corpus, vocab_size = batches_lib.load_for(config), config.model.vocab_size
-    batches = batches_lib.train_batches(
-      corpus, config.data, config.data_order, vocab_size
-    )
-    heldout = batches_lib.heldout_for(config, corpus)
+    mixture, vocab_size = mixture_lib.load(config), config.model.vocab_size
     mesh = mesh_lib.make_mesh(config.mesh, config.data)
+    batches = batches_lib.train_batches(
+      mixture,
+      config.data,
+      config.data_order,
+      vocab_size,
+      partition.rows_here(config.data.batch_size, mesh),
+    )
+    heldout = batches_lib.heldout_for(config, mixture)
     Placement(config, mesh)  # checks that the devices can run it
     memory.check(config, mesh)
   if multihost.is_first():
+    for line in mixture.lines() if shown else ():
+      console.print_line(line)
     accelerators.tell_if_unused(mesh.devices.flat[0].platform)
   multihost.assert_same(
-    {'the text': corpus.sha256, 'jax': jax.__version__, **dicts.leaves(config)}
+    {'the text': mixture.sha256, 'jax': jax.__version__, **dicts.leaves(config)}
   )
-  return Data(corpus, batches, heldout)
+  return Data(mixture, batches, heldout)
 
 
-def _claim(config, workdir, corpus) -> dict | None:
+def _claim(config, workdir, mixture) -> dict | None:
   """Initialises the work directory; returns the summary of a finished run."""
   first = multihost.is_first()
   with multihost.raise_together():
     if first:
       workdir_lib.initialize(workdir, config)
-      vocabulary.keep(workdir, corpus.tokenizer)
+      vocabulary.keep(workdir, mixture.tokenizer)
   with multihost.raise_together():
     if not (workdir / workdir_lib.CONFIG).exists():
       raise ValueError(
@@ -130,7 +138,10 @@ def _compile(config, workdir, *, shown) -> step_lib.Step:
 
 
 def _summarise(config, step, data, values) -> dict:
-  corpus = data.corpus
+  mixture, tokens = data.mixture, config.num_steps * config.tokens_per_step
+  # Each process has read its own rows.
+  met = multihost.all_gather_text('\n'.join(mixture.skipped()))
+  blocks = {name for text in met for name in text.splitlines()}
   counted = counts.count(config.model, config.data.seq_len)
   return {
     'num_params': sum(
@@ -145,11 +156,9 @@ def _summarise(config, step, data, values) -> dict:
     'heldout_bits_per_byte': values['loss/heldout_bits_per_byte'],
     'heldout_rows': len(data.heldout.final),
     'flops_per_token': counted['flops_per_token'],
-    'tokens': config.num_steps * config.tokens_per_step,
-    'epochs': config.num_steps
-    * config.tokens_per_step
-    / corpus.num_train_tokens,
-    'corpus': corpus.summary(),
+    'tokens': tokens,
+    'epochs': tokens / mixture.num_train_tokens,
+    'corpus': mixture.summary(tokens, blocks),
     'num_devices': step.mesh.size,
     'num_processes': multihost.count(),
     'device': jax.devices()[0].device_kind,

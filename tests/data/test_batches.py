@@ -8,9 +8,13 @@ import pytest
 
 from mhc import config
 from mhc.data import batches as batches_lib
+from mhc.data import corpus as corpus_lib
+from mhc.data import mixture as mixture_lib
+from mhc.data import rows as rows_lib
 from mhc.data import tokenizer
 
 BYTES = tokenizer.Bytes()
+SMALL = config.DataConfig(seq_len=10, batch_size=4)
 
 
 def text_of(shards):
@@ -29,7 +33,7 @@ def folder(tmp_path):
 
 
 def test_held_out_files_are_whole_and_chosen_by_name(folder):
-  corpus = batches_lib.load(str(folder))
+  corpus = corpus_lib.load(str(folder))
   assert corpus.num_documents == 40
   assert corpus.num_bytes == 400
   chosen = {
@@ -48,7 +52,7 @@ def test_held_out_files_are_whole_and_chosen_by_name(folder):
 def test_a_single_file_holds_out_its_end(tmp_path):
   file = tmp_path / 'book.txt'
   file.write_text('a' * 950 + 'b' * 50)
-  corpus = batches_lib.load(str(file))
+  corpus = corpus_lib.load(str(file))
   assert text_of(corpus.train) == 'a' * 950
   assert text_of(corpus.heldout) == 'b' * 50
 
@@ -56,22 +60,21 @@ def test_a_single_file_holds_out_its_end(tmp_path):
 def test_copies_and_empty_files_are_dropped(tmp_path):
   for name, text in (('a', 'one'), ('b', 'one'), ('c', ' \n'), ('d', 'two')):
     (tmp_path / name).write_text(text)
-  assert batches_lib.load(str(tmp_path)).num_documents == 2
+  assert corpus_lib.load(str(tmp_path)).num_documents == 2
 
 
 def test_a_pattern_selects_files(folder):
-  corpus = batches_lib.load(str(folder / 'part1' / '*.txt'))
+  corpus = corpus_lib.load(str(folder / 'part1' / '*.txt'))
   assert corpus.num_documents == 13
 
 
 def test_standard_library_is_the_default():
-  corpus = batches_lib.load('')
+  corpus = corpus_lib.load('')
   assert corpus.num_documents > 300
   assert corpus.num_bytes > 5e6
   assert 0.01 < len(corpus.heldout[0]) / corpus.num_train_tokens < 0.12
   again = corpus.summary()
-  batches_lib.load.cache_clear()
-  assert batches_lib.load('').summary() == again
+  assert corpus_lib.load('').summary() == again
 
 
 def test_tokens_round_trip():
@@ -83,15 +86,17 @@ def test_tokens_round_trip():
   assert tokens.max() < BYTES.num_tokens
 
 
-def corpus_of(tokens):
+def mixture_of(tokens):
   tokens = np.asarray(tokens, np.uint16)
-  return batches_lib.Corpus(
-    'test', (tokens,), (tokens[:50],), BYTES, 2, 1, len(tokens), ''
+  return mixture_lib.Mixture.of(
+    corpus_lib.Corpus(
+      'test', (tokens,), (tokens[:50],), BYTES, 2, 1, len(tokens), ''
+    )
   )
 
 
 def test_rows_overlap_by_one_and_cover_the_text():
-  rows = batches_lib.Rows([np.arange(101, dtype=np.uint16)], 10, 'text', 258)
+  rows = rows_lib.Rows([np.arange(101, dtype=np.uint16)], 10, 'text', 258)
   assert len(rows) == 10
   stacked = np.stack([rows[i] for i in range(10)])
   np.testing.assert_array_equal(stacked[:, :-1].reshape(-1), np.arange(100))
@@ -102,7 +107,7 @@ def test_rows_overlap_by_one_and_cover_the_text():
 def test_an_epoch_is_a_permutation_and_epochs_differ():
   settings = config.DataConfig(seq_len=10, batch_size=5)
   batches = batches_lib.train_batches(
-    corpus_of(np.arange(201)), settings, 3, 258
+    mixture_of(np.arange(201)), settings, 3, 258
   )
   epochs = [
     np.concatenate([next(batches)[:, 0] for _ in range(4)]) for _ in range(2)
@@ -110,46 +115,52 @@ def test_an_epoch_is_a_permutation_and_epochs_differ():
   for epoch in epochs:
     np.testing.assert_array_equal(np.sort(epoch), np.arange(0, 200, 10))
   assert (epochs[0] != epochs[1]).any()
-  other = batches_lib.train_batches(corpus_of(np.arange(201)), settings, 4, 258)
+  other = batches_lib.train_batches(
+    mixture_of(np.arange(201)), settings, 4, 258
+  )
   assert (next(other)[:, 0] != epochs[0][:5]).any()
 
 
 def test_an_iterator_resumes_where_its_state_says():
   settings = config.DataConfig(seq_len=10, batch_size=3)
-  corpus = corpus_of(np.arange(201))
-  first = batches_lib.train_batches(corpus, settings, 0, 258)
+  mixture = mixture_of(np.arange(201))
+  first = batches_lib.train_batches(mixture, settings, 0, 258)
   for _ in range(9):
     next(first)
   state = first.get_state()
   want = [next(first) for _ in range(5)]
-  second = batches_lib.train_batches(corpus, settings, 0, 258)
+  second = batches_lib.train_batches(mixture, settings, 0, 258)
   second.set_state(state)
   np.testing.assert_array_equal([next(second) for _ in range(5)], want)
 
 
 def test_held_out_rows_are_spread_over_the_text():
-  corpus = batches_lib.Corpus(
-    '', (np.arange(9),), (np.arange(1001),), None, 2, 1, 0, ''
+  mixture = mixture_lib.Mixture.of(
+    corpus_lib.Corpus(
+      '', (np.arange(9),), (np.arange(1001),), None, 2, 1, 0, ''
+    )
   )
-  rows = batches_lib.heldout_rows(corpus, 10, 4, 1001)
+  rows = batches_lib.heldout_rows(mixture, SMALL, 4, 1001)[0]
   np.testing.assert_array_equal(rows[:, 0], [0, 250, 500, 750])
-  assert len(batches_lib.heldout_rows(corpus, 10, 5000, 1001)) == 100
-  assert len(batches_lib.heldout_rows(corpus, 10, None, 1001)) == 100
+  assert len(batches_lib.heldout_rows(mixture, SMALL, 5000, 1001)[0]) == 100
+  assert len(batches_lib.heldout_rows(mixture, SMALL, None, 1001)[0]) == 100
 
 
 def test_unusable_text_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match='nowhere'):
-    batches_lib.load(str(tmp_path / 'nowhere'))
+    corpus_lib.load(str(tmp_path / 'nowhere'))
   with pytest.raises(FileNotFoundError, match='names no file'):
-    batches_lib.load(str(tmp_path))
+    corpus_lib.load(str(tmp_path))
   (tmp_path / 'empty.txt').write_text('')
   with pytest.raises(ValueError, match='every file is empty'):
-    batches_lib.load(str(tmp_path / 'empty.txt'))
+    corpus_lib.load(str(tmp_path / 'empty.txt'))
   (tmp_path / 'latin.txt').write_bytes('caf\xe9'.encode('latin-1'))
   with pytest.raises(ValueError, match=r'latin\.txt is not UTF-8.*byte 3'):
-    batches_lib.load(str(tmp_path / 'latin.txt'))
+    corpus_lib.load(str(tmp_path / 'latin.txt'))
   with pytest.raises(ValueError, match=r'seq_len=64.*50 tokens.*held-out'):
-    batches_lib.heldout_rows(corpus_of(np.arange(80)), 64, 1, 258)
+    batches_lib.heldout_rows(
+      mixture_of(np.arange(80)), config.DataConfig(seq_len=64), 1, 258
+    )
 
 
 def test_the_default_corpus_is_not_in_the_repository():

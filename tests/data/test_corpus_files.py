@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mhc.data import batches
+from mhc.data import corpus as corpus_lib
 from mhc.data import corpus_files
 from mhc.data import tokenize_corpus
 
@@ -71,7 +71,7 @@ def test_the_test_split_is_never_trained_on(tmp_path, capsys):
   with (tmp_path / 'in/train.jsonl').open('a') as file:
     file.write((tmp_path / 'in/valid.jsonl').read_text())
   tokenize_corpus.prepare(path, tmp_path / 'out', 'bytes')
-  for corpus in map(batches.load, (path, str(tmp_path / 'out'))):
+  for corpus in map(corpus_lib.load, (path, str(tmp_path / 'out'))):
     sides = []
     for shards in (corpus.train, corpus.heldout):
       tokens = np.concatenate([shard[:] for shard in shards])

@@ -14,8 +14,11 @@ from slow import fuzz_data
 
 from mhc import config
 from mhc.data import batches as batches_lib
+from mhc.data import corpus as corpus_lib
 from mhc.data import corruption
 from mhc.data import documents
+from mhc.data import mixture as mixture_lib
+from mhc.data import rows as rows_lib
 from mhc.data import token_dataset
 from mhc.data import token_file
 from mhc.data import tokenize_corpus
@@ -52,11 +55,11 @@ def test_a_bad_line_is_named_or_left_out(tmp_path, policy, capsys):
     (folder / 'a.jsonl').write_text(lines)
   if policy == 'stop':
     with pytest.raises(ValueError, match=r"a\.jsonl, line 4: .*'skip'"):
-      batches_lib.load(str(bad))
+      corpus_lib.load(str(bad))
     with pytest.raises(ValueError, match=r"a\.jsonl, line 4: .*'skip'"):
       tokenize_corpus.prepare(str(bad), tmp_path / 'out', 'bytes')
     return
-  want, got = batches_lib.load(str(good)), batches_lib.load(str(bad), 'skip')
+  want, got = corpus_lib.load(str(good)), corpus_lib.load(str(bad), 'skip')
   said = capsys.readouterr().err
   assert 'DAMAGED DATA: 4 left out: ' in said
   assert 'line 4: ' in said
@@ -70,11 +73,11 @@ def test_a_bad_line_is_named_or_left_out(tmp_path, policy, capsys):
     before = set(decoded(getattr(want, side)[0]).splitlines(True))
     after = set(decoded(getattr(got, side)[0]).splitlines(True))
     assert after == before - lost
-  again = batches_lib.load.__wrapped__(str(bad), 'skip')
+  again = corpus_lib.load(str(bad), 'skip')
   assert again.sha256 == got.sha256
   index = tokenize_corpus.prepare(str(bad), tmp_path / 'out', 'bytes', 'skip')
   assert index['num_skipped'] == 4
-  assert batches_lib.load(str(tmp_path / 'out')).num_skipped == 4
+  assert corpus_lib.load(str(tmp_path / 'out')).num_skipped == 4
 
 
 def test_what_remains_of_a_parquet_file_is_kept(tmp_path):
@@ -119,7 +122,7 @@ def test_a_link_to_nowhere_is_a_damaged_file(tmp_path):
   (tmp_path / 'a.txt').write_text('good ' * 100)
   (tmp_path / 'b.txt').symlink_to(tmp_path / 'gone')
   with pytest.raises(ValueError, match=r'b\.txt cannot be read: No such file'):
-    batches_lib.load(str(tmp_path))
+    corpus_lib.load(str(tmp_path))
 
 
 def test_nothing_left_is_an_error(tmp_path):
@@ -127,14 +130,14 @@ def test_nothing_left_is_an_error(tmp_path):
   (tmp_path / 'b.jsonl').write_text('{"text": \n7\n')
   for path in (tmp_path, tmp_path / 'b.jsonl'):
     with pytest.raises(ValueError, match='holds no text: DAMAGED DATA'):
-      batches_lib.load(str(path), 'skip')
+      corpus_lib.load(str(path), 'skip')
     with pytest.raises(ValueError, match='holds no text: DAMAGED DATA'):
       tokenize_corpus.prepare(str(path), tmp_path / 'out', 'bytes', 'skip')
 
 
 def test_the_split_does_not_depend_on_what_was_skipped():
   all_of_them = [documents.Document(f'd{n}', b'x%d' % n) for n in range(12)]
-  assert not any(documents.is_held_out(d.name) for d in all_of_them)
+  assert not any(map(documents.is_held_out, all_of_them))
   train, heldout = documents.split(all_of_them)
   for lost in train:
     rest = [d for d in all_of_them if d != lost]
@@ -144,19 +147,22 @@ def test_the_split_does_not_depend_on_what_was_skipped():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, small_parts):
   """A folder of tokens in several shards of several blocks."""
   monkeypatch.setattr(token_file, 'BLOCK', 256)
-  monkeypatch.setattr(token_dataset, 'SHARD_TOKENS', 700)
-  monkeypatch.setattr(tokenize_corpus, 'BATCH', 7)
+  small_parts(part=1000, bucket=1300)
   (tmp_path / 'in.jsonl').write_text(lines_with())
-  tokenize_corpus.prepare(str(tmp_path / 'in.jsonl'), tmp_path / 'out', 'bytes')
+  tokenize_corpus.prepare(
+    str(tmp_path / 'in.jsonl'), tmp_path / 'out', 'bytes', workers=1
+  )
   return tmp_path / 'out'
 
 
 def batches_of(folder, policy='stop', first=0, count=60):
-  corpus = batches_lib.load.__wrapped__(str(folder), policy)
-  batches = batches_lib.train_batches(corpus, SMALL, 0, 258)
+  corpus = corpus_lib.load(str(folder), policy)
+  batches = batches_lib.train_batches(
+    mixture_lib.Mixture.of(corpus), SMALL, 0, 258
+  )
   batches.set_state({'next_index': first})
   return corpus, np.stack([next(batches) for _ in range(count)])
 
@@ -168,7 +174,7 @@ def test_batches_are_a_function_of_seed_and_step(folder, policy):
     flip(folder / 'train-00001.bin', 300)
   corpus, want = batches_of(folder, policy)
   assert len(corpus.train) == 3
-  per_epoch = len(batches_lib.Rows(corpus.train, 16, 'text', 258)) // 4
+  per_epoch = len(rows_lib.Rows(corpus.train, 16, 'text', 258)) // 4
   assert 10 < per_epoch < 50
   assert (want[:per_epoch] != want[per_epoch : 2 * per_epoch]).any()
   for first in (1, per_epoch // 2, per_epoch, per_epoch + 7):
@@ -188,12 +194,12 @@ def test_a_flipped_bit_in_a_token_file_is_noticed(folder, capsys):
   assert corpus.num_skipped == 1
   # Rows that touch the block are others, all of them good; the rest is as it
   # was.
-  damaged = batches_lib.Rows([corpus.train[1]], 16, 'text', 258)
+  damaged = rows_lib.Rows([corpus.train[1]], 16, 'text', 258)
   bad = {row for row in range(len(damaged)) if row * 16 + 16 >= 128}
   bad &= {row for row in range(len(damaged)) if row * 16 < 256}
   first = sum((len(shard) - 1) // 16 for shard in corpus.train[:1])
   flip(file, 300)
-  rows = batches_lib.Rows(token_dataset.read(folder).train, 16, 'text', 258)
+  rows = rows_lib.Rows(token_dataset.read(folder).train, 16, 'text', 258)
   good = {rows[n].tobytes() for n in range(len(rows)) if n - first not in bad}
   lost = {rows[first + n].tobytes() for n in bad}
   changed = 0
@@ -264,14 +270,14 @@ def test_a_token_of_no_vocabulary_is_an_error_wherever_it_is(tmp_path, policy):
   values.tofile(tmp_path / 'val.bin')
   values[1900] = 301
   values.tofile(tmp_path / 'train.bin')
-  corpus = batches_lib.load.__wrapped__(str(tmp_path), policy)
-  batches = batches_lib.train_batches(corpus, SMALL, 0, 301)
+  mixture = mixture_lib.Mixture.of(corpus_lib.load(str(tmp_path), policy))
+  batches = batches_lib.train_batches(mixture, SMALL, 0, 301)
   with pytest.raises(ValueError, match=r'train\.bin: token 301.*vocab_size'):
     list(itertools.islice(batches, 40))
-  batches = batches_lib.train_batches(corpus, SMALL, 0, 302)
+  batches = batches_lib.train_batches(mixture, SMALL, 0, 302)
   assert max(next(batches).max() for _ in range(40)) == 301
   with pytest.raises(ValueError, match=r'val\.bin: token 299'):
-    batches_lib.heldout_rows(corpus, 16, None, 299)
+    batches_lib.heldout_rows(mixture, SMALL, None, 299)
 
 
 class Flaky:

@@ -10,7 +10,10 @@ import pytest
 
 from mhc import config
 from mhc.data import batches
+from mhc.data import corpus as corpus_lib
 from mhc.data import documents
+from mhc.data import mixture as mixture_lib
+from mhc.data import rows as rows_lib
 from mhc.data import token_dataset
 from mhc.data import tokenize_corpus
 from mhc.data import tokenizer
@@ -48,14 +51,14 @@ def test_every_format_gives_the_same_documents(tmp_path, kind):
   assert index['num_documents'] == 90
   assert index['num_bytes'] == sum(map(len, TEXTS))
   assert 0 < index['num_heldout_documents'] < 20
-  corpus = batches.load(str(tmp_path / 'out'))
+  corpus = corpus_lib.load(str(tmp_path / 'out'))
   text = b''.join(
     corpus.tokenizer.decode(shard[:])
     for shard in (*corpus.train, *corpus.heldout)
   )
   assert sorted(text.decode().splitlines(True)) == sorted(TEXTS)
   # The same files without preparation hold out the same documents.
-  direct = batches.load(path)
+  direct = corpus_lib.load(path)
   assert direct.num_heldout_documents == index['num_heldout_documents']
   assert direct.num_bytes == index['num_bytes']
 
@@ -64,15 +67,17 @@ def test_a_learned_vocabulary_is_trained_on(tmp_path):
   path = write(tmp_path / 'in', 'jsonl')
   index = tokenize_corpus.prepare(path, tmp_path / 'out', 'train:280')
   assert index['tokenizer'] == 'tokenizer.json'
-  corpus = batches.load(str(tmp_path / 'out'))
+  corpus = corpus_lib.load(str(tmp_path / 'out'))
   assert corpus.tokenizer.num_tokens == index['num_tokens']
   assert corpus.num_train_tokens < index['num_bytes']
-  rows = batches.train_batches(corpus, config.DataConfig(seq_len=16), 0, 280)
+  rows = batches.train_batches(
+    mixture_lib.Mixture.of(corpus), config.DataConfig(seq_len=16), 0, 280
+  )
   row = next(rows)[0]
   assert row.max() < index['num_tokens']
   assert b'document' in corpus.tokenizer.decode(row)
   with pytest.raises(ValueError, match=r'vocab_size=270.*280 tokens'):
-    batches.check_vocabulary(corpus, 270)
+    corpus_lib.check_vocabulary(corpus, 270)
   # An existing vocabulary, for other text.
   again = tokenize_corpus.prepare(
     path, tmp_path / 'again', str(tmp_path / 'out' / 'tokenizer.json')
@@ -80,18 +85,18 @@ def test_a_learned_vocabulary_is_trained_on(tmp_path):
   assert again['train'] == index['train']
 
 
-def test_many_documents_are_streamed_with_the_same_split(tmp_path, monkeypatch):
+def test_many_documents_are_streamed_with_the_same_split(tmp_path, small_parts):
   path = write(tmp_path / 'in', 'jsonl')
-  small = tokenize_corpus.prepare(path, tmp_path / 'small', 'bytes')
-  monkeypatch.setattr(tokenize_corpus, 'BATCH', 7)
-  monkeypatch.setattr(token_dataset, 'SHARD_TOKENS', 300)
-  large = tokenize_corpus.prepare(path, tmp_path / 'large', 'bytes')
-  assert len(large['train']) > 5
+  few = tokenize_corpus.prepare(path, tmp_path / 'few', 'bytes')
+  small_parts(part=500, bucket=300)
+  many = tokenize_corpus.prepare(path, tmp_path / 'many', 'bytes', workers=1)
+  assert len(few['train']) == 1
+  assert len(many['train']) > 5
   for side in token_dataset.SIDES:
-    assert sum(small[side]) == sum(large[side])
-  corpus = batches.load(str(tmp_path / 'large'))
-  rows = batches.Rows(corpus.train, 20, 'text', 258)
-  assert len(rows) == sum((count - 1) // 20 for count in large['train'])
+    assert sum(few[side]) == sum(many[side])
+  corpus = corpus_lib.load(str(tmp_path / 'many'))
+  rows = rows_lib.Rows(corpus.train, 20, 'text', 258)
+  assert len(rows) == sum((count - 1) // 20 for count in many['train'])
   stacked = np.concatenate([rows[i][:-1] for i in range(len(rows))])
   kept = np.concatenate(
     [shard[: (len(shard) - 1) // 20 * 20] for shard in corpus.train]
@@ -115,13 +120,13 @@ def test_token_files_of_others_drop_in(tmp_path):
   header = np.zeros(256, np.int32)
   header[:3] = 20240520, 1, 1000
   (tmp_path / 'fine_val_0.bin').write_bytes(header.tobytes() + values.tobytes())
-  corpus = batches.load(str(tmp_path))
+  corpus = corpus_lib.load(str(tmp_path))
   np.testing.assert_array_equal(corpus.train[0][:], values)
   np.testing.assert_array_equal(corpus.heldout[0][:], values)
   assert corpus.tokenizer is None
   with pytest.raises(ValueError, match=r'vocab_size=320.*1000 tokens'):
-    batches.check_vocabulary(corpus, 320)
-  batches.check_vocabulary(corpus, 1000)
+    corpus_lib.check_vocabulary(corpus, 320)
+  corpus_lib.check_vocabulary(corpus, 1000)
 
 
 def test_token_files_of_32_bits(tmp_path):
@@ -131,20 +136,19 @@ def test_token_files_of_32_bits(tmp_path):
   header[:3] = 20240801, 7, len(values)
   for name in ('train.bin', 'val.bin'):
     (tmp_path / name).write_bytes(header.tobytes() + values.tobytes())
-  corpus = batches.load(str(tmp_path))
+  corpus = corpus_lib.load(str(tmp_path))
   np.testing.assert_array_equal(corpus.train[0][:], values)
   with pytest.raises(ValueError, match=r"token_dtype='uint16', but the header"):
-    batches.load(str(tmp_path), token_dtype='uint16')
+    corpus_lib.load(str(tmp_path), token_dtype='uint16')
   for numbers in (values, values % 50_000):  # below 65,536 as well
     for name in ('train.bin', 'val.bin'):
       numbers.tofile(tmp_path / name)
-    batches.load.cache_clear()
     with pytest.raises(ValueError, match=r"data.token_dtype='uint32'"):
-      batches.load(str(tmp_path))
-    corpus = batches.load(str(tmp_path), token_dtype='uint32')
+      corpus_lib.load(str(tmp_path))
+    corpus = corpus_lib.load(str(tmp_path), token_dtype='uint32')
     np.testing.assert_array_equal(corpus.train[0][:], numbers)
   # What is said is believed.
-  halves = batches.load(str(tmp_path), token_dtype='uint16').train[0]
+  halves = corpus_lib.load(str(tmp_path), token_dtype='uint16').train[0]
   assert len(halves) == 2 * len(values)
 
 
@@ -152,6 +156,9 @@ def test_damage_is_named(tmp_path):
   path = write(tmp_path / 'in', 'text')
   out = tmp_path / 'out'
   tokenize_corpus.prepare(path, out, 'bytes')
+  # Once more is no work; for other text it is another folder.
+  assert tokenize_corpus.prepare(path, out, 'bytes')['num_documents'] == 90
+  (tmp_path / 'in' / '90.txt').write_text('new')
   with pytest.raises(ValueError, match='holds tokens already'):
     tokenize_corpus.prepare(path, out, 'bytes')
   shard = out / 'train-00000.bin'
@@ -161,9 +168,9 @@ def test_damage_is_named(tmp_path):
   (out / 'index.json').write_text('{"format": "other"}')
   with pytest.raises(ValueError, match='mhc tokens 1'):
     token_dataset.read(out)
-  # An interrupted preparation leaves no index and is started over.
   (out / 'index.json').unlink()
-  assert tokenize_corpus.prepare(path, out, 'bytes')['num_documents'] == 90
+  with pytest.raises(ValueError, match=r'not empty \(.*choose another'):
+    tokenize_corpus.prepare(path, out, 'bytes')
   with pytest.raises(ValueError, match=r'not empty \(\d+.txt\)'):
     tokenize_corpus.prepare(path, tmp_path / 'in', 'bytes')
   with pytest.raises(ValueError, match='train:32768'):
@@ -200,7 +207,7 @@ def test_bytes_a_token_follow_the_vocabulary(tmp_path):
   index = tokenize_corpus.prepare(
     write(tmp_path / 'in', 'text'), tmp_path / 'o', 'train:270'
   )
-  corpus = batches.load(str(tmp_path / 'o'))
+  corpus = corpus_lib.load(str(tmp_path / 'o'))
   total = sum(
     corpus.tokenizer.num_bytes(shard[:])
     for shard in (*corpus.train, *corpus.heldout)

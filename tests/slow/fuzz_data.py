@@ -33,6 +33,8 @@ from pyarrow import parquet
 
 from mhc import config
 from mhc.data import batches as batches_lib
+from mhc.data import corpus as corpus_lib
+from mhc.data import mixture as mixture_lib
 from mhc.data import token_dataset
 from mhc.data import tokenize_corpus
 
@@ -85,14 +87,14 @@ def make_good(folder: pathlib.Path):
     for text in half:
       out.write(text.encode())
     out.close()
-  before = token_dataset.SHARD_TOKENS, tokenize_corpus.BATCH
-  token_dataset.SHARD_TOKENS, tokenize_corpus.BATCH = (
-    100_000,
-    40,
-  )  # shards of two blocks
+  before = tokenize_corpus.PART_BYTES, tokenize_corpus.BUCKET_BYTES
+  tokenize_corpus.PART_BYTES = 100_000, 100_000
+  tokenize_corpus.BUCKET_BYTES = 100_000  # shards of two blocks
   for kind, vocabulary in (('bytes', 'bytes'), ('bpe', 'train:300')):
-    tokenize_corpus.prepare(str(folder / 'jsonl'), folder / kind, vocabulary)
-  token_dataset.SHARD_TOKENS, tokenize_corpus.BATCH = before
+    tokenize_corpus.prepare(
+      str(folder / 'jsonl'), folder / kind, vocabulary, workers=1
+    )
+  tokenize_corpus.PART_BYTES, tokenize_corpus.BUCKET_BYTES = before
   shutil.copytree(folder / 'bytes', folder / 'old', dirs_exist_ok=True)
   file = folder / 'old' / 'index.json'
   index = json.loads(file.read_text())
@@ -351,12 +353,12 @@ def damaged(number: int, seed: int, good: pathlib.Path, folder: pathlib.Path):
 
 def _few_batches(path, policy):
   """Reads a run's first batches, and checks what the model relies on."""
-  batches_lib.load.cache_clear()
-  corpus = batches_lib.load(path, policy)
-  batches_lib.check_vocabulary(corpus, VOCAB)
-  arguments = corpus, SETTINGS, 3, VOCAB
+  corpus = corpus_lib.load(path, policy)
+  corpus_lib.check_vocabulary(corpus, VOCAB)
+  mixture = mixture_lib.Mixture.of(corpus)
+  arguments = mixture, SETTINGS, 3, VOCAB
   batches = batches_lib.train_batches(*arguments)
-  heldout = batches_lib.heldout_rows(corpus, SETTINGS.seq_len, 16, VOCAB)
+  heldout, _ = batches_lib.heldout_rows(mixture, SETTINGS, 16, VOCAB)
   got = [next(batches) for _ in range(6)]
   for rows in (*got, heldout):
     assert rows.dtype == np.int32

@@ -17,6 +17,7 @@ import settings_strategies as strategies
 from mhc import config as config_lib
 from mhc.config import dicts
 from mhc.data import batches as batches_lib
+from mhc.data import mixture as mixture_lib
 from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel import partition
@@ -113,12 +114,12 @@ class Runner:
 
   def __call__(self, config: config_lib.Config) -> str:
     """Makes one step as `run.train` does; returns the outcome."""
-    corpus, vocab_size = batches_lib.load_for(config), config.model.vocab_size
+    mixture, vocab_size = mixture_lib.load(config), config.model.vocab_size
     batches = batches_lib.train_batches(
-      corpus, config.data, config.seed, vocab_size
+      mixture, config.data, config.seed, vocab_size
     )
-    heldout = batches_lib.heldout_rows(
-      corpus, config.data.seq_len, config.eval_sequences, vocab_size
+    heldout, _ = batches_lib.heldout_rows(
+      mixture, config.data, config.eval_sequences, vocab_size
     )
     mesh = mesh_lib.make_mesh(config.mesh, config.data)
     Placement(config, mesh)
@@ -149,13 +150,13 @@ class Runner:
     if self._compiled % 20 == 0:
       step._build.cache_clear()
       jax.clear_caches()
-    self._step(config, corpus, heldout, programs)
+    self._step(config, mixture, heldout, programs)
     self._done.update(keys)  # not if it failed: it would fail again
     return 'ran'
 
-  def _step(self, config, corpus, heldout, programs):
+  def _step(self, config, mixture, heldout, programs):
     batch = next(
-      batches_lib.train_batches(corpus, config.data, config.seed, 320)
+      batches_lib.train_batches(mixture, config.data, config.seed, 320)
     )
     with jax.transfer_guard('allow'):
       tokens = partition.put(batch, programs.mesh, partition.BATCH)

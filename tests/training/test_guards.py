@@ -13,6 +13,7 @@ import pytest
 from mhc import config as config_lib
 from mhc.config import dicts
 from mhc.data import batches
+from mhc.data import mixture as mixture_lib
 from mhc.parallel import partition
 from mhc.runtime import files
 from mhc.training import guards
@@ -206,7 +207,7 @@ def test_a_step_is_skipped_on_the_device(text):
   programs = step.build(config)
   batch = next(
     batches.train_batches(
-      batches.load(text), config.data, 0, config.model.vocab_size
+      mixture_lib.load(config), config.data, 0, config.model.vocab_size
     )
   )
   tokens = partition.put(batch, programs.mesh, partition.BATCH)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from mhc.data import batches
+from mhc.data import rows as rows_lib
 from mhc.runtime import files
 from mhc.training import dissect
 from mhc.training import evaluate
@@ -234,7 +234,7 @@ def test_what_was_done_before_the_data_ended_is_saved(
   text, finished, tmp_path, monkeypatch
 ):
   workdir, _ = finished
-  rows = batches.Rows.__getitem__
+  rows = rows_lib.Rows.__getitem__
 
   def damaged(self, index):
     if len(losses(tmp_path / 'run')) == 6:
@@ -242,7 +242,7 @@ def test_what_was_done_before_the_data_ended_is_saved(
     return rows(self, index)
 
   with monkeypatch.context() as patch:
-    patch.setattr(batches.Rows, '__getitem__', damaged)
+    patch.setattr(rows_lib.Rows, '__getitem__', damaged)
     with pytest.raises(ValueError, match='block 3 is damaged'):
       run.train(with_text(text), tmp_path / 'run')
   saved = [p.name for p in (tmp_path / 'run' / 'checkpoints').iterdir()]

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from mhc.data import batches
+from mhc import config as config_lib
+from mhc.data import corpus as corpus_lib
 from mhc.data import tokenize_corpus
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.training import evaluate
@@ -28,31 +29,33 @@ def prepared(tmp_path_factory):
 
 
 def test_text_is_read_by_the_vocabulary_of_the_run(prepared):
-  tokens = batches.load(str(prepared / '262'))
-  text = batches.load(str(prepared / 'text.jsonl'), tokenizer=tokens.tokenizer)
+  tokens = corpus_lib.load(str(prepared / '262'))
+  text = corpus_lib.load(
+    str(prepared / 'text.jsonl'), tokenizer=tokens.tokenizer
+  )
   for side in ('train', 'heldout'):
     one, other = getattr(tokens, side), getattr(text, side)
     # Documents come in order of the file, or of their names.
     assert sorted(one[0][:]) == sorted(other[0][:])
-  as_bytes = batches.load(str(prepared / 'text.jsonl'))
+  as_bytes = corpus_lib.load(str(prepared / 'text.jsonl'))
   assert len(as_bytes.heldout[0]) > 1.2 * len(text.heldout[0])
 
 
 def test_tokens_of_another_vocabulary_are_refused(prepared):
   known = [
-    batches.load(str(prepared / size)).tokenizer for size in ('262', '268')
+    corpus_lib.load(str(prepared / size)).tokenizer for size in ('262', '268')
   ]
   for tokenizer in (known[1], tokenizer_lib.Bytes()):
     with pytest.raises(
       ValueError, match=r'another vocabulary \(\d+ tokens of bpe'
     ):
-      batches.load(str(prepared / '262'), tokenizer=tokenizer)
-  assert batches.load(str(prepared / '262'), tokenizer=known[0])
+      corpus_lib.load(str(prepared / '262'), tokenizer=tokenizer)
+  assert corpus_lib.load(str(prepared / '262'), tokenizer=known[0])
 
 
 def test_a_run_keeps_its_vocabulary(prepared, tmp_path):
   one, two = (
-    batches.load(str(prepared / size)).tokenizer for size in ('262', '268')
+    corpus_lib.load(str(prepared / size)).tokenizer for size in ('262', '268')
   )
   choices = {'bytes': tokenizer_lib.Bytes(), 'one': one, 'two': two, '': None}
   for name, first in choices.items():
@@ -74,7 +77,7 @@ def test_without_a_vocabulary_there_is_no_text(tmp_path, monkeypatch, prepared):
   vocabulary.keep(tmp_path, None)
   for module in (generate, evaluate):
     monkeypatch.setattr(
-      module.workdir_lib, 'read_config', lambda _: batches.config_lib.Config()
+      module.workdir_lib, 'read_config', lambda _: config_lib.Config()
     )
   with pytest.raises(ValueError, match=r'vocabulary of .* is unknown'):
     generate.restore(tmp_path)

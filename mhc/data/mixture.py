@@ -1,0 +1,138 @@
+"""The text of a run: one corpus, or several mixed by weights.
+
+Each of a mixture keeps its own split; they share one vocabulary, that of the
+token folders among them, by which text is then read.
+"""
+
+from collections.abc import Sequence
+import functools
+import hashlib
+import pathlib
+from typing import Any, NamedTuple
+
+from mhc import config as config_lib
+from mhc.data import corpus as corpus_lib
+from mhc.data import token_dataset
+from mhc.data import tokenizer as tokenizer_lib
+
+
+class Mixture(NamedTuple):
+  """Corpora and the shares of them in training, which add up to 1."""
+
+  corpora: tuple[corpus_lib.Corpus, ...]
+  weights: tuple[float, ...]
+
+  @classmethod
+  def of(cls, corpus: corpus_lib.Corpus) -> 'Mixture':
+    return cls((corpus,), (1.0,))
+
+  @property
+  def names(self) -> list[str]:
+    """Short names: the last part of each path, the whole if two share it."""
+    whole = [corpus.name for corpus in self.corpora]
+    short = [pathlib.PurePath(name).name or name for name in whole]
+    return [
+      name if short.count(name) == 1 else path
+      for name, path in zip(short, whole, strict=True)
+    ]
+
+  @property
+  def tokenizer(self) -> tokenizer_lib.Tokenizer | None:
+    return self.corpora[0].tokenizer
+
+  @property
+  def sha256(self) -> str:
+    """Of all text, and of the weights if there are several."""
+    if len(self.corpora) == 1:
+      return self.corpora[0].sha256
+    parts = [
+      f'{corpus.sha256} {weight}'
+      for corpus, weight in zip(self.corpora, self.weights, strict=True)
+    ]
+    return hashlib.sha256(' '.join(parts).encode()).hexdigest()
+
+  @property
+  def num_train_tokens(self) -> int:
+    return sum(corpus.num_train_tokens for corpus in self.corpora)
+
+  def lines(self) -> list[str]:
+    """What was found, for the start of a run."""
+    if len(self.corpora) == 1:
+      return [self.corpora[0].line()]
+    return [
+      f'{weight:.1%} of {corpus.line()}'
+      for corpus, weight in zip(self.corpora, self.weights, strict=True)
+    ]
+
+  def skipped(self) -> list[str]:
+    """Names of the damaged blocks that this process has met."""
+    return sorted({name for c in self.corpora for name in c.log.blocks})
+
+  def summary(
+    self, num_tokens: int, blocks: Sequence[str] = ()
+  ) -> dict[str, Any]:
+    """Of a run of `num_tokens`, in which processes met the damaged `blocks`."""
+    found = [corpus.summary() for corpus in self.corpora]
+    total = {
+      name: sum(one[name] for one in found)
+      for name, value in found[0].items()
+      if isinstance(value, int)
+    }
+    total['num_skipped'] += len(set(blocks) - set(self.skipped()))
+    if len(found) == 1:
+      return found[0] | total
+    sources = [
+      one
+      | {'weight': weight, 'epochs': num_tokens * weight / one['train_tokens']}
+      for one, weight in zip(found, self.weights, strict=True)
+    ]
+    return {
+      **total,
+      'name': ', '.join(self.names),
+      'sha256': self.sha256,
+      'tokenizer': found[0]['tokenizer'],
+      'sources': sources,
+    }
+
+
+def load(
+  config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer | None = None
+) -> Mixture:
+  """The text of a run, by `tokenizer` if one is given.
+
+  Raises:
+    OSError, ValueError: as `corpus.load`; vocabularies that differ, or do not
+      fit the model.
+  """
+  data = config.data
+  found = _load(
+    data.sources(), data.on_damage, data.text_field, data.token_dtype, tokenizer
+  )
+  for corpus in found.corpora:
+    corpus_lib.check_vocabulary(corpus, config.model.vocab_size)
+  return found
+
+
+@functools.lru_cache(maxsize=1)
+def _load(sources, on_damage, text_field, token_dtype, tokenizer) -> Mixture:
+  paths = [path for path, _ in sources]
+  found = {}
+  # Tokens first: text is then read by their vocabulary.
+  for path in sorted(paths, key=_is_text):
+    found[path] = corpus = corpus_lib.load(
+      path, on_damage, text_field, token_dtype, tokenizer
+    )
+    tokenizer = tokenizer or corpus.tokenizer
+  corpora = tuple(found[path] for path in paths)
+  unknown = [corpus.name for corpus in corpora if corpus.tokenizer is None]
+  if unknown and len(unknown) < len(corpora):
+    raise ValueError(
+      f'data.mixture: the vocabulary of {unknown[0]} is unknown, that of '
+      f'others is not: prepare all of them by one tokenizer.json'
+    )
+  total = sum(weight for _, weight in sources)
+  return Mixture(corpora, tuple(weight / total for _, weight in sources))
+
+
+def _is_text(path):
+  return not (path and token_dataset.holds(pathlib.Path(path)))

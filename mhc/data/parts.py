@@ -1,0 +1,204 @@
+"""Parts of a corpus that is being prepared: tokenised documents in segments.
+
+A document is placed by the digest of its text: its bucket, which becomes a
+shard of the token folder, and its place in the bucket. So the order of a
+folder is random but depends on nothing else than its texts, and exact copies
+meet in one bucket. A part is a run of documents, as they were read; its file
+holds, as little-endian numbers (the first two lines uint64),
+
+    header     num_segments, num_documents, num_tokens, bytes of a token
+    bounds     documents, then tokens, before each segment and in all
+    documents  `DOCUMENT`, by segment, digest and position
+    tokens     of the documents in that order
+
+where segment b of the first half are the training documents of bucket b, of
+the second half its held-out ones.
+"""
+
+from collections.abc import Sequence
+import hashlib
+import pathlib
+from typing import NamedTuple
+
+from jaxtyping import Integer, Shaped
+import numpy as np
+
+from mhc.runtime import retry
+
+DIGEST_BYTES = 16
+# `position` is that in the source: the file in the upper 32 bits, the number in
+# the file in the lower ones; `bytes` of text.
+DOCUMENT = np.dtype(
+  [
+    ('high', '<u8'),
+    ('low', '<u8'),
+    ('position', '<u8'),
+    ('tokens', '<u8'),
+    ('bytes', '<u8'),
+  ]
+)
+_HEADER = np.dtype(('<u8', 4))
+# Tokens that are put in order at a time.
+CHUNK = 2**22
+
+
+class Segment(NamedTuple):
+  """Documents and their tokens, in the same order."""
+
+  documents: Shaped[np.ndarray, 'documents']  # of `DOCUMENT`
+  tokens: Integer[np.ndarray, 't']
+
+
+def described(
+  texts: Sequence[bytes],
+  lengths: Integer[np.ndarray, 'documents'],
+  positions: Integer[np.ndarray, 'documents'],
+) -> Shaped[np.ndarray, 'documents']:
+  """The `DOCUMENT`s of texts of so many tokens."""
+  documents = np.zeros(len(texts), DOCUMENT)
+  digests = b''.join(
+    hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest() for text in texts
+  )
+  high_low = np.frombuffer(digests, '<u8').reshape(-1, 2)
+  documents['high'], documents['low'] = high_low.T
+  documents['position'], documents['tokens'] = positions, lengths
+  documents['bytes'] = [len(text) for text in texts]
+  return documents
+
+
+def write(
+  path: pathlib.Path,
+  segment: Segment,
+  heldout: Shaped[np.ndarray, 'documents'],
+  num_buckets: int,
+):
+  """Writes a part, at once; `heldout` tells which documents are."""
+  documents, tokens = segment
+  of = _buckets(documents, num_buckets) + num_buckets * heldout.astype(int)
+  order = np.lexsort(
+    (documents['position'], documents['low'], documents['high'], of)
+  )
+  counts = np.zeros((2, 2 * num_buckets + 1), '<u8')
+  np.add.at(counts[0], of + 1, 1)
+  np.add.at(counts[1], of + 1, documents['tokens'])
+  header = np.array(
+    [2 * num_buckets, len(documents), len(tokens), tokens.dtype.itemsize], '<u8'
+  )
+  partial = path.with_name(path.name + '.partial')
+  with partial.open('wb') as file:
+    file.write(header.tobytes())
+    file.write(counts.cumsum(axis=1, dtype='<u8').tobytes())
+    file.write(documents[order].tobytes())
+    for chunk in in_order(segment, order):
+      file.write(chunk.tobytes())
+  partial.replace(path)
+
+
+def in_order(segment: Segment, order: Integer[np.ndarray, 'chosen']):
+  """Yields the tokens of documents in an order, some millions at a time."""
+  lengths = segment.documents['tokens'].astype(np.int64)
+  starts = (lengths.cumsum() - lengths)[order]
+  lengths = lengths[order]
+  ends = lengths.cumsum()
+  cuts = np.searchsorted(ends, np.arange(CHUNK, ends[-1:].sum(), CHUNK))
+  for few in np.split(np.arange(len(order)), np.unique(cuts)):
+    before = lengths[few].cumsum() - lengths[few]
+    places = np.repeat(starts[few] - before, lengths[few])
+    places += np.arange(len(places))
+    yield segment.tokens[places]
+
+
+class Part:
+  """Reads segments of a part."""
+
+  def __init__(self, path: pathlib.Path):
+    """Raises ValueError if the file is not whole."""
+    self._path, self._file = path, retry.File(path)
+    head = self._file.pread(0, _HEADER.itemsize)
+    if len(head) == _HEADER.itemsize:
+      header = np.frombuffer(head, '<u8').tolist()
+      self._segments, self._documents, tokens, width = header
+      self._dtype = np.dtype(f'<u{width}') if width in (2, 4) else None
+      self._size = self._token_start() + tokens * width
+    found = retry.with_retries(path.stat, path).st_size
+    if len(head) < _HEADER.itemsize or not self._dtype or found != self._size:
+      raise ValueError(
+        f'{path} is damaged: delete its folder and prepare the data again'
+      )
+
+  def train(self, bucket: int) -> Segment:
+    return self._segment(bucket, bucket + 1)
+
+  def heldout(self) -> Segment:
+    return self._segment(self._segments // 2, self._segments)
+
+  def heldout_documents(
+    self, bucket: int | None = None
+  ) -> Shaped[np.ndarray, 'documents']:
+    """Those of a bucket, or of all."""
+    first, last = self._segments // 2, self._segments
+    if bucket is not None:
+      first, last = first + bucket, first + bucket + 1
+    first, last = self._bounds(0, first, last)
+    return self._read(DOCUMENT, self._document_start(), first, last)
+
+  def close(self):
+    self._file.close()
+
+  def _segment(self, first, last):
+    return Segment(
+      self._read(
+        DOCUMENT, self._document_start(), *self._bounds(0, first, last)
+      ),
+      self._read(
+        self._dtype, self._token_start(), *self._bounds(1, first, last)
+      ),
+    )
+
+  def _bounds(self, row, first, last):
+    start = _HEADER.itemsize + 8 * (row * (self._segments + 1) + first)
+    data = self._file.pread(start, 8 * (last - first + 1))
+    return np.frombuffer(data, '<u8')[[0, -1]].tolist()
+
+  def _document_start(self):
+    return _HEADER.itemsize + 16 * (self._segments + 1)
+
+  def _token_start(self):
+    return self._document_start() + DOCUMENT.itemsize * self._documents
+
+  def _read(self, dtype, start, first, last):
+    start += dtype.itemsize * first
+    data = self._file.pread(start, dtype.itemsize * (last - first))
+    return np.frombuffer(data, dtype)
+
+
+def concatenate(segments: Sequence[Segment]) -> Segment:
+  return Segment(
+    np.concatenate([segment.documents for segment in segments]),
+    np.concatenate([segment.tokens for segment in segments]),
+  )
+
+
+def distinct(
+  documents: Shaped[np.ndarray, 'documents'],
+  besides: Shaped[np.ndarray, 'others'],
+) -> Integer[np.ndarray, 'chosen']:
+  """Numbers of the documents in order of digest, without copies.
+
+  Of copies the first one in the source stays, and none of one of `besides`.
+  """
+  both = np.concatenate([documents, besides])
+  is_other = np.arange(len(both)) >= len(documents)
+  order = np.lexsort((both['position'], ~is_other, both['low'], both['high']))
+  is_first = np.ones(len(order), bool)
+  for name in ('high', 'low'):
+    digest = both[name][order]
+    differs = digest[1:] != digest[:-1]
+    is_first[1:] = differs if name == 'high' else is_first[1:] | differs
+  return order[is_first & ~is_other[order]]
+
+
+def _buckets(documents, num_buckets):
+  """floor(h / 2^32 * num_buckets) with h the upper 32 bits of the digest."""
+  upper = (documents['high'] >> np.uint64(32)) * np.uint64(num_buckets)
+  return (upper >> np.uint64(32)).astype(np.int64)

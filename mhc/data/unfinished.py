@@ -1,0 +1,135 @@
+"""A token folder that is being made, and what is there of it.
+
+    parts/plan.json             what all calls for the folder must agree on
+    parts/vocabulary.json       a vocabulary that was learned
+    parts/00000-0000000.part    of machine 0, its first one (`parts`)
+    parts/00000-0000000.json    its record: what it is of, and where to read on
+    parts/train-00000.json      the record of a shard that is whole
+
+A record is written when what it is of is whole; the last part of a machine
+says that it is. The index of the folder comes last; then parts/ is deleted.
+"""
+
+from collections.abc import Callable
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from mhc.data import token_dataset
+from mhc.runtime import files as files_lib
+
+HINT = 'choose another folder, or delete it to begin again'
+
+
+class Folder:
+  """The folder `path` of a plan, whose fields JSON can hold."""
+
+  def __init__(self, path: pathlib.Path, plan: dict[str, Any]):
+    """Begins the folder, or goes on with it.
+
+    Raises:
+      ValueError: it holds something else, or was begun by another plan.
+    """
+    self.path, self._parts, self.plan = path, path / 'parts', plan
+    self.vocabulary = self._parts / 'vocabulary.json'
+    path.mkdir(parents=True, exist_ok=True)
+    begun = (path / 'index.json').exists() or self._parts.exists()
+    foreign = [file.name for file in path.iterdir()]
+    if foreign and not begun:
+      raise ValueError(f'{path} is not empty ({foreign[0]}): {HINT}')
+
+  def finished(self, fingerprint: str) -> dict[str, Any] | None:
+    """The index, if all is done; otherwise agrees on the plan.
+
+    Raises:
+      ValueError: it holds other tokens, or was begun by another plan.
+    """
+    index = self.path / 'index.json'
+    if index.exists():
+      found = token_dataset.read_index(index)
+      if found.get('made_by') != self._made_by(fingerprint):
+        raise ValueError(f'{self.path} holds tokens already: {HINT}')
+      shutil.rmtree(self._parts, ignore_errors=True)
+      return found
+    self._parts.mkdir(exist_ok=True)
+    file = self._parts / 'plan.json'
+    if not file.exists():
+      files_lib.replace(file, json.dumps(self.plan), shared=True)
+    begun = json.loads(file.read_text())
+    for name, value in self.plan.items():
+      if begun.get(name) != value:
+        raise ValueError(
+          f'{self.path} was begun with {name}={begun.get(name)!r}, not '
+          f'{value!r}: {HINT}'
+        )
+    return None
+
+  def discard(self):
+    """Deletes what is unfinished."""
+    shutil.rmtree(self._parts)
+
+  def part(self, machine: int, number: int) -> pathlib.Path:
+    return self._parts / f'{machine:05d}-{number:07d}.part'
+
+  def records(
+    self, machine: int, stamp: Callable[[int], list[int]] | None = None
+  ) -> list[dict[str, Any]]:
+    """The records of a machine's parts, up to the first that is missing.
+
+    With `stamp`, also up to the first whose files have changed.
+    """
+    found = []
+    while True:
+      part = self.part(machine, len(found))
+      record = part.with_suffix('.json')
+      if not record.exists() or not part.exists():
+        return found
+      values = json.loads(record.read_text())
+      stamps = values['stamps'].items() if stamp else ()
+      if any(stamp(int(file)) != then for file, then in stamps):
+        return found
+      found.append(values)
+
+  def add_record(self, machine: int, record: dict[str, Any]):
+    """Adds a part's record; those after it are of something else."""
+    number = record['number']
+    self.part(machine, number + 1).with_suffix('.json').unlink(missing_ok=True)
+    file = self.part(machine, number).with_suffix('.json')
+    files_lib.replace(file, json.dumps(record))
+
+  def all_records(self) -> list[list[dict[str, Any]]]:
+    """The records of each machine.
+
+    Raises:
+      ValueError: one has not finished.
+    """
+    found = [self.records(i) for i in range(self.plan['num_machines'])]
+    missing = [
+      number
+      for number, records in enumerate(found)
+      if not records or not records[-1]['is_last']
+    ]
+    if missing:
+      raise ValueError(
+        f'{self.path} lacks the tokens of {len(missing)} machines, such as '
+        f'--shard={missing[0]}/{len(found)}: run it (again) before the merge'
+      )
+    return found
+
+  def shard_record(self, name: str) -> pathlib.Path:
+    """The record of a shard, such as train-00000."""
+    return self._parts / f'{name}.json'
+
+  def close(self, index: dict[str, Any], fingerprint: str) -> dict[str, Any]:
+    """Writes the index."""
+    index = index | {'made_by': self._made_by(fingerprint)}
+    text = json.dumps(index, indent=2) + '\n'
+    files_lib.replace(self.path / 'index.json', text, shared=True)
+    for leftover in self.path.glob('*.partial'):  # of calls that were killed
+      leftover.unlink(missing_ok=True)
+    shutil.rmtree(self._parts, ignore_errors=True)
+    return index
+
+  def _made_by(self, fingerprint):
+    return self.plan | {'inputs': fingerprint}
