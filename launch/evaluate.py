@@ -23,11 +23,17 @@ PATH = flags.DEFINE_string(
 SEQUENCES = flags.DEFINE_integer(
   'sequences', 1024, 'Held-out rows to score; 0 for all.', lower_bound=0
 )
+TOKENIZER = flags.DEFINE_string(
+  'tokenizer',
+  None,
+  'tokenizer.json of a run that does not know its own, for token files of '
+  'others.',
+)
 
 
 def main():
   result = evaluate.evaluate_checkpoint(
-    pathlib.Path(WORKDIR.value), PATH.value, SEQUENCES.value
+    pathlib.Path(WORKDIR.value), PATH.value, SEQUENCES.value, TOKENIZER.value
   )
   print(json.dumps(result))
 

@@ -25,6 +25,12 @@ MAX_GIGABYTES = flags.DEFINE_float(
   'Largest file in GB; larger models are sharded.',
   lower_bound=0.0,
 )
+TOKENIZER = flags.DEFINE_string(
+  'tokenizer',
+  None,
+  'tokenizer.json of a run that does not know its own, for token files of '
+  'others.',
+)
 
 
 def main():
@@ -32,6 +38,7 @@ def main():
     pathlib.Path(WORKDIR.value),
     pathlib.Path(OUT.value),
     int(MAX_GIGABYTES.value * 1e9),
+    TOKENIZER.value,
   )
   print(f'{OUT.value}: the model after {step} updates')
 

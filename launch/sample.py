@@ -30,11 +30,17 @@ TEMPERATURE = flags.DEFINE_float(
 )
 TOP_P = flags.DEFINE_float('top_p', 0.95, 'Probability mass of the nucleus.')
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of the sampler.')
+TOKENIZER = flags.DEFINE_string(
+  'tokenizer',
+  None,
+  'tokenizer.json of a run that does not know its own, for token files of '
+  'others.',
+)
 
 
 def main():
   workdir = pathlib.Path(WORKDIR.value)
-  model, bias, tokenizer = generate_lib.restore(workdir)
+  model, bias, tokenizer = generate_lib.restore(workdir, TOKENIZER.value)
   prompt = np.concatenate(
     [[tokenizer.start], tokenizer.encode(PROMPT.value.encode())]
   )

@@ -57,6 +57,7 @@ BASES = (
 # A type does not say which strings are meant.
 WORDS = {
   'data.path': [str(ROOT / name) for name in ('tests/*.py', 'kernels/*.py')],
+  'data.mixture': [f'{ROOT}/tests/*.py=1', f'{ROOT}/kernels/*.py=2', 'a=b'],
   'data.text_field': ['text', 'content'],
   'kinds': config_lib.KINDS,
   'title': ['', 'Depth'],
@@ -126,7 +127,7 @@ def proper(hint, default, words=()) -> st.SearchStrategy:
     return st.sampled_from(typing.get_args(hint))
   if typing.get_origin(hint) is tuple:
     entry = st.one_of(
-      [proper(typing.get_args(hint)[0], one, words) for one in default]
+      [proper(typing.get_args(hint)[0], one, words) for one in default or ('',)]
     )
     lists = st.lists(entry, max_size=3)
     return (lists | lists.map(sorted)).map(tuple)

@@ -9,6 +9,7 @@ from mhc.config.model import ModelConfig
 Schedule = Literal['gpipe', '1f1b', 'interleaved', 'wave_v', 'dualpipev']
 Head = Literal['last', 'vocab']
 Keep = Literal['inputs', 'stages']
+MOST_AHEAD = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,11 @@ class DataConfig:
       block_rows=1,
       read_ahead=0,
     )
+    if self.read_ahead > MOST_AHEAD:
+      raise ValueError(
+        f'data.read_ahead={self.read_ahead} batches, a thread each, must be at '
+        f'most {MOST_AHEAD}'
+      )
     self.sources()
 
   def sources(self) -> tuple[tuple[str, float], ...]:

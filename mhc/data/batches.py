@@ -51,7 +51,7 @@ def train_batches(
   ]
   steps = _Steps(
     sources,
-    order([source.num_blocks for source in sources], mixture.weights, seed),
+    Order([source.num_blocks for source in sources], mixture.weights, seed),
     config,
     range(config.batch_size) if slots is None else slots,
   )
@@ -65,28 +65,45 @@ def train_batches(
   return iter(grain.MapDataset.source(steps).to_iter_dataset(options))
 
 
-def order(
-  num_blocks: Sequence[int], weights: Sequence[float], seed: int
-) -> grain.MapDataset:
-  """The endless sequence of (corpus, block), shuffled anew every epoch."""
-  each = [
-    grain.MapDataset.range(number)
-    .seed(seed + index)
-    .shuffle()
-    .repeat()
-    .map(lambda block, index=index: (index, block))
-    for index, number in enumerate(num_blocks)
-  ]
-  if len(each) == 1:
-    return each[0]
-  return grain.MapDataset.mix(each, weights)
+class Order:
+  """The endless sequence of blocks, (corpus, block) each.
+
+  The blocks of a corpus are shuffled anew every epoch. Corpora take turns as
+  evenly as their weights allow.
+  """
+
+  def __init__(
+    self, num_blocks: Sequence[int], weights: Sequence[float], seed: int
+  ):
+    self._each = [
+      grain.MapDataset.range(number).seed(seed + index).shuffle().repeat()
+      for index, number in enumerate(num_blocks)
+    ]
+    self._shares = [max(1, round(weight * 2**32)) for weight in weights]
+
+  def __getitem__(self, index: int) -> tuple[int, int]:
+    corpus, number = self.turn(index)
+    return corpus, int(self._each[corpus][number])
+
+  def turn(self, index: int) -> tuple[int, int]:
+    """The corpus of an element, and the number of its elements before."""
+    left = sum(self._shares)
+    for corpus, share in enumerate(self._shares[:-1]):
+      # Elements before this one, and up to it, that are of later corpora.
+      before, after = (
+        count * (left - share) // left for count in (index, index + 1)
+      )
+      if before == after:
+        return corpus, index - before
+      index, left = before, left - share
+    return len(self._shares) - 1, index
 
 
 class _Steps:
   """The wanted rows of every batch, int32 [slots, seq_len + 1] each."""
 
-  def __init__(self, sources, order_, config, slots):
-    self._sources, self._order, self._slots = sources, order_, list(slots)
+  def __init__(self, sources, order, config, slots):
+    self._sources, self._order, self._slots = sources, order, list(slots)
     self._batch_size = config.batch_size
     self._block_rows = config.block_rows
     self._blocks = _Blocks(self._read)

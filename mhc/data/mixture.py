@@ -4,7 +4,7 @@ Each of a mixture keeps its own split; they share one vocabulary, that of the
 token folders among them, by which text is then read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 import functools
 import hashlib
 import pathlib
@@ -42,7 +42,7 @@ class Mixture(NamedTuple):
 
   @property
   def sha256(self) -> str:
-    """Of all text, and of the weights if there are several."""
+    """A digest of all text, and of the weights if there are several."""
     if len(self.corpora) == 1:
       return self.corpora[0].sha256
     parts = [
@@ -69,9 +69,9 @@ class Mixture(NamedTuple):
     return sorted({name for c in self.corpora for name in c.log.blocks})
 
   def summary(
-    self, num_tokens: int, blocks: Sequence[str] = ()
+    self, num_tokens: int, blocks: Collection[str] = ()
   ) -> dict[str, Any]:
-    """Of a run of `num_tokens`, in which processes met the damaged `blocks`."""
+    """For a run of `num_tokens` whose processes met the damaged `blocks`."""
     found = [corpus.summary() for corpus in self.corpora]
     total = {
       name: sum(one[name] for one in found)

@@ -20,13 +20,17 @@ from mhc.interop import names
 from mhc.parallel.placement import Params
 from mhc.runtime import files
 from mhc.training import checkpoint
+from mhc.training import vocabulary
 from mhc.training import workdir as workdir_lib
 
 INDEX = 'model.safetensors.index.json'
 
 
 def export(
-  workdir: pathlib.Path, out: pathlib.Path, max_bytes: int = 5 * 10**9
+  workdir: pathlib.Path,
+  out: pathlib.Path,
+  max_bytes: int = 5 * 10**9,
+  given: str | None = None,
 ) -> int:
   """Writes a run's newest checkpoint, without the optimiser, for other code.
 
@@ -37,25 +41,28 @@ def export(
     workdir: the run's folder.
     out: as for `load`.
     max_bytes: largest file; larger models are sharded. A tensor is never split.
+    given: the vocabulary of a run whose own is unknown, a tokenizer.json or
+      'bytes'.
 
   Returns:
     the number of updates of the checkpoint.
 
   Raises:
-    ValueError: no run, no checkpoint, a model that its tensors do not define,
-      or `out` is not empty.
+    ValueError: no run, no checkpoint, no known vocabulary, a model that its
+      tensors do not define, or `out` is not empty.
   """
   config, out = workdir_lib.read_config(workdir), out.absolute()
   names.check_model(config.model)
+  tokenizer = vocabulary.required(workdir, given)
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise ValueError(f'{out} is not an empty folder: choose another --out')
   state = checkpoint.restore_model(workdir, jax.local_devices(backend='cpu')[0])
   partial = out.with_name(out.name + '.partial')
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
-  for name in ('config.json', 'tokenizer.json'):
-    if (workdir / name).exists():
-      shutil.copyfile(workdir / name, partial / name)
+  shutil.copyfile(workdir / 'config.json', partial / 'config.json')
+  if tokenizer.name != 'bytes':
+    (partial / vocabulary.TOKENIZER).write_text(tokenizer.description)
   _write(partial, state, config.model, max_bytes)
   partial.replace(out)
   return int(state.step)

@@ -63,7 +63,10 @@ def losses(
 
 
 def evaluate_checkpoint(
-  workdir: pathlib.Path, path: str | None, num_rows: int
+  workdir: pathlib.Path,
+  path: str | None,
+  num_rows: int,
+  given: str | None = None,
 ) -> dict[str, float | int | str]:
   """Scores the newest checkpoint of the run in `workdir`.
 
@@ -72,23 +75,21 @@ def evaluate_checkpoint(
     path: text to score, None for the run's own; its held-out side is used, by
       the vocabulary of the run.
     num_rows: rows to score, 0 for all.
+    given: the vocabulary of a run whose own is unknown.
 
   Raises:
     ValueError, OSError: there is no run or no checkpoint, unusable text, or
       tokens of another vocabulary.
   """
   config = workdir_lib.read_config(workdir)
-  tokenizer = vocabulary.of(workdir)
+  tokenizer = vocabulary.of(workdir, given)
   if path is not None:
     config = dataclasses.replace(
       config, data=dataclasses.replace(config.data, path=path, mixture=())
     )
   mixture = mixture_lib.load(config, tokenizer)
   if tokenizer is None and mixture.tokenizer is not None:
-    raise ValueError(
-      f'the vocabulary of {workdir} is unknown, its tokens came without one: '
-      f'{path} must be token files of the same kind, made by the same'
-    )
+    vocabulary.required(workdir)
   rows, _ = batches.heldout_rows(
     mixture, config.data, num_rows or None, config.model.vocab_size
   )
@@ -98,7 +99,7 @@ def evaluate_checkpoint(
   nats = row_nats(step, state, rows, config.data.batch_size)
   return {
     'step': int(state.step),
-    **losses(nats, rows, mixture.tokenizer),
+    **losses(nats, rows, tokenizer or mixture.tokenizer),
     'rows': len(rows),
     'corpus': ', '.join(corpus.name for corpus in mixture.corpora),
     'corpus_sha256': mixture.sha256,

@@ -113,22 +113,20 @@ def inference_config(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
 
 def restore(
   workdir: pathlib.Path,
+  given: str | None = None,
 ) -> tuple[
   transformer.Transformer, Float[Array, 'l e'] | None, tokenizer_lib.Tokenizer
 ]:
   """Restores the model of the newest checkpoint, its router bias and tokenizer.
+
+  `given` is the vocabulary of a run whose own is unknown.
 
   Raises:
     ValueError: `workdir` holds no run or no checkpoint, or the vocabulary of
       its tokens is unknown.
   """
   config = workdir_lib.read_config(workdir)
-  tokenizer = vocabulary.of(workdir)
-  if tokenizer is None:
-    raise ValueError(
-      f'the vocabulary of {workdir} is unknown, its tokens came without one: '
-      'there is no text to give it or to take from it'
-    )
+  tokenizer = vocabulary.required(workdir, given)
   state = checkpoint.restore_model(workdir)
   graphdef, _ = transformer.abstract(inference_config(config.model))
   return (

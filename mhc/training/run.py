@@ -63,10 +63,13 @@ def train(
       `time.monotonic`) has passed; it is saved.
     guards.Stop: a guard stopped it.
   """
-  data = _prepare(config, shown=label is not None)
+  data = _prepare(config)
   summary = _claim(config, workdir, data.mixture)
   if summary is not None:
     return summary
+  if label is not None and multihost.is_first():
+    for line in data.mixture.lines():
+      console.print_line(line)
   step = _compile(config, workdir, shown=label is not None)
   with (
     preemption.StopSignal(deadline) as stop_signal,
@@ -83,7 +86,7 @@ def train(
   return summary
 
 
-def _prepare(config, *, shown) -> Data:
+def _prepare(config) -> Data:
   """Opens the data and checks that the devices can run `config`."""
   with multihost.raise_together():
     mixture, vocab_size = mixture_lib.load(config), config.model.vocab_size
@@ -99,8 +102,6 @@ def _prepare(config, *, shown) -> Data:
     Placement(config, mesh)  # checks that the devices can run it
     memory.check(config, mesh)
   if multihost.is_first():
-    for line in mixture.lines() if shown else ():
-      console.print_line(line)
     accelerators.tell_if_unused(mesh.devices.flat[0].platform)
   multihost.assert_same(
     {'the text': mixture.sha256, 'jax': jax.__version__, **dicts.leaves(config)}

@@ -40,9 +40,38 @@ def keep(workdir: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer | None):
   )
 
 
-def of(workdir: pathlib.Path) -> tokenizer_lib.Tokenizer | None:
-  """The vocabulary of a run; None if it is unknown."""
+def of(
+  workdir: pathlib.Path, given: str | None = None
+) -> tokenizer_lib.Tokenizer | None:
+  """The vocabulary of a run; None if it is unknown.
+
+  `given`, a tokenizer.json or 'bytes', is taken for one that is unknown.
+
+  Raises:
+    ValueError: the run has one of its own, and another is given.
+  """
   if (workdir / UNKNOWN).exists():
-    return None
+    return None if given is None else tokenizer_lib.load(given)
+  if given is not None:
+    raise ValueError(
+      f'--tokenizer={given}, but {workdir} knows its vocabulary: leave it out'
+    )
   file = workdir / TOKENIZER
   return tokenizer_lib.load(file if file.exists() else 'bytes')
+
+
+def required(
+  workdir: pathlib.Path, given: str | None = None
+) -> tokenizer_lib.Tokenizer:
+  """The vocabulary of a run, as `of`.
+
+  Raises:
+    ValueError: it is unknown.
+  """
+  found = of(workdir, given)
+  if found is None:
+    raise ValueError(
+      f'the vocabulary of {workdir} is unknown, its tokens came without one: '
+      'give it, --tokenizer=TOKENIZER_JSON'
+    )
+  return found

@@ -12,9 +12,12 @@ from mhc.config import dicts
 LEAVES = """
 checkpoint_every
 data.batch_size
+data.block_rows
 data.microbatch_size
+data.mixture
 data.on_damage
 data.path
+data.read_ahead
 data.seq_len
 data.text_field
 data.token_dtype

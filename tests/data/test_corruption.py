@@ -26,7 +26,8 @@ from mhc.data import tokenizer
 from mhc.runtime import retry
 
 TEXTS = [f'document {number} says {number * 37 % 11}\n' for number in range(90)]
-SMALL = config.DataConfig(seq_len=16, batch_size=4)
+# One thread reads, so that faults come at a place that is known.
+SMALL = config.DataConfig(seq_len=16, batch_size=4, read_ahead=0)
 
 
 def flip(file, place, bit=1):

@@ -23,6 +23,7 @@ from mhc import connections
 from mhc import interop
 from mhc import streams
 from mhc.config import dicts
+from mhc.data import tokenizer
 from mhc.interop import names as names_lib
 from mhc.model import parameters
 from mhc.model import transformer
@@ -450,7 +451,8 @@ def save_run(workdir, model, seed=0):
 def run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('runs') / 'experts'
   settings, state = save_run(workdir, EXPERTS)
-  (workdir / 'tokenizer.json').write_text('{}\n')
+  vocabulary = tokenizer.BPE.train([b'some words'], 258)
+  (workdir / 'tokenizer.json').write_text(vocabulary.description)
   return workdir, settings, state
 
 

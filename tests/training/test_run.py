@@ -249,3 +249,31 @@ def test_what_was_done_before_the_data_ended_is_saved(
   assert sorted(saved) == ['4', '6']
   run.train(with_text(text), tmp_path / 'run')
   assert losses(tmp_path / 'run') == losses(workdir)
+
+
+def test_a_mixture_is_trained_on_and_scored_by_its_parts(
+  text, tmp_path, monkeypatch
+):
+  other = tmp_path / 'other.jsonl'
+  lines = (json.dumps({'text': f'{n} ' * 20}) for n in range(200))
+  other.write_text('\n'.join(lines))
+  settings = with_text('')
+  settings = dataclasses.replace(
+    settings,
+    data=dataclasses.replace(
+      settings.data, mixture=(f'{text}=3', f'{other}=1')
+    ),
+  )
+  summary = run.train(settings, tmp_path / 'run')
+  sources = summary['corpus']['sources']
+  assert [one['weight'] for one in sources] == [0.75, 0.25]
+  for one in sources:
+    tokens = summary['tokens'] * one['weight']
+    assert one['epochs'] == tokens / one['train_tokens']
+  last = files.read_lines(tmp_path / 'run' / 'metrics.jsonl')[-1]
+  names = pathlib.Path(text).name, 'other.jsonl'
+  parts = [last[f'loss/heldout/{name}'] for name in names]
+  assert min(parts) < last['loss/heldout'] < max(parts)
+  assert last['time/data_wait_s'] >= 0
+  result = evaluate.evaluate_checkpoint(tmp_path / 'run', None, 20)
+  assert np.isfinite(result['loss/heldout_bits_per_byte'])

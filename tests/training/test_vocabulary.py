@@ -1,7 +1,10 @@
 """One vocabulary a run: it travels with it, and all text is read by it."""
 
+import dataclasses
 import json
 
+from example_configs import TINY_RUN
+import jax
 import numpy as np
 import pytest
 
@@ -9,8 +12,10 @@ from mhc import config as config_lib
 from mhc.data import corpus as corpus_lib
 from mhc.data import tokenize_corpus
 from mhc.data import tokenizer as tokenizer_lib
+from mhc.interop import safetensors
 from mhc.training import evaluate
 from mhc.training import generate
+from mhc.training import run
 from mhc.training import vocabulary
 
 
@@ -81,5 +86,48 @@ def test_without_a_vocabulary_there_is_no_text(tmp_path, monkeypatch, prepared):
     )
   with pytest.raises(ValueError, match=r'vocabulary of .* is unknown'):
     generate.restore(tmp_path)
-  with pytest.raises(ValueError, match='must be token files of the same kind'):
+  monkeypatch.setattr(
+    safetensors.workdir_lib, 'read_config', lambda _: config_lib.Config()
+  )
+  with pytest.raises(ValueError, match=r'is unknown.*--tokenizer='):
+    safetensors.export(tmp_path, tmp_path / 'out')
+  with pytest.raises(ValueError, match=r'is unknown.*--tokenizer='):
     evaluate.evaluate_checkpoint(tmp_path, str(prepared / 'text.jsonl'), 1)
+
+
+def test_a_vocabulary_that_is_unknown_can_be_given(tmp_path, prepared):
+  file = str(prepared / '262' / 'tokenizer.json')
+  vocabulary.keep(tmp_path, None)
+  assert vocabulary.of(tmp_path) is None
+  for find in (vocabulary.of, vocabulary.required):
+    assert find(tmp_path, file).num_tokens == 262
+    assert find(tmp_path, 'bytes').name == 'bytes'
+  known = tmp_path / 'known'
+  known.mkdir()
+  vocabulary.keep(known, tokenizer_lib.load(file))
+  with pytest.raises(ValueError, match='knows its vocabulary: leave it out'):
+    vocabulary.of(known, file)
+
+
+def test_a_run_on_tokens_scores_its_own_text_as_its_held_out_text(
+  prepared, tmp_path
+):
+  """By its own vocabulary: the same rows, the same loss."""
+  settings = dataclasses.replace(
+    TINY_RUN,
+    num_steps=2,
+    optimizer=config_lib.OptimizerConfig(warmup_steps=1),
+    final_sequences=0,
+    data=dataclasses.replace(TINY_RUN.data, path=str(prepared / '268')),
+  )
+  with jax.numpy_dtype_promotion('standard'):
+    summary = run.train(settings, tmp_path / 'run', label=None)
+    found = evaluate.evaluate_checkpoint(
+      tmp_path / 'run', str(prepared / 'text.jsonl'), 0
+    )
+  for name, value in (
+    ('loss/heldout', summary['heldout_nats']),
+    ('loss/heldout_bits_per_byte', summary['heldout_bits_per_byte']),
+  ):
+    np.testing.assert_allclose(found[name], value, rtol=1e-6)
+  assert found['rows'] == summary['heldout_rows']
