@@ -9,6 +9,7 @@
     python launch/bench.py bandwidth    # the operations, on the device here
     python launch/bench.py device       # all that an accelerator here can tell
     python launch/bench.py telemetry    # guards and probes, in steps
+    python launch/bench.py data         # reading of rows, beside the disk
     python launch/bench.py --json       # one JSON object a row
 
 `recompute` compiles the gradient of a 16-block model and compares XLA's
@@ -32,6 +33,9 @@ and the time that `aot.py --suggest` expects at that rate beside it.
 `telemetry` times a training step with and without a guard that can skip the
 update, and a probe of gains, streams and residuals.
 
+`data` reads rows of a token folder, its own or --data's, in blocks and ahead,
+and imitates steps of 0.5 s whose reads take --latency_ms longer.
+
 `connections` times the projection and entire sites: what a connection adds
 around a sub-layer, mappings, `pre` and `post`, with the identity as the
 sub-layer. Every time is a ratio to copying the [tokens, n, C] float32 tensor on
@@ -42,7 +46,9 @@ this ratio is reliable. The projection is timed on 4 matrices a token.
 from collections.abc import Iterator
 import dataclasses
 import json
+import pathlib
 import statistics
+import tempfile
 import time
 
 from absl import flags
@@ -51,6 +57,7 @@ import numpy as np
 
 from mhc import config
 from mhc import manifold
+from mhc.data import reading_cost
 from mhc.kernels import shapes
 from mhc.model import recompute
 from mhc.model import residual
@@ -100,6 +107,8 @@ TABLES = flags.DEFINE_multi_enum(
   ['errors', 'operations', 'attention', 'steps'],
   'Tables of `device`; can be given several times.',
 )
+DATA = flags.DEFINE_string('data', '', 'Token folder of `data`.')
+LATENCY_MS = flags.DEFINE_float('latency_ms', 20, 'Of a read of `data`.')
 IMPLEMENTATION = flags.DEFINE_enum(
   'implementation',
   None,
@@ -166,17 +175,16 @@ def _bandwidth():
   if not JSON.value:
     print(f'{TOKENS.value} tokens, n = {STREAMS.value}, bfloat16, ', end='')
     print(f'{jax.devices()[0].device_kind}\n')
-    print('| op | direction | C | ms | GB/s | share of a copy |')
-    print('|---|---|---:|---:|---:|---:|')
-  for row in _operations(IMPLEMENTATION.value):
-    if JSON.value:
-      print(json.dumps(row), flush=True)
-      continue
-    print(
-      f'| {row["op"]} | {row["direction"]} | {row["C"]} | {row["ms"]:.2f} '
-      f'| {row["gigabytes_per_second"]:.1f} | {row["share_of_copy"]:.2f} |',
-      flush=True,
-    )
+  _print_rows(_operations(IMPLEMENTATION.value))
+
+
+def _data():
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(DATA.value or name)
+    if not DATA.value:
+      reading_cost.make_folder(folder, 2**27)
+    seconds = LATENCY_MS.value / 1e3
+    _print_rows(reading_cost.rows(folder, latency_s=seconds))
 
 
 def _triton():
@@ -399,6 +407,7 @@ COMMANDS = {
   'triton': _triton,
   'bandwidth': _bandwidth,
   'telemetry': _telemetry,
+  'data': _data,
   'device': _device,
 }
 

@@ -16,7 +16,7 @@ import threading
 from typing import NamedTuple
 
 import grain
-from jaxtyping import Int, Int32
+from jaxtyping import Int, Int32, Integer
 import numpy as np
 
 from mhc import config as config_lib
@@ -112,7 +112,8 @@ class _Steps:
     return sys.maxsize // self._batch_size
 
   def __getitem__(self, step: int) -> Int32[np.ndarray, 'slots length']:
-    return np.stack([self._row(step, slot) for slot in self._slots])
+    rows = [self._row(step, slot) for slot in self._slots]
+    return np.stack(rows).astype(np.int32)
 
   def _row(self, step, slot):
     size = self._block_rows
@@ -134,7 +135,7 @@ class _Blocks:
   def __init__(self, read):
     self._read, self._lock, self._held = read, threading.Lock(), {}
 
-  def get(self, slot: int, turn: int) -> Int32[np.ndarray, 'rows length']:
+  def get(self, slot: int, turn: int) -> Integer[np.ndarray, 'rows length']:
     with self._lock:
       held = self._held.setdefault(slot, {})
       future, first = held.get(turn), turn not in held

@@ -114,12 +114,11 @@ def _make(job: int, folder: unfinished.Folder, paths: list[pathlib.Path]):
 
 def _bucket(job, paths):
   """Training documents of a bucket in order of digest, and their tokens."""
-  found, heldout = [], []
+  heldout = []
   for path in paths:
     with contextlib.closing(parts_lib.Part(path)) as part:
-      found.append(part.train(job))
       heldout.append(part.heldout_documents(job))
-  segment = parts_lib.concatenate(found)
+  segment = parts_lib.gathered(paths, job)
   order = parts_lib.distinct(segment.documents, np.concatenate(heldout))
   return segment.documents[order], parts_lib.in_order(segment, order)
 

@@ -16,6 +16,7 @@ the second half its held-out ones.
 """
 
 from collections.abc import Sequence
+import contextlib
 import hashlib
 import pathlib
 from typing import NamedTuple
@@ -33,8 +34,8 @@ DOCUMENT = np.dtype(
     ('high', '<u8'),
     ('low', '<u8'),
     ('position', '<u8'),
-    ('tokens', '<u8'),
-    ('bytes', '<u8'),
+    ('tokens', '<u4'),
+    ('bytes', '<u4'),
   ]
 )
 _HEADER = np.dtype(('<u8', 4))
@@ -118,16 +119,23 @@ class Part:
     if len(head) == _HEADER.itemsize:
       header = np.frombuffer(head, '<u8').tolist()
       self._segments, self._documents, tokens, width = header
-      self._dtype = np.dtype(f'<u{width}') if width in (2, 4) else None
+      self.dtype = np.dtype(f'<u{width}') if width in (2, 4) else None
       self._size = self._token_start() + tokens * width
     found = retry.with_retries(path.stat, path).st_size
-    if len(head) < _HEADER.itemsize or not self._dtype or found != self._size:
+    if len(head) < _HEADER.itemsize or not self.dtype or found != self._size:
       raise ValueError(
         f'{path} is damaged: delete its folder and prepare the data again'
       )
 
   def train(self, bucket: int) -> Segment:
     return self._segment(bucket, bucket + 1)
+
+  def num_train(self, bucket: int) -> tuple[int, int]:
+    """Documents and tokens of a bucket."""
+    (first, last), (start, end) = (
+      self._bounds(row, bucket, bucket + 1) for row in range(2)
+    )
+    return last - first, end - start
 
   def heldout(self) -> Segment:
     return self._segment(self._segments // 2, self._segments)
@@ -151,7 +159,7 @@ class Part:
         DOCUMENT, self._document_start(), *self._bounds(0, first, last)
       ),
       self._read(
-        self._dtype, self._token_start(), *self._bounds(1, first, last)
+        self.dtype, self._token_start(), *self._bounds(1, first, last)
       ),
     )
 
@@ -172,11 +180,24 @@ class Part:
     return np.frombuffer(data, dtype)
 
 
-def concatenate(segments: Sequence[Segment]) -> Segment:
-  return Segment(
-    np.concatenate([segment.documents for segment in segments]),
-    np.concatenate([segment.tokens for segment in segments]),
-  )
+def gathered(paths: Sequence[pathlib.Path], bucket: int) -> Segment:
+  """The training documents of a bucket, of all parts, in memory once."""
+  counts = []
+  for path in paths:
+    with contextlib.closing(Part(path)) as part:
+      counts.append(part.num_train(bucket))
+      dtype = part.dtype
+  num_documents, num_tokens = np.sum(counts, axis=0).tolist()
+  documents = np.empty(num_documents, DOCUMENT)
+  tokens = np.empty(num_tokens, dtype)
+  first, start = 0, 0
+  for path, (more, long) in zip(paths, counts, strict=True):
+    with contextlib.closing(Part(path)) as part:
+      segment = part.train(bucket)
+    documents[first : first + more] = segment.documents
+    tokens[start : start + long] = segment.tokens
+    first, start = first + more, start + long
+  return Segment(documents, tokens)
 
 
 def distinct(
@@ -187,14 +208,16 @@ def distinct(
 
   Of copies the first one in the source stays, and none of one of `besides`.
   """
-  both = np.concatenate([documents, besides])
-  is_other = np.arange(len(both)) >= len(documents)
-  order = np.lexsort((both['position'], ~is_other, both['low'], both['high']))
+  high, low, position = (
+    np.concatenate([documents[name], besides[name]])
+    for name in ('high', 'low', 'position')
+  )
+  is_other = np.arange(len(high)) >= len(documents)
+  order = np.lexsort((position, ~is_other, low, high))
+  del position
   is_first = np.ones(len(order), bool)
-  for name in ('high', 'low'):
-    digest = both[name][order]
-    differs = digest[1:] != digest[:-1]
-    is_first[1:] = differs if name == 'high' else is_first[1:] | differs
+  high, low = high[order], low[order]
+  is_first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
   return order[is_first & ~is_other[order]]
 
 

@@ -9,7 +9,7 @@ another, chosen by a hash of its number.
 from collections.abc import Sequence
 import hashlib
 
-from jaxtyping import Int32
+from jaxtyping import Integer
 import numpy as np
 
 from mhc.data import corruption
@@ -79,8 +79,11 @@ class Rows:
       )
     return int(self._block_ends[-1])
 
-  def block(self, index: int) -> Int32[np.ndarray, 'rows length']:
-    """The rows of a block, by one read; by one each where it is corrupted."""
+  def block(self, index: int) -> Integer[np.ndarray, 'rows length']:
+    """The rows of a block, by one read; by one each where it is corrupted.
+
+    In the type of the file, which takes less memory.
+    """
     shard, first = _place(self._block_ends, index)
     start = first * self._block_rows * self._seq_len
     size = self._block_rows * self._seq_len
@@ -100,7 +103,7 @@ class Rows:
 
   def _row(self, index):
     shard, start = self._place(index)
-    return self._read(shard, start, self._seq_len + 1)
+    return self._read(shard, start, self._seq_len + 1).astype(np.int32)
 
   def _read(self, shard, start, size):
     row = shard[start : start + size]
@@ -112,7 +115,7 @@ class Rows:
         f'not below {self._num_tokens}: set model.vocab_size to what the '
         'tokens need, or prepare the data again'
       )
-    return row.astype(np.int32)
+    return row
 
 
 def _place(ends, index):

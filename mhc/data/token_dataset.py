@@ -91,8 +91,11 @@ def write_shards(
 ) -> list[dict[str, Any]]:
   """Writes tokens as the shard `first` of a side, and describes it.
 
+  The folder is made if it is not there.
+
   With `split`, as as many as `SHARD_TOKENS` asks for, perhaps none.
   """
+  path.mkdir(parents=True, exist_ok=True)
   described = []
   chunks = iter(chunks)
   chunk = next(chunks, None)
@@ -167,6 +170,12 @@ def index_of(
     **{side: [file['tokens'] for file in files[side]] for side in SIDES},
     'digests': digests,
   }
+
+
+def write_index(path: pathlib.Path, index: dict[str, Any]):
+  """Writes the index, with which the folder is complete."""
+  text = json.dumps(index, indent=2) + '\n'
+  files_lib.replace(path / 'index.json', text, shared=True)
 
 
 def holds(path: pathlib.Path) -> bool:

@@ -124,8 +124,7 @@ class Folder:
   def close(self, index: dict[str, Any], fingerprint: str) -> dict[str, Any]:
     """Writes the index."""
     index = index | {'made_by': self._made_by(fingerprint)}
-    text = json.dumps(index, indent=2) + '\n'
-    files_lib.replace(self.path / 'index.json', text, shared=True)
+    token_dataset.write_index(self.path, index)
     for leftover in self.path.glob('*.partial'):  # of calls that were killed
       leftover.unlink(missing_ok=True)
     shutil.rmtree(self._parts, ignore_errors=True)

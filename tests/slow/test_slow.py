@@ -33,6 +33,7 @@ def no_time_limit():
     'slow/fuzz_data.py',
     'fault_injection --trials=50',
     'slow/workers.py',
+    'slow/prepare.py',
     'slow/colab.py',
   ],
 )
