@@ -10,6 +10,7 @@ processes together is given. About 15 minutes on two idle cores.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import random
@@ -51,12 +52,16 @@ def content(folder):
 
 
 def texts(folder, least_bytes):
-  """JSON lines of the Python files of the environment, in files of 4 MB."""
+  """JSON lines of the Python files of the environment, in files of 4 MB.
+
+  As often as it takes, each time with another first line.
+  """
+  sources = sorted(pathlib.Path(json.__file__).parents[1].rglob('*.py'))
   number = size = part = 0
   lines = []
-  for file in sorted(pathlib.Path(json.__file__).parents[1].rglob('*.py')):
+  for time_, file in ((n, f) for n in itertools.count() for f in sources):
     try:
-      text = file.read_text()
+      text = f'# {time_}\n{file.read_text()}'
     except (OSError, UnicodeDecodeError):
       continue
     lines.append(json.dumps({'text': text}))
@@ -66,7 +71,6 @@ def texts(folder, least_bytes):
       number, size, part, lines = number + 1, size + part, 0, []
     if size >= least_bytes:
       return size
-  return size
 
 
 def resident_kib(process):
@@ -107,7 +111,7 @@ def main():
   parser = argparse.ArgumentParser()
   parser.add_argument('--kills', type=int, default=10)
   parser.add_argument('--documents', type=int, default=10**7)
-  parser.add_argument('--bytes', type=int, default=48_000_000)
+  parser.add_argument('--bytes', type=int, default=60_000_000)
   arguments = parser.parse_args()
   with tempfile.TemporaryDirectory() as name:
     root = pathlib.Path(name)
