@@ -23,6 +23,9 @@ commands = [
   for path in sorted(here.glob('launch/[!_]*.py'))
 ]
 
+# What files of documents need that are not plain text.
+data = ['pyarrow>=20', 'tokenizers>=0.22', 'zstandard>=0.23']
+
 # Its tests run on these versions of JAX and Flax. Small runs have trained on
 # those of the library, too, on one device and in a pipeline; nothing tests it.
 train = [
@@ -70,7 +73,9 @@ setuptools.setup(
   extras_require={
     # The model around it: training, comparison, planning, export.
     'train': train,
-    'data': ['pyarrow>=20', 'tokenizers>=0.22', 'zstandard>=0.23'],
+    'data': data,
+    # Streams from Hugging Face, for launch/prepare_data.py.
+    'hf': [*data, 'datasets>=4.0'],
     'cuda12': ['jax[cuda12]'],
     'cuda13': cuda13,
     'tpu': ['jax[tpu]'],
@@ -87,6 +92,7 @@ setuptools.setup(
     'dev': [
       *train,
       'beartype>=0.22',
+      'datasets>=4.0',
       'hypothesis>=6.150',
       # The tests run the notebooks.
       'ipykernel>=6.29',

@@ -204,7 +204,7 @@ def parse(path: str) -> tuple[str, str | None, str]:
   Raises:
     ValueError: no split is given.
   """
-  name, _, split = path.removeprefix(HUB).rpartition(':')
+  name, _, split = path.removeprefix(HUB).partition(':')
   name, _, config = name.partition('@')
   if not name or not split:
     raise ValueError(
