@@ -125,6 +125,7 @@ def prepare(
     vocabulary = _learned(folder, source, plan, on_damage, stage)
   if stage == 'vocabulary':
     return None
+  folder.agree()
   if stage != 'merge':
     log = corruption.SkipLog(on_damage)
     _tokenise(source, folder, plan, vocabulary, workers, machine, log)
@@ -242,10 +243,10 @@ def _tokenise(source, folder, plan, vocabulary, workers, machine, log):
       bar.update(record['size'])
   if log.count:
     console.print_line(log.summary())
-  if not any(record['documents'] for record in done):
+  empty = not any(record['documents'] for record in done)
+  if empty and plan.num_machines == 1:
     why = log.summary() or 'every file is empty'
-    if plan.num_machines == 1:
-      folder.discard()
+    folder.discard()
     raise ValueError(f'{plan.path!r} holds no text: {why}')
   changed = sum(record['normalized'] for record in done)
   if changed:

@@ -40,10 +40,10 @@ class Folder:
       raise ValueError(f'{path} is not empty ({foreign[0]}): {HINT}')
 
   def finished(self, fingerprint: str) -> dict[str, Any] | None:
-    """The index, if all is done; otherwise agrees on the plan.
+    """The index, if all is done.
 
     Raises:
-      ValueError: it holds other tokens, or was begun by another plan.
+      ValueError: it holds other tokens.
     """
     index = self.path / 'index.json'
     if index.exists():
@@ -53,6 +53,10 @@ class Folder:
       shutil.rmtree(self._parts, ignore_errors=True)
       return found
     self._parts.mkdir(exist_ok=True)
+    return None
+
+  def agree(self):
+    """Raises ValueError if the folder was begun by another plan."""
     file = self._parts / 'plan.json'
     if not file.exists():
       files_lib.replace(file, json.dumps(self.plan), shared=True)
@@ -63,7 +67,6 @@ class Folder:
           f'{self.path} was begun with {name}={begun.get(name)!r}, not '
           f'{value!r}: {HINT}'
         )
-    return None
 
   def discard(self):
     """Deletes what is unfinished."""

@@ -217,7 +217,6 @@ def test_another_call_for_a_folder_is_refused(texts, tmp_path, monkeypatch):
     str(texts), out, 'bytes', workers=1, num_machines=2, stage='tokens'
   )
   for changes, name in (
-    ({'tokenizer': 'train:300'}, 'tokenizer'),
     ({'text_field': 'content'}, 'text_field'),
     ({'num_machines': 3}, 'num_machines'),
   ):
@@ -236,7 +235,7 @@ def test_machines_share_a_learned_vocabulary(texts, tmp_path):
   arguments = str(texts), tmp_path / 'out', 'train:280'
   with pytest.raises(ValueError, match='--stage=vocabulary'):
     tokenize_corpus.prepare(*arguments, **given, stage='tokens')
-  tokenize_corpus.prepare(*arguments, **given, stage='vocabulary')
+  tokenize_corpus.prepare(*arguments, stage='vocabulary')
   for stage in ('tokens', 'merge'):
     for machine in (0, 1):
       index = tokenize_corpus.prepare(
@@ -370,3 +369,23 @@ def test_places_go_on_where_they_say(texts):
 def test_the_modules_of_a_preparation_are_named():
   for module in (merge, unfinished, files_lib):
     assert module.__doc__
+
+
+def test_a_machine_whose_documents_are_all_damaged_ends_well(tmp_path):
+  folder, out = tmp_path / 'in', tmp_path / 'out'
+  folder.mkdir()
+  lines = (json.dumps({'text': f'text {number}'}) for number in range(100))
+  (folder / 'a.jsonl').write_text('\n'.join(lines))
+  (folder / 'b.jsonl').write_text('{"text": 1}\n')
+  for stage in ('tokens', 'merge'):
+    for machine in (0, 1):
+      index = tokenize_corpus.prepare(
+        str(folder),
+        out,
+        'bytes',
+        'skip',
+        machine=machine,
+        num_machines=2,
+        stage=stage,
+      )
+  assert (index['num_documents'], index['num_skipped']) == (100, 1)
