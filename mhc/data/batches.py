@@ -161,7 +161,7 @@ class Heldout(NamedTuple):
   final: np.ndarray  # `final_sequences`
   periodic_sources: np.ndarray
   final_sources: np.ndarray
-  names: list[str]
+  names: tuple[str, ...]
 
 
 def heldout_rows(

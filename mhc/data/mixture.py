@@ -21,20 +21,11 @@ class Mixture(NamedTuple):
 
   corpora: tuple[corpus_lib.Corpus, ...]
   weights: tuple[float, ...]
+  names: tuple[str, ...]  # short ones
 
   @classmethod
   def of(cls, corpus: corpus_lib.Corpus) -> 'Mixture':
-    return cls((corpus,), (1.0,))
-
-  @property
-  def names(self) -> list[str]:
-    """Short names: the last part of each path, the whole if two share it."""
-    whole = [corpus.name for corpus in self.corpora]
-    short = [pathlib.PurePath(name).name or name for name in whole]
-    return [
-      name if short.count(name) == 1 else path
-      for name, path in zip(short, whole, strict=True)
-    ]
+    return cls((corpus,), (1.0,), (corpus.name,))
 
   @property
   def tokenizer(self) -> tokenizer_lib.Tokenizer | None:
@@ -83,8 +74,12 @@ class Mixture(NamedTuple):
       return found[0] | total
     sources = [
       one
-      | {'weight': weight, 'epochs': num_tokens * weight / one['train_tokens']}
-      for one, weight in zip(found, self.weights, strict=True)
+      | {
+        'source': name,
+        'weight': weight,
+        'epochs': num_tokens * weight / one['train_tokens'],
+      }
+      for one, weight, name in zip(found, self.weights, self.names, strict=True)
     ]
     return {
       **total,
@@ -131,7 +126,18 @@ def _load(sources, on_damage, text_field, token_dtype, tokenizer) -> Mixture:
       f'others is not: prepare all of them by one tokenizer.json'
     )
   total = sum(weight for _, weight in sources)
-  return Mixture(corpora, tuple(weight / total for _, weight in sources))
+  return Mixture(
+    corpora, tuple(weight / total for _, weight in sources), _short(paths)
+  )
+
+
+def _short(paths):
+  """The last parts of paths; the whole ones where two share it."""
+  short = [pathlib.PurePath(path).name or path for path in paths]
+  return tuple(
+    name if short.count(name) == 1 else path
+    for name, path in zip(short, paths, strict=True)
+  )
 
 
 def _is_text(path):

@@ -33,6 +33,7 @@ from mhc.runtime import retry
 FORMAT = 'mhc tokens 1'
 SIDES = ('train', 'heldout')
 SHARD_TOKENS = 100_000_000
+UNFINISHED = pathlib.PurePath('parts', 'plan.json')  # see `unfinished`
 HEADER_BYTES = 1024
 # The first number of llm.c's header, and the type of what follows it.
 HEADER_DTYPES = {20240520: 'uint16', 20240801: 'uint32'}
@@ -179,9 +180,11 @@ def write_index(path: pathlib.Path, index: dict[str, Any]):
 
 
 def holds(path: pathlib.Path) -> bool:
-  """Whether `path` is a token folder."""
+  """Whether `path` is a token folder, finished or not."""
   return path.is_dir() and (
-    (path / 'index.json').exists() or any(path.glob('*.bin'))
+    (path / 'index.json').exists()
+    or (path / UNFINISHED).exists()
+    or any(path.glob('*.bin'))
   )
 
 
@@ -201,6 +204,11 @@ def read(
   """
   log = log or corruption.SkipLog()
   if not (path / 'index.json').exists():
+    if (path / UNFINISHED).exists():
+      raise ValueError(
+        f'{path} is not finished: run its launch/prepare_data.py again, which '
+        'goes on with it'
+      )
     return _foreign(path, log, token_dtype)
   index = read_index(path / 'index.json')
   digests = index.get('digests') or {}

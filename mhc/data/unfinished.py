@@ -57,7 +57,7 @@ class Folder:
 
   def agree(self):
     """Raises ValueError if the folder was begun by another plan."""
-    file = self._parts / 'plan.json'
+    file = self.path / token_dataset.UNFINISHED
     if not file.exists():
       files_lib.replace(file, json.dumps(self.plan), shared=True)
     begun = json.loads(file.read_text())

@@ -40,7 +40,8 @@ def mixture(*shares):
     first += rows * LENGTH + LENGTH
   total = sum(weight for _, weight in shares)
   weights = tuple(weight / total for _, weight in shares)
-  return mixture_lib.Mixture(tuple(corpora), weights)
+  names = tuple(corpus.name for corpus in corpora)
+  return mixture_lib.Mixture(tuple(corpora), weights, names)
 
 
 def settings(**changes):

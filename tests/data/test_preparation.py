@@ -205,6 +205,8 @@ def test_a_file_that_was_repaired_is_read_again(
   (folder / '4.jsonl').write_text(good[:-4])
   with pytest.raises(ValueError, match=r'4\.jsonl, line 120'):
     tokenize_corpus.prepare(str(folder), out, 'bytes', workers=1)
+  with pytest.raises(ValueError, match=r'is not finished: run its .* again'):
+    corpus_lib.load(str(out))
   (folder / '4.jsonl').write_text(good)
   tokenize_corpus.prepare(str(folder), out, 'bytes', workers=1)
   assert content(out) == content(undisturbed)
