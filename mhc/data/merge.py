@@ -114,11 +114,16 @@ def _make(job: int, folder: unfinished.Folder, paths: list[pathlib.Path]):
 
 def _bucket(job, paths):
   """Training documents of a bucket in order of digest, and their tokens."""
-  heldout = []
+  documents, tokens, heldout = [], [], []
   for path in paths:
     with contextlib.closing(parts_lib.Part(path)) as part:
+      segment = part.train(job)
+      documents.append(segment.documents)
+      tokens.append(segment.tokens)
       heldout.append(part.heldout_documents(job))
-  segment = parts_lib.gathered(paths, job)
+  documents = np.concatenate(documents)  # one after the other, for memory
+  segment = parts_lib.Segment(documents, np.concatenate(tokens))
+  del documents, tokens
   order = parts_lib.distinct(segment.documents, np.concatenate(heldout))
   return segment.documents[order], parts_lib.in_order(segment, order)
 

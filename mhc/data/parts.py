@@ -7,7 +7,7 @@ meet in one bucket. A part is a run of documents, as they were read; its file
 holds, as little-endian numbers (the first two lines uint64),
 
     header     num_segments, num_documents, num_tokens, bytes of a token
-    bounds     documents, then tokens, before each segment and in all
+    bounds     documents and tokens before each segment, and in all
     documents  `DOCUMENT`, by segment, digest and position
     tokens     of the documents in that order
 
@@ -16,7 +16,6 @@ the second half its held-out ones.
 """
 
 from collections.abc import Sequence
-import contextlib
 import hashlib
 import pathlib
 from typing import NamedTuple
@@ -79,16 +78,16 @@ def write(
   order = np.lexsort(
     (documents['position'], documents['low'], documents['high'], of)
   )
-  counts = np.zeros((2, 2 * num_buckets + 1), '<u8')
-  np.add.at(counts[0], of + 1, 1)
-  np.add.at(counts[1], of + 1, documents['tokens'])
+  counts = np.zeros((2 * num_buckets + 1, 2), '<u8')
+  np.add.at(counts[:, 0], of + 1, 1)
+  np.add.at(counts[:, 1], of + 1, documents['tokens'])
   header = np.array(
     [2 * num_buckets, len(documents), len(tokens), tokens.dtype.itemsize], '<u8'
   )
   partial = path.with_name(path.name + '.partial')
   with partial.open('wb') as file:
     file.write(header.tobytes())
-    file.write(counts.cumsum(axis=1, dtype='<u8').tobytes())
+    file.write(counts.cumsum(axis=0, dtype='<u8').tobytes())
     file.write(documents[order].tobytes())
     for chunk in in_order(segment, order):
       file.write(chunk.tobytes())
@@ -114,7 +113,7 @@ class Part:
 
   def __init__(self, path: pathlib.Path):
     """Raises ValueError if the file is not whole."""
-    self._path, self._file = path, retry.File(path)
+    self._file = retry.File(path)
     head = self._file.pread(0, _HEADER.itemsize)
     if len(head) == _HEADER.itemsize:
       header = np.frombuffer(head, '<u8').tolist()
@@ -130,13 +129,6 @@ class Part:
   def train(self, bucket: int) -> Segment:
     return self._segment(bucket, bucket + 1)
 
-  def num_train(self, bucket: int) -> tuple[int, int]:
-    """Documents and tokens of a bucket."""
-    (first, last), (start, end) = (
-      self._bounds(row, bucket, bucket + 1) for row in range(2)
-    )
-    return last - first, end - start
-
   def heldout(self) -> Segment:
     return self._segment(self._segments // 2, self._segments)
 
@@ -147,26 +139,25 @@ class Part:
     first, last = self._segments // 2, self._segments
     if bucket is not None:
       first, last = first + bucket, first + bucket + 1
-    first, last = self._bounds(0, first, last)
+    (first, _), (last, _) = self._bounds(first, last)
     return self._read(DOCUMENT, self._document_start(), first, last)
 
   def close(self):
     self._file.close()
 
   def _segment(self, first, last):
+    (first, start), (last, end) = self._bounds(first, last)
     return Segment(
-      self._read(
-        DOCUMENT, self._document_start(), *self._bounds(0, first, last)
-      ),
-      self._read(
-        self.dtype, self._token_start(), *self._bounds(1, first, last)
-      ),
+      self._read(DOCUMENT, self._document_start(), first, last),
+      self._read(self.dtype, self._token_start(), start, end),
     )
 
-  def _bounds(self, row, first, last):
-    start = _HEADER.itemsize + 8 * (row * (self._segments + 1) + first)
-    data = self._file.pread(start, 8 * (last - first + 1))
-    return np.frombuffer(data, '<u8')[[0, -1]].tolist()
+  def _bounds(self, first, last):
+    """Documents and tokens before two segments."""
+    data = self._file.pread(
+      _HEADER.itemsize + 16 * first, 16 * (last - first + 1)
+    )
+    return np.frombuffer(data, '<u8').reshape(-1, 2)[[0, -1]].tolist()
 
   def _document_start(self):
     return _HEADER.itemsize + 16 * (self._segments + 1)
@@ -178,26 +169,6 @@ class Part:
     start += dtype.itemsize * first
     data = self._file.pread(start, dtype.itemsize * (last - first))
     return np.frombuffer(data, dtype)
-
-
-def gathered(paths: Sequence[pathlib.Path], bucket: int) -> Segment:
-  """The training documents of a bucket, of all parts, in memory once."""
-  counts = []
-  for path in paths:
-    with contextlib.closing(Part(path)) as part:
-      counts.append(part.num_train(bucket))
-      dtype = part.dtype
-  num_documents, num_tokens = np.sum(counts, axis=0).tolist()
-  documents = np.empty(num_documents, DOCUMENT)
-  tokens = np.empty(num_tokens, dtype)
-  first, start = 0, 0
-  for path, (more, long) in zip(paths, counts, strict=True):
-    with contextlib.closing(Part(path)) as part:
-      segment = part.train(bucket)
-    documents[first : first + more] = segment.documents
-    tokens[start : start + long] = segment.tokens
-    first, start = first + more, start + long
-  return Segment(documents, tokens)
 
 
 def distinct(

@@ -52,7 +52,7 @@ def rows(
   batch_size: int = 64,
   step_s: float = 0.5,
   latency_s: float = 0.02,
-  num_steps: int = 60,
+  num_steps: int = 40,
 ) -> Iterator[dict[str, Any]]:
   """Yields, for each way of reading, a row of what was measured.
 

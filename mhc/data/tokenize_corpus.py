@@ -33,7 +33,7 @@ from mhc.runtime import processes
 BATCH = 512
 VOCABULARY_BYTES = 100_000_000
 # Text of a part, the least and the most, and its documents.
-PART_BYTES = 2**20, 2**26
+PART_BYTES = 2**20, 2**28
 PART_DOCUMENTS = 2**16
 BUCKET_BYTES = 2**28  # text of a shard, about
 NUM_PARTS = 64  # of a corpus of medium size
