@@ -1,5 +1,6 @@
 """Eight CPU devices, strict promotion and runtime shape checks."""
 
+import gc
 import importlib.metadata
 import os
 
@@ -61,6 +62,12 @@ install_import_hook(
   [name for name in modules() if not name.startswith(UNHOOKED)],
   'beartype.beartype',
 )
+
+
+def pytest_collection_finish():
+  """A trace makes many objects, and each look for garbage sees all of ours."""
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_collection_modifyitems(items):
