@@ -35,6 +35,7 @@ if __name__ == '__main__' and '--x64' in sys.argv:
   jnp.float32 = jnp.float64
 
 from mhc import config as config_lib
+from mhc.config import dicts
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel import sharded
 from mhc.parallel.placement import Placement
@@ -125,13 +126,10 @@ def config(
   )
 
 
-def gradient(settings: config_lib.Config) -> dict:
-  """Loss, gradient and loads at generic parameters, in depth order."""
-  mesh = mesh_lib.make_mesh(settings.mesh, settings.data)
-  p = Placement(settings, mesh)
-  rng = np.random.default_rng(0)
+def generic(p: Placement, rng: np.random.Generator) -> tuple:
+  """Generic parameters and biases of the router, in depth order."""
 
-  def generic(path, leaf):
+  def fill(path, leaf):
     # Norms, gates, H_pre and H_post are around 1. HC's own mappings are near I,
     # or they would amplify rounding from block to block.
     name, noise = path[-1].key, 0.2 * rng.normal(size=leaf.shape)
@@ -144,10 +142,18 @@ def gradient(settings: config_lib.Config) -> dict:
     return noise.astype(leaf.dtype)
 
   shapes = state_lib.abstract_saved(p)
-  params = jax.tree_util.tree_map_with_path(generic, shapes.params)
   bias = shapes.router_bias
   if bias is not None:
     bias = np.zeros(bias.shape, bias.dtype)
+  return jax.tree_util.tree_map_with_path(fill, shapes.params), bias
+
+
+def gradient(settings: config_lib.Config) -> dict:
+  """Loss, gradient and loads at generic parameters, in depth order."""
+  mesh = mesh_lib.make_mesh(settings.mesh, settings.data)
+  p = Placement(settings, mesh)
+  rng = np.random.default_rng(0)
+  params, bias = generic(p, rng)
   tokens = rng.integers(0, 256, (ROWS, TIME + 1), np.int32)
 
   @jax.jit
@@ -195,9 +201,17 @@ def worst(got: dict, want: dict) -> tuple[float, str]:
   return max((error, path) for path, error in errors.items())
 
 
-def reference(case: Case, dtype: str = 'float32') -> dict:
-  """The gradient on one device, without recomputation."""
+def reference(case: Case, dtype: str = 'float32', num_blocks: int = 0) -> dict:
+  """The gradient on one device, without recomputation.
+
+  Args:
+    case: what `config` takes.
+    dtype: of the activations.
+    num_blocks: other than those of `config`, if not 0.
+  """
   settings = config(case, dtype, recompute='none')
+  if num_blocks:
+    settings = dicts.override(settings, {'model.num_blocks': num_blocks})
   return gradient(
     dataclasses.replace(
       settings,
