@@ -73,6 +73,7 @@ if __name__ == '__main__':
       if isinstance(node, ast.Import | ast.ImportFrom):
         exec(compile(ast.Module([node], []), path, 'exec'), {})
   gc.freeze()  # at its end no main looks through what it has not made
+  gc.set_threshold(50_000, 20, 100)
   sys.argv = wait_for_a_request()
   sys.path[0] = str(LAUNCH)
   runpy.run_path(sys.argv[0], run_name='__main__')

@@ -24,7 +24,6 @@ from jaxtyping import Array, Float, Int
 
 from mhc import precision
 from mhc.kernels import platform as platform_lib
-from mhc.kernels.pallas import attention as kernel
 from mhc.model import parts
 from mhc.model import recompute
 
@@ -82,18 +81,25 @@ def by_kernel(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kernel(scale, query, key, value):
-  return kernel.forward(query, key, value, scale)[0]
+  return _pallas().forward(query, key, value, scale)[0]
+
+
+def _pallas():
+  # Not with the module: Pallas takes longer to load than most of the rest.
+  from mhc.kernels.pallas import attention
+
+  return attention
 
 
 def _kernel_forward(scale, query, key, value):
-  out, log_sum = kernel.forward(query, key, value, scale)
+  out, log_sum = _pallas().forward(query, key, value, scale)
   # So that recomputation keeps both, and the kernel runs once.
   out, log_sum = recompute.name_inner(out), recompute.name_inner(log_sum)
   return out, (query, key, value, out, log_sum)
 
 
 def _kernel_backward(scale, kept, d_out):
-  return kernel.backward(*kept, d_out, scale)
+  return _pallas().backward(*kept, d_out, scale)
 
 
 _kernel.defvjp(_kernel_forward, _kernel_backward)

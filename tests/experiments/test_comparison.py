@@ -25,7 +25,7 @@ from mhc.runtime import source
 
 pytestmark = pytest.mark.long
 
-KINDS = ('residual', 'hc', 'mhc', 'identity')
+KINDS = ('residual', 'hc', 'mhc')
 BASE = config.Config(
   mesh=config.MeshConfig(num_devices=1),
   model=TINY_RUN.model,
@@ -50,7 +50,7 @@ PANEL = comparison_lib.Panel(
 
 @pytest.fixture(scope='module')
 def finished(text, tmp_path_factory):
-  """(comparison, workdir) of eight tiny runs and their report."""
+  """(comparison, workdir) of six tiny runs and their report."""
   folder = tmp_path_factory.mktemp('compare')
   base = dataclasses.replace(
     BASE, data=dataclasses.replace(BASE.data, path=text)
@@ -89,7 +89,7 @@ def test_the_report_is_whole(finished):
       assert row['gain_fwd_max'] == row['params_ratio'] == 1
   assert [c['verdict'] for c in values['contrasts']] == [
     'not tested (fewer than 4 seeds)'
-  ] * 3
+  ] * 2
   figures = {p.name for p in workdir.rglob('figures/**/*.png')}
   assert figures >= {
     *('forest.png', 'gains_depth.png', 'gains_training.png'),
@@ -97,7 +97,7 @@ def test_the_report_is_whole(finished):
   }
   markdown = (workdir / 'report.md').read_text()
   page = (workdir / 'report.html').read_text()
-  for kind in ('HC', 'mHC', 'residual', 'identity'):
+  for kind in ('HC', 'mHC', 'residual'):
     assert kind in markdown
     assert kind in page
   assert page.count('data:image/png;base64,') == page.count('<figure>') > 5
@@ -109,7 +109,7 @@ def test_the_report_is_whole(finished):
   assert 'does not show' not in page
   assert ': shows' not in page
   table = (workdir / 'results.csv').read_text().splitlines()
-  assert len(table) == 9
+  assert len(table) == 7
   assert table[0].startswith('panel,variant,')
 
 
@@ -214,7 +214,7 @@ def test_a_second_comparison_trains_nothing(finished, capsys):
   comparison, workdir = finished
   files = {p: p.stat().st_mtime_ns for p in workdir.rglob('metrics.jsonl')}
   run_all.train_all(comparison, workdir)
-  assert '9 runs' in capsys.readouterr().out
+  assert '7 runs' in capsys.readouterr().out
   assert all(p.stat().st_mtime_ns == t for p, t in files.items())
 
 
@@ -248,7 +248,7 @@ def test_added_seeds_are_told(finished, tmp_path):
   run_all.prepare(more, copy)
   report.render(copy)
   text = (copy / 'report.md').read_text()
-  assert '4 runs of this comparison have not finished' in text
+  assert '3 runs of this comparison have not finished' in text
   assert 'seeds [2] were added after it had begun** with [0, 1]' in text
 
 

@@ -175,6 +175,15 @@ def test_upcycling_renames():
   assert mhc.upcycle(plain, wide, batch(), rename=rename) < 1e-5
 
 
+def compiled(model):
+  """The model, called as one program."""
+  kind = type(model)
+  model.__class__ = type(
+    kind.__name__, (kind,), {'__call__': nnx.jit(kind.__call__)}
+  )
+  return model
+
+
 def test_upcycling_says_what_makes_the_models_differ():
   for plain, wide, scale, word in (
     (
@@ -192,7 +201,7 @@ def test_upcycling_says_what_makes_the_models_differ():
     ),
   ):
     with pytest.raises(ValueError, match=word):
-      mhc.upcycle(plain, wide, batch(scale=scale))
+      mhc.upcycle(compiled(plain), compiled(wide), batch(scale=scale))
 
 
 def test_upcycling_refuses_other_sizes_and_left_over_parts():
@@ -216,15 +225,19 @@ def test_observe_measures_what_the_connections_do():
   model = perturb(Wide(nnx.Rngs(0)))
   seen = mhc.observe(model, batch())
   assert seen.stats.res.shape == (DEPTH, 10, N, N)
-  res, x = [], mhc.expand(batch(), N)
-  for norm, mlp, connection in zip(
-    model.norms, model.mlps, model.connections, strict=True
-  ):
-    h, context = connection.pre(x)
-    res.append(jnp.moveaxis(context.mappings.res, -1, 0))
-    x = connection.post(mlp(norm(h)), context)
-  want = mhc.gains.profile(jnp.stack(res))
-  for name, value in want.items():
+
+  @jax.jit
+  def want(x):
+    res, x = [], mhc.expand(x, N)
+    for norm, mlp, connection in zip(
+      model.norms, model.mlps, model.connections, strict=True
+    ):
+      h, context = connection.pre(x)
+      res.append(jnp.moveaxis(context.mappings.res, -1, 0))
+      x = connection.post(mlp(norm(h)), context)
+    return mhc.gains.profile(jnp.stack(res))
+
+  for name, value in want(batch()).items():
     np.testing.assert_allclose(
       seen.profile[name], value, rtol=1e-4, atol=1e-5, err_msg=name
     )
@@ -232,7 +245,7 @@ def test_observe_measures_what_the_connections_do():
   assert np.all(seen.streams_read <= N + 1e-4)
   assert len(str(seen).splitlines()) == 1 + DEPTH
   # At the start: what the paper's initial values keep of a difference.
-  fresh = mhc.observe(Wide(nnx.Rngs(0)), batch())
+  fresh = mhc.observe(jax.jit(Wide(nnx.Rngs(0)).__call__), batch())
   np.testing.assert_allclose(
     fresh.profile['sigma_diff_fwd'], 0.99016 ** np.arange(1, 4), atol=1e-5
   )

@@ -267,7 +267,7 @@ def test_names_of_single_pass_in_earlier_versions(tmp_path):
       num_blocks=1, dim=8, ffn_dim=8, connection=dict(kind='mhc_single_pass')
     ),
   )
-  current = state_lib.init(config, jax.random.key(0))
+  current = jax.jit(state_lib.init, static_argnums=0)(config, jax.random.key(0))
   earlier = checkpoint_record.renamed(current, 'next_mhc', 'inner')
   names = checksum.tree_checksums(earlier)
   assert 'params.dense_blocks.ffn_connection.inner.phi' in names

@@ -4,6 +4,7 @@ import dataclasses
 
 from example_configs import TINY_RUN
 from flax import nnx
+import generic_states
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,19 +30,20 @@ def network(kind, unmoved='none', **model):
     TINY_RUN.model, num_blocks=2, connection=connection, **model
   )
   settings = dataclasses.replace(TINY_RUN, model=model)
-  state, rng = (
-    state_lib.init(settings, jax.random.key(0)),
-    np.random.default_rng(0),
-  )
+  model = dissect.model_config(settings)
+  graphdef, shapes = transformer.abstract(model)
 
   def move(path, leaf):
     name = jax.tree_util.keystr(path)
-    scale = (unmoved not in name) * (1.0 if 'connection' in name else 0.2)
-    return leaf + jnp.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype)
+    scale = (unmoved not in name) * (5.0 if 'connection' in name else 1.0)
+    return jnp.asarray(scale * leaf)
 
-  params = jax.tree_util.tree_map_with_path(move, state.params)
-  graphdef, _ = transformer.abstract(dissect.model_config(settings))
-  return graphdef, state._replace(params=params)
+  params = jax.tree_util.tree_map_with_path(
+    move, generic_states.parameters(shapes)
+  )
+  bias = transformer.abstract_router_bias(model)
+  bias = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), bias)
+  return graphdef, state_lib.TrainState(np.int32(0), params, None, bias)
 
 
 def differences(graphdef, state):

@@ -3,6 +3,7 @@
 import dataclasses
 
 from flax import nnx
+import generic_states
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,19 +25,13 @@ EXPERTS = config.MoEConfig(num_experts=4, experts_per_token=2, expert_dim=16)
 
 
 def network(kind, **changes):
-  """With every parameter moved from where it starts."""
+  """With generic parameters."""
   settings = dataclasses.replace(
     SMALL, connection=config.ConnectionConfig(kind=kind), **changes
   )
-  model = transformer.Transformer(settings, rngs=nnx.Rngs(0))
-  graphdef, params = nnx.split(model)
-  leaves, treedef = jax.tree.flatten(params)
-  rng = np.random.default_rng(7)
-  moved = [
-    leaf + 0.05 * rng.normal(size=leaf.shape).astype(np.float32)
-    for leaf in leaves
-  ]
-  return nnx.merge(graphdef, treedef.unflatten(moved))
+  graphdef, shapes = transformer.abstract(settings)
+  moved = generic_states.parameters(shapes, seed=7)
+  return nnx.merge(graphdef, nnx.State(jax.tree.map(jnp.asarray, moved)))
 
 
 def check(model, bias):

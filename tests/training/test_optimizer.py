@@ -95,7 +95,12 @@ def test_muon_orthogonalises_each_matrix_of_a_stack(optax_promotion):
   grads = jax.tree.map(
     lambda p: jax.random.normal(keys[p.ndim - 1], p.shape) + 4 - p.ndim, params
   )
-  updates, _ = transform.update(grads, transform.init(params), params)
+
+  @jax.jit
+  def update(grads, params):
+    return transform.update(grads, transform.init(params), params)[0]
+
+  updates = update(grads, params)
   blocks = updates['dense_blocks']
   connection = blocks['ffn_connection']
   for stack in (blocks['ffn']['up']['weight'], connection['phi']):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 from example_configs import TINY_RUN
+import generic_states
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,7 @@ def trained(num_devices, kind):
   )
   programs = step.build(settings)
   assert programs.mesh.size == num_devices
-  state = programs.init(0)
+  state = generic_states.state(programs)
   metrics = []
   for seed in range(3):
     state, values = programs.train(
@@ -90,7 +91,7 @@ def test_experts_over_devices():
         model=dataclasses.replace(TINY.model, moe=experts),
       )
     )
-    state = programs.init(0)
+    state = generic_states.state(programs)
     gate = state.params['moe_blocks']['ffn']['gate']
     assert gate.addressable_shards[0].data.shape[1] == 4 // shards
     metrics = []
@@ -143,7 +144,7 @@ def test_matrices_and_their_moments_are_split_over_data():
 def test_loss_and_gradient_are_those_of_the_network_alone():
   """Of the mean over all tokens, without shard_map; and the sum of each row."""
   programs = step.build(TINY)
-  state = programs.init(0)
+  state = generic_states.state(programs)
   tokens = batch(programs)
   whole = jax.tree.map(jnp.asarray, jax.device_get(state.params))
   given = jnp.asarray(jax.device_get(tokens))
