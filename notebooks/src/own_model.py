@@ -128,7 +128,7 @@ print(f'{count:,} in each of the {BLOCKS} mHC connections')
 # from weight decay; `phi` (in HC `theta`) decays like other matrices.
 
 # %%
-STEPS = 200
+STEPS = 100
 
 
 def decays(params):
