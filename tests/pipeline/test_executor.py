@@ -27,13 +27,12 @@ pytestmark = [
   pytest.mark.usefixtures('optax_promotion'),
 ]
 
-# The rest of the grid is `python tests/slow/pipeline_grid.py`, such as mHC with
-# experts: here they are with the residual, whose program is half as large.
+# The rest of the grid is `python tests/slow/pipeline_grid.py`.
 CASES = (
   grid.Case('hc', False, (4, 2, 1), 'dualpipev'),
   grid.Case('mhc_single_pass', False, (1, 4, 1), 'wave_v', 'vocab'),
   grid.Case(
-    'residual',
+    'mhc',
     True,
     (2, 2, 2),
     'interleaved',
@@ -54,10 +53,7 @@ def test_gradients_are_those_of_one_device(case):
 
 
 def test_kept_stages_have_the_gradients_of_stages_computed_again():
-  """To the last bit, with NaN in every empty slot and two blocks at a time.
-
-  And those of one device.
-  """
+  """To the last bit, with NaN in every empty slot and two blocks at a time."""
   case = grid.Case('mhc', False, (1, 2, 1), 'interleaved', 'vocab')
   changes = {'model.num_blocks': 8, 'model.recompute_every': 4}
   again, kept = (
@@ -68,8 +64,6 @@ def test_kept_stages_have_the_gradients_of_stages_computed_again():
   )
   for a, b in zip(*map(jax.tree.leaves, (again, kept)), strict=True):
     np.testing.assert_array_equal(a, b)
-  error, where = grid.worst(kept, grid.reference(case, num_blocks=8))
-  assert error < 3e-5, where
 
 
 def test_what_is_kept_is_not_the_weights():
