@@ -1,4 +1,4 @@
-"""What `bench.py data` prints: reads are counted, waits are shares of a step."""
+"""`bench.py data`: reads are counted, and waits are shares of a step."""
 
 from mhc.data import reading_cost
 from mhc.data import token_dataset

@@ -201,17 +201,9 @@ def worst(got: dict, want: dict) -> tuple[float, str]:
   return max((error, path) for path, error in errors.items())
 
 
-def reference(case: Case, dtype: str = 'float32', num_blocks: int = 0) -> dict:
-  """The gradient on one device, without recomputation.
-
-  Args:
-    case: what `config` takes.
-    dtype: of the activations.
-    num_blocks: other than those of `config`, if not 0.
-  """
+def reference(case: Case, dtype: str = 'float32') -> dict:
+  """The gradient on one device, without recomputation."""
   settings = config(case, dtype, recompute='none')
-  if num_blocks:
-    settings = dicts.override(settings, {'model.num_blocks': num_blocks})
   return gradient(
     dataclasses.replace(
       settings,
