@@ -35,7 +35,6 @@ if __name__ == '__main__' and '--x64' in sys.argv:
   jnp.float32 = jnp.float64
 
 from mhc import config as config_lib
-from mhc.config import dicts
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel import sharded
 from mhc.parallel.placement import Placement
