@@ -118,14 +118,15 @@ def prepare(
   vocabulary = _given(tokenizer, start_mark, stop_mark)
   plan = _plan(source, path, text_field, vocabulary or tokenizer, num_machines)
   folder = unfinished.Folder(out, plan._asdict())
-  index = folder.finished(sources.fingerprint(source))
+  fingerprint = sources.fingerprint(source)
+  index = folder.finished(fingerprint)
   if index:
     return index
   if vocabulary is None:
     vocabulary = _learned(folder, source, plan, on_damage, stage)
   if stage == 'vocabulary':
     return None
-  folder.agree()
+  plan = Plan(**folder.agree())
   if stage != 'merge':
     log = corruption.SkipLog(on_damage)
     _tokenise(source, folder, plan, vocabulary, workers, machine, log)
@@ -135,7 +136,7 @@ def prepare(
     folder,
     path or source.names[0],
     vocabulary,
-    sources.fingerprint(source),
+    fingerprint,
     source.names,
     workers,
     machine,
@@ -222,6 +223,7 @@ def _tokenise(source, folder, plan, vocabulary, workers, machine, log):
   done = folder.records(machine, source.stamp)
   if done and done[-1]['is_last']:
     return
+  folder.begin_parts()
   place = sources.Place(*done[-1]['next']) if done else sources.Place()
   pieces = _pieces(source, place, len(done), log, plan)
   if source.total and source.total <= plan.part_bytes:

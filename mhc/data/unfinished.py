@@ -19,6 +19,7 @@ from typing import Any
 from mhc.data import token_dataset
 from mhc.runtime import files as files_lib
 
+SIZES = 'num_buckets', 'part_bytes'
 HINT = 'choose another folder, or delete it to begin again'
 
 
@@ -33,11 +34,18 @@ class Folder:
     """
     self.path, self._parts, self.plan = path, path / 'parts', plan
     self.vocabulary = self._parts / 'vocabulary.json'
-    path.mkdir(parents=True, exist_ok=True)
-    begun = (path / 'index.json').exists() or self._parts.exists()
-    foreign = [file.name for file in path.iterdir()]
-    if foreign and not begun:
-      raise ValueError(f'{path} is not empty ({foreign[0]}): {HINT}')
+    self._parts.mkdir(parents=True, exist_ok=True)
+    begun = (
+      path / 'index.json',
+      path / token_dataset.UNFINISHED,
+      self.vocabulary,
+    )
+    if not any(file.exists() for file in begun):
+      foreign = [*path.rglob('*')]
+      foreign.remove(self._parts)
+      if foreign:
+        name = foreign[0].relative_to(path)
+        raise ValueError(f'{path} is not empty ({name}): {HINT}')
 
   def finished(self, fingerprint: str) -> dict[str, Any] | None:
     """The index, if all is done.
@@ -52,21 +60,26 @@ class Folder:
         raise ValueError(f'{self.path} holds tokens already: {HINT}')
       shutil.rmtree(self._parts, ignore_errors=True)
       return found
-    self._parts.mkdir(exist_ok=True)
     return None
 
-  def agree(self):
-    """Raises ValueError if the folder was begun by another plan."""
+  def agree(self) -> dict[str, Any]:
+    """Begins by the plan, or goes on by that of the first call.
+
+    Raises:
+      ValueError: that is another one; but for `SIZES`, which follow from files.
+    """
     file = self.path / token_dataset.UNFINISHED
     if not file.exists():
       files_lib.replace(file, json.dumps(self.plan), shared=True)
     begun = json.loads(file.read_text())
     for name, value in self.plan.items():
-      if begun.get(name) != value:
+      if begun.get(name) != value and name not in SIZES:
         raise ValueError(
           f'{self.path} was begun with {name}={begun.get(name)!r}, not '
           f'{value!r}: {HINT}'
         )
+    self.plan = begun
+    return begun
 
   def discard(self):
     """Deletes what is unfinished."""
@@ -93,6 +106,12 @@ class Folder:
       if any(stamp(int(file)) != then for file, then in stamps):
         return found
       found.append(values)
+
+  def begin_parts(self):
+    """To be called before parts are added: shards of fewer are of no use."""
+    for record in self._parts.glob('*.json'):
+      if record.name.startswith(token_dataset.SIDES):
+        record.unlink(missing_ok=True)
 
   def add_record(self, machine: int, record: dict[str, Any]):
     """Adds a part's record; those after it are of something else."""
@@ -134,4 +153,5 @@ class Folder:
     return index
 
   def _made_by(self, fingerprint):
-    return self.plan | {'inputs': fingerprint}
+    plan = {name: self.plan[name] for name in self.plan if name not in SIZES}
+    return plan | {'inputs': fingerprint}

@@ -212,6 +212,49 @@ def test_a_file_that_was_repaired_is_read_again(
   assert content(out) == content(undisturbed)
 
 
+def test_shards_of_text_that_has_changed_are_made_again(
+  texts, tmp_path, monkeypatch
+):
+  """Killed in the merge; then a file changes."""
+  _small(monkeypatch)
+  folder = tmp_path / 'in'
+  folder.mkdir()
+  for file in texts.iterdir():
+    (folder / file.name).write_bytes(file.read_bytes())
+  make, made = merge._make, []
+
+  def killed(job, **given):
+    made.append(job)
+    if len(made) == 4:
+      raise Killed
+    make(job, **given)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(merge, '_make', killed)
+    with pytest.raises(Killed):
+      tokenize_corpus.prepare(str(folder), tmp_path / 'a', 'bytes', workers=1)
+  size = (folder / '6.jsonl').stat().st_size
+  another = json.dumps({'text': 'another'}).ljust(size)
+  (folder / '6.jsonl').write_text(another)
+  tokenize_corpus.prepare(str(folder), tmp_path / 'a', 'bytes', workers=1)
+  tokenize_corpus.prepare(str(folder), tmp_path / 'b', 'bytes', workers=1)
+  assert content(tmp_path / 'a') == content(tmp_path / 'b')
+
+
+def test_what_is_not_ours_stays(tmp_path):
+  (tmp_path / 'in.txt').write_text('some text ' * 100)
+  for name in ('out/parts/mine.txt', 'other/train-00000.bin'):
+    file = tmp_path / name
+    file.parent.mkdir(parents=True)
+    file.write_text('mine')
+    out = tmp_path / pathlib.Path(name).parts[0]
+    with pytest.raises(
+      ValueError, match=rf'not empty \({name[len(out.name) + 1 :]}'
+    ):
+      tokenize_corpus.prepare(str(tmp_path / 'in.txt'), out, 'bytes')
+    assert file.read_text() == 'mine'
+
+
 def test_another_call_for_a_folder_is_refused(texts, tmp_path, monkeypatch):
   _small(monkeypatch)
   out = tmp_path / 'out'
