@@ -74,7 +74,10 @@ def merge(
   if missing:
     console.print_line(f'{missing} shards of {len(jobs)} are left to others')
     return None
-  shards = [json.loads(record.read_text()) for record in made]
+  try:
+    shards = [json.loads(record.read_text()) for record in made]
+  except FileNotFoundError:  # another machine was faster
+    return folder.finished(fingerprint)
   flat = [record for of_machine in records for record in of_machine]
   _write_sources(folder.path / 'sources.json', names, flat)
   index = token_dataset.index_of(

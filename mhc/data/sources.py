@@ -108,7 +108,10 @@ class Files(Source):
           log.forget()
 
   def stamp(self, file: int) -> list[int]:
-    status = self._path(file).stat()
+    try:
+      status = self._path(file).stat()
+    except OSError:  # of which the reader says so
+      return [0, 0]
     return [status.st_size, status.st_mtime_ns]
 
   def _path(self, file) -> pathlib.Path:

@@ -34,17 +34,11 @@ class Folder:
     """
     self.path, self._parts, self.plan = path, path / 'parts', plan
     self.vocabulary = self._parts / 'vocabulary.json'
-    self._parts.mkdir(parents=True, exist_ok=True)
-    begun = (
-      path / 'index.json',
-      path / token_dataset.UNFINISHED,
-      self.vocabulary,
-    )
-    if not any(file.exists() for file in begun):
-      foreign = [*path.rglob('*')]
-      foreign.remove(self._parts)
+    marks = path / 'index.json', path / token_dataset.UNFINISHED
+    if not any(file.exists() for file in (*marks, self.vocabulary)):
+      foreign = {*path.rglob('*')} - {self._parts}
       if foreign:
-        name = foreign[0].relative_to(path)
+        name = min(foreign).relative_to(path)
         raise ValueError(f'{path} is not empty ({name}): {HINT}')
 
   def finished(self, fingerprint: str) -> dict[str, Any] | None:
@@ -60,6 +54,7 @@ class Folder:
         raise ValueError(f'{self.path} holds tokens already: {HINT}')
       shutil.rmtree(self._parts, ignore_errors=True)
       return found
+    self._parts.mkdir(parents=True, exist_ok=True)
     return None
 
   def agree(self) -> dict[str, Any]:

@@ -253,6 +253,7 @@ def test_what_is_not_ours_stays(tmp_path):
     ):
       tokenize_corpus.prepare(str(tmp_path / 'in.txt'), out, 'bytes')
     assert file.read_text() == 'mine'
+    assert [f for f in out.rglob('*') if f.is_file()] == [file]
 
 
 def test_another_call_for_a_folder_is_refused(texts, tmp_path, monkeypatch):
@@ -414,6 +415,18 @@ def test_places_go_on_where_they_say(texts):
 def test_the_modules_of_a_preparation_are_named():
   for module in (merge, unfinished, files_lib):
     assert module.__doc__
+
+
+def test_a_link_to_nowhere_is_left_out(tmp_path):
+  (tmp_path / 'in').mkdir()
+  for number in range(60):
+    (tmp_path / f'in/{number}.txt').write_text(f'text {number:03d}')
+  (tmp_path / 'in/b.txt').symlink_to(tmp_path / 'gone')
+  arguments = str(tmp_path / 'in'), tmp_path / 'out', 'bytes'
+  with pytest.raises(ValueError, match=r'b\.txt cannot be read'):
+    tokenize_corpus.prepare(*arguments)
+  index = tokenize_corpus.prepare(*arguments, 'skip')
+  assert (index['num_skipped'], index['num_bytes']) == (1, 480)
 
 
 def test_a_machine_whose_documents_are_all_damaged_ends_well(tmp_path):
