@@ -31,7 +31,7 @@ class Corpus:
   num_documents: int
   num_heldout_documents: int
   num_bytes: int
-  sha256: str  # of all documents, in order of name
+  sha256: str  # of all documents, in the order of the source
   num_skipped_before: int = 0  # when it was tokenised
   left_out: str = ''  # one line of the files that are not read, and why
   log: corruption.SkipLog = dataclasses.field(
