@@ -30,6 +30,7 @@ from mhc.runtime import source
 from mhc.training import checkpoint
 from mhc.training import loop
 from mhc.training import step as step_lib
+from mhc.training import text
 from mhc.training import vocabulary
 from mhc.training import workdir as workdir_lib
 
@@ -81,8 +82,8 @@ def train(
   summary = _summarise(config, step, data, values)
   with multihost.raise_together():
     if multihost.is_first():
-      text = json.dumps(files.jsonable(summary), indent=2) + '\n'
-      files.replace(workdir / workdir_lib.SUMMARY, text)
+      line = json.dumps(files.jsonable(summary), indent=2) + '\n'
+      files.replace(workdir / workdir_lib.SUMMARY, line)
   return summary
 
 
@@ -123,6 +124,8 @@ def _claim(config, workdir, mixture) -> dict | None:
         'must see the same --workdir'
       )
     summary = workdir_lib.read_summary(workdir) if first else None
+    if first and summary is None:
+      text.keep(workdir, mixture)
   return multihost.broadcast_from_first(summary)
 
 

@@ -2,6 +2,7 @@
 
     config.json         the settings; for those that may change, the latest
     tokenizer.json      the vocabulary, if it is not bytes, see `vocabulary`
+    text.json           digest of the text, see `text`
     metrics.jsonl       a line a step: loss, gradient norm, rate, time; held-out
                         loss and the metrics of guards where measured
     probes.jsonl        gains, streams and mean mappings on held-out rows
@@ -31,8 +32,8 @@ METRICS, PROBES, EVENTS = 'metrics.jsonl', 'probes.jsonl', 'events.jsonl'
 CHECKPOINTS, DAMAGED = 'checkpoints', 'damaged'
 
 # Settings that may change when a run is resumed, beside those of the mesh: none
-# enters the computation, except the last for what depends on the tokens taken
-# together.
+# enters the computation, except microbatch_size for what depends on the tokens
+# taken together.
 MUTABLE_ON_RESUME = (
   'eval_every',
   'probe_every',
@@ -43,6 +44,7 @@ MUTABLE_ON_RESUME = (
   'tensorboard',
   'data.on_damage',
   'data.microbatch_size',
+  'data.read_ahead',
 )
 
 

@@ -1,0 +1,45 @@
+"""The text of a run, recorded when it begins: a run that goes on must find it.
+
+text.json    name, digest and number of tokens
+"""
+
+import json
+import pathlib
+
+from mhc.data import mixture as mixture_lib
+from mhc.runtime import files
+
+TEXT = 'text.json'
+
+
+def keep(workdir: pathlib.Path, mixture: mixture_lib.Mixture):
+  """Records the text of a run that starts, or checks that of one that goes on.
+
+  Raises:
+    ValueError: the run has begun with another text.
+  """
+  file = workdir / TEXT
+  heldout = sum(len(s) for corpus in mixture.corpora for s in corpus.heldout)
+  now = {
+    'name': ', '.join(mixture.names),
+    'sha256': mixture.sha256,
+    'train_tokens': mixture.num_train_tokens,
+    'heldout_tokens': heldout,
+  }
+  if not file.exists():
+    files.replace(file, json.dumps(now, indent=2) + '\n')
+    return
+  try:
+    begun = json.loads(file.read_text())
+    same = begun['sha256'] == now['sha256']
+    then = f'{begun["train_tokens"]:,} tokens to train on'
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f'{file} is damaged ({error}): delete it to go on with the text as it is'
+    ) from None
+  if not same:
+    raise ValueError(
+      f'the text of {workdir} has changed since it began ({then} then, '
+      f'{now["train_tokens"]:,} now): give it the same, choose another '
+      f'--workdir, or delete {file} to go on with the text as it is'
+    )
