@@ -104,6 +104,7 @@ class Loop:
       if sink is not None:
         sink.close()
     self._bar.close()
+    self._batches.close()  # and the threads that read ahead
     self._checkpoints.__exit__()
 
   def run(self, stop_signal: preemption.StopSignal) -> dict[str, float]:

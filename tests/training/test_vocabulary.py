@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 from example_configs import TINY_RUN
 import jax
@@ -131,3 +132,7 @@ def test_a_run_on_tokens_scores_its_own_text_as_its_held_out_text(
   ):
     np.testing.assert_allclose(found[name], value, rtol=1e-6)
   assert found['rows'] == summary['heldout_rows']
+  for thread in threading.enumerate():  # that have read ahead
+    if thread.name.startswith('grain-prefetch'):
+      thread.join(timeout=10)
+      assert not thread.is_alive()
