@@ -24,11 +24,6 @@ cli.define_end()
 
 def main():
   config = cli.config(config_lib.Config)
-  if '://' in WORKDIR.value:
-    raise ValueError(
-      f'--workdir={WORKDIR.value} must be a folder: mount the bucket '
-      '(gcsfuse), as launch/tpu_pod.sh and launch/gke_jobset.yaml do'
-    )
   cli.join()
   summary = run.train(
     config,

@@ -18,6 +18,7 @@ from mhc.data import token_dataset
 from mhc.data import token_file
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.runtime import console
+from mhc.runtime import paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,7 @@ def load(
       f'data.path={path!r} is a stream: first make a token folder of it, '
       f"launch/prepare_data.py --path='{path}' --out=FOLDER"
     )
+  path = paths.local(path, 'data.path')
   try:
     log = corruption.SkipLog(on_damage)
     if path and token_dataset.holds(pathlib.Path(path)):

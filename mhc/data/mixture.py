@@ -7,6 +7,7 @@ token folders among them, by which text is then read.
 from collections.abc import Collection
 import functools
 import hashlib
+import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -141,4 +142,5 @@ def _short(paths):
 
 
 def _is_text(path):
+  path = os.path.expanduser(path)
   return not (path and token_dataset.holds(pathlib.Path(path)))

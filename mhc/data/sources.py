@@ -14,6 +14,7 @@ from mhc.data import corruption
 from mhc.data import documents as documents_lib
 from mhc.data import formats
 from mhc.data import token_file
+from mhc.runtime import paths
 
 # Bytes of text in a byte of a file, about: for numbers of buckets and parts.
 EXPANSION = 4
@@ -189,6 +190,7 @@ def open_source(
   if path.startswith(HUB):
     return Hub(path, text_field, machine, num_machines)
   if path:
+    path = paths.local(path, '--path')
     return Files(path, text_field, machine, num_machines)
   return StandardLibrary()
 

@@ -28,6 +28,7 @@ from mhc.runtime import accelerators
 from mhc.runtime import console
 from mhc.runtime import machine
 from mhc.runtime import multihost
+from mhc.runtime import paths
 from mhc.runtime import preemption
 
 # The folder configs/ of a clone, mhc/configs/ of an installed package.
@@ -36,6 +37,8 @@ CONFIGS = next(
   for parent in pathlib.Path(__file__).resolve().parents[1:3]
   if (folder := parent / 'configs').is_dir()
 )
+# Flags of the mains that are folders to write.
+FOLDERS = 'workdir', 'out'
 AGAIN = 'The same command resumes the run.'
 
 flags.DEFINE_bool('traceback', False, 'Show the traceback of a usage error.')
@@ -182,6 +185,9 @@ def _guarded(main, computes):
   if computes and not (_process_id() or '--worker' in sys.argv):
     accelerators.tell_if_unused()
   try:
+    for name in FOLDERS:
+      if name in flags.FLAGS and (given := flags.FLAGS[name].value):
+        flags.FLAGS[name].value = paths.local(given, f'--{name}')
     main()
   except (Exception, KeyboardInterrupt) as error:
     status = _explain(error)
