@@ -17,7 +17,7 @@ def local(path: str, name: str) -> str:
   if scheme := re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', path):
     raise ValueError(
       f'{name}={path} is not a path of this machine: mount what '
-      f'{scheme.group()}/ names (gcsfuse, as launch/tpu_pod.sh does), and give the '
-      'folder'
+      f'{scheme.group()}/ names (by gcsfuse, as launch/tpu_pod.sh does), and '
+      'give the folder'
     )
   return os.path.expanduser(path)
