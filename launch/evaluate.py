@@ -23,12 +23,7 @@ PATH = flags.DEFINE_string(
 SEQUENCES = flags.DEFINE_integer(
   'sequences', 1024, 'Held-out rows to score; 0 for all.', lower_bound=0
 )
-TOKENIZER = flags.DEFINE_string(
-  'tokenizer',
-  None,
-  'tokenizer.json of a run that does not know its own, for token files of '
-  'others.',
-)
+TOKENIZER = cli.define_tokenizer()
 
 
 def main():

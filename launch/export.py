@@ -25,12 +25,7 @@ MAX_GIGABYTES = flags.DEFINE_float(
   'Largest file in GB; larger models are sharded.',
   lower_bound=0.0,
 )
-TOKENIZER = flags.DEFINE_string(
-  'tokenizer',
-  None,
-  'tokenizer.json of a run that does not know its own, for token files of '
-  'others.',
-)
+TOKENIZER = cli.define_tokenizer()
 
 
 def main():

@@ -30,12 +30,7 @@ TEMPERATURE = flags.DEFINE_float(
 )
 TOP_P = flags.DEFINE_float('top_p', 0.95, 'Probability mass of the nucleus.')
 SEED = flags.DEFINE_integer('seed', 0, 'Seed of the sampler.')
-TOKENIZER = flags.DEFINE_string(
-  'tokenizer',
-  None,
-  'tokenizer.json of a run that does not know its own, for token files of '
-  'others.',
-)
+TOKENIZER = cli.define_tokenizer()
 
 
 def main():

@@ -55,11 +55,7 @@ def train_batches(
     config,
     range(config.batch_size) if slots is None else slots,
   )
-  in_memory = all(
-    isinstance(shard, np.ndarray)
-    for corpus in mixture.corpora
-    for shard in corpus.train
-  )
+  in_memory = all(corpus.in_memory for corpus in mixture.corpora)
   ahead = 0 if in_memory else config.read_ahead
   options = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
   return iter(grain.MapDataset.source(steps).to_iter_dataset(options))
@@ -182,7 +178,7 @@ def heldout_rows(
     if num_rows is not None:
       count = min(count, max(1, round(num_rows * mixture.weights[index])))
     indices = (np.arange(count) * len(rows) // count).tolist()
-    if isinstance(corpus.heldout[0], np.ndarray):
+    if corpus.in_memory:
       found += map(rows.__getitem__, indices)
     else:
       with futures.ThreadPoolExecutor(THREADS) as pool:

@@ -6,6 +6,7 @@ folder written by launch/prepare_data.py.
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 
 import numpy as np
@@ -51,6 +52,16 @@ class Corpus:
   def num_train_tokens(self) -> int:
     return sum(map(len, self.train))
 
+  @property
+  def num_heldout_tokens(self) -> int:
+    return sum(map(len, self.heldout))
+
+  @property
+  def in_memory(self) -> bool:
+    """Whether no row has to be read from a file."""
+    shards = (*self.train, *self.heldout)
+    return all(isinstance(shard, np.ndarray) for shard in shards)
+
   def line(self) -> str:
     """What was found, in a line for the start of a run."""
     documents = 'token files of others'
@@ -64,7 +75,7 @@ class Corpus:
       vocabulary = f'{self.tokenizer.name} ({self.tokenizer.num_tokens:,})'
     return (
       f'{self.name}: {documents}; {self.num_train_tokens:,} tokens of '
-      f'{vocabulary} to train on, {sum(map(len, self.heldout)):,} held out'
+      f'{vocabulary} to train on, {self.num_heldout_tokens:,} held out'
       + f'; {self.left_out}'
       * bool(self.left_out)
     )
@@ -79,7 +90,7 @@ class Corpus:
       'sha256': self.sha256,
       'tokenizer': self.tokenizer.name if self.tokenizer else 'unknown',
       'train_tokens': self.num_train_tokens,
-      'heldout_tokens': sum(map(len, self.heldout)),
+      'heldout_tokens': self.num_heldout_tokens,
     }
 
 
@@ -109,7 +120,7 @@ def load(
   path = paths.local(path, 'data.path')
   try:
     log = corruption.SkipLog(on_damage)
-    if path and token_dataset.holds(pathlib.Path(path)):
+    if is_tokens(path):
       return _from_tokens(pathlib.Path(path), log, token_dtype, tokenizer)
     return _from_text(path, log, text_field, tokenizer or tokenizer_lib.Bytes())
   except OSError as error:
@@ -119,6 +130,12 @@ def load(
       f'data.path={path!r} cannot be read ({error}): give a file, a folder or '
       'a pattern'
     ) from error
+
+
+def is_tokens(path: str) -> bool:
+  """Whether `path` is a token folder; otherwise it is text."""
+  path = os.path.expanduser(path)
+  return bool(path) and token_dataset.holds(pathlib.Path(path))
 
 
 def _from_text(path, log, text_field, tokenizer) -> Corpus:

@@ -109,7 +109,7 @@ def is_held_out(document: Document) -> bool:
   """By its side, else by a hash of its name."""
   if document.side:
     return document.side == 'heldout'
-  return _hash(document.name) % HELD_OUT == 0
+  return _is_held_out_name(document.name)
 
 
 def split(
@@ -129,7 +129,7 @@ def split(
     names = {d.name for d in documents}.union(skipped)
     if len(names) == 1:
       return _cut(documents[0])
-    heldout = {name for name in names if _hash(name) % HELD_OUT == 0}
+    heldout = set(filter(_is_held_out_name, names))
     if not heldout or heldout == names:
       heldout = {min(names, key=_hash)}
   sides = (
@@ -351,6 +351,10 @@ def _clean(text: bytes) -> bool:
     return False
   longest = max(map(len, text.split(b'\n')))
   return 200 <= len(text) <= 200_000 and b'\0' not in text and longest <= 2_000
+
+
+def _is_held_out_name(name: str) -> bool:
+  return _hash(name) % HELD_OUT == 0
 
 
 def _hash(name: str) -> int:

@@ -7,13 +7,11 @@ token folders among them, by which text is then read.
 from collections.abc import Collection
 import functools
 import hashlib
-import os
 import pathlib
 from typing import Any, NamedTuple
 
 from mhc import config as config_lib
 from mhc.data import corpus as corpus_lib
-from mhc.data import token_dataset
 from mhc.data import tokenizer as tokenizer_lib
 
 
@@ -46,6 +44,10 @@ class Mixture(NamedTuple):
   @property
   def num_train_tokens(self) -> int:
     return sum(corpus.num_train_tokens for corpus in self.corpora)
+
+  @property
+  def num_heldout_tokens(self) -> int:
+    return sum(corpus.num_heldout_tokens for corpus in self.corpora)
 
   def lines(self) -> list[str]:
     """What was found, for the start of a run."""
@@ -114,7 +116,7 @@ def _load(sources, on_damage, text_field, token_dtype, tokenizer) -> Mixture:
   paths = [path for path, _ in sources]
   found = {}
   # Tokens first: text is then read by their vocabulary.
-  for path in sorted(paths, key=_is_text):
+  for path in sorted(paths, key=corpus_lib.is_tokens, reverse=True):
     found[path] = corpus = corpus_lib.load(
       path, on_damage, text_field, token_dtype, tokenizer
     )
@@ -139,8 +141,3 @@ def _short(paths):
     name if short.count(name) == 1 else path
     for name, path in zip(short, paths, strict=True)
   )
-
-
-def _is_text(path):
-  path = os.path.expanduser(path)
-  return not (path and token_dataset.holds(pathlib.Path(path)))

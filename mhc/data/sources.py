@@ -15,6 +15,7 @@ from mhc.data import documents as documents_lib
 from mhc.data import formats
 from mhc.data import token_file
 from mhc.runtime import paths
+from mhc.runtime import retry
 
 # Bytes of text in a byte of a file, about: for numbers of buckets and parts.
 EXPANSION = 4
@@ -109,8 +110,9 @@ class Files(Source):
           log.forget()
 
   def stamp(self, file: int) -> list[int]:
+    path = self._path(file)
     try:
-      status = self._path(file).stat()
+      status = retry.with_retries(path.stat, path)
     except OSError:  # of which the reader says so
       return [0, 0]
     return [status.st_size, status.st_mtime_ns]

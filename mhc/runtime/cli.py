@@ -95,6 +95,16 @@ def define_end():
   )
 
 
+def define_tokenizer() -> flags.FlagHolder:
+  """Defines the vocabulary of a run whose own is unknown."""
+  return flags.DEFINE_string(
+    'tokenizer',
+    None,
+    'tokenizer.json of a run that does not know its own, for token files of '
+    'others.',
+  )
+
+
 def deadline() -> float | None:
   """Returns when --max_time is up, by `time.monotonic`.
 

@@ -213,14 +213,14 @@ class Loop:
     if last and multihost.is_first():
       files.replace_array(self._workdir / workdir_lib.HELDOUT, nats)
     found = evaluate.losses(nats, rows, self._mixture.tokenizer)
-    sources = self._heldout.final_sources
-    if not last:
-      sources = self._heldout.periodic_sources
-    for index, name in enumerate(self._heldout.names):
-      if len(self._heldout.names) > 1:
-        mine = sources == index
-        of = evaluate.losses(nats[mine], rows[mine], self._mixture.tokenizer)
-        found |= {f'{key}/{name}': value for key, value in of.items()}
+    names = self._heldout.names
+    sources = (
+      self._heldout.final_sources if last else self._heldout.periodic_sources
+    )
+    for index, name in enumerate(names if len(names) > 1 else ()):
+      mine = sources == index
+      of = evaluate.losses(nats[mine], rows[mine], self._mixture.tokenizer)
+      found |= {f'{key}/{name}': value for key, value in of.items()}
     return found
 
   def _run_probe(self, values) -> list[guards_lib.Event]:

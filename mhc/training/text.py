@@ -19,12 +19,11 @@ def keep(workdir: pathlib.Path, mixture: mixture_lib.Mixture):
     ValueError: the run has begun with another text.
   """
   file = workdir / TEXT
-  heldout = sum(len(s) for corpus in mixture.corpora for s in corpus.heldout)
   now = {
     'name': ', '.join(mixture.names),
     'sha256': mixture.sha256,
     'train_tokens': mixture.num_train_tokens,
-    'heldout_tokens': heldout,
+    'heldout_tokens': mixture.num_heldout_tokens,
   }
   if not file.exists():
     files.replace(file, json.dumps(now, indent=2) + '\n')

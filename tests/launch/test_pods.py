@@ -33,6 +33,7 @@ POD, SLURM, JOBSET, COMPARE, JOB = (
     *('compare.sbatch', 'compare_job.yaml'),
   )
 )
+PREPARE = ROOT / 'launch' / 'prepare_job.yaml'
 FLAGS = (
   '--config=configs/paper_27b.py',
   "--config.data.path=gs://b/my 'best' $HOME/**/*.txt",
@@ -572,11 +573,12 @@ def test_jobset_starts_the_main_on_every_host():
   )
 
 
-def test_job_has_only_fields_of_its_schema():
-  values = yaml.safe_load(JOB.read_text())
+@pytest.mark.parametrize('job', [JOB, PREPARE], ids=lambda path: path.name)
+def test_job_has_only_fields_of_its_schema(job):
+  values = yaml.safe_load(job.read_text())
   model = io_k8s_api_batch_v1_job.IoK8sApiBatchV1Job
   assert model.from_dict(values).to_dict() == values
-  wrong = yaml.safe_load(JOB.read_text().replace('claimName:', 'claim:'))
+  wrong = yaml.safe_load(job.read_text().replace('claimName:', 'claim:'))
   assert model.from_dict(wrong).to_dict() != wrong
 
 
