@@ -7,7 +7,8 @@ r"""Runs several processes on this machine's CPUs, like hosts of a cluster.
 The command after `--` is started --processes times, each with --devices CPU
 devices and its --coordinator, --num_processes and --process_id. Lines of all
 but process 0 begin with the process index. SIGINT and SIGTERM are forwarded to
-all, and a second one kills them. If one fails, the others, which could only
+all; a later one, after a second, kills them. They get SIGTERM, too, when this
+program is killed. If one fails, the others, which could only
 wait for it, are killed, and its exit status becomes that of this program.
 Installed without a clone, the command is `-m mhc.launch.train ...`.
 """
@@ -22,10 +23,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 from absl import flags
 
 from mhc.runtime import cli
+from mhc.runtime import processes
+from mhc.runtime import signals
 
 PROCESSES = flags.DEFINE_integer(
   'processes', 2, 'Number of processes to start.', lower_bound=1
@@ -42,15 +46,17 @@ def main(*command):
       'no command to start: append -- launch/train.py --workdir=..., or '
       '-- -m mhc.launch.train --workdir=... without a clone'
     )
-  children, signals = [], []
+  children, first = [], []
 
   def forward(number, _):
-    signals.append(number)
-    for child in children:
-      child.send_signal(number if len(signals) == 1 else signal.SIGKILL)
+    first.append(time.monotonic())
+    if len(first) == 1 or first[-1] - first[0] > signals.SAME_S:
+      for child in children:
+        child.send_signal(number if len(first) == 1 else signal.SIGKILL)
 
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, forward)
+  for number in signals.REQUESTS:
+    if signal.getsignal(number) != signal.SIG_IGN:
+      signal.signal(number, forward)
   port, printers = _free_port(), []
   for index in range(PROCESSES.value):
     child = _start(command, index, port)
@@ -77,13 +83,15 @@ def _start(command, index, port):
     os.environ.get('XLA_FLAGS', ''),
   )
   return subprocess.Popen(
-    [
-      sys.executable,
-      *command,
-      f'--coordinator=127.0.0.1:{port}',
-      f'--num_processes={PROCESSES.value}',
-      f'--process_id={index}',
-    ],
+    processes.tied(
+      [
+        sys.executable,
+        *command,
+        f'--coordinator=127.0.0.1:{port}',
+        f'--num_processes={PROCESSES.value}',
+        f'--process_id={index}',
+      ]
+    ),
     env={
       **os.environ,
       'JAX_PLATFORMS': 'cpu',

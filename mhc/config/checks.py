@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 import difflib
 import functools
+import re
 import typing
 from typing import Any, Literal
 
@@ -86,6 +87,15 @@ def one_of(where, value, choices):
     near = nearest(str(value), map(str, choices))
     hint = f'; did you mean {near!r}?' if near else ''
     raise ValueError(f'{where}={value!r} must be one of {choices}{hint}')
+
+
+def is_name(where, name):
+  """Checks that a name can be a folder's, below the one that is meant."""
+  if not re.fullmatch(r'\w[\w.+=-]*', name) or len(name.encode()) > 200:
+    raise ValueError(
+      f'{where}: {name!r} becomes the name of a folder: give it at most 200 '
+      'letters, digits and _ . + = -, the first a letter, digit or _'
+    )
 
 
 def at_least(config, **bounds):

@@ -32,6 +32,8 @@ CONTRASTS = (
   ('mhc', 'hc'),
 )
 LADDER, CONNECTION = 'ladder', 'model.connection.'
+# Folders beside the panels' own.
+RESERVED = 'timing', 'leases', 'figures'
 Setting = tuple[tuple[str, Any], ...]  # (axis, value), in the panel's order
 _SHORT = {'model.num_blocks': 'b', 'optimizer.learning_rate': 'lr'}
 
@@ -200,7 +202,13 @@ class Comparison:
     if not self.panels:
       raise ValueError('a comparison needs at least one panel')
     for name, panel in self.panels.items():
-      self.cells(name)
+      checks.is_name('panels', name)
+      if name in RESERVED:
+        raise ValueError(
+          f'panels: {name!r} is a folder of the comparison: name it otherwise'
+        )
+      for cell in self.cells(name):
+        checks.is_name(f'panels.{name}', cell.name.partition('/')[2])
       if panel.tuned_on:
         self._check_tuning(name, panel)
 
@@ -393,7 +401,9 @@ def _words(setting, axes) -> list[str]:
   words = []
   for axis, value in setting:
     end = axis.rpartition('.')[2]
-    text = f'{value:g}' if isinstance(value, float) else str(value)
+    text = str(value)
+    if isinstance(value, float) and float(f'{value:g}') == value:
+      text = f'{value:g}'
     text = re.sub(r'[^\w.+-]', '_', text)
     if axis in _SHORT:
       words.append(f'{_SHORT[axis]}{text}')

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pathlib
 
 from mhc import config as config_lib
-from mhc.runtime import files
+from mhc.runtime import json_lines
 
 HEADER = ['step', 'guard', 'what was seen', 'bound', 'what was done']
 SUMMARY_HEADER = [
@@ -34,7 +34,7 @@ DAMAGED = 'damaged: '  # prefix of the reason for a checkpoint set aside
 
 def read(folder: pathlib.Path) -> list[dict] | None:
   file = folder / 'events.jsonl'
-  return files.read_lines(file) if file.exists() else None
+  return json_lines.read_lines(file) if file.exists() else None
 
 
 def first_alerts(events: Sequence[dict]) -> dict[str, dict]:

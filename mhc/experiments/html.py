@@ -55,26 +55,37 @@ def _markdown_blocks(parts) -> list[str]:
   for part in parts:
     match part:
       case Heading(level, text):
-        blocks.append('#' * level + ' ' + text)
+        blocks.append('#' * level + ' ' + _inline(text))
       case Table():
         blocks.append(_markdown_table(part))
       case Details(title, inner):
         blocks += [
-          f'<details><summary>{escape(title)}</summary>',
+          f'<details><summary>{escape(_line(title))}</summary>',
           *_markdown_blocks(inner),
           '</details>',
         ]
       case Figure(path, caption):
+        caption = _inline(caption)
         blocks.append(f'![{caption}]({path})\n\n*{caption}*')
       case text:
-        blocks.append(text)
+        blocks.append(_inline(text))
   return blocks
+
+
+def _line(text: str) -> str:
+  return ' '.join(text.split())
+
+
+def _inline(text: str) -> str:
+  """Markdown of one line without HTML or links: names may hold anything."""
+  text = escape(_line(text), quote=False)
+  return text.replace('](', ']\\(')
 
 
 def _markdown_table(table: Table) -> str:
   header, lines, numeric = table
   rule = ['---:' if numeric and i else '---' for i in range(len(header))]
-  lines = [[cell.replace('|', '\\|') for cell in line] for line in lines]
+  lines = [[_inline(cell).replace('|', '\\|') for cell in x] for x in lines]
   return '\n'.join(
     '| ' + ' | '.join(line) + ' |' for line in [header, rule, *lines]
   )

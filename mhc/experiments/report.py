@@ -28,7 +28,9 @@ from mhc.experiments import statistics
 from mhc.experiments import tables
 from mhc.experiments import timing
 from mhc.experiments import tuning
+from mhc.runtime import console
 from mhc.runtime import files
+from mhc.runtime import multihost
 from mhc.runtime import source
 
 TITLE = 'Residual designs compared'
@@ -49,16 +51,21 @@ def render(workdir: pathlib.Path, *, keep: bool = False) -> dict[str, Any]:
   Raises:
     ValueError: `workdir` holds no comparison, or no finished run of it.
   """
-  comparison, panels, unfinished = results.read_comparison(workdir)
-  panels = {name: runs for name, runs in panels.items() if runs}
+  found = results.read_comparison(workdir)
+  comparison = found.comparison
+  panels = {name: runs for name, runs in found.panels.items() if runs}
+  if multihost.is_first():
+    for line in found.damaged:
+      console.print_line(f'LEFT OUT: {line}')
   if not panels:
     raise ValueError(
-      f'{workdir} holds no finished run: run without --report_only first'
+      f'{workdir} holds no finished run that can be read: run without '
+      '--report_only first'
     )
   rows = [r for name, runs in panels.items() for r in results.rows(name, runs)]
   choices = _choices(comparison, rows)
   judged = contrasts.judge(contrasts.collect(comparison, rows, choices))
-  found = [contrasts.as_dict(j) for j in judged]
+  tested = [contrasts.as_dict(j) for j in judged]
   timings = {
     name: read for name in panels if (read := timing.read(workdir, name))
   }
@@ -70,9 +77,10 @@ def render(workdir: pathlib.Path, *, keep: bool = False) -> dict[str, Any]:
     'trained_at': sorted({row['commit'] for row in rows if row['commit']}),
     'device': first.summary['device'],
     'jax': first.summary['jax'],
-    'unfinished': unfinished,
+    'unfinished': found.unfinished,
+    'damaged': found.damaged,
     'rows': rows,
-    'contrasts': found,
+    'contrasts': tested,
     'rates': {
       p: {d: c._asdict() for d, c in x.items()} for p, x in choices.items()
     },
@@ -104,7 +112,7 @@ def _is_drawn(workdir, commit, text) -> bool:
   return (
     all((workdir / name).exists() for name in others)
     and written.exists()
-    and written.read_text() == text
+    and written.read_bytes() == text.encode()
   )
 
 
@@ -316,6 +324,11 @@ def _introduction(comparison, panels, declared, values) -> list[html.Block]:
     parts.append(
       f'**{values["unfinished"]} runs of this comparison have not finished** '
       'and are missing below.'
+    )
+  if values['damaged']:
+    parts.append(
+      '**Left out below, because a file of theirs cannot be read:** '
+      f'{"; ".join(values["damaged"])}.'
     )
   return parts
 

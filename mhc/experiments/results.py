@@ -18,17 +18,18 @@ Definitions, all over the steps after warm-up:
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 
 from mhc import config as config_lib
 from mhc import gains
 from mhc.config import comparison as comparison_lib
+from mhc.experiments import declared
 from mhc.experiments import events as events_lib
-from mhc.runtime import files
+from mhc.runtime import json_lines
 from mhc.training import workdir as workdir_lib
 
 WINDOW = 25
@@ -146,47 +147,82 @@ def read(
   design: str = '',
   setting: comparison_lib.Setting = (),
 ) -> Run | None:
-  """The run in `folder`, None if it has not finished."""
+  """The run in `folder`, None if it has not finished.
+
+  Raises:
+    ValueError: one of its files is damaged.
+  """
   summary = workdir_lib.read_summary(folder)
   if summary is None:
     return None
-  heldout = folder / workdir_lib.HELDOUT
   return Run(
     workdir_lib.read_config(folder),
     summary,
-    files.read_lines(folder / workdir_lib.METRICS),
-    files.read_lines(folder / workdir_lib.PROBES),
+    _lines(folder / workdir_lib.METRICS, 'loss/train'),
+    _lines(folder / workdir_lib.PROBES, 'composite_fwd'),
     events_lib.read(folder),
     design,
     setting,
-    np.load(heldout) if heldout.exists() else None,
+    _heldout(folder / workdir_lib.HELDOUT),
   )
 
 
-def read_comparison(
-  workdir: pathlib.Path,
-) -> tuple[comparison_lib.Comparison, dict[str, list[Run]], int]:
-  """(comparison, panel -> finished runs, number of unfinished runs).
+def _lines(file, name) -> list[dict]:
+  """The lines of a file, each of which must have `name`."""
+  lines = json_lines.read_lines(file)
+  if not all(name in line for line in lines):
+    raise ValueError(f'{file} is damaged: a line has no {name!r}')
+  if not lines:
+    what = 'holds no line that can be read' if file.exists() else 'is gone'
+    raise ValueError(f'{file} is damaged: it {what}')
+  return lines
+
+
+def _heldout(file) -> np.ndarray | None:
+  if not file.exists():
+    return None
+  try:
+    return np.load(file)
+  except (ValueError, EOFError) as error:
+    raise ValueError(f'{file} is damaged: {error}') from None
+
+
+class Found(NamedTuple):
+  """What a comparison's folder holds."""
+
+  comparison: comparison_lib.Comparison
+  panels: dict[str, list[Run]]  # the finished runs of each
+  unfinished: int
+  damaged: list[str]  # a line for each run that cannot be read
+
+
+def read_comparison(workdir: pathlib.Path) -> Found:
+  """Reads the runs of a comparison; those that are damaged are left out.
 
   Raises:
     ValueError: `workdir` holds no comparison.
   """
-  file = workdir / 'comparison.json'
-  if not file.exists():
+  comparison = declared.read(workdir)
+  if comparison is None:
     raise ValueError(
-      f'{workdir} holds no comparison ({file} is missing): run without '
-      '--report_only first, or give the --workdir of one'
+      f'{workdir} holds no comparison ({workdir / declared.COMPARISON} is '
+      'missing): run without --report_only first, or give the --workdir of one'
     )
-  comparison = comparison_lib.read(json.loads(file.read_text()))
-  panels, unfinished = {}, 0
-  for panel in comparison.ordered:
-    runs = [
-      read(workdir / cell.name, cell.design, cell.setting)
-      for cell in comparison.cells(panel)
-    ]
-    panels[panel] = [run for run in runs if run is not None]
-    unfinished += runs.count(None)
-  return comparison, panels, unfinished
+  found = Found(comparison, {}, 0, [])
+  unfinished = 0
+  for panel in found.comparison.ordered:
+    found.panels[panel] = []
+    for cell in found.comparison.cells(panel):
+      try:
+        run = read(workdir / cell.name, cell.design, cell.setting)
+      except (ValueError, OSError) as error:
+        found.damaged.append(f'{cell.name}: {error}')
+        continue
+      if run is None:
+        unfinished += 1
+      else:
+        found.panels[panel].append(run)
+  return found._replace(unfinished=unfinished)
 
 
 def rows(panel: str, runs: list[Run]) -> list[dict]:

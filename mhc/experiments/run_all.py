@@ -17,6 +17,7 @@ from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
 from mhc.data import batches
 from mhc.data import mixture
+from mhc.experiments import declared
 from mhc.experiments import jobs as jobs_lib
 from mhc.experiments import timing
 from mhc.experiments import workers
@@ -24,7 +25,7 @@ from mhc.runtime import files
 from mhc.training import run
 from mhc.training import workdir as workdir_lib
 
-COMPARISON, LEASES = 'comparison.json', 'leases'
+LEASES = 'leases'
 # What a panel declares before its first run.
 DECLARED = ('role', 'declared', 'margin')
 
@@ -42,7 +43,7 @@ def prepare(
   """
   comparison.check_panels(panels)
   jobs = jobs_lib.Jobs(comparison, workdir, panels)
-  before = _declared(workdir)
+  before = declared.read(workdir)
   _check_declarations(comparison, before, workdir)
   for cell in jobs.cells():
     workdir_lib.check(workdir / cell.name, cell.config)
@@ -56,8 +57,8 @@ def prepare(
       first.declared_seeds or first.seeds if first else panel['seeds']
     )
   text = json.dumps(values, indent=2) + '\n'
-  file = workdir / COMPARISON
-  if not file.exists() or file.read_text() != text:
+  file = workdir / declared.COMPARISON
+  if not file.exists() or file.read_bytes() != text.encode():
     files.replace(file, text, shared=True)
   return jobs
 
@@ -102,13 +103,6 @@ def train_all(
     workdir / LEASES,
     is_complete=jobs.is_complete,
   )
-
-
-def _declared(workdir) -> comparison_lib.Comparison | None:
-  file = workdir / COMPARISON
-  if not file.exists():
-    return None
-  return comparison_lib.read(json.loads(file.read_text()))
 
 
 def _check_declarations(comparison, before, workdir):

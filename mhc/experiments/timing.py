@@ -83,4 +83,4 @@ def write(
 def read(workdir: pathlib.Path, panel: str) -> dict[str, Any] | None:
   """What `measure` has found; None if it has not been measured."""
   file = path(workdir, panel)
-  return json.loads(file.read_text()) if file.exists() else None
+  return files.read_json(file) if file.exists() else None

@@ -14,24 +14,13 @@ import time
 
 from mhc.runtime import console
 from mhc.runtime import leases
+from mhc.runtime import processes
+from mhc.runtime import signals
 
 GPUS = '/dev/nvidia[0-9]*'
 # The share of a GPU that JAX takes at once, and what workers on one divide.
 FRACTION, GPU_MEMORY = 'XLA_PYTHON_CLIENT_MEM_FRACTION', 0.9
 POLL_S = 0.05
-# Becomes the worker, which gets SIGTERM when its parent ends, even by SIGKILL.
-# Not by subprocess's preexec_fn, which may deadlock beside JAX's threads.
-_START = """
-import ctypes, os, signal, sys
-parent, *command = sys.argv[1:]
-try:
-  ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-except (OSError, AttributeError):
-  pass  # not Linux
-if os.getppid() != int(parent):
-  sys.exit(128 + signal.SIGTERM)
-os.execv(command[0], command)
-"""
 
 
 def run_jobs(
@@ -84,6 +73,7 @@ def run_jobs(
       continue
     waiting = False
     before = leases.held_by(folder, name)
+    signals.check()
     lease = leases.take(folder, name, watcher)
     if lease is None:
       continue
@@ -120,9 +110,9 @@ def start_local(number: int, arguments: Sequence[str]) -> list[int]:
   """Runs `number` workers on this machine; returns their exit statuses.
 
   Each is a Python with `arguments` and --worker, on its share of the cores and,
-  where there are GPUs, on one of them. To be called from the main thread,
-  until it returns each SIGTERM and SIGINT is passed on to all of them. They get
-  SIGTERM, too, when this process ends without having waited for them (on
+  where there are GPUs, on one of them. To be called from the main thread, until
+  it returns each signal that asks for a stop is passed on to all of them. They
+  get SIGTERM, too, when this process ends without having waited for them (on
   Linux). A status is negative if a signal ended the worker.
 
   Raises:
@@ -135,7 +125,9 @@ def start_local(number: int, arguments: Sequence[str]) -> list[int]:
   workers: list[subprocess.Popen] = []
   note = lambda number, _: received.append(number)
   replaced = {
-    each: signal.signal(each, note) for each in (signal.SIGTERM, signal.SIGINT)
+    each: signal.signal(each, note)
+    for each in signals.REQUESTS
+    if signal.getsignal(each) != signal.SIG_IGN
   }
   try:
     for index, environment in enumerate(environments):
@@ -182,7 +174,7 @@ def _start(index, number, arguments, environment) -> subprocess.Popen:
   command = (sys.executable, *arguments, '--worker')
   with share_of_cores(index, number):  # a child inherits them
     return subprocess.Popen(
-      [sys.executable, '-Sc', _START, str(os.getpid()), *command],
+      processes.tied(command),
       env=environment,
       stdin=subprocess.DEVNULL,
       # A terminal's Ctrl-C reaches it through this process only.

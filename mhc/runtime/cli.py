@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import runpy
+import signal
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ from mhc.runtime import machine
 from mhc.runtime import multihost
 from mhc.runtime import paths
 from mhc.runtime import preemption
+from mhc.runtime import signals
 
 # The folder configs/ of a clone, mhc/configs/ of an installed package.
 CONFIGS = next(
@@ -48,9 +50,17 @@ def define_config(default: str):
   """Defines --config: a config file, its settings as --config.NAME."""
   # Not as the flag's default: ml_collections would first apply the overrides to
   # that, even those for another file. In sys.argv, which workers start with.
+  try:
+    # What a --flagfile holds is as if it had been typed: ml_collections looks
+    # for overrides in sys.argv.
+    sys.argv[1:] = flags.FLAGS.read_flags_from_files(sys.argv[1:])
+  except flags.Error as error:
+    _fail(str(error))
   if not any(re.match('--?config(=|$)', argument) for argument in sys.argv):
     sys.argv.insert(1, f'--config={CONFIGS / default}.py')
   sys.argv[1:] = _with_configs(sys.argv[1:])
+  # A config may import its neighbours.
+  sys.path.append(str(pathlib.Path(_given_config(sys.argv)[0]).parent))
   config_flags.DEFINE_config_file(
     'config',
     help_string='Config file, or the name of one of configs/, such as smoke; '
@@ -167,6 +177,7 @@ def run(
   With `words`, main receives all words. One that `computes` is for a GPU or
   TPU where there is one: a line says so if JAX cannot use it.
   """
+  console.never_fail()
   machine.skip_search()
   app.run(
     lambda rest: _guarded(functools.partial(main, *rest[1:]), computes),
@@ -198,7 +209,8 @@ def _guarded(main, computes):
     for name in FOLDERS:
       if name in flags.FLAGS and (given := flags.FLAGS[name].value):
         flags.FLAGS[name].value = paths.local(given, f'--{name}')
-    main()
+    with signals.Handlers(_stop_status(), multihost.count):
+      main()
   except (Exception, KeyboardInterrupt) as error:
     status = _explain(error)
     ended = isinstance(error, multihost.RunRefused | multihost.RunStopped)
@@ -232,6 +244,12 @@ def _leave(status):
   os._exit(status)
 
 
+def _stop_status() -> int | None:
+  """--stop_status, of a main that has it."""
+  names = flags.FLAGS
+  return names['stop_status'].value if 'stop_status' in names else None
+
+
 def _explain(error) -> int:
   """Reports why this process ends; returns its exit status."""
   match error:
@@ -241,6 +259,11 @@ def _explain(error) -> int:
       if error.status is None:
         return flags.FLAGS.stop_status
       return error.status
+    case signals.Ended(number=number) if number != signal.SIGINT:
+      status = _stop_status()
+      again = '.' if status is None else f', as nothing was to save. {AGAIN}'
+      console.print_line(f'\n{number.name}: ended{again}')
+      return 128 + number if status is None else status
     case KeyboardInterrupt():
       if multihost.is_first():
         console.print_line(f'\nInterrupted. {AGAIN}')
@@ -304,19 +327,29 @@ def _find_config(value: str) -> str:
   return ':'.join([path, *argument])
 
 
-def _check_names(arguments):
-  """Checks that every --config.NAME is a setting of the file of --config."""
+def _given_config(arguments: list[str]) -> tuple[str, str]:
+  """The path that --config gives and the argument after its colon."""
   joined = '\0'.join(arguments)  # --config=FILE and --config FILE alike
   given = re.findall('(?:^|\0)--?config[=\0]([^\0]*)', joined)
   path, _, argument = ''.join(given[-1:]).partition(':')
+  return path, argument
+
+
+def _check_names(arguments):
+  """Checks that every --config.NAME is a setting of the file of --config."""
+  path, argument = _given_config(arguments)
   if not pathlib.Path(path).is_file():
     names = sorted(file.stem for file in CONFIGS.glob('[!_]*.py'))
     raise ValueError(
       f'--config={path} does not exist: give a file, or one of '
       f'{", ".join(names)}'
     )
-  get_config = runpy.run_path(path)['get_config']
-  values = get_config(argument) if argument else get_config()
+  try:
+    get_config = runpy.run_path(path)['get_config']
+    values = get_config(argument) if argument else get_config()
+  except Exception as error:  # it is somebody's program
+    kind = type(error).__name__
+    raise ValueError(f'--config={path} fails: {kind}: {error}') from error
   known = [f'config.{name}' for name in dicts.leaves(values.to_dict())]
   for override in arguments:
     name = override.lstrip('-').split('=', 1)[0]

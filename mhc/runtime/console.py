@@ -1,12 +1,18 @@
 """Console output of a run: lines and a progress bar.
 
 They go to stderr; in a notebook to stdout, whose cells show it in black, and
-the bar is a widget if ipywidgets is installed.
+the bar is a widget if ipywidgets is installed. What cannot be said, because the
+reader of a pipe is gone or the disk of a log is full, is not said: no work is
+lost for it.
 """
 
+import contextlib
 import importlib.util
+import io
+import os
 import re
 import sys
+from typing import TextIO
 
 import tqdm
 
@@ -80,6 +86,72 @@ def _bar(**options):
     file=_stream() if live else _LogStream(),
     ncols=None if sys.stderr.isatty() else 110,
   )
+
+
+def never_fail():
+  """Makes the standard streams drop what they cannot write."""
+  for number in range(3):
+    try:
+      os.fstat(number)
+    except OSError:  # closed: the next file that is opened would become it
+      os.open(os.devnull, os.O_RDWR)
+  for name in ('stdout', 'stderr'):
+    stream = getattr(sys, name)
+    if stream is None or stream.closed:  # as after `2>&-`
+      stream = open(os.devnull, 'w')  # noqa: SIM115, for the process's life
+    if not isinstance(stream, _Heedless):
+      setattr(sys, name, _Heedless(stream))
+
+
+class _Heedless(io.TextIOBase):
+  """A stream of text whose writes never fail."""
+
+  def __init__(self, stream: TextIO):
+    self._stream = stream
+
+  def write(self, text: str) -> int:
+    with contextlib.suppress(OSError, ValueError):
+      self._stream.write(text)
+    return len(text)
+
+  def flush(self):
+    try:
+      self._stream.flush()
+    except (OSError, ValueError):
+      self._drop_buffered()
+
+  def isatty(self) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+      return self._stream.isatty()
+    return False
+
+  def fileno(self) -> int:
+    return self._stream.fileno()
+
+  @property
+  def encoding(self) -> str:
+    return self._stream.encoding
+
+  @property
+  def errors(self) -> str | None:
+    return self._stream.errors
+
+  @property
+  def buffer(self):
+    return self._stream.buffer
+
+  def _drop_buffered(self):
+    """Gives what is buffered to nobody: it would fail again at the exit."""
+    with contextlib.suppress(OSError, ValueError):
+      number = self._stream.fileno()
+      kept, nobody = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+      try:
+        os.dup2(nobody, number)
+        self._stream.flush()
+      finally:
+        os.dup2(kept, number)
+        os.close(kept)
+        os.close(nobody)
 
 
 class _LogStream:

@@ -1,115 +1,56 @@
-"""Output files of a run: JSON lines, atomically replaced files, TensorBoard."""
+"""Files that are written whole: replaced at once, read with one clear error."""
 
 from collections.abc import Mapping
 import contextlib
-import errno
 import json
 import math
 import os
 import pathlib
+from typing import IO, Any
 import uuid
 
 import numpy as np
 
-from mhc.runtime import console
-
-
-class JsonLines:
-  """A file of one JSON object a line, each with a `step`.
-
-  On resume, lines past the restored step, or more than `most`, are dropped, as
-  is a line that a killed process left half-written. Numbers that are not finite
-  become null.
-  """
-
-  def __init__(
-    self,
-    path: pathlib.Path,
-    last_step: int | None = None,
-    most: int | None = None,
-  ):
-    kept = read_lines(path)[:most]
-    if last_step is not None:
-      kept = [line for line in kept if line['step'] <= last_step]
-    text = ''.join(map(_line, kept))
-    replace(path, text)
-    self._file = path.open('ab', buffering=0)
-    self._size, self._waiting, self._name = len(text), b'', path.name
-
-  def write(self, step: int, values: Mapping):
-    """Writes a line; on a full disk, as soon as there is room again."""
-    first = not self._waiting
-    self._waiting += _line({'step': step, **values}).encode()
-    try:
-      written = self._file.write(self._waiting)
-      if written < len(self._waiting):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-      with contextlib.suppress(OSError):
-        self._file.truncate(self._size)
-      if first:
-        console.print_line(
-          f'NOT WRITTEN: {self._name}: {error}. Its lines wait for room.'
-        )
-      return
-    self._size += written
-    self._waiting = b''
-
-  def close(self):
-    if self._waiting:
-      console.print_line(f'NOT WRITTEN: the last lines of {self._name}')
-    self._file.close()
-
-
-def read_lines(path: pathlib.Path) -> list[dict]:
-  """Returns the objects of a JSON-lines file, up to the first broken line."""
-  lines = []
-  if path.exists():
-    for line in path.read_text().splitlines():
-      try:
-        lines.append(json.loads(line))
-      except ValueError:
-        break
-  return lines
+_NUMBERS = range(2, 10**4)
 
 
 def replace(path: pathlib.Path, text: str, *, shared: bool = False):
-  """Replaces a file atomically: a killed process leaves the old or the new.
+  """Replaces a file: a kill, or a loss of power, leaves the old or the new.
 
   With `shared`, other processes may do the same at a time.
   """
-  middle = f'.{uuid.uuid4().hex}' if shared else ''
-  partial = path.with_name(f'{path.name}{middle}.partial')
-  partial.write_text(text)
-  partial.replace(path)
+  _replace(path, lambda file: file.write(text.encode()), shared)
 
 
 def replace_array(path: pathlib.Path, array: np.ndarray):
   """`replace` for an array, as a .npy file."""
-  partial = path.with_name(path.name + '.partial')
-  with partial.open('wb') as file:
-    np.save(file, array)
-  partial.replace(path)
+  _replace(path, lambda file: np.save(file, array), False)
 
 
-class TensorBoard:
-  """A copy of the scalars for TensorBoard."""
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a file that holds one JSON object.
 
-  def __init__(self, workdir: pathlib.Path):
-    import tensorboardX  # slow to import and off by default
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it holds something else; the message names the file.
+  """
+  data = path.read_bytes()
+  try:
+    values = json.loads(data)
+  except (ValueError, RecursionError) as error:
+    what = 'is empty' if not data.strip() else f'is not JSON ({error})'
+    raise ValueError(f'{path} is damaged: it {what}') from None
+  if not isinstance(values, dict):
+    found = json.dumps(values)[:30]
+    raise ValueError(f'{path} is damaged: it holds {found}, not an object')
+  return values
 
-    self._writer = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
 
-  def write(self, step: int, values: Mapping):
-    for name, value in values.items():
-      self._writer.add_scalar(name, value, step)
-
-  def close(self):
-    self._writer.close()
-
-
-def _line(values: Mapping) -> str:
-  return json.dumps(jsonable(values), allow_nan=False) + '\n'
+def set_aside(path: pathlib.Path) -> pathlib.Path:
+  """Renames a file to NAME.old, NAME.old-2, ...; returns its new path."""
+  names = (f'{path.name}.old', *(f'{path.name}.old-{n}' for n in _NUMBERS))
+  target = next(p for n in names if not (p := path.with_name(n)).exists())
+  return path.rename(target)
 
 
 def jsonable(value):
@@ -125,3 +66,24 @@ def jsonable(value):
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
+
+
+def sync(file: IO[bytes]):
+  """Asks the system to write a file to the disk itself, where it can."""
+  file.flush()
+  with contextlib.suppress(OSError):  # some file systems cannot
+    os.fsync(file.fileno())
+
+
+def _replace(path, write, shared):
+  middle = f'.{uuid.uuid4().hex}' if shared else ''
+  partial = path.with_name(f'{path.name}{middle}.partial')
+  try:
+    with partial.open('wb') as file:
+      write(file)
+      sync(file)
+    partial.replace(path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      partial.unlink()
+    raise

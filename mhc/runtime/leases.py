@@ -224,6 +224,38 @@ def take(
   return Lease(folder, name, generation, since, watcher.patience, lost)
 
 
+def take_when_free(
+  folder: pathlib.Path,
+  name: str,
+  patience: float = PATIENCE,
+  lost: Callable[[Lease], None] = end_process,
+  poll_s: float = 0.5,
+) -> Lease:
+  """Takes a job, if need be after `patience` seconds without a sign of life.
+
+  Raises:
+    ValueError: another process does it, alive; the message names it.
+  """
+  watcher, newest, said = Watcher(patience), None, False
+  while True:
+    if lease := take(folder, name, watcher, lost):
+      return lease
+    generation = watcher.newest(folder)[name]
+    content = _read(_file(folder, name, generation))
+    if _is_alive_here(_parse(content)) or newest not in (None, content):
+      raise ValueError(
+        f'{folder.parent} is in use by {held_by(folder, name)}: wait for it, '
+        'end it, or choose another folder'
+      )
+    if not said:
+      console.print_line(
+        f'{folder.parent}: waiting up to {patience:g} s for a sign of life of '
+        f'{held_by(folder, name)}'
+      )
+    newest, said = content, True
+    time.sleep(min(poll_s, patience / BEATS))
+
+
 def held_by(folder: pathlib.Path, name: str) -> str:
   """Returns a line for people: "host 'a', process 123, generation 2"."""
   generation = _generations(folder).get(name)
@@ -303,13 +335,15 @@ def _place() -> _Place:
   return _Place(socket.gethostname(), boot, namespace)
 
 
-def _is_gone(values) -> bool:
-  """Whether the process of a claim was one of this host, and has ended."""
+def _is_here(values) -> bool:
+  """Whether the process of a claim was one of this host."""
   place, pid = _place(), values.get('pid')
   if None in place or not isinstance(pid, int) or pid <= 0:
     return False
-  if any(values.get(key) != part for key, part in place._asdict().items()):
-    return False
+  return all(values.get(key) == part for key, part in place._asdict().items())
+
+
+def _has_ended(pid) -> bool:
   try:
     os.kill(pid, 0)
   except ProcessLookupError:
@@ -317,3 +351,14 @@ def _is_gone(values) -> bool:
   except (PermissionError, OverflowError):
     pass
   return False
+
+
+def _is_gone(values) -> bool:
+  """Whether the process of a claim was one of this host, and has ended."""
+  return _is_here(values) and _has_ended(values['pid'])
+
+
+def _is_alive_here(values) -> bool:
+  """Whether the process of a claim is one of this host, and holds it."""
+  held = values.get('released') is not True
+  return held and _is_here(values) and not _has_ended(values['pid'])

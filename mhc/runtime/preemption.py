@@ -1,44 +1,44 @@
-"""Preemption: a checkpoint and a stop on a signal, or at a deadline.
+"""Preemption: a run that trains asks whether it should save and stop.
 
-The first SIGTERM (what a preemption notice becomes on cloud machines, under
-Slurm and on Kubernetes) or SIGINT (Ctrl-C) requests a checkpoint after the
-current step; a second one ends the process at once. The deadline is by a
+It should on a signal (`mhc.runtime.signals`) or at a deadline, which is by a
 monotonic clock.
 
 With several processes, JAX's runtime notifies each of a SIGTERM to any of them,
 and all stop after the same step. Until then JAX handles every SIGTERM, since
-each process may receive one of its own; while they save, the first in a
-process is logged, a second one ends it at once. SIGINT ends them at once.
+each process may receive one of its own; SIGHUP becomes one. While they save,
+signals are handled as those of a process alone. SIGINT ends them at once.
 """
 
+import contextlib
 import os
 import re
 import signal
 import time
 
 from mhc.runtime import multihost
+from mhc.runtime import signals
 
 UNITS = {'': 1.0, 's': 1.0, 'm': 60.0, 'h': 3600.0}
 
 
 class StopSignal:
-  """A context in which signals request a stop instead of ending the process."""
+  """A context in which a run that trains asks whether it should stop."""
 
   def __init__(self, deadline: float | None = None):
     """`deadline` is a time of `time.monotonic`."""
     self._deadline = deadline
-    self._received: signal.Signals | None = None
-    self._replaced = {}
+    self._own = contextlib.ExitStack()
+    self._handlers = None
 
   def __enter__(self) -> 'StopSignal':
     if multihost.count() == 1:
-      self._handle(signal.SIGTERM, signal.SIGINT)
+      self._handle()
     return self
 
   def __exit__(self, *_):
-    for number, handler in self._replaced.items():
-      if handler is not None:  # not one of C++, which Python cannot restore
-        signal.signal(number, handler)
+    if self._handlers is not None:
+      self._handlers.saves = False
+    self._own.close()
 
   def stopping(self, step: int) -> multihost.RunStopped | None:
     """Returns why to save and stop after this step; None to go on.
@@ -52,36 +52,26 @@ class StopSignal:
         os.kill(os.getpid(), signal.SIGTERM)  # which notifies the others
       if not multihost.stopping(step):
         return None
-      if not self._replaced:
+      if self._handlers is None:
         # Replaces JAX's handler, which has notified all by now.
-        self._handle(signal.SIGTERM)
+        self._handle()
+        if self._handlers is not None:
+          self._handlers.take(signal.SIGTERM)
       return multihost.RunStopped('SIGTERM', step)
-    if self._received is not None:
-      status = 130 if self._received == signal.SIGINT else None
-      return multihost.RunStopped(self._received.name, step, status)
+    received = self._handlers and self._handlers.received
+    if received:
+      status = 130 if received == signal.SIGINT else None
+      return multihost.RunStopped(received.name, step, status)
     if late:
       return multihost.RunStopped('the time is up', step)
     return None
 
-  def _handle(self, *numbers):
-    try:
-      for number in numbers:
-        self._replaced[number] = signal.signal(number, self._on_signal)
-    except ValueError:  # only the main thread may do this
-      self._replaced = {}
-
-  def _on_signal(self, number, frame):
-    del frame
-    self._received = signal.Signals(number)
-    for each in self._replaced:
-      # Not KeyboardInterrupt, which would wait for a save in progress.
-      signal.signal(each, signal.SIG_DFL)
-    # Not by print, which may be what was interrupted.
-    os.write(
-      2,
-      f'\n{self._received.name}: will save after this step and end; a second '
-      'signal ends at once\n'.encode(),
-    )
+  def _handle(self):
+    if signals.Handlers.current() is None:
+      self._own.enter_context(signals.Handlers(processes=multihost.count))
+    self._handlers = signals.Handlers.current()
+    if self._handlers is not None:  # only the main thread may have them
+      self._handlers.saves = True
 
 
 def seconds(text: str) -> float:

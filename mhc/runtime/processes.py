@@ -1,14 +1,38 @@
-"""Work spread over processes of this machine."""
+"""Processes of this machine: work spread over them, commands tied to it."""
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import process
 import multiprocessing
 from multiprocessing import connection
 import os
 import signal
+import sys
 import threading
+
+# Becomes the command, which gets SIGTERM when its parent ends, even by SIGKILL.
+# Not by subprocess's preexec_fn, which may deadlock beside JAX's threads.
+_TIED = """
+import ctypes, os, signal, sys
+parent, *command = sys.argv[1:]
+try:
+  ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+except (OSError, AttributeError):
+  pass  # not Linux
+if os.getppid() != int(parent):
+  sys.exit(128 + signal.SIGTERM)
+os.execv(command[0], command)
+"""
+
+
+def tied(command: Sequence[str]) -> list[str]:
+  """The command, to be told by SIGTERM when this process ends (on Linux).
+
+  It is to be started by this process itself, and from the main thread: Linux
+  means the end of the thread.
+  """
+  return [sys.executable, '-Sc', _TIED, str(os.getpid()), *command]
 
 
 def num_cores() -> int:

@@ -8,6 +8,7 @@
 
 A state is copied off the devices at once and written in the background, under a
 temporary name until it is complete: a killed process leaves the previous one.
+It counts as saved when its record and its first array have been read again.
 Processes that train together write it together, each its part of the arrays;
 other processes, on another mesh, can resume from it.
 
@@ -26,6 +27,7 @@ import tempfile
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mhc import config as config_lib
@@ -101,6 +103,7 @@ class Checkpoints:
     self._states = self._workdir / workdir_lib.CHECKPOINTS
     self._reading, self._failed = reading, failed
     self._writing: int | None = None
+    self._written_record = ''  # digest of the record that is being written
     self._last_save_ok = True
     self._open()
     self._closing = contextlib.ExitStack()
@@ -129,7 +132,7 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return
     record = checkpoint_record.make(self._config, state, extra)
-    self._writing = step
+    self._writing, self._written_record = step, record['sha256']
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
     )
@@ -198,7 +201,31 @@ class Checkpoints:
   def _written(self):
     self._manager.wait_until_finished()
     self._manager.check_for_errors()
+    self._read_back(self._writing)
     self._writing = None
+
+  def _read_back(self, step):
+    """Reads a little of what was written.
+
+    Raises:
+      Corrupted: it is not there, or not the same.
+    """
+    self._manager.reload()
+    if step not in self._manager.all_steps():
+      raise Corrupted(f'{self._states / str(step)} is not found again')
+    record = self._load(step, {'record': ocp.args.JsonRestore()})['record']
+    if record.get('sha256') != self._written_record:
+      raise Corrupted('its record is not the one that was written')
+    args = ocp.args.PyTreeRestore(
+      item={'step': np.zeros((), np.int32)},
+      restore_args={'step': ocp.RestoreArgs(restore_type=np.ndarray)},
+      partial_restore=True,
+    )
+    where = self._states / str(step) / 'state'
+    with ocp.PyTreeCheckpointer() as reader:
+      found = orbax_workarounds.in_thread(lambda: reader.restore(where, args))
+    if int(found['step']) != step:
+      raise Corrupted(f'it is read as the state after step {found["step"]}')
 
   def _attempt(self, action):
     step = self._writing
@@ -208,9 +235,10 @@ class Checkpoints:
     except Exception as error:  # storage and Orbax raise many classes
       self._writing, self._last_save_ok = None, False
       reason = _one_line(error)
+      others = {*self._finished()} - {step}
       console.print_line(
         f'NOT SAVED: the state after step {step}: {reason}. Training goes on; '
-        f'the last one on disk is {max(self._finished(), default="none")}.'
+        f'the last one on disk is {max(others, default="none")}.'
       )
       self._failed(step, reason)
       self._start_over()

@@ -4,9 +4,6 @@ A step's metrics are fetched after the next step has been dispatched, so that
 the device does not wait for the host; before it, if something is due after the
 step (evaluation, a probe, a checkpoint). The decisions of guards depend on
 neither, see `guards`.
-
-The lines of metrics and probes (`workdir`) of steps that were rolled back, or
-repeated after a kill, are dropped; those of events are kept.
 """
 
 import math
@@ -27,6 +24,7 @@ from mhc.runtime import preemption
 from mhc.training import checkpoint
 from mhc.training import evaluate
 from mhc.training import guards as guards_lib
+from mhc.training import records
 from mhc.training import step as step_lib
 from mhc.training import workdir as workdir_lib
 
@@ -61,9 +59,7 @@ class Loop:
     self._mixture = mixture
     self._rows = partition.rows_here(config.data.batch_size, step.mesh)
     self._guards = guards_lib.Guards(config)
-    self._sinks, self._events = {}, None
-    self._num_events = 0
-    self._early_events = []  # from before their file is open
+    self._records = records.Records(config, workdir)
     self._last_inputs = self._inputs = None
     self._position = None  # in the data, after the last step's batch
     self._rolled_back_to = None  # the step of the last rollback's state
@@ -83,26 +79,16 @@ class Loop:
       raise
 
   def _begin(self):
-    extra, early = self._restore(), self._early_events
+    extra = self._restore()
     if extra is not None:
       self._batches.set_state(extra['data'])
       self._guards.restore(extra['guards'])
-    self._num_events = extra['events'] if extra else 0
-    self._early_events = []
-    if multihost.is_first():
-      self._events = files.JsonLines(
-        self._workdir / workdir_lib.EVENTS, most=self._num_events
-      )
-    for step, values in early:
-      self._event(step, **values)
 
   def __enter__(self) -> 'Loop':
     return self
 
   def __exit__(self, *_):
-    for sink in (*self._sinks.values(), self._events):
-      if sink is not None:
-        sink.close()
+    self._records.close()
     self._bar.close()
     self._batches.close()  # and the threads that read ahead
     self._checkpoints.__exit__()
@@ -147,7 +133,7 @@ class Loop:
       if stopped or self._is_due('checkpoint_every'):
         self._save()
       if stopped:
-        self._must_be_saved(str(stopped))
+        self._must_be_saved(stopped.why)
         raise stopped
     self._must_be_saved('The run has come to its end')
     # A run that was killed after its last save has no steps left.
@@ -238,15 +224,12 @@ class Loop:
     rows = self._heldout.periodic[: self._config.probe_sequences, :-1]
     rows = partition.put(rows, self._compiled.mesh, partition.REPLICATED)
     profile = jax.device_get(self._compiled.probe(self._state, rows))
-    if 'probes' in self._sinks:
-      self._sinks['probes'].write(self._step, profile)
+    self._records.probe(self._step, profile)
     self._clock = time.perf_counter()
     return profile
 
   def _record(self, step, values):
-    for name, sink in self._sinks.items():
-      if name != 'probes':
-        sink.write(step, values)
+    self._records.metrics(step, values)
     self._bar.update()
     self._bar.set_postfix_str(
       f'loss {values["loss/train"]:.3f}, '
@@ -254,13 +237,6 @@ class Loop:
       refresh=False,
     )
     self._clock = time.perf_counter()
-
-  def _event(self, step, **values):
-    self._num_events += 1
-    if self._events is not None:
-      self._events.write(step, values)
-    elif multihost.is_first():
-      self._early_events.append((step, values))
 
   def _rolled_back(self, events, pending) -> bool:
     """Follows the most severe policy; returns whether it rolled back.
@@ -272,7 +248,7 @@ class Loop:
     for event in events:
       if multihost.is_first():
         console.print_line(f'guard: {event}')
-      self._event(**event._asdict())
+      self._records.event(**event._asdict())
     if policy == 'stop':
       raise guards_lib.Stop(f'stopped by a guard: {events[-1]}')
     if policy != 'rollback':
@@ -284,7 +260,7 @@ class Loop:
     self._rolled_back_to = self._step
     # Continue with the data after the alert.
     self._batches.set_state(pending.position)
-    self._event(
+    self._records.event(
       pending.step, guard='rollback', metric='back to step', value=self._step
     )
     if multihost.is_first():
@@ -305,17 +281,10 @@ class Loop:
     self._step = int(self._state.step)
     self._bar.n = self._bar.initial = self._step
     self._bar.refresh()
-    for sink in self._sinks.values():
-      sink.close()
-    if multihost.is_first():
-      self._sinks = {
-        name: files.JsonLines(self._workdir / f'{name}.jsonl', self._step)
-        for name in ('metrics', 'probes')
-      }
-      if self._config.tensorboard:
-        self._sinks['tensorboard'] = files.TensorBoard(self._workdir)
+    extra = saved and saved.extra
+    self._records.open(self._step, extra and extra.get('records'))
     self._clock = time.perf_counter()
-    return saved and saved.extra
+    return extra
 
   def _save(self):
     self._checkpoints.save(
@@ -323,13 +292,13 @@ class Loop:
       {
         'data': self._position,
         'guards': self._guards.state(),
-        'events': self._num_events,
+        'records': self._records.positions(),
       },
     )
     self._clock = time.perf_counter()
 
   def _not_saved(self, step, reason):
-    self._event(step, guard='save', metric=reason, policy='log')
+    self._records.event(step, guard='save', metric=reason, policy='log')
 
   def _must_be_saved(self, why):
     for _ in range(2):
@@ -338,6 +307,6 @@ class Loop:
       self._save()
     if not self._checkpoints.wait():
       raise OSError(
-        f'{why}, but the state after step {self._step} could not be saved: '
+        f'{why}: the state after step {self._step} could not be saved: '
         'make room; the same command then goes on from the last one saved'
       )

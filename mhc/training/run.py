@@ -4,6 +4,7 @@ With several processes (`multihost`) each does all of this, and the first one
 writes the files; all of them must see the same work directory.
 """
 
+import contextlib
 import json
 import pathlib
 from typing import NamedTuple
@@ -24,8 +25,10 @@ from mhc.parallel.placement import Placement
 from mhc.runtime import accelerators
 from mhc.runtime import console
 from mhc.runtime import files
+from mhc.runtime import leases
 from mhc.runtime import multihost
 from mhc.runtime import preemption
+from mhc.runtime import signals
 from mhc.runtime import source
 from mhc.training import checkpoint
 from mhc.training import loop
@@ -63,8 +66,16 @@ def train(
     multihost.RunStopped: the run received a signal, or `deadline` (of
       `time.monotonic`) has passed; it is saved.
     guards.Stop: a guard stopped it.
+    signals.Ended: a signal came before there was anything to save.
   """
+  signals.check()
   data = _prepare(config)
+  with _alone(workdir, config):
+    return _train(config, workdir, data, label, deadline)
+
+
+def _train(config, workdir, data, label, deadline) -> dict:
+  """`train` by the only process, or group of them, in the folder."""
   summary = _claim(config, workdir, data.mixture)
   if summary is not None:
     return summary
@@ -85,6 +96,18 @@ def train(
       line = json.dumps(files.jsonable(summary), indent=2) + '\n'
       files.replace(workdir / workdir_lib.SUMMARY, line)
   return summary
+
+
+@contextlib.contextmanager
+def _alone(workdir, config):
+  """Holds the run, so that no other start trains in the same folder."""
+  lease = None
+  with multihost.raise_together():
+    if multihost.is_first():
+      workdir_lib.check(workdir, config)
+      lease = leases.take_when_free(workdir / workdir_lib.LOCK, 'run')
+  with lease or contextlib.nullcontext():
+    yield
 
 
 def _prepare(config) -> Data:

@@ -29,12 +29,13 @@ def keep(workdir: pathlib.Path, mixture: mixture_lib.Mixture):
     files.replace(file, json.dumps(now, indent=2) + '\n')
     return
   try:
-    begun = json.loads(file.read_text())
+    begun = files.read_json(file)
     same = begun['sha256'] == now['sha256']
     then = f'{begun["train_tokens"]:,} tokens to train on'
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
-      f'{file} is damaged ({error}): delete it to go on with the text as it is'
+      f'{file} does not say what the text was ({error}): delete it to go on '
+      'with the text as it is'
     ) from None
   if not same:
     raise ValueError(

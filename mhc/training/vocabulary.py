@@ -32,7 +32,7 @@ def keep(workdir: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer | None):
     text = tokenizer.description
     if not (workdir / TOKENIZER).exists():
       files.replace(workdir / TOKENIZER, text)
-    if (workdir / TOKENIZER).read_text() == text:
+    if (workdir / TOKENIZER).read_bytes() == text.encode():
       return
   raise ValueError(
     f'{workdir} holds a run on another vocabulary than data.path now has: give '

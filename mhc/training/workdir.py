@@ -11,6 +11,8 @@
     damaged/STEP        corrupted states
     heldout.npy         nats of each held-out row at the end, float32 [rows]
     tensorboard/        a copy of the metrics, if `tensorboard` is set
+    *.old               records that a resumed run did not find as it left them
+    lock/               who trains it now, see `mhc.runtime.leases`
     summary.json        written last: size, data, losses and devices of the run
 
 This module reads everything but the parameters, which are read by
@@ -19,6 +21,7 @@ This module reads everything but the parameters, which are read by
 
 from collections.abc import Mapping
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -30,6 +33,11 @@ CONFIG, SUMMARY = 'config.json', 'summary.json'
 HELDOUT = 'heldout.npy'
 METRICS, PROBES, EVENTS = 'metrics.jsonl', 'probes.jsonl', 'events.jsonl'
 CHECKPOINTS, DAMAGED = 'checkpoints', 'damaged'
+TENSORBOARD, LOCK = 'tensorboard', 'lock'
+# Names in a summary that every reader takes for given.
+NEEDED = 'heldout_nats', 'heldout_bits_per_byte', 'num_params', 'tokens'
+# Names that only a run makes: without a config, a run has lost it.
+PARTS = SUMMARY, METRICS, PROBES, EVENTS, CHECKPOINTS, DAMAGED, HELDOUT
 
 # Settings that may change when a run is resumed, beside those of the mesh: none
 # enters the computation, except microbatch_size for what depends on the tokens
@@ -48,12 +56,36 @@ MUTABLE_ON_RESUME = (
 )
 
 
+def check_path(workdir: pathlib.Path):
+  """Checks that every library that is given the path can use it.
+
+  Raises:
+    ValueError: it has characters that one of them takes for a pattern, or that
+      are no text.
+  """
+  text = str(workdir.absolute())
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise ValueError(
+      f'{os.fsencode(text)!r} is not UTF-8: choose another --workdir, or give '
+      'a link to it'
+    ) from None
+  if bad := sorted({*text} & {*'*?[]{}', *map(chr, range(32)), '\x7f'}):
+    raise ValueError(
+      f'--workdir={text!r} has {", ".join(map(repr, bad))} in its path, which '
+      'the checkpoint library takes for a pattern: choose another, or give a '
+      'link to it'
+    )
+
+
 def check(workdir: pathlib.Path, config: config_lib.Config):
   """Checks that `workdir` is unused or holds this run; changes nothing.
 
   Raises:
     ValueError: it holds something else, or a run with other settings.
   """
+  check_path(workdir)
   if (workdir / CONFIG).exists():
     difference = other_setting(dicts.leaves(read_config(workdir)), config)
     if difference:
@@ -62,9 +94,10 @@ def check(workdir: pathlib.Path, config: config_lib.Config):
       )
   elif workdir.exists() and not workdir.is_dir():
     raise ValueError(f'{workdir} is a file: choose a folder as --workdir')
-  elif workdir.exists() and any(workdir.iterdir()):
+  elif parts := [name for name in PARTS if (workdir / name).exists()]:
     raise ValueError(
-      f'{workdir} is not empty and holds no run: choose another --workdir'
+      f'{workdir} holds {", ".join(parts)} of a run but no {CONFIG}: put that '
+      'back, or choose another --workdir'
     )
 
 
@@ -99,14 +132,29 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
   """
   file = workdir / CONFIG
   try:
-    return dicts.from_dict(config_lib.Config, json.loads(file.read_text()))
+    values = files.read_json(file)
   except FileNotFoundError:
     raise ValueError(f'{workdir} holds no run: no {file}') from None
-  except (ValueError, TypeError) as error:
+  try:
+    return dicts.from_dict(config_lib.Config, values)
+  except (ValueError, TypeError, RecursionError) as error:
     raise ValueError(f'{file} is not a readable config: {error}') from None
 
 
 def read_summary(workdir: pathlib.Path) -> dict | None:
-  """Reads the summary of a finished run; None for an unfinished one."""
+  """Reads the summary of a finished run; None for an unfinished one.
+
+  Raises:
+    ValueError: it is damaged.
+  """
   file = workdir / SUMMARY
-  return json.loads(file.read_text()) if file.exists() else None
+  if not file.exists():
+    return None
+  summary = files.read_json(file)
+  for name in NEEDED:
+    if name not in summary:
+      raise ValueError(
+        f'{file} is damaged: it has no {name!r}; delete it, and the command '
+        'that trained the run makes it again'
+      )
+  return summary

@@ -165,3 +165,38 @@ def test_panels_are_chosen_by_name():
   comparison.check_panels(['tune'])
   with pytest.raises(ValueError, match="'tunes' must be one of"):
     comparison.check_panels(['tunes'])
+
+
+@pytest.mark.parametrize(
+  'name', ['../../x', 'a/b', '', '.x', 'a b', 'a\nb', 'x' * 201, '[a]', '-x']
+)
+def test_names_of_folders_are_names(name):
+  with pytest.raises(ValueError, match='becomes the name of a folder'):
+    comparison_lib.Comparison(panels={name: comparison_lib.Panel()})
+  own = ((name, (('model.connection.kind', 'mhc'),)),)
+  panel = comparison_lib.Panel(
+    kinds=('residual', name), designs=own, role='explore'
+  )
+  with pytest.raises(ValueError, match='becomes the name of a folder'):
+    comparison_lib.Comparison(panels={'p': panel})
+
+
+def test_folders_of_the_comparison_are_no_panels():
+  for name in ('timing', 'leases', 'figures'):
+    with pytest.raises(ValueError, match='is a folder of the comparison'):
+      comparison_lib.Comparison(panels={name: comparison_lib.Panel()})
+
+
+def test_rates_that_differ_in_the_seventh_digit_are_two_runs():
+  rates = 0.001, 0.0010000001
+  panel = comparison_lib.Panel(
+    learning_rates=rates, kinds=('residual',), seeds=(0,), role='explore'
+  )
+  names = [
+    cell.name
+    for cell in comparison_lib.Comparison(panels={'p': panel}).cells('p')
+  ]
+  assert names == [
+    'p/residual-b4-lr0.001-s0',
+    'p/residual-b4-lr0.0010000001-s0',
+  ]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 from example_configs import TINY_RUN
@@ -16,6 +17,8 @@ from mhc import config
 from mhc.config import comparison as comparison_lib
 from mhc.experiments import claims
 from mhc.experiments import contrasts
+from mhc.experiments import declared
+from mhc.experiments import html
 from mhc.experiments import report
 from mhc.experiments import results
 from mhc.experiments import run_all
@@ -208,6 +211,47 @@ def test_a_page_is_drawn_again_when_it_may_differ(
   file.write_text(json.dumps(told) + '\n')
   assert drawn('0123456789-dirty', keep=True)
   assert drawn('0123456789-dirty', keep=True)  # changed in between, perhaps
+
+
+@pytest.mark.usefixtures('no_pictures')
+def test_damaged_runs_are_left_out_and_named(finished, tmp_path, capsys):
+  _, workdir = finished
+  copy = shutil.copytree(workdir, tmp_path / 'copy')
+  runs = copy / 'small'
+  (runs / 'hc-b1-lr0.003-s1/summary.json').write_text('')
+  (runs / 'hc-b1-lr0.003-s0/summary.json').write_text('{"tokens": 1}')
+  (runs / 'mhc-b1-lr0.003-s0/probes.jsonl').unlink()
+  (runs / 'mhc-b1-lr0.003-s1/config.json').write_text('null')
+  (runs / 'residual-b1-lr0.003-s1/heldout.npy').write_bytes(b'\x93NUMPY')
+  values = report.render(copy)
+  assert [row['variant'] for row in values['rows']] == ['residual']
+  for text in ((copy / 'report.md').read_text(), capsys.readouterr().err):
+    for file, what in (
+      ('hc-b1-lr0.003-s1/summary.json', 'it is empty'),
+      ('hc-b1-lr0.003-s0/summary.json', "it has no 'heldout_nats'"),
+      ('mhc-b1-lr0.003-s0/probes.jsonl', 'it is gone'),
+      ('mhc-b1-lr0.003-s1/config.json', 'it holds null'),
+      ('residual-b1-lr0.003-s1/heldout.npy', ''),
+    ):
+      assert f'{file} is damaged: {what}' in text
+  assert declared.read(copy).panels.keys() == {'small'}
+  assert declared.read(tmp_path) is None
+  for content in ('', '[]', '{}', '{"panels": 3}', '{"panels": {"a": 1}}'):
+    (copy / 'comparison.json').write_text(content)
+    with pytest.raises(ValueError, match=r'comparison\.json is '):
+      report.render(copy)
+
+
+def test_names_in_markdown_are_text():
+  """As in HTML: a file or a panel may have any name."""
+  name = '<script>x</script> [a](javascript:b) & ![c](d)\n# no heading'
+  parts = [html.Heading(2, name), name, html.Table(['a'], [[name + '|']])]
+  text = html.markdown(parts)
+  assert '](' not in text
+  text += html.markdown([html.Details(name, parts)])
+  assert '<script' not in text
+  assert not re.search('^# no', text, re.MULTILINE)
+  assert html.markdown(['a **b** `c_d`']) == 'a **b** `c_d`\n'
 
 
 def test_a_second_comparison_trains_nothing(finished, capsys):

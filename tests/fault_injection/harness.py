@@ -23,7 +23,7 @@ import faults
 import jax
 import numpy as np
 
-from mhc.runtime import files as files_lib
+from mhc.runtime import json_lines
 from mhc.training import checkpoint
 from mhc.training import state as state_lib
 from mhc.training import step as step_lib
@@ -152,7 +152,7 @@ class Run:
 
   def outcome(self) -> tuple[list[dict], state_lib.TrainState]:
     """Returns every step's metrics except times, and the last checkpoint."""
-    lines = files_lib.read_lines(self.workdir / 'metrics.jsonl')
+    lines = json_lines.read_lines(self.workdir / 'metrics.jsonl')
     config = workdir_lib.read_config(self.workdir)
     one = dataclasses.replace(config.mesh, num_devices=1)
     programs = step_lib.build(dataclasses.replace(config, mesh=one))
@@ -285,9 +285,9 @@ def nan_batch(run: Run, chance: random.Random) -> str:
   run.wrapper = (faults.__file__, 'nan')
   said = killed(run, chance)
   run.finish()
-  lines = files_lib.read_lines(run.workdir / 'metrics.jsonl')
+  lines = json_lines.read_lines(run.workdir / 'metrics.jsonl')
   skipped = sum(line['optimizer/skipped'] for line in lines)
-  events = files_lib.read_lines(run.workdir / 'events.jsonl')
+  events = json_lines.read_lines(run.workdir / 'events.jsonl')
   if not skipped or not any(e['guard'] == 'nonfinite' for e in events):
     raise Failure(f'{skipped:.0f} updates skipped, events {events}')
   return f'{skipped:.0f} updates skipped, killed {said}'

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import types
 
 import plain_python
@@ -251,3 +252,28 @@ def test_one_of_many_takes_over(tmp_path):
     claim(tmp_path, name, mine(host='other'))
   out, error = plain_python.start(RACE, tmp_path, 0.5, *names).communicate()
   assert (sorted(out.split()), error) == (names, '')
+
+
+def test_a_start_beside_a_live_one_is_refused_and_a_dead_one_followed(
+  tmp_path, capsys
+):
+  folder = tmp_path / 'run' / 'lock'
+  held = leases.take(folder, 'run', leases.Watcher())
+  with pytest.raises(ValueError, match=rf'run is in use by .* {os.getpid()},'):
+    leases.take_when_free(folder, 'run')
+  held.release()
+  with leases.take_when_free(folder, 'run') as mine:
+    assert mine.generation == 1
+  # Of another host: whether it lives is seen by its signs alone.
+  values = {'host': 'other', 'pid': 7, 'sign_of_life': '0'}
+  other = claim(folder, 'run', json.dumps(values), 2)
+  with leases.take_when_free(folder, 'run', 0.3, poll_s=0.02) as mine:
+    assert mine.generation == 3
+  said = capsys.readouterr().err
+  assert said.count("sign of life of host 'other', process 7") == 1
+  other = claim(folder, 'run', json.dumps(values), 4)
+  beat = threading.Timer(0.2, lambda: other.write_text(json.dumps(values)[:-1]))
+  beat.start()
+  with pytest.raises(ValueError, match='is in use by an unreadable claim'):
+    leases.take_when_free(folder, 'run', 5.0)
+  beat.join()

@@ -8,7 +8,7 @@ tests/fault_injection kills one of two.
 import pytest
 from slow import multi_process as full
 
-from mhc.runtime import files
+from mhc.runtime import json_lines
 from mhc.runtime import multihost
 from mhc.training import evaluate
 from mhc.training import workdir as workdir_lib
@@ -62,13 +62,13 @@ def test_the_same_losses_as_one_process_with_another_mesh(
     assert max(far.values()) < full.BOUND
   names = sorted(path.name for path in one.iterdir())
   assert sorted(path.name for path in together.iterdir()) == names
-  probes = files.read_lines(together / 'probes.jsonl')
+  probes = json_lines.read_lines(together / 'probes.jsonl')
   assert [probe['step'] for probe in probes] == [STEPS]
   # The folder says with what the run ended, and can be evaluated so.
   assert workdir_lib.read_config(copy).mesh.pipe == 1
   assert workdir_lib.read_config(together).mesh.pipe == 2
   scores = evaluate.evaluate_checkpoint(copy, None, 8)
-  last = files.read_lines(together / 'metrics.jsonl')[-1]
+  last = json_lines.read_lines(together / 'metrics.jsonl')[-1]
   assert scores['loss/heldout'] == pytest.approx(last['loss/heldout'], rel=1e-5)
 
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from mhc import config
 from mhc.config import dicts
-from mhc.runtime import files
+from mhc.runtime import json_lines
 from mhc.training import checkpoint
 from mhc.training import run
 from mhc.training import workdir as workdir_lib
@@ -127,7 +127,8 @@ def difference(folder: pathlib.Path, reference: pathlib.Path) -> dict:
   parameters whose gradients are rounding errors, and Adam scales those up.
   """
   both = [
-    files.read_lines(path / 'metrics.jsonl') for path in (folder, reference)
+    json_lines.read_lines(path / 'metrics.jsonl')
+    for path in (folder, reference)
   ]
   assert [line['step'] for line in both[0]] == [
     line['step'] for line in both[1]
@@ -245,7 +246,7 @@ def main():
     process = start(workdir, long, 2, 1)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
-      if len(files.read_lines(workdir / 'metrics.jsonl')) > 20:
+      if len(json_lines.read_lines(workdir / 'metrics.jsonl')) > 20:
         break
       time.sleep(0.1)
     process.send_signal(signal.SIGTERM)

@@ -16,7 +16,7 @@ from mhc.config import dicts
 from mhc.data import batches
 from mhc.data import mixture as mixture_lib
 from mhc.parallel import partition
-from mhc.runtime import files
+from mhc.runtime import json_lines
 from mhc.training import guards
 from mhc.training import loop
 from mhc.training import run as run_lib
@@ -196,8 +196,8 @@ def run(text, workdir, monkeypatch, bad=(), **settings):
   try:
     run_lib.train(config, workdir)
   finally:
-    events = files.read_lines(workdir / 'events.jsonl')
-  lines = files.read_lines(workdir / 'metrics.jsonl')
+    events = json_lines.read_lines(workdir / 'events.jsonl')
+  lines = json_lines.read_lines(workdir / 'metrics.jsonl')
   return events, lines, seen
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from mhc.data import rows as rows_lib
-from mhc.runtime import files
+from mhc.runtime import json_lines
+from mhc.runtime import leases
 from mhc.training import dissect
 from mhc.training import evaluate
 from mhc.training import run
@@ -32,7 +34,7 @@ def with_text(text, **changes):
 
 
 def losses(workdir):
-  lines = files.read_lines(workdir / 'metrics.jsonl')
+  lines = json_lines.read_lines(workdir / 'metrics.jsonl')
   assert [line['step'] for line in lines] == list(range(1, len(lines) + 1))
   return [(line['loss/train'], line['grad/global_norm']) for line in lines]
 
@@ -47,10 +49,10 @@ def finished(text, tmp_path_factory):
 
 def test_a_run_leaves_its_record(finished):
   workdir, summary = finished
-  lines = files.read_lines(workdir / 'metrics.jsonl')
+  lines = json_lines.read_lines(workdir / 'metrics.jsonl')
   assert len(losses(workdir)) == 12
   assert [x['step'] for x in lines if 'loss/heldout' in x] == [6, 12]
-  probes = files.read_lines(workdir / 'probes.jsonl')
+  probes = json_lines.read_lines(workdir / 'probes.jsonl')
   assert [probe['step'] for probe in probes] == [0, 5, 10, 12]
   assert np.array(probes[0]['mean']).shape == (2, 4, 4)
   assert np.array(probes[0]['pre_mean']).shape == (2, 4)
@@ -69,14 +71,21 @@ def test_a_finished_run_is_not_run_again(finished, text):
   assert (workdir / 'metrics.jsonl').stat().st_mtime_ns == before
 
 
-def test_other_settings_are_refused_and_nothing_is_written(finished, text):
+def test_other_settings_are_refused_and_nothing_is_written(
+  finished, text, tmp_path
+):
   workdir, _ = finished
   names = sorted(str(p) for p in workdir.rglob('*'))
   model = dataclasses.replace(TINY.model, num_blocks=2)
   with pytest.raises(ValueError, match=r'num_blocks=1, this one has 2'):
     run.train(with_text(text, model=model), workdir)
-  with pytest.raises(ValueError, match='not empty'):
-    run.train(with_text(text), workdir.parent)
+  (tmp_path / 'checkpoints').mkdir()
+  with pytest.raises(ValueError, match=r'checkpoints of a run but no config'):
+    run.train(with_text(text), tmp_path)
+  assert [p.name for p in tmp_path.iterdir()] == ['checkpoints']
+  for name in ('br[1]', 'a*b', 'a\nb', 'caf\udce9'):
+    with pytest.raises(ValueError, match=r'choose another.*a link to it'):
+      run.train(with_text(text), workdir / name)
   with pytest.raises(ValueError, match='is a file'):
     run.train(with_text(text), workdir / 'summary.json')
   assert sorted(str(p) for p in workdir.rglob('*')) == names
@@ -89,6 +98,11 @@ def test_a_state_that_cannot_be_gone_on_from(finished, text, tmp_path):
   (workdir / 'summary.json').unlink()
   for state in (workdir / 'checkpoints').iterdir():
     shutil.rmtree(state / 'state')
+  with (
+    leases.take(workdir / 'lock', 'run', leases.Watcher()),
+    pytest.raises(ValueError, match=rf'in use by .*process {os.getpid()}'),
+  ):
+    run.train(with_text(text), workdir)
   policy = asyncio.get_event_loop_policy()
   with pytest.raises(ValueError, match='no intact checkpoint'):
     run.train(with_text(text), workdir)
@@ -148,12 +162,13 @@ def test_gone_on_bit_for_bit(finished, text, tmp_path):
   metrics = workdir / 'metrics.jsonl'
   *lines, _, _ = metrics.read_text().splitlines(keepends=True)
   metrics.write_text(''.join(lines) + '{"step": 11, "loss/tr')
+  (workdir / 'notes.txt').write_text("a user's own")
 
   resumed = run.train(with_text(text), workdir)
   assert losses(workdir) == losses(uninterrupted)
   assert resumed['heldout_nats'] == summary['heldout_nats']
   probes = [
-    files.read_lines(folder / 'probes.jsonl')
+    json_lines.read_lines(folder / 'probes.jsonl')
     for folder in (workdir, uninterrupted)
   ]
   assert probes[0] == probes[1]
@@ -178,50 +193,6 @@ def test_an_end_that_cannot_be_saved_is_not_one(
   said = capsys.readouterr().err
   assert 'NOT SAVED: the state after step 12: [Errno 28]' in said
   assert 'the last one on disk is 8' in said
-
-
-def test_lines_past_the_restored_step_are_cut(tmp_path):
-  path = tmp_path / 'lines.jsonl'
-  first = files.JsonLines(path, 0)
-  for step in range(1, 6):
-    first.write(step, {'x': float('nan') if step == 2 else step / 3})
-  first.close()
-  second = files.JsonLines(path, 3)
-  second.write(4, {'x': 7})
-  second.close()
-  got = [(line['step'], line['x']) for line in files.read_lines(path)]
-  assert got == [(1, 1 / 3), (2, None), (3, 1.0), (4, 7)]
-
-
-class Full:
-  """A file on a disk with room for so many bytes."""
-
-  def __init__(self, file, room):
-    self.file, self.room = file, room
-
-  def write(self, data):
-    self.room -= (taken := min(self.room, len(data)))
-    return self.file.write(data[:taken])
-
-  def __getattr__(self, name):
-    return getattr(self.file, name)
-
-
-def test_lines_wait_for_room_on_the_disk(tmp_path, capsys):
-  path = tmp_path / 'metrics.jsonl'
-  lines = files.JsonLines(path, 0)
-  lines.write(1, {'loss': 1.0})
-  lines._file = Full(lines._file, 30)
-  for step in (2, 3, 4):
-    lines.write(step, {'loss': 1.0})
-  # Nothing half-written, and said once.
-  assert [line['step'] for line in files.read_lines(path)] == [1, 2]
-  assert path.read_text().endswith('}\n')
-  assert capsys.readouterr().err.count('NOT WRITTEN') == 1
-  lines._file.room = 10_000
-  lines.write(5, {'loss': 1.0})
-  lines.close()
-  assert [line['step'] for line in files.read_lines(path)] == [1, 2, 3, 4, 5]
 
 
 def test_a_config_of_another_version_is_named(tmp_path):
@@ -270,7 +241,7 @@ def test_a_mixture_is_trained_on_and_scored_by_its_parts(
   for one in sources:
     tokens = summary['tokens'] * one['weight']
     assert one['epochs'] == tokens / one['train_tokens']
-  last = files.read_lines(tmp_path / 'run' / 'metrics.jsonl')[-1]
+  last = json_lines.read_lines(tmp_path / 'run' / 'metrics.jsonl')[-1]
   names = pathlib.Path(text).name, 'other.jsonl'
   parts = [last[f'loss/heldout/{name}'] for name in names]
   assert min(parts) < last['loss/heldout'] < max(parts)
