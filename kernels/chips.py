@@ -101,3 +101,21 @@ CHIPS = {
     topology='tpu7x:2x2x1',
   ),
 }
+
+# Dense bfloat16 FLOPs a second, from NVIDIA's data sheets (half of those "with
+# sparsity"), by JAX's name for the device.
+GPU_FLOPS = {
+  'NVIDIA A100-SXM4-40GB': 312e12,
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H200': 989e12,
+  'NVIDIA GH200 480GB': 989e12,
+  'NVIDIA B200': 2250e12,
+  'NVIDIA L4': 121e12,
+}
+
+
+def peak_flops(kind: str) -> float | None:
+  """FLOPs a second of a device, bfloat16, by JAX's name; None if unknown."""
+  of_tpus = {chip.kind: chip.flops for chip in CHIPS.values()}
+  return (of_tpus | GPU_FLOPS).get(kind)

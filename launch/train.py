@@ -12,6 +12,7 @@ from absl import flags
 from mhc import config as config_lib
 from mhc.runtime import cli
 from mhc.runtime import multihost
+from mhc.training import profile
 from mhc.training import run
 
 WORKDIR = flags.DEFINE_string(
@@ -20,15 +21,18 @@ WORKDIR = flags.DEFINE_string(
 cli.define_config('tiny')
 cli.define_processes()
 cli.define_end()
+cli.define_profile()
 
 
 def main():
   config = cli.config(config_lib.Config)
+  profiled = profile.steps(flags.FLAGS.profile_steps)
   cli.join()
   summary = run.train(
     config,
     pathlib.Path(WORKDIR.value),
     deadline=cli.deadline(),
+    profiled=profiled,
   )
   if multihost.is_first():
     print(

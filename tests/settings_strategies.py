@@ -59,6 +59,7 @@ WORDS = {
   'data.path': [str(ROOT / name) for name in ('tests/*.py', 'kernels/*.py')],
   'data.mixture': [f'{ROOT}/tests/*.py=1', f'{ROOT}/kernels/*.py=2', 'a=b'],
   'data.text_field': ['text', 'content'],
+  'wandb': [''],
   'kinds': config_lib.KINDS,
   'title': ['', 'Depth'],
   'tuned_on': ['', 'main', 'rates'],

@@ -111,8 +111,10 @@ class Panel:
           f'panel.axes: {axis}={values!r} must be a tuple of values'
         )
     own = tuple(name for name, _ in self.designs)
-    for kind in (*self.kinds, self.partner):
-      checks.one_of('panel.kinds', kind, (*config_lib.KINDS, *CONTROLS, *own))
+    known = (*config_lib.KINDS, *CONTROLS, *own)
+    for kind in self.kinds:
+      checks.one_of('panel.kinds', kind, known)
+    checks.one_of('panel.partner', self.partner, known)
     if self.margin <= 0:
       raise ValueError(f'panel.margin={self.margin} must be positive')
     self._check_contrasts()

@@ -270,6 +270,12 @@ class Config:
   keep_checkpoints: int = 2
   keep_every: int = 0
   tensorboard: bool = False
+  # A project of Weights & Biases, which then gets a copy of the metrics; ''
+  # for none. WANDB_MODE=offline keeps it in the run's folder.
+  wandb: str = ''
+  # What a run is doing is printed, with the stacks of its threads, when it has
+  # got nowhere for as many seconds; 0 for never.
+  watchdog_s: float = 600.0
 
   def __post_init__(self):
     checks.check_types(self)
@@ -289,6 +295,7 @@ class Config:
       'checkpoint_every',
       'keep_every',
       'final_sequences',
+      'watchdog_s',
     )
     if self.probe_sequences > self.eval_sequences:
       raise ValueError(

@@ -11,6 +11,7 @@ import functools
 import jax
 
 from mhc import config as config_lib
+from mhc.kernels import chips
 from mhc.model import parameters
 from mhc.model import transformer
 from mhc.parallel import memory
@@ -42,6 +43,20 @@ def count(
     + 3 * _stream_flops(config),
     'activation_bytes_per_token': sum(memory.activations(config).values()),
   }
+
+
+def peak_tokens_per_s(
+  config: config_lib.Config, mesh: jax.sharding.Mesh
+) -> float | None:
+  """Tokens a second at the devices' peak, which MFU is a share of.
+
+  None for devices whose peak is unknown, such as CPUs.
+  """
+  peak = chips.peak_flops(mesh.devices.flat[0].device_kind)
+  if peak is None:
+    return None
+  counted = count(config.model, config.data.seq_len)
+  return mesh.size * peak / counted['flops_per_token']
 
 
 @functools.lru_cache(maxsize=64)

@@ -105,6 +105,16 @@ def define_end():
   )
 
 
+def define_profile():
+  """Defines the flag for a profile of some steps."""
+  flags.DEFINE_string(
+    'profile_steps',
+    None,
+    'FIRST:LAST: a profile of these steps, such as 10:15, in profile/ of the '
+    "run's folder, for xprof and Perfetto.",
+  )
+
+
 def define_tokenizer() -> flags.FlagHolder:
   """Defines the vocabulary of a run whose own is unknown."""
   return flags.DEFINE_string(

@@ -33,6 +33,8 @@ class JsonLines:
   ):
     """Opens the file of a run that goes on after `last_step`.
 
+    `dropped` then holds the lines of later steps.
+
     Args:
       path: of the file, which need not exist.
       last_step: lines of later steps are dropped.
@@ -40,10 +42,12 @@ class JsonLines:
     """
     self.damage = ''  # what was found, for people
     data = path.read_bytes() if path.exists() else b''
+    lines = _parse(data)
+    self.dropped = [line for line in lines if line['step'] > last_step]
     if position is not None and _matches(data, position):
       data = data[: position['size']]
     else:
-      kept = [x for x in _parse(data) if x['step'] <= last_step]
+      kept = [line for line in lines if line['step'] <= last_step]
       if position is not None:
         self.damage = _set_aside(path, position, len(kept))
       data = b''.join(map(_line, kept))

@@ -35,6 +35,15 @@ def describe() -> str:
   return '\n'.join([*lines, f'WARNING: {problem}'] if problem else lines)
 
 
+def identity() -> dict[str, str | int]:
+  """What the last bits of a computation depend on, beside its mesh."""
+  first = jax.devices()[0]
+  found = {'device': first.device_kind, 'jax': jax.__version__}
+  if first.platform == 'cpu':
+    found['CPU cores'] = len(os.sched_getaffinity(0))
+  return found
+
+
 def _versions(names):
   for name in names:
     try:

@@ -199,8 +199,12 @@ class Checkpoints:
     self._manager.save(step, args=args)
 
   def _written(self):
-    self._manager.wait_until_finished()
-    self._manager.check_for_errors()
+    with multihost.raise_together():
+      try:
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+      except Exception as error:  # of any class, see `_attempt`
+        raise OSError(_one_line(error)) from error
     self._read_back(self._writing)
     self._writing = None
 
@@ -208,24 +212,18 @@ class Checkpoints:
     """Reads a little of what was written.
 
     Raises:
-      Corrupted: it is not there, or not the same.
+      multihost.RunRefused, ValueError: it is not there, or not the same.
     """
     self._manager.reload()
-    if step not in self._manager.all_steps():
-      raise Corrupted(f'{self._states / str(step)} is not found again')
-    record = self._load(step, {'record': ocp.args.JsonRestore()})['record']
-    if record.get('sha256') != self._written_record:
-      raise Corrupted('its record is not the one that was written')
-    args = ocp.args.PyTreeRestore(
-      item={'step': np.zeros((), np.int32)},
-      restore_args={'step': ocp.RestoreArgs(restore_type=np.ndarray)},
-      partial_restore=True,
-    )
-    where = self._states / str(step) / 'state'
-    with ocp.PyTreeCheckpointer() as reader:
-      found = orbax_workarounds.in_thread(lambda: reader.restore(where, args))
-    if int(found['step']) != step:
-      raise Corrupted(f'it is read as the state after step {found["step"]}')
+    with multihost.raise_together():
+      if step not in self._manager.all_steps():
+        raise ValueError(f'{self._states / str(step)} is not found again')
+      if multihost.is_first():
+        record, number = _read_little(self._states / str(step))
+        if record.get('sha256') != self._written_record:
+          raise ValueError('its record is not the one that was written')
+        if number != step:
+          raise ValueError(f'it is read as the state after step {number}')
 
   def _attempt(self, action):
     step = self._writing
@@ -340,6 +338,31 @@ def check_room(workdir: pathlib.Path, abstract: state_lib.TrainState):
       f'{workdir} has {free / 2**20:,.0f} MiB free and a checkpoint takes '
       f'{need / 2**20:,.0f}: make room or choose another --workdir'
     )
+
+
+def _read_little(where: pathlib.Path) -> tuple[dict[str, Any], int]:
+  """The record of a state and its first array, read by this process alone."""
+  me = multihost.index()
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}, barrier_sync_key_prefix='alone'
+  )
+  of_json = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+  of_arrays = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+  args = ocp.args.PyTreeRestore(
+    item={'step': np.zeros((), np.int32)},
+    restore_args={'step': ocp.RestoreArgs(restore_type=np.ndarray)},
+    partial_restore=True,
+  )
+
+  def read(handler, name, args):
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+      return reader.restore(where / name, args=args)
+
+  def both():
+    record = read(of_json, 'record', ocp.args.JsonRestore())
+    return record, int(read(of_arrays, 'state', args)['step'])
+
+  return orbax_workarounds.in_thread(both)
 
 
 def _restore_args(abstract):

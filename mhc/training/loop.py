@@ -16,18 +16,24 @@ import jax
 from mhc import config as config_lib
 from mhc.data import batches as batches_lib
 from mhc.data import mixture as mixture_lib
+from mhc.parallel import counts
 from mhc.parallel import partition
 from mhc.runtime import console
 from mhc.runtime import files
+from mhc.runtime import machine
 from mhc.runtime import multihost
+from mhc.runtime import phases
 from mhc.runtime import preemption
 from mhc.training import checkpoint
 from mhc.training import evaluate
 from mhc.training import guards as guards_lib
+from mhc.training import profile
 from mhc.training import records
 from mhc.training import step as step_lib
+from mhc.training import timeline
 from mhc.training import workdir as workdir_lib
 
+SAVING = 'saving'
 DUE = ('eval_every', 'probe_every', 'checkpoint_every')
 
 
@@ -53,6 +59,7 @@ class Loop:
     heldout: batches_lib.Heldout,
     mixture: mixture_lib.Mixture,
     label: str | None,
+    profiled: profile.Steps | None = None,
   ):
     self._config, self._workdir, self._compiled = config, workdir, step
     self._batches, self._heldout = batches, heldout
@@ -60,6 +67,8 @@ class Loop:
     self._rows = partition.rows_here(config.data.batch_size, step.mesh)
     self._guards = guards_lib.Guards(config)
     self._records = records.Records(config, workdir)
+    self._profiler = profile.Profiler(workdir, profiled)
+    self._peak_tokens = counts.peak_tokens_per_s(config, step.mesh)
     self._last_inputs = self._inputs = None
     self._position = None  # in the data, after the last step's batch
     self._rolled_back_to = None  # the step of the last rollback's state
@@ -81,13 +90,32 @@ class Loop:
   def _begin(self):
     extra = self._restore()
     if extra is not None:
+      self._note_machine(extra.get('machine'))
       self._batches.set_state(extra['data'])
       self._guards.restore(extra['guards'])
+
+  def _note_machine(self, then):
+    """Says that sums may now be made in another order."""
+    now = machine.identity()
+    if then in (None, now) or not multihost.is_first():
+      return
+    change = ', '.join(
+      f'{name}: {then.get(name)}, now {now[name]}'
+      for name in now
+      if then.get(name) != now[name]
+    )
+    console.print_line(
+      f'goes on elsewhere ({change}): losses may differ in their last digits'
+    )
+    self._records.event(
+      self._step, guard='machine', metric=change, policy='log'
+    )
 
   def __enter__(self) -> 'Loop':
     return self
 
   def __exit__(self, *_):
+    self._profiler.close()
     self._records.close()
     self._bar.close()
     self._batches.close()  # and the threads that read ahead
@@ -101,6 +129,10 @@ class Loop:
       guards.Stop: a guard stopped it.
       OSError: its end could not be saved.
     """
+    with phases.phase(timeline.TRAINING):
+      return self._run(stop_signal)
+
+  def _run(self, stop_signal):
     pending, values = None, {}
     if self._step == 0 and self._config.probe_every:
       self._write_probe()  # of the initial model
@@ -134,8 +166,10 @@ class Loop:
         self._save()
       if stopped:
         self._must_be_saved(stopped.why)
+        self._records.mark('stopped', self._step)
         raise stopped
     self._must_be_saved('The run has come to its end')
+    self._records.mark('end', self._step)
     # A run that was killed after its last save has no steps left.
     return values or self._evaluated()
 
@@ -147,7 +181,8 @@ class Loop:
   def _dispatch(self) -> Pending:
     skips = self._config.guards.loss_spike == 'skip_step'
     before = time.perf_counter()
-    batch = next(self._batches)
+    with phases.phase('waiting for data'):
+      batch = next(self._batches)
     waited = time.perf_counter() - before
     limit, mesh = self._guards.loss_limit(), self._compiled.mesh
     self._step += 1
@@ -158,7 +193,10 @@ class Loop:
     if inputs != self._last_inputs:
       self._last_inputs = inputs
       self._inputs = self._compiled.inputs(*inputs)
-    with jax.transfer_guard('disallow'):
+    with (
+      self._profiler.step(self._step),
+      jax.transfer_guard('disallow'),
+    ):
       self._state, metrics = self._compiled.train(
         self._state, tokens, self._inputs
       )
@@ -179,6 +217,8 @@ class Loop:
   def _fetch_metrics(self, pending):
     """Returns the metrics of a step, once it is done, and their events."""
     fetched = jax.device_get(pending.metrics)
+    if self._profiler.is_last(pending.step):
+      self._profiler.close()
     values = {name: float(value) for name, value in fetched.items()}
     now = time.perf_counter()
     values['time/step_s'] = now - self._clock
@@ -186,6 +226,8 @@ class Loop:
       self._config.tokens_per_step / values['time/step_s']
     )
     values['time/data_wait_s'] = pending.data_wait_s
+    if self._peak_tokens:
+      values['time/mfu'] = values['time/tokens_per_s'] / self._peak_tokens
     self._clock = now
     return values, self._guards.step(pending.step, pending.limit, values)
 
@@ -193,9 +235,10 @@ class Loop:
     """Held-out loss; at the end of the run over more rows, which are kept."""
     last = self._step == self._config.num_steps
     rows = self._heldout.final if last else self._heldout.periodic
-    nats = evaluate.row_nats(
-      self._compiled, self._state, rows, self._config.data.batch_size
-    )
+    with phases.phase('evaluating'):
+      nats = evaluate.row_nats(
+        self._compiled, self._state, rows, self._config.data.batch_size
+      )
     if last and multihost.is_first():
       files.replace_array(self._workdir / workdir_lib.HELDOUT, nats)
     found = evaluate.losses(nats, rows, self._mixture.tokenizer)
@@ -211,10 +254,10 @@ class Loop:
 
   def _run_probe(self, values) -> list[guards_lib.Event]:
     """Adds the numbers of a probe to the metrics; returns its events."""
-    profile = self._write_probe()
-    values['mhc/gain_fwd_max'] = float(profile['composite_fwd'].max())
-    values['mhc/gain_bwd_max'] = float(profile['composite_bwd'].max())
-    seen = guards_lib.measures(profile)
+    seen_all = self._write_probe()
+    values['mhc/gain_fwd_max'] = float(seen_all['composite_fwd'].max())
+    values['mhc/gain_bwd_max'] = float(seen_all['composite_bwd'].max())
+    seen = guards_lib.measures(seen_all)
     values['mhc/stream_cosine'] = seen['cosine']
     values['mhc/stream_growth'] = seen['growth']
     values['mhc/sinkhorn_residual'] = seen['residual']
@@ -223,19 +266,23 @@ class Loop:
   def _write_probe(self) -> dict[str, Any]:
     rows = self._heldout.periodic[: self._config.probe_sequences, :-1]
     rows = partition.put(rows, self._compiled.mesh, partition.REPLICATED)
-    profile = jax.device_get(self._compiled.probe(self._state, rows))
-    self._records.probe(self._step, profile)
+    with phases.phase('probing'):
+      found = jax.device_get(self._compiled.probe(self._state, rows))
+    self._records.probe(self._step, found)
     self._clock = time.perf_counter()
-    return profile
+    return found
 
   def _record(self, step, values):
+    phases.progress()
     self._records.metrics(step, values)
     self._bar.update()
-    self._bar.set_postfix_str(
-      f'loss {values["loss/train"]:.3f}, '
+    words = [
+      f'loss {values["loss/train"]:.3f}',
       f'{values["time/tokens_per_s"]:,.0f} tokens/s',
-      refresh=False,
-    )
+    ]
+    if 'time/mfu' in values:
+      words.append(f'{values["time/mfu"]:.1%} of the peak')
+    self._bar.set_postfix_str(', '.join(words), refresh=False)
     self._clock = time.perf_counter()
 
   def _rolled_back(self, events, pending) -> bool:
@@ -273,28 +320,32 @@ class Loop:
   def _restore(self) -> dict[str, Any] | None:
     """Restores the newest state, or makes one; returns its other values."""
     compiled = self._compiled
-    saved = self._checkpoints.restore(compiled.saved_state)
-    if saved is None:
-      self._state = compiled.init(self._config.seed)
-    else:
-      self._state = compiled.to_pipeline_order(saved.state)
-    self._step = int(self._state.step)
+    with phases.phase('restoring the state'):
+      saved = self._checkpoints.restore(compiled.saved_state)
+      if saved is None:
+        self._state = compiled.init(self._config.seed)
+      else:
+        self._state = compiled.to_pipeline_order(saved.state)
+      self._step = int(self._state.step)
+      extra = saved and saved.extra
+      self._records.open(self._step, extra and extra.get('records'))
     self._bar.n = self._bar.initial = self._step
     self._bar.refresh()
-    extra = saved and saved.extra
-    self._records.open(self._step, extra and extra.get('records'))
     self._clock = time.perf_counter()
     return extra
 
   def _save(self):
-    self._checkpoints.save(
-      self._compiled.to_depth_order(self._state),
-      {
-        'data': self._position,
-        'guards': self._guards.state(),
-        'records': self._records.positions(),
-      },
-    )
+    with phases.phase(SAVING):
+      self._checkpoints.save(
+        self._compiled.to_depth_order(self._state),
+        {
+          'data': self._position,
+          'guards': self._guards.state(),
+          'records': self._records.positions(),
+          'machine': machine.identity(),
+        },
+      )
+    self._records.mark('saved', self._step)
     self._clock = time.perf_counter()
 
   def _not_saved(self, step, reason):
@@ -302,7 +353,9 @@ class Loop:
 
   def _must_be_saved(self, why):
     for _ in range(2):
-      if self._checkpoints.wait() and self._step in self._checkpoints.steps():
+      with phases.phase(SAVING):
+        saved = self._checkpoints.wait()
+      if saved and self._step in self._checkpoints.steps():
         return
       self._save()
     if not self._checkpoints.wait():

@@ -5,7 +5,7 @@ kill, are dropped; those of events are kept. The first of several processes
 writes them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import pathlib
 from typing import Any
 
@@ -16,6 +16,8 @@ from mhc.runtime import multihost
 from mhc.runtime.json_lines import JsonLines
 from mhc.runtime.json_lines import read_lines
 from mhc.training import tensorboard
+from mhc.training import timeline
+from mhc.training import wandb
 from mhc.training import workdir as workdir_lib
 
 FILES = {
@@ -31,6 +33,7 @@ class Records:
   def __init__(self, config: config_lib.Config, workdir: pathlib.Path):
     self._config, self._workdir = config, workdir
     self._files: dict[str, JsonLines] = {}
+    self._timeline = None
     self._copies = []
     self._early = []  # events from before their file is open
 
@@ -53,12 +56,18 @@ class Records:
       self._files[name] = JsonLines(
         self._workdir / FILES[name], step, (positions or {}).get(name)
       )
+    if first:
+      self._timeline = timeline.Timeline(self._workdir)
+    what = 'start' if first else 'rollback'
+    self.mark(what, step, self._files['metrics'].dropped)
     for copy in self._copies:
       copy.close()
     self._copies = []
     if self._config.tensorboard:
       folder = self._workdir / workdir_lib.TENSORBOARD
       self._copies.append(tensorboard.TensorBoard(folder, step))
+    if self._config.wandb:
+      self._copies.append(wandb.WandB(self._config, self._workdir))
     early, self._early = self._early, []
     for at, values in early:
       self.event(at, **values)
@@ -99,10 +108,16 @@ class Records:
     elif multihost.is_first():
       self._early.append((step, values))
 
+  def mark(self, what: str, step: int, lost: Sequence[Mapping] = ()):
+    """Adds a line to the timeline, see `Timeline.mark`."""
+    if self._timeline is not None:
+      self._timeline.mark(what, step, lost)
+
   def positions(self) -> dict[str, Any]:
     """What has been written, for a checkpoint; it is then on the disk."""
     return {name: file.position() for name, file in self._files.items()}
 
   def close(self):
-    for sink in (*self._files.values(), *self._copies):
+    own = () if self._timeline is None else (self._timeline,)
+    for sink in (*self._files.values(), *self._copies, *own):
       sink.close()

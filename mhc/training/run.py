@@ -27,15 +27,23 @@ from mhc.runtime import console
 from mhc.runtime import files
 from mhc.runtime import leases
 from mhc.runtime import multihost
+from mhc.runtime import phases
 from mhc.runtime import preemption
 from mhc.runtime import signals
 from mhc.runtime import source
+from mhc.runtime import watchdog
 from mhc.training import checkpoint
 from mhc.training import loop
+from mhc.training import profile
 from mhc.training import step as step_lib
 from mhc.training import text
+from mhc.training import timeline
 from mhc.training import vocabulary
+from mhc.training import wandb
 from mhc.training import workdir as workdir_lib
+
+COMPILING = 'compiling the step'
+PATIENT = frozenset({COMPILING})  # what may take an hour
 
 
 class Data(NamedTuple):
@@ -51,6 +59,7 @@ def train(
   workdir: pathlib.Path,
   label: str | None = 'train',
   deadline: float | None = None,
+  profiled: profile.Steps | None = None,
 ) -> dict:
   """Runs `config` to its end and returns its summary.
 
@@ -58,7 +67,8 @@ def train(
   its newest checkpoint, with the losses that it would have had, on any mesh and
   any number of processes.
 
-  `label` stands before its progress bar, None for none.
+  `label` stands before its progress bar, None for none; `profiled` are the
+  steps of a profile.
 
   Raises:
     ValueError, OSError: unusable settings, data or work directory, before any
@@ -69,12 +79,16 @@ def train(
     signals.Ended: a signal came before there was anything to save.
   """
   signals.check()
-  data = _prepare(config)
-  with _alone(workdir, config):
-    return _train(config, workdir, data, label, deadline)
+  timeline.begin()
+  if config.wandb:
+    wandb.check()
+  with phases.phase('reading the data'):
+    data = _prepare(config)
+  with _alone(workdir, config), watchdog.Watchdog(config.watchdog_s, PATIENT):
+    return _train(config, workdir, data, label, deadline, profiled)
 
 
-def _train(config, workdir, data, label, deadline) -> dict:
+def _train(config, workdir, data, label, deadline, profiled) -> dict:
   """`train` by the only process, or group of them, in the folder."""
   summary = _claim(config, workdir, data.mixture)
   if summary is not None:
@@ -82,15 +96,24 @@ def _train(config, workdir, data, label, deadline) -> dict:
   if label is not None and multihost.is_first():
     for line in data.mixture.lines():
       console.print_line(line)
-  step = _compile(config, workdir, shown=label is not None)
+  with phases.phase(COMPILING):
+    step = _compile(config, workdir, shown=label is not None)
   with (
     preemption.StopSignal(deadline) as stop_signal,
     loop.Loop(
-      config, workdir, step, data.batches, data.heldout, data.mixture, label
+      config,
+      workdir,
+      step,
+      data.batches,
+      data.heldout,
+      data.mixture,
+      label,
+      profiled,
     ) as running,
   ):
     values = running.run(stop_signal)
   summary = _summarise(config, step, data, values)
+  summary['goodput'] = timeline.goodput(workdir)
   with multihost.raise_together():
     if multihost.is_first():
       line = json.dumps(files.jsonable(summary), indent=2) + '\n'

@@ -7,6 +7,7 @@
                         loss and the metrics of guards where measured
     probes.jsonl        gains, streams and mean mappings on held-out rows
     events.jsonl        alerts and actions of guards, failed saves
+    timeline.jsonl      where the time went, see `timeline`
     checkpoints/STEP    the states, see `checkpoint`
     damaged/STEP        corrupted states
     heldout.npy         nats of each held-out row at the end, float32 [rows]
@@ -50,6 +51,8 @@ MUTABLE_ON_RESUME = (
   'keep_checkpoints',
   'keep_every',
   'tensorboard',
+  'wandb',
+  'watchdog_s',
   'data.on_damage',
   'data.microbatch_size',
   'data.read_ahead',

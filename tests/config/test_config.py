@@ -106,6 +106,8 @@ probe_every
 probe_sequences
 seed
 tensorboard
+wandb
+watchdog_s
 """
 
 

@@ -39,6 +39,8 @@ OUTSIDE = {
   'keep_checkpoints': 1,
   'eval_sequences': 1,
   'tensorboard': False,
+  'wandb': '',
+  'watchdog_s': 0.0,
   'data.path': '',
   'data.on_damage': 'stop',
   'mesh.overlap': True,

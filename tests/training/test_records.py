@@ -1,6 +1,8 @@
 """The records of a run, when their files or states are not what they were."""
 
 import dataclasses
+import sys
+import types
 
 import pytest
 from tensorboardX.proto import event_pb2
@@ -9,6 +11,7 @@ from mhc import config as config_lib
 from mhc.runtime import json_lines
 from mhc.training import records as records_lib
 from mhc.training import tensorboard
+from mhc.training import wandb
 
 CONFIG = config_lib.Config(checkpoint_every=4)
 
@@ -116,3 +119,21 @@ def test_tensorboard_on_a_full_disk_holds_nothing_up(
   shown = scalars(tmp_path / 'tensorboard')
   assert list(shown) == list(range(1, 101))
   assert all(len(values) == 1 for values in shown.values())
+
+
+def test_wandb_that_fails_costs_the_run_nothing(tmp_path, monkeypatch, capsys):
+  fake = types.ModuleType('wandb')
+  fake.Settings = lambda **_: None
+
+  def fail(**_):
+    raise RuntimeError('no\nnetwork')
+
+  fake.init = fail
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
+  run(tmp_path, range(1, 4), config=dataclasses.replace(CONFIG, wandb='mhc'))
+  assert read(tmp_path, 'metrics') == [1, 2, 3]
+  said = capsys.readouterr().err
+  assert said == 'NOT WRITTEN: Weights & Biases: no network\n'
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(ValueError, match=r"pip install 'mhc-jax\[wandb\]'"):
+    wandb.check()

@@ -2,11 +2,14 @@
 
 import asyncio
 import dataclasses
+import gzip
 import json
 import os
 import pathlib
 import shutil
+import struct
 import tempfile
+import time
 
 from example_configs import TINY_RUN
 import jax
@@ -16,8 +19,11 @@ import pytest
 from mhc.data import rows as rows_lib
 from mhc.runtime import json_lines
 from mhc.runtime import leases
+from mhc.runtime import machine
 from mhc.training import dissect
 from mhc.training import evaluate
+from mhc.training import guards
+from mhc.training import profile
 from mhc.training import run
 from mhc.training import workdir as workdir_lib
 
@@ -146,13 +152,77 @@ def test_a_run_is_dissected_on_one_device(finished):
     dissect.dissect_checkpoint(workdir.parent, 20)
 
 
-def test_tensorboard_mirrors_the_scalars(text, tmp_path):
-  run.train(with_text(text, tensorboard=True), tmp_path / 'run')
-  (events,) = (tmp_path / 'run' / 'tensorboard').iterdir()
+def wandb_scalars(workdir):
+  """The scalars by step in the files of an offline run of W&B."""
+  from wandb.proto import wandb_internal_pb2
+
+  (file,) = workdir.glob('wandb/offline-run-*/*.wandb')
+  data, at, record, found = file.read_bytes(), 7, b'', {}
+  while at + 7 <= len(data):  # blocks of 32 kB
+    if (room := 2**15 - at % 2**15) < 7:
+      at += room
+      continue
+    _, size, kind = struct.unpack('<IHB', data[at : at + 7])
+    record += data[at + 7 : at + 7 + size]
+    at += 7 + size
+    if kind in (1, 4):  # whole, or the last part
+      read = wandb_internal_pb2.Record.FromString(record)
+      record = b''
+      values = {
+        item.key or '/'.join(item.nested_key): json.loads(item.value_json)
+        for item in read.history.item
+      }
+      if values:
+        found[int(values['_step'])] = values
+  return found
+
+
+def test_a_run_that_is_watched(finished, text, tmp_path, monkeypatch, capsys):
+  """Copies for TensorBoard and W&B, a profile, and a step that is stuck."""
+  monkeypatch.setenv('WANDB_MODE', 'offline')
+  workdir, said = tmp_path / 'run', []
+  step = guards.Guards.step
+
+  def stuck(self, number, *given):
+    while number == 7 and 'in stuck' not in ''.join(said) and len(said) < 150:
+      time.sleep(0.2)
+      said.append(capsys.readouterr().err)
+    return step(self, number, *given)
+
+  monkeypatch.setattr(guards.Guards, 'step', stuck)
+  settings = with_text(text, tensorboard=True, wandb='mhc', watchdog_s=0.5)
+  run.train(settings, workdir, profiled=profile.Steps(3, 4))
+  assert 'STUCK: training has got nowhere for ' in ''.join(said)
+  assert 'in stuck' in ''.join(said)
+  assert losses(workdir) == losses(finished[0])
+  lines = json_lines.read_lines(workdir / 'metrics.jsonl')
+  (events,) = (workdir / 'tensorboard').iterdir()
   assert b'loss/heldout' in events.read_bytes()
+  copied = wandb_scalars(workdir)
+  assert list(copied) == [line['step'] for line in lines]
+  for line in lines:
+    values = dict(line)
+    assert values.items() <= (copied[values.pop('step')] | values).items()
+    assert {**values} == {name: copied[line['step']][name] for name in values}
+  (trace,) = workdir.glob('profile/plugins/profile/*/perfetto_trace.json.gz')
+  assert list(trace.parent.glob('*.xplane.pb'))
+  events = json.loads(gzip.decompress(trace.read_bytes()))['traceEvents']
+  numbers = {
+    int(event['args']['step_num'])
+    for event in events
+    if event.get('name') == profile.STEP
+  }
+  assert {3, 4} <= numbers <= {3, 4, 5}
+  summary = json.loads((workdir / 'summary.json').read_text())
+  goodput = summary['goodput']
+  assert 0 < goodput['share'] < 1
+  assert goodput['starts'] == 1
+  assert {'training', 'compiling the step', 'saving', 'evaluating'} <= {
+    *goodput['seconds']
+  }
 
 
-def test_gone_on_bit_for_bit(finished, text, tmp_path):
+def test_gone_on_bit_for_bit(finished, text, tmp_path, monkeypatch, capsys):
   """As after a kill; tests/fault_injection kills, this leaves what would be."""
   uninterrupted, summary = finished
   workdir = tmp_path / 'run'
@@ -164,8 +234,15 @@ def test_gone_on_bit_for_bit(finished, text, tmp_path):
   metrics.write_text(''.join(lines) + '{"step": 11, "loss/tr')
   (workdir / 'notes.txt').write_text("a user's own")
 
-  resumed = run.train(with_text(text), workdir)
+  there = {**machine.identity(), 'CPU cores': 128}
+  with monkeypatch.context() as patch:
+    patch.setattr(machine, 'identity', lambda: there)
+    resumed = run.train(with_text(text), workdir)
   assert losses(workdir) == losses(uninterrupted)
+  told = f'CPU cores: {machine.identity()["CPU cores"]}, now 128'
+  assert f'goes on elsewhere ({told})' in capsys.readouterr().err
+  (event,) = json_lines.read_lines(workdir / 'events.jsonl')
+  assert event['metric'] == told
   assert resumed['heldout_nats'] == summary['heldout_nats']
   probes = [
     json_lines.read_lines(folder / 'probes.jsonl')
