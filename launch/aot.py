@@ -33,15 +33,18 @@ from mhc.pipeline import table as table_lib
 from mhc.planner import draw as draw_step
 from mhc.planner import plan as plan_lib
 from mhc.planner import search
+from mhc.planner import slices
 from mhc.planner import table as plan_table
 from mhc.planner import targets
 from mhc.runtime import cli
+from mhc.runtime import console
 
 COUNT = flags.DEFINE_bool('count', False, 'Print the counts of --config.')
 TOPOLOGY = flags.DEFINE_string(
   'topology',
   None,
-  "Compile for a TPU slice such as v5p:2x2x1, GPUs such as h100:8, or 'cpu'.",
+  "Compile for a TPU slice such as v5p:2x2x1 (or Cloud's v5p-8), GPUs such as "
+  "h100:8, or 'cpu'.",
 )
 AGAINST = flags.DEFINE_list(
   'against',
@@ -92,7 +95,10 @@ def main():
     _draw(config.mesh)
   if TOPOLOGY.value:
     jax.config.update('jax_platforms', 'cpu')
-    _suggest(config) if SUGGEST.value else _plan(config)
+    topology = slices.topology(TOPOLOGY.value)
+    if topology != TOPOLOGY.value:
+      console.print_line(f'{TOPOLOGY.value} is {topology}')
+    (_suggest if SUGGEST.value else _plan)(config, topology)
 
 
 def _draw(mesh):
@@ -107,13 +113,13 @@ def _draw(mesh):
   )
 
 
-def _plan(config):
-  plan = plan_lib.plan_step(config, TOPOLOGY.value)
+def _plan(config, topology):
+  plan = plan_lib.plan_step(config, topology)
   against = [name for name in AGAINST.value if name]
   if config.model.connection.kind == 'residual':
     against = []
   if plan['step_seconds'] is not None:
-    plan |= plan_lib.overheads(config, TOPOLOGY.value, plan, tuple(against))
+    plan |= plan_lib.overheads(config, topology, plan, tuple(against))
   if DRAW_STEP.value:
     draw_step.save(plan, DRAW_STEP.value)
   if JSON.value:
@@ -124,13 +130,13 @@ def _plan(config):
   print(json.dumps(plan) if JSON.value else plan_table.table(plan))
 
 
-def _suggest(config):
-  number = len(targets.devices(TOPOLOGY.value))
-  found = search.suggest(config, TOPOLOGY.value, number)
+def _suggest(config, topology):
+  number = len(targets.devices(topology))
+  found = search.suggest(config, topology, number)
   if JSON.value:
     print(json.dumps([one._asdict() for one in found]))
     return
-  hbm = chips.CHIPS[TOPOLOGY.value.partition(':')[0]].hbm
+  hbm = chips.CHIPS[topology.partition(':')[0]].hbm
   print(search.table(found, config, number, hbm))
 
 

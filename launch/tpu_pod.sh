@@ -2,8 +2,10 @@
 # Trains on a slice of Cloud TPU VMs, from a workstation:
 #
 #   launch/tpu_pod.sh --name=mhc --zone=us-east5-a --type=v5p-1024 --spot \
-#     --workdir=gs://BUCKET/runs/27b -- --config=configs/paper_27b.py
+#     --workdir=gs://BUCKET/runs/27b -- --config=configs/paper_27b.py \
+#     --config.data.path=/tmp/mhc-BUCKET/tokens
 #
+# First launch/preflight.py looks at mesh, memory and text on this machine.
 # Uses the slice of that name, or queues for a new one; copies the current
 # commit to its workers, installs it, starts launch/train.py on all of them and
 # shows the log of worker 0. When a worker dies or the slice is preempted it
@@ -20,8 +22,9 @@
 #   --               then flags of launch/train.py; --max_time ends one attempt,
 #                    after which the run resumes
 #
-# The bucket is mounted on every worker (gcsfuse), the run is files in it. Give
-# it a hierarchical namespace: then a checkpoint is renamed at once.
+# The bucket is mounted on every worker, at /tmp/mhc-BUCKET (gcsfuse); the run is
+# files in it. Give it a hierarchical namespace: then a checkpoint is renamed at
+# once.
 #
 # gcloud must be logged in; for more than one worker, `ssh-add
 # ~/.ssh/google_compute_engine`. Capacity with other terms (a reservation, a
@@ -237,6 +240,17 @@ fi
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 commit=$(git -C "$repo" rev-parse --short=12 HEAD 2> /dev/null) ||
   fail "$repo has no commit: run from a clone, whose commit the workers get"
+
+# What cannot work is refused here, not on a slice that was waited for.
+python=$repo/.venv/bin/python
+if [[ ! -x $python ]]; then
+  note 'no preflight, which needs the Python that make .venv/installed sets up'
+elif [[ -f $repo/launch/preflight.py ]]; then
+  status=0
+  JAX_PLATFORMS=cpu "$python" "$repo/launch/preflight.py" \
+    --topology="$type" "$@" >&2 || status=$?
+  if ((status == 2)); then exit 2; fi
+fi
 
 where=(--zone="$zone")
 if [[ $project ]]; then where+=(--project="$project"); fi

@@ -14,6 +14,10 @@ from mhc import config as config_lib
 from mhc.data import corpus as corpus_lib
 from mhc.data import tokenizer as tokenizer_lib
 
+# A model of more tokens is not meant for the text that is there by default.
+MOST_FOR_BYTES = 4096
+MANY_EPOCHS = 4.0  # from which on repeated text teaches less and less
+
 
 class Mixture(NamedTuple):
   """Corpora and the shares of them in training, which add up to 1."""
@@ -93,6 +97,31 @@ class Mixture(NamedTuple):
     }
 
 
+def epochs_line(mixture: Mixture, tokens: int) -> str:
+  """A line for people if training repeats its text often, '' if not.
+
+  Above four epochs, repetition is worth clearly less than new text (Muennighoff
+  et al., arXiv 2305.16264).
+  """
+  epochs = tokens / mixture.num_train_tokens
+  if epochs <= MANY_EPOCHS:
+    return ''
+  return (
+    f'NOTE: {tokens:,} tokens of training are {epochs:,.0f} epochs of this text'
+  )
+
+
+def check_given(config: config_lib.Config):
+  """Raises ValueError if the default text is not meant for the model."""
+  data, vocab_size = config.data, config.model.vocab_size
+  if not data.path and not data.mixture and vocab_size > MOST_FOR_BYTES:
+    raise ValueError(
+      "data.path is empty, which means the bytes of Python's standard library; "
+      f'a model of {vocab_size:,} tokens is for another text: give data.path '
+      'or data.mixture'
+    )
+
+
 def load(
   config: config_lib.Config, tokenizer: tokenizer_lib.Tokenizer | None = None
 ) -> Mixture:
@@ -102,6 +131,7 @@ def load(
     OSError, ValueError: as `corpus.load`; vocabularies that differ, or do not
       fit the model.
   """
+  check_given(config)
   data = config.data
   found = _load(
     data.sources(), data.on_damage, data.text_field, data.token_dtype, tokenizer

@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import shutil
+import uuid
 
 import jax
 from jaxtyping import Float
@@ -57,14 +58,18 @@ def export(
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise ValueError(f'{out} is not an empty folder: choose another --out')
   state = checkpoint.restore_model(workdir, jax.local_devices(backend='cpu')[0])
-  partial = out.with_name(out.name + '.partial')
-  shutil.rmtree(partial, ignore_errors=True)
+  # A new name: what is there by another is not ours to delete.
+  partial = out.with_name(f'{out.name}.{uuid.uuid4().hex}.partial')
   partial.mkdir(parents=True)
-  shutil.copyfile(workdir / 'config.json', partial / 'config.json')
-  if tokenizer.name != 'bytes':
-    (partial / vocabulary.TOKENIZER).write_text(tokenizer.description)
-  _write(partial, state, config.model, max_bytes)
-  partial.replace(out)
+  try:
+    shutil.copyfile(workdir / 'config.json', partial / 'config.json')
+    if tokenizer.name != 'bytes':
+      (partial / vocabulary.TOKENIZER).write_text(tokenizer.description)
+    _write(partial, state, config.model, max_bytes)
+    partial.replace(out)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
   return int(state.step)
 
 

@@ -6,6 +6,7 @@ every matrix. `partition` says how arrays lie on it.
 """
 
 from collections.abc import Sequence
+import math
 
 import jax
 from jax.experimental import mesh_utils
@@ -35,36 +36,15 @@ def make_mesh(
     devices: to take them from, by default all that JAX sees.
 
   Raises:
-    ValueError: fewer devices exist, the batch does not divide over them, a
-      device's share not into microbatches, these are too few for the
-      pipeline, or some process would have no device to compute on.
+    ValueError: fewer devices exist, or more accelerators than the mesh can
+      use, the batch does not divide over them, a device's share not into
+      microbatches, these are too few for the pipeline, or some process would
+      have no device to compute on.
   """
   processes = jax.process_count() if devices is None else 1
   devices = list(devices or jax.devices())
-  model = config.pipe * config.expert
-  number = config.num_devices
-  if number == 0:
-    fitting = [
-      number
-      for number in range(model, len(devices) + 1, model)
-      if data.batch_size % (number // config.pipe) == 0
-    ]
-    number = max(fitting, default=model)
-  if number > len(devices):
-    raise ValueError(
-      f'mesh.num_devices={number} (mesh.pipe={config.pipe}, '
-      f'mesh.expert={config.expert}), but there are {len(devices)} '
-      f'{devices[0].platform} device(s)'
-    )
-  dp_size = number // config.pipe
-  if data.batch_size % dp_size:
-    raise ValueError(
-      f'data.batch_size={data.batch_size} does not divide over {dp_size} '
-      f'device(s): {number} devices for mesh.num_devices={config.num_devices}, '
-      f'over mesh.pipe={config.pipe}'
-    )
-  num_microbatches(config, data, dp_size)
-  shape = (dp_size // config.expert, config.pipe, config.expert)
+  shape = sizes(config, data, len(devices), devices[0].platform)
+  number = math.prod(shape)
   if devices[0].platform == 'tpu' and number == len(devices) > 1:
     # Axes onto the torus.
     array = mesh_utils.create_device_mesh(
@@ -79,6 +59,50 @@ def make_mesh(
       f'and data.batch_size={data.batch_size} so that more are used'
     )
   return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def sizes(
+  config: config_lib.MeshConfig,
+  data: config_lib.DataConfig,
+  num_devices: int,
+  platform: str,
+) -> tuple[int, int, int]:
+  """The sizes of the axes on so many devices, which need not be there.
+
+  Raises:
+    ValueError: as `make_mesh`.
+  """
+  model = config.pipe * config.expert
+  number = config.num_devices
+  if number == 0:
+    fitting = [
+      number
+      for number in range(model, num_devices + 1, model)
+      if data.batch_size % (number // config.pipe) == 0
+    ]
+    number = max(fitting, default=model)
+    if number < num_devices and platform != 'cpu':
+      raise ValueError(
+        f'mesh.pipe={config.pipe}, mesh.expert={config.expert} and '
+        f'data.batch_size={data.batch_size} use {number} of the {num_devices} '
+        'devices: choose others that divide them, or leave the rest idle by '
+        f'mesh.num_devices={number}'
+      )
+  if number > num_devices:
+    raise ValueError(
+      f'mesh.num_devices={number} (mesh.pipe={config.pipe}, '
+      f'mesh.expert={config.expert}), but there are {num_devices} '
+      f'{platform} device(s)'
+    )
+  dp_size = number // config.pipe
+  if data.batch_size % dp_size:
+    raise ValueError(
+      f'data.batch_size={data.batch_size} does not divide over {dp_size} '
+      f'device(s): {number} devices for mesh.num_devices={config.num_devices}, '
+      f'over mesh.pipe={config.pipe}'
+    )
+  num_microbatches(config, data, dp_size)
+  return dp_size // config.expert, config.pipe, config.expert
 
 
 def num_microbatches(

@@ -66,13 +66,7 @@ def suggest(
     ValueError: the TPU generation is unknown, the run divides over no mesh, or
       nothing fits.
   """
-  generation = topology.partition(':')[0]
-  if generation not in chips.CHIPS:
-    raise ValueError(
-      f'topology={topology!r} names an unknown TPU generation: choose from '
-      f'{", ".join(chips.CHIPS)}'
-    )
-  chip = chips.CHIPS[generation]
+  chip = _chip(topology)
   count = counts.count(config.model, config.data.seq_len)
   routed = _routed(config.model)
   found = [
@@ -89,7 +83,7 @@ def suggest(
   if not fitting:
     least = min(found, key=lambda one: one.bytes)
     raise ValueError(
-      f'nothing fits {num_devices} devices of {generation}: the smallest, '
+      f'nothing fits {num_devices} devices of {topology}: the smallest, '
       f'{least.flags()}, requires {least.bytes / 2**30:.0f} GiB of '
       f'{chip.hbm / 2**30:.0f} per device; use more devices'
     )
@@ -100,6 +94,30 @@ def suggest(
       (one.settings['mesh.pipe'], one.settings['mesh.expert']), one
     )
   return [*best.values()][:number]
+
+
+def estimate(
+  config: config_lib.Config, topology: str, num_devices: int
+) -> Suggestion:
+  """The formulas for a config as it is.
+
+  Raises:
+    ValueError: the TPU generation is unknown.
+  """
+  count = counts.count(config.model, config.data.seq_len)
+  return _estimate(
+    config, {}, num_devices, _chip(topology), count, _routed(config.model)
+  )
+
+
+def _chip(topology) -> chips.Chip:
+  generation = topology.partition(':')[0]
+  if generation not in chips.CHIPS:
+    raise ValueError(
+      f'topology={topology!r} names an unknown TPU generation: choose from '
+      f'{", ".join(chips.CHIPS)}'
+    )
+  return chips.CHIPS[generation]
 
 
 def _candidates(config, num_devices) -> Iterator:

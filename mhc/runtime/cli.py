@@ -30,6 +30,7 @@ from mhc.runtime import console
 from mhc.runtime import machine
 from mhc.runtime import multihost
 from mhc.runtime import paths
+from mhc.runtime import phases
 from mhc.runtime import preemption
 from mhc.runtime import signals
 
@@ -281,11 +282,23 @@ def _explain(error) -> int:
     case ValueError() | OSError() if not flags.FLAGS.traceback:
       _complain(str(error))
       return 2
+  if memory := _out_of_memory(error):
+    _complain(f'out of memory while {phases.failed()}: {memory}')
+    return 2
   if multihost.count() > 1:
     _complain('unexpected exception, traceback follows')
   if multihost.count() > 1 or _stranded():
     traceback.print_exception(error)
   return 1
+
+
+def _out_of_memory(error) -> str:
+  """What could not be had, if that is what the error says; '' if not."""
+  text = ' '.join(str(error).split())[:300]
+  if isinstance(error, MemoryError):
+    return text or 'Python could not allocate an object'
+  signs = 'RESOURCE_EXHAUSTED', "can't start new thread", 'Out of memory'
+  return text if any(sign in text for sign in signs) else ''
 
 
 def _parse(arguments, choices, free):

@@ -26,6 +26,7 @@ class Phases:
     self._stack = [STARTING]
     self._seconds = collections.Counter({STARTING: _process_age()})
     self._since = self._counted = time.monotonic()
+    self._failed, self._error = '', None
 
   @contextlib.contextmanager
   def phase(self, name: str) -> Iterator[None]:
@@ -37,6 +38,10 @@ class Phases:
     self._stack.append(name)
     try:
       yield
+    except BaseException as error:
+      if error is not self._error:
+        self._failed, self._error = name, error
+      raise
     finally:
       self._count()
       self._stack.remove(name)
@@ -48,6 +53,10 @@ class Phases:
   def now(self) -> tuple[str, float]:
     """What goes on, and the seconds since it began or got somewhere."""
     return self._stack[-1], time.monotonic() - self._since
+
+  def failed(self) -> str:
+    """The innermost phase that the last error ended; what goes on, if none."""
+    return self._failed or self._stack[-1]
 
   def seconds(self) -> Mapping[str, float]:
     """The seconds of each phase until now."""
@@ -72,4 +81,4 @@ def _process_age() -> float:
 
 _process = Phases()
 phase, progress = _process.phase, _process.progress
-now, seconds = _process.now, _process.seconds
+now, seconds, failed = _process.now, _process.seconds, _process.failed

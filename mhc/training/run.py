@@ -94,7 +94,10 @@ def _train(config, workdir, data, label, deadline, profiled) -> dict:
   if summary is not None:
     return summary
   if label is not None and multihost.is_first():
+    tokens = config.num_steps * config.tokens_per_step
     for line in data.mixture.lines():
+      console.print_line(line)
+    if line := mixture_lib.epochs_line(data.mixture, tokens):
       console.print_line(line)
   with phases.phase(COMPILING):
     step = _compile(config, workdir, shown=label is not None)

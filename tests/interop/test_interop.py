@@ -537,12 +537,14 @@ def test_other_files_are_refused(run, tmp_path):
     interop.export(tmp_path, tmp_path / 'x')
   with pytest.raises(ValueError, match='holds no run'):
     interop.load(tmp_path)
-  # A process that was killed leaves a folder that is in nobody's way.
-  (tmp_path / 'out.partial').mkdir()
-  (tmp_path / 'out.partial' / 'model.safetensors').write_text('half')
+  # What is there by any other name is somebody's, and stays.
+  mine = tmp_path / 'out.partial' / 'model.safetensors'
+  mine.parent.mkdir()
+  mine.write_text("a user's own")
   out = tmp_path / 'out'
   interop.export(workdir, out)
-  assert not (tmp_path / 'out.partial').exists()
+  assert mine.read_text() == "a user's own"
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'out.partial']
   file = out / 'model.safetensors'
   _, tensors = read(out)
   router = 'layers.2.ffn.router.weight'

@@ -174,6 +174,25 @@ def test_shellcheck(script):
 # --- tpu_pod.sh ---
 
 
+def test_what_cannot_work_is_refused_before_a_slice_is_asked_for(cluster):
+  (cluster.clone / 'launch' / 'preflight.py').touch()
+  cluster.python.unlink()
+  cluster.python.write_text(
+    '#!/bin/sh\necho "$JAX_PLATFORMS $*" >> "$FAKE/looked"\nexit 2\n'
+  )
+  cluster.python.chmod(0o755)
+  result = cluster.pod(*SLICE, '--', *FLAGS)
+  assert result.returncode == 2
+  assert not cluster.lines('calls')
+  (looked,) = cluster.lines('looked')
+  assert looked.startswith('cpu ')
+  assert '/launch/preflight.py --topology=v5p-16 --config=configs/' in looked
+  cluster.python.unlink()
+  result = cluster.pod(*SLICE, '--dry-run', '--', *FLAGS)
+  assert result.returncode == 0, result.stderr
+  assert 'no preflight, which needs the Python that make' in result.stderr
+
+
 def test_pod_dry_run_prints_all_and_runs_nothing(cluster):
   result = cluster.pod(
     *SLICE, '--spot', '--project', 'p', '--retries=3', '--dry-run', '--', *FLAGS
