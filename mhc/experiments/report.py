@@ -139,6 +139,7 @@ def _parts(workdir, comparison, panels, rows, choices, judged, values):
     *sections.axes(workdir, comparison, values['rows']),
     *sections.capabilities(),
     *sections.cost(rows, values['timings']),
+    *sections.goodput(rows),
     *_loads(workdir, panels),
     *_events(workdir, panels, rows),
     *tables.notes(),

@@ -296,8 +296,21 @@ def _row(panel, run, baseline):
     'streams_read': _last(run, 'streams_read', np.mean),
     'flops_ratio': ratio_to_baseline(lambda r: r.flops or math.nan),
     'params_ratio': ratio_to_baseline(lambda r: r.summary['num_params']),
+    **_spent(run.summary.get('goodput')),
     # A run of an earlier version does not know its commit.
     'commit': run.summary.get('commit', ''),
+  }
+
+
+def _spent(goodput) -> dict:
+  """Where the time of a run went; None for one of an earlier version."""
+  if goodput is None:
+    return dict.fromkeys(('goodput', 'wall_s', 'starts', 'lost_steps'))
+  return {
+    'goodput': goodput['share'],
+    'wall_s': goodput['wall_s'],
+    'starts': goodput['starts'],
+    'lost_steps': sum(goodput['lost_steps'].values()),
   }
 
 

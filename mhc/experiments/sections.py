@@ -174,6 +174,37 @@ def contraction(workdir, name, found) -> list[Block]:
   ]
 
 
+def goodput(rows: Rows) -> list[Block]:
+  """Section 13: the share of the runs' time that trained, and what was lost."""
+  groups: dict[tuple[str, str], list] = {}
+  for row in rows:
+    if row['goodput'] is not None:
+      groups.setdefault((row['panel'], row['variant']), []).append(row)
+  if not groups:
+    return []
+  lines = [
+    [
+      panel,
+      figure_style.short(design),
+      f'{sum(row["wall_s"] for row in group) / 60:.1f}',
+      f'{np.median([row["goodput"] for row in group]):.0%}',
+      str(sum(row['starts'] for row in group)),
+      str(sum(row['lost_steps'] for row in group)),
+    ]
+    for (panel, design), group in groups.items()
+  ]
+  return [
+    Heading(2, 'Goodput'),
+    "The share of a run's time, since its first start, that trained steps "
+    'which still count (median over runs). The rest is imports, compilation, '
+    'evaluation, probes, saves, restarts, and steps that a kill or a rollback '
+    "has thrown away; timeline.jsonl in a run's folder has the seconds.",
+    Table(
+      ['panel', 'design', 'minutes', 'goodput', 'starts', 'lost steps'], lines
+    ),
+  ]
+
+
 def cost(rows: Rows, timings) -> list[Block]:
   """Section 12: step time in turn, memory, parameters, FLOPs."""
   lines = []

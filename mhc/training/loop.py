@@ -282,6 +282,9 @@ class Loop:
     ]
     if 'time/mfu' in values:
       words.append(f'{values["time/mfu"]:.1%} of the peak')
+    spent = phases.seconds()
+    share = spent.get(timeline.TRAINING, 0.0) / sum(spent.values())
+    words.append(f'{share:.0%} of the time')
     self._bar.set_postfix_str(', '.join(words), refresh=False)
     self._clock = time.perf_counter()
 

@@ -115,7 +115,9 @@ def other_setting(old: Mapping[str, Any], config: config_lib.Config) -> str:
     free = name in MUTABLE_ON_RESUME or name.startswith(('mesh.', 'guards.'))
     # Settings that an earlier version did not have were at their defaults.
     if not free and name in old and old[name] != new:
-      return f'{name}={old[name]!r}, this one has {new!r}'
+      why = ' (the learning rate is scheduled over it)'
+      own = why if name == 'num_steps' else ''
+      return f'{name}={old[name]!r}, this one has {new!r}{own}'
   return ''
 
 

@@ -107,6 +107,10 @@ def test_the_report_is_whole(finished):
   assert 'src="figures' not in page
   assert 'A small panel' in page
   assert '<h2>Events</h2>' in page
+  assert '<h2>Goodput</h2>' in page
+  assert all(0 < row['goodput'] < 1 for row in rows)
+  assert {row['starts'] for row in rows} == {1}
+  assert {row['lost_steps'] for row in rows} == {0}
   assert '| small | HC | 2 | none |' in markdown
   assert '\n\nNo events.\n' in markdown
   assert 'does not show' not in page

@@ -6,7 +6,7 @@ start ended as promised, without a traceback, and if the run's losses,
 parameters and optimiser are bit for bit those of the undisturbed run.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
 import dataclasses
 import os
@@ -17,9 +17,8 @@ import signal
 import subprocess
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import faults
 import jax
 import numpy as np
 
@@ -27,8 +26,10 @@ from mhc.runtime import json_lines
 from mhc.training import checkpoint
 from mhc.training import state as state_lib
 from mhc.training import step as step_lib
+from mhc.training import timeline
 from mhc.training import workdir as workdir_lib
 
+FAULTS = pathlib.Path(__file__).with_name('faults.py')
 LAUNCH = pathlib.Path(__file__).resolve().parents[2] / 'launch'
 STEPS, SAVE_EVERY = 240, 12
 SETTINGS = {
@@ -56,12 +57,32 @@ class Failure(Exception):
   """A run did not behave as promised."""
 
 
+class Fault(NamedTuple):
+  """What is done to a run, which must then end as promised."""
+
+  do: Callable[['Run', random.Random], str]
+  # 'nan' and 'two' are compared with an undisturbed run of that kind.
+  like: str = 'plain'
+  # Whether all metrics must be there afterwards, or only what is left agree.
+  keeps_records: bool = True
+
+  @property
+  def name(self) -> str:
+    return self.do.__name__
+
+  @property
+  def what(self) -> str:
+    return self.do.__doc__.strip().rstrip('.')
+
+
 class Trial(NamedTuple):
   fault: str
   number: int
   survived: bool
   seconds: float
   said: str  # the fault, or the reason of the failure
+  goodput: float | None = None  # share of the time that trained
+  lost_steps: int | None = None  # trained again
 
 
 @dataclasses.dataclass
@@ -72,12 +93,13 @@ class Run:
   text: pathlib.Path
   wrapper: tuple[str, ...] = ()
   processes: int = 1
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
   log: str = ''
 
   @property
   def command(self) -> list[str]:
     main = [str(LAUNCH / 'train.py'), f'--workdir={self.workdir}']
-    settings = SETTINGS | {'data.path': self.text}
+    settings = SETTINGS | self.settings | {'data.path': self.text}
     if self.processes > 1:
       settings |= {'mesh.num_devices': self.processes, 'mesh.pipe': 1}
       launcher = str(LAUNCH / 'local_multiprocess.py')
@@ -85,7 +107,7 @@ class Run:
     flags = [f'--config.{name}={value}' for name, value in settings.items()]
     return [sys.executable, *self.wrapper, *main, *flags]
 
-  def start(self) -> subprocess.Popen:
+  def start(self, stderr: int = subprocess.PIPE) -> subprocess.Popen:
     environment = os.environ | {
       'JAX_PLATFORMS': 'cpu',
       'PYTHONFAULTHANDLER': '1',
@@ -95,7 +117,7 @@ class Run:
     return subprocess.Popen(
       self.command,
       stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE,
+      stderr=stderr,
       text=True,
       env=environment,
     )
@@ -106,10 +128,10 @@ class Run:
     `tracebacks` allows one, as of a process whose peer is gone.
     """
     try:
-      said = process.communicate(timeout=PATIENCE)[1]
+      said = process.communicate(timeout=PATIENCE)[1] or ''
     except subprocess.TimeoutExpired:
       process.send_signal(signal.SIGABRT)  # prints its stack
-      said = process.communicate()[1]
+      said = process.communicate()[1] or ''
       raise Failure(f'no end after {PATIENCE:.0f} s: {said}') from None
     self.log += said
     if 'Traceback' in said and not tracebacks:
@@ -164,238 +186,84 @@ class Run:
     return metrics, jax.device_get(state)
 
 
-def killed(run: Run, chance: random.Random) -> str:
-  """SIGKILL at a step, up to three times."""
-  times = chance.randint(1, 3)
-  for _ in range(times):
-    process = run.start()
-    run.reaches(min(STEPS - 2, run.steps() + chance.randrange(1, 90)), process)
-    process.kill()
-    run.wait(process)
-  return f'{times} times, the last time in step {run.steps()}'
-
-
-def killed_at_start(run: Run, chance: random.Random) -> str:
-  """SIGKILL within the first seconds, before or after a step."""
-  process, delay = run.start(), chance.uniform(0.2, 8)
-  time.sleep(delay)
-  process.kill()
-  run.wait(process)
-  return f'after {delay:.1f} s, {run.steps()} steps'
-
-
-def killed_in_save(run: Run, chance: random.Random) -> str:
-  """SIGKILL while a checkpoint is being written."""
-  states, least = run.workdir / 'checkpoints', chance.randrange(0, STEPS // 2)
-  for attempt in range(1, 11):
-    process = run.start()
-    if not run.reaches(min(STEPS - 20, run.steps() + least), process):
-      break
-    deadline = time.monotonic() + PATIENCE
-    while process.poll() is None and time.monotonic() < deadline:
-      if any('tmp' in name for name in os.listdir(states)):
-        process.kill()
-        break
-    run.wait(process)
-    halves = [name for name in os.listdir(states) if 'tmp' in name]
-    if halves:
-      return f'attempt {attempt} left {halves[0]}'
-    least = 1
-  raise Failure('no SIGKILL interrupted a save')
-
-
-def terminated(run: Run, chance: random.Random) -> str:
-  """SIGTERM: saved after the current step, status 0."""
-  process = run.start()
-  run.reaches(chance.randrange(1, STEPS - 40), process)
-  process.terminate()
-  status = run.wait(process)
-  if (run.workdir / 'summary.json').exists():
-    return 'it was finished already'
-  last = run.steps()
-  if status or f'saved after step {last}.' not in run.log:
-    raise Failure(f'SIGTERM: status {status}: {run.log}')
-  if run.saved()[0] != last:
-    raise Failure(f'after step {last}, newest checkpoint {run.saved()[0]}')
-  return f'saved after step {last}'
-
-
-def _damaged(damage):
-  def fault(run: Run, chance: random.Random) -> str:
-    process = run.start()
-    run.reaches(chance.randrange(2 * SAVE_EVERY + 4, STEPS - 4), process)
-    process.kill()
-    run.wait(process)
-    while len(run.saved()) < 2:  # saves in the background lag behind
-      process = run.start()
-      run.reaches(run.steps() + SAVE_EVERY, process)
-      process.kill()
-      run.wait(process)
-    newest = run.newest()
-    files = [p for p in newest.rglob('*') if p.is_file() and p.stat().st_size]
-    some = chance.choice([faults.largest(newest), *files])
-    damage(some, chance)
-    return f'{some.relative_to(run.workdir)}'
-
-  return fault
-
-
-def truncated(run: Run, chance: random.Random) -> str:
-  """A file of the newest checkpoint truncated, after a SIGKILL."""
-  return _damaged(faults.truncate)(run, chance)
-
-
-def flipped(run: Run, chance: random.Random) -> str:
-  """Bits of the newest checkpoint flipped, after a SIGKILL."""
-  return _damaged(faults.flip)(run, chance)
-
-
-def full_disk(run: Run, chance: random.Random) -> str:
-  """A tmpfs of 16 MB is full for a while: training continues, saves later."""
-  run.workdir.mkdir(parents=True)
-  mount = ['mount', '-t', 'tmpfs', '-o', 'size=16m', 'tmpfs', str(run.workdir)]
-  mounted = (
-    shutil.which('mount')
-    and not subprocess.run(mount, capture_output=True, check=False).returncode
-  )
-  try:
-    if not mounted:
-      raise Failure('no permission to mount a tmpfs: run as root')
-    process = run.start()
-    run.reaches(chance.randrange(5, STEPS // 2), process)
-    filler = faults.fill(run.workdir)
-    time.sleep(chance.uniform(0.3, 1.0))
-    filler.unlink(missing_ok=True)
-    status = run.wait(process)
-    if status:
-      raise Failure(f'ended with status {status}: {run.log}')
-    lost = run.log.count('NOT SAVED')
-    target = run.workdir.with_name(run.workdir.name + '-copy')
-    shutil.copytree(run.workdir, target)
-  finally:
-    if mounted:
-      subprocess.run(['umount', str(run.workdir)], check=True)
-  shutil.rmtree(run.workdir)
-  target.rename(run.workdir)
-  return f'{lost} checkpoints not saved'
-
-
-def nan_batch(run: Run, chance: random.Random) -> str:
-  """Batches whose loss is NaN, and a SIGKILL: the updates are skipped."""
-  run.wrapper = (faults.__file__, 'nan')
-  said = killed(run, chance)
-  run.finish()
-  lines = json_lines.read_lines(run.workdir / 'metrics.jsonl')
-  skipped = sum(line['optimizer/skipped'] for line in lines)
-  events = json_lines.read_lines(run.workdir / 'events.jsonl')
-  if not skipped or not any(e['guard'] == 'nonfinite' for e in events):
-    raise Failure(f'{skipped:.0f} updates skipped, events {events}')
-  return f'{skipped:.0f} updates skipped, killed {said}'
-
-
-def clock_jump(run: Run, chance: random.Random) -> str:
-  """The time of day jumps by years, and a SIGTERM."""
-  run.wrapper = (faults.__file__, 'clock')
-  return terminated(run, chance)
-
-
-def one_of_two(run: Run, chance: random.Random) -> str:
-  """SIGKILL of one of two processes: the other ends, both resume."""
-  run.processes = 2
-  process = run.start()
-  run.reaches(chance.randrange(1, STEPS - 60), process)
-  which, children = chance.randrange(2), _children(process.pid)
-  for child, arguments in children.items():
-    if f'--process_id={which}' in arguments:
-      os.kill(child, signal.SIGKILL)
-  status = run.wait(process, tracebacks=True)
-  if status != 128 + signal.SIGKILL:
-    raise Failure(f'the launcher ended with status {status}: {run.log}')
-  return f'process {which}, after step {run.steps()}'
-
-
-FAULTS: dict[str, Callable[[Run, random.Random], str]] = {
-  fault.__name__: fault
-  for fault in (
-    killed,
-    killed_at_start,
-    killed_in_save,
-    terminated,
-    truncated,
-    flipped,
-    full_disk,
-    nan_batch,
-    clock_jump,
-    one_of_two,
-  )
-}
-
-
 def trials(
   root: pathlib.Path,
   number: int,
   seed: int,
-  names: tuple[str, ...] = tuple(FAULTS),
+  kinds: Sequence[Fault],
   jobs: int = 2,
+  together: int = 1,
 ) -> Iterator[Trial]:
-  """Yields trials of the faults in turn.
+  """Yields trials of the faults in turn, or of `together` drawn ones each.
 
   Raises:
     Failure: a run without faults does not finish.
   """
-  references = _references(root, names)
+  references = _references(root, {fault.like for fault in kinds})
 
   def one(index):
-    fault, clock = names[index % len(names)], time.monotonic()
-    chance = random.Random(f'{seed} {index}')
-    place = root / f'{index:03d}-{fault}'
-    run = Run(place / 'run', _text(root, fault))
+    clock, chance = time.monotonic(), random.Random(f'{seed} {index}')
+    drawn = [kinds[index % len(kinds)]]
+    if together > 1:
+      plain = [fault for fault in kinds if fault.like == 'plain']
+      drawn = [chance.choice(plain) for _ in range(together)]
+    name = '+'.join(fault.name for fault in drawn)
+    place, like = root / f'{index:03d}-{name}', drawn[0].like
+    run = Run(place / 'run', _text(root, like))
+    spent = None
     try:
-      said = FAULTS[fault](run, chance)
+      said = '; '.join(fault.do(run, chance) for fault in drawn)
       run.finish()
-      _compare(run.outcome(), references[_kind(fault)])
-      survived = True
+      whole = all(fault.keeps_records for fault in drawn)
+      compare(run.outcome(), references[like], whole=whole)
+      survived, spent = True, timeline.goodput(run.workdir)
       shutil.rmtree(place)
     except Failure as failure:
       said, survived = str(failure), False
-    return Trial(fault, index, survived, time.monotonic() - clock, said)
+    seconds = time.monotonic() - clock
+    if spent is None:
+      return Trial(name, index, survived, seconds, said)
+    lost = sum(spent['lost_steps'].values())
+    return Trial(name, index, survived, seconds, said, spent['share'], lost)
 
   with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
     yield from pool.map(one, range(number))
 
 
-def _kind(fault):
-  return fault if fault in ('nan_batch', 'one_of_two') else ''
+def _text(root, like):
+  return root / ('poisoned.txt' if like == 'nan' else 'text.txt')
 
 
-def _text(root, fault):
-  return root / ('poisoned.txt' if fault == 'nan_batch' else 'text.txt')
-
-
-def _references(root, names):
+def _references(root, likes):
   """Outcomes of the undisturbed runs."""
   root.mkdir(parents=True, exist_ok=True)
+  write_texts(root)
+  found = {}
+  for like in sorted(likes):
+    run = Run(root / f'reference-{like}' / 'run', _text(root, like))
+    if like == 'nan':
+      run.wrapper = (str(FAULTS), 'nan')
+    run.processes = 2 if like == 'two' else 1
+    run.finish()
+    found[like] = run.outcome()
+  return found
+
+
+def write_texts(root: pathlib.Path):
   words = np.random.default_rng(0).choice(['ab ', 'cde ', 'f\n'], 6000)
   (root / 'text.txt').write_text(''.join(words))
   words[[1000, 2000, 3000]] = '\x01'
   (root / 'poisoned.txt').write_text(''.join(words))
-  found = {}
-  for kind in dict.fromkeys(map(_kind, names)):
-    run = Run(root / f'reference-{kind or "plain"}' / 'run', _text(root, kind))
-    if kind == 'nan_batch':
-      run.wrapper = (faults.__file__, 'nan')
-    run.processes = 2 if kind == 'one_of_two' else 1
-    run.finish()
-    found[kind] = run.outcome()
-  return found
 
 
-def _compare(got, want):
+def compare(got, want, *, whole: bool = True):
+  """Raises Failure unless all lines (if `whole`) and the state are the same."""
   (lines, state), (want_lines, want_state) = got, want
-  for line, want_line in zip(lines, want_lines, strict=False):
-    if line != want_line:
-      raise Failure(f'step differs: {line}, not {want_line}')
-  if len(lines) != len(want_lines):
+  known = {line['step']: line for line in want_lines}
+  for line in lines:
+    if line != known.get(line['step']):
+      raise Failure(f'step differs: {line}, not {known.get(line["step"])}')
+  if whole and [x['step'] for x in lines] != [x['step'] for x in want_lines]:
     raise Failure(f'{len(lines)} steps, not {len(want_lines)}')
   for (path, a), b in zip(
     jax.tree_util.tree_leaves_with_path(state),
@@ -406,13 +274,22 @@ def _compare(got, want):
       raise Failure(f'{jax.tree_util.keystr(path)} differs')
 
 
-def _children(parent):
-  """Maps the ids of child processes to their command lines."""
-  listed = subprocess.run(
-    ['ps', '-o', 'pid=,args=', '--ppid', str(parent)],
-    capture_output=True,
-    text=True,
-    check=False,
-  ).stdout
-  lines = (line.split(None, 1) for line in listed.splitlines())
-  return {int(pid): arguments for pid, arguments in lines}
+def goodput_under(
+  root: pathlib.Path, seconds: float, every: float, seed: int
+) -> dict[str, Any]:
+  """Kills a run every so many seconds; returns where its time went."""
+  root.mkdir(parents=True, exist_ok=True)
+  write_texts(root)
+  run, chance = Run(root / 'run', root / 'text.txt'), random.Random(seed)
+  run.settings = {'num_steps': 10**7, 'checkpoint_every': 100, 'probe_every': 0}
+  number, end = signal.SIGTERM, time.monotonic() + seconds
+  while time.monotonic() < end:
+    process = run.start()
+    time.sleep(min(every, max(1.0, end - time.monotonic())))
+    if time.monotonic() < end:
+      number = chance.choice([signal.SIGTERM, signal.SIGKILL])
+    else:
+      number = signal.SIGTERM  # so that the last start says what it did
+    process.send_signal(number)
+    run.wait(process)
+  return timeline.goodput(run.workdir) | {'steps': run.steps()}

@@ -4,6 +4,7 @@ import random
 
 import faults
 import harness
+import kinds
 import pytest
 
 pytestmark = pytest.mark.long
@@ -11,9 +12,12 @@ pytestmark = pytest.mark.long
 
 def test_a_run_survives(tmp_path):
   """A SIGKILL, and bits flipped in its newest checkpoint."""
-  (trial,) = harness.trials(tmp_path / 'trials', 1, 0, ('flipped',), jobs=1)
+  chosen = [kinds.ALL['flipped']]
+  (trial,) = harness.trials(tmp_path / 'trials', 1, 0, chosen, jobs=1)
   assert trial.fault == 'flipped'
   assert trial.survived, trial.said
+  assert 0 < trial.goodput < 1
+  assert trial.lost_steps > 0
 
 
 def test_failures_are_reported(tmp_path):
@@ -23,14 +27,20 @@ def test_failures_are_reported(tmp_path):
     run.finish()
   lines = [{'step': 1, 'loss/train': 2.0}]
   state = {'w': 1.0}
-  harness._compare((lines, state), (lines, state))
+  harness.compare((lines, state), (lines, state))
   for other in (
     ([{'step': 1, 'loss/train': 2.5}], state),
     (lines * 2, state),
     (lines, {'w': 2.0}),
   ):
     with pytest.raises(harness.Failure):
-      harness._compare(other, (lines, state))
+      harness.compare(other, (lines, state))
+  # Where records may be lost, those that are left must be the same.
+  harness.compare(([], state), (lines, state), whole=False)
+  with pytest.raises(harness.Failure):
+    harness.compare(([], state), (lines, state))
+  with pytest.raises(harness.Failure):
+    harness.compare((lines, {'w': 2.0}), ([], state), whole=False)
 
 
 def test_files_are_damaged(tmp_path):

@@ -1,13 +1,18 @@
 """The mains as a user runs them: one line and exit code 2 on a mistake."""
 
+import contextlib
 import json
 import pathlib
 import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+
+from mhc.runtime import cli
+from mhc.runtime import phases
 
 pytestmark = pytest.mark.long
 
@@ -165,6 +170,51 @@ def test_mistakes_end_in_one_line(launch, tmp_path, mistake):
   )
   refused(result, *needles)
   assert not workdir.exists()
+
+
+def test_what_a_flagfile_holds_is_as_if_typed(launch, tmp_path):
+  own = tmp_path / 'own.py'
+  own.write_text(
+    'import neighbour\ndef get_config():\n  return neighbour.made()\n'
+  )
+  (tmp_path / 'neighbour.py').write_text(
+    'import runpy\ndef made():\n  return runpy.run_path('
+    f'{str(ROOT / "configs" / "tiny.py")!r})["get_config"]()\n'
+  )
+  file = tmp_path / 'flags'
+  run = f'--workdir={tmp_path / "run"}'
+  file.write_text(f'--config={own}\n--config.num_stepz=3\n')
+  refused(launch('train.py', run, f'--flagfile={file}'), "'config.num_steps'?")
+  file.write_text(f'--config={own}\n--config.num_steps=0\n')
+  refused(launch('train.py', run, f'--flagfile={file}'), 'num_steps=0')
+  compare = f'--config={ROOT / "configs" / "smoke.py"}'
+  file.write_text(f'{compare}\n--config.panels.main.seed=(1,)\n')
+  refused(
+    launch('compare.py', run, f'--flagfile={file}'), 'panels.main.seeds'
+  )
+  refused(launch('train.py', run, '--flagfile=/nowhere'), '/nowhere')
+  own.write_text('import nothing_of_that_name\n')
+  refused(
+    launch('train.py', run, f'--config={own}'), f'{own} fails', 'nothing_of'
+  )
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    MemoryError('Unable to allocate 3 GiB'),
+    RuntimeError("can't start new thread"),
+    jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: allocating 99 bytes'),
+  ],
+)
+def test_want_of_memory_is_one_line_that_says_what_for(error, capsys):
+  with contextlib.suppress(type(error)), phases.phase('reading the data'):
+    raise error
+  assert cli._explain(error) == 2
+  said = capsys.readouterr().err
+  assert said.startswith('error: out of memory while reading the data: ')
+  assert said.count('\n') == 1
 
 
 STRANDED = """
