@@ -4,6 +4,7 @@
 # All set up everything they need in .venv first. And less often:
 # make versions  runs the library's tests on its oldest and newest JAX (minutes)
 # make wheel     builds dist/, as for PyPI
+# make audit     looks the versions of constraints.txt up for known weaknesses
 # make notebooks makes the notebooks again from notebooks/src
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ FLAGS ?=
 # The library runs on more versions of JAX than the trainer: tests/versions/.
 VERSIONS := oldest newest
 
-.PHONY: compare test docs versions notebooks lint format wheel clean
+.PHONY: compare test docs versions notebooks lint format wheel audit clean
 
 compare: .venv/installed
 	$(BIN)/python launch/compare.py --workers=0 --workdir=$(WORKDIR) $(FLAGS)
@@ -45,6 +46,10 @@ wheel: .venv/release
 	rm -rf build dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
+
+audit: | $(BIN)/python
+	$(PIP) pip-audit
+	$(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf .venv build dist site *.egg-info

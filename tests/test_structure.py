@@ -197,3 +197,27 @@ def test_every_module_has_a_test():
     module = dotted(path)
     if path.stem != '__init__' and module.removeprefix('mhc.') not in inside:
       assert module in used, module
+
+
+def test_nothing_that_is_read_is_executed():
+  """No pickles, no eval, no shell: files of others are data."""
+  forbidden = {
+    *('eval', 'exec', 'compile', 'pickle', 'marshal', 'shelve', 'system'),
+    *('popen', 'allow_pickle', 'shell', 'trust_remote_code', 'load_module'),
+  }
+  own = {'compile'}  # of JAX's lowered programs and of `re`
+  for path in SOURCES:
+    for node in ast.walk(ast.parse(path.read_text())):
+      match node:
+        case ast.Call(func=ast.Name(id=word)):
+          found = {word} & forbidden
+        case ast.Call(func=ast.Attribute(attr=word)):
+          found = {word} & (forbidden - own)
+        case ast.Import(names=names):
+          found = {alias.name for alias in names} & forbidden
+        case ast.keyword(arg=word, value=value):
+          is_false = isinstance(value, ast.Constant) and not value.value
+          found = {word} & forbidden if not is_false else set()
+        case _:
+          found = set()
+      assert not found, f'{name(path)}, line {node.lineno}: {found}'

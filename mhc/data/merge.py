@@ -75,7 +75,7 @@ def merge(
     console.print_line(f'{missing} shards of {len(jobs)} are left to others')
     return None
   try:
-    shards = [json.loads(record.read_text()) for record in made]
+    shards = [files_lib.read_json(record) for record in made]
   except FileNotFoundError:  # another machine was faster
     return folder.finished(fingerprint)
   flat = [record for of_machine in records for record in of_machine]

@@ -66,7 +66,7 @@ class Folder:
     file = self.path / token_dataset.UNFINISHED
     if not file.exists():
       files_lib.replace(file, json.dumps(self.plan), shared=True)
-    begun = json.loads(file.read_text())
+    begun = files_lib.read_json(file)
     for name, value in self.plan.items():
       if begun.get(name) != value and name not in SIZES:
         raise ValueError(
@@ -96,7 +96,10 @@ class Folder:
       record = part.with_suffix('.json')
       if not record.exists() or not part.exists():
         return found
-      values = json.loads(record.read_text())
+      try:
+        values = files_lib.read_json(record)
+      except ValueError:  # it is made again
+        return found
       stamps = values['stamps'].items() if stamp else ()
       if any(stamp(int(file)) != then for file, then in stamps):
         return found

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import pathlib
+import re
 import shutil
 import uuid
 
@@ -84,8 +85,7 @@ def load(
   config = workdir_lib.read_config(folder)
   paths = [folder / 'model.safetensors']
   if (folder / INDEX).exists():
-    weight_map = json.loads((folder / INDEX).read_text()).get('weight_map', {})
-    paths = [folder / name for name in sorted(set(weight_map.values()))]
+    paths = [folder / name for name in _files_of(folder / INDEX)]
   with contextlib.ExitStack() as stack:
     where = {}
     for file in paths:
@@ -103,6 +103,20 @@ def load(
         where[part.name].get_tensor(part.name), names.at(tree, part.path)
       )
   return config, tree, tree.pop('router_bias', None)
+
+
+def _files_of(index: pathlib.Path) -> list[str]:
+  """The files that an index names, all beside it."""
+  weight_map = files.read_json(index).get('weight_map')
+  names_ = weight_map.values() if isinstance(weight_map, dict) else [None]
+  for name in names_:
+    plain = isinstance(name, str) and re.fullmatch(r'[\w-][\w.-]*', name)
+    if not plain or not name.endswith('.safetensors'):
+      raise ValueError(
+        f'{index} is damaged: its weight_map names {name!r}, which is no '
+        'safetensors file beside it'
+      )
+  return sorted(set(names_))
 
 
 def _open(file):

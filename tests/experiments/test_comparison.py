@@ -226,7 +226,10 @@ def test_damaged_runs_are_left_out_and_named(finished, tmp_path, capsys):
   (runs / 'hc-b1-lr0.003-s0/summary.json').write_text('{"tokens": 1}')
   (runs / 'mhc-b1-lr0.003-s0/probes.jsonl').unlink()
   (runs / 'mhc-b1-lr0.003-s1/config.json').write_text('null')
-  (runs / 'residual-b1-lr0.003-s1/heldout.npy').write_bytes(b'\x93NUMPY')
+  # An array of objects is a pickle, which is a program.
+  objects = np.array([{'a': 1}], dtype=object)
+  file = runs / 'residual-b1-lr0.003-s1/heldout.npy'
+  np.save(file, objects, allow_pickle=True)
   values = report.render(copy)
   assert [row['variant'] for row in values['rows']] == ['residual']
   for text in ((copy / 'report.md').read_text(), capsys.readouterr().err):

@@ -545,6 +545,19 @@ def test_other_files_are_refused(run, tmp_path):
   interop.export(workdir, out)
   assert mine.read_text() == "a user's own"
   assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'out.partial']
+  index = out / 'model.safetensors.index.json'
+  for content, message in (
+    ('', 'it is empty'),
+    ('{"weight_map": []}', 'names None'),
+    *(
+      (json.dumps({'weight_map': {'a': name}}), f'names {name!r}')
+      for name in ('../run/model.safetensors', '/etc/x.safetensors', 'a.pkl')
+    ),
+  ):
+    index.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+      interop.load(out)
+  index.unlink()
   file = out / 'model.safetensors'
   _, tensors = read(out)
   router = 'layers.2.ffn.router.weight'

@@ -189,9 +189,7 @@ def test_what_a_flagfile_holds_is_as_if_typed(launch, tmp_path):
   refused(launch('train.py', run, f'--flagfile={file}'), 'num_steps=0')
   compare = f'--config={ROOT / "configs" / "smoke.py"}'
   file.write_text(f'{compare}\n--config.panels.main.seed=(1,)\n')
-  refused(
-    launch('compare.py', run, f'--flagfile={file}'), 'panels.main.seeds'
-  )
+  refused(launch('compare.py', run, f'--flagfile={file}'), 'panels.main.seeds')
   refused(launch('train.py', run, '--flagfile=/nowhere'), '/nowhere')
   own.write_text('import nothing_of_that_name\n')
   refused(
