@@ -31,6 +31,7 @@ def no_time_limit():
     'slow/multi_process.py',
     'slow/fuzz_config.py --minutes=60',
     'slow/fuzz_data.py',
+    'slow/agreement.py',
     'fault_injection --trials=50',
     'slow/workers.py',
     'slow/prepare.py',
