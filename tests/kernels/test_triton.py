@@ -22,7 +22,6 @@ def check(operation, arguments, *static):
 
 
 TINY = [case for case in parity.CASES if case[2] < 100]
-# Of three streams some of a tile are empty; of 256 numbers there are two tiles.
 OFTEN = (3, 128, 5, jnp.bfloat16), (4, 256, 5, jnp.float32)
 
 
