@@ -79,7 +79,12 @@ def test_shares_are_those_of_the_weights():
 
 
 @pytest.mark.parametrize(
-  'weights', [(1.0, 1e-3), (1.0, 1.5), (7.0, 3.0, 2.0, 1.0)]
+  'weights',
+  [
+    (1.0, 1e-3),
+    (7.0, 3.0, 2.0, 1.0),
+    pytest.param((1.0, 1.5), marks=pytest.mark.slow),
+  ],
 )
 def test_shares_of_uneven_weights(weights):
   order = batches_lib.Order([5000] * len(weights), weights, 0)
@@ -178,8 +183,16 @@ def load(folder, policy='stop'):
   return mixture_lib.Mixture.of(corpus_lib.load(str(folder), policy))
 
 
-@pytest.mark.parametrize('policy', ['stop', 'skip'])
-@pytest.mark.parametrize('block_rows', [1, 16])
+@pytest.mark.parametrize(
+  ('block_rows', 'policy'),
+  [
+    *((1, 'skip'), (16, 'stop')),
+    *(
+      pytest.param(*each, marks=pytest.mark.slow)
+      for each in ((1, 'stop'), (16, 'skip'))
+    ),
+  ],
+)
 def test_reading_ahead_changes_nothing(folder, block_rows, policy):
   if policy == 'skip':
     file = folder / 'train-00000.bin'

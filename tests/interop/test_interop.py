@@ -143,7 +143,7 @@ def close(got, want, atol=1e-5):
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.parametrize('n', [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_layer_is_deepseeks(n):
   """Forward, and every gradient."""
   tensors = triple(n, 0)
@@ -180,7 +180,7 @@ def test_a_layer_is_deepseeks(n):
     close(value, want[name], atol=1e-5 * np.abs(want[name]).max())
 
 
-@pytest.mark.parametrize('n', [3, 4])
+@pytest.mark.parametrize('n', [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_without_the_transposition_it_is_another_layer(n):
   """From 3 streams on: 2 x 2 matrices of equal margins are symmetric."""
   tensors = triple(n, 0)

@@ -45,8 +45,18 @@ def both_ways(function):
   return jax.jit(run)
 
 
-@pytest.mark.parametrize('eps', [0.0, 1e-6])
-@pytest.mark.parametrize('n', [2, 3, 4, 8])
+@pytest.mark.parametrize(
+  ('n', 'eps'),
+  [
+    (3, 0.0),
+    (4, 1e-6),
+    *(
+      pytest.param(*each, marks=pytest.mark.slow)
+      for each in itertools.product((2, 3, 4, 8), (0.0, 1e-6))
+      if each not in ((3, 0.0), (4, 1e-6))
+    ),
+  ],
+)
 def test_sinkhorn_in_float64(n, eps):
   """Ragged tokens, logits up to a standard deviation of 5, any cotangent."""
   keys = jax.random.split(jax.random.key(n), 3)
@@ -135,8 +145,11 @@ OPERATIONS = ('pre', 'post', 'advance', 'collapse')
 FOUR = shapes.TINY[1:2]
 CASES = [
   # `advance` is `post` and `pre`.
-  *itertools.product(['advance'], ['bfloat16'], shapes.TINY[1:]),
-  pytest.param('advance', 'bfloat16', shapes.TINY[0], marks=pytest.mark.slow),
+  ('advance', 'bfloat16', shapes.TINY[2]),
+  *(
+    pytest.param('advance', 'bfloat16', shape, marks=pytest.mark.slow)
+    for shape in (*shapes.TINY[:2], *shapes.TINY[3:])
+  ),
   *itertools.product(['pre', 'post', 'collapse'], ['bfloat16'], FOUR),
   *itertools.product(OPERATIONS[:3], ['float32'], FOUR),
 ]

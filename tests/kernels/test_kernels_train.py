@@ -23,7 +23,6 @@ TINY = config.Config(
     dim=128,
     ffn_dim=32,
     recompute='none',
-    moe=config.MoEConfig(num_experts=4, expert_dim=16, num_dense_blocks=1),
     attention=config.AttentionConfig(
       num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
     ),
@@ -33,9 +32,9 @@ TINY = config.Config(
 )
 
 
-def losses(implementation):
+def losses(implementation, moe):
   connection = config.ConnectionConfig(implementation=implementation)
-  model = dataclasses.replace(TINY.model, connection=connection)
+  model = dataclasses.replace(TINY.model, connection=connection, moe=moe)
   programs = step.build(dataclasses.replace(TINY, model=model))
   state = programs.init(0)
   found = []
@@ -47,9 +46,15 @@ def losses(implementation):
   return found
 
 
-def test_interpreted_kernels_train_as_plain_jax_does(monkeypatch):
-  """A dense block and one of experts, on two devices."""
+EXPERTS = config.MoEConfig(num_experts=4, expert_dim=16, num_dense_blocks=1)
+
+
+@pytest.mark.parametrize(
+  'moe', [config.MoEConfig(), pytest.param(EXPERTS, marks=pytest.mark.slow)]
+)
+def test_interpreted_kernels_train_as_plain_jax_does(moe, monkeypatch):
+  """Dense blocks, or one and one of experts, on two devices."""
   monkeypatch.setattr(launch, 'TOKENS', (16,))
-  plain, kernels = losses('xla'), losses('pallas')
+  plain, kernels = losses('xla', moe), losses('pallas', moe)
   assert len(set(plain)) == 3
   np.testing.assert_allclose(kernels, plain, rtol=0, atol=1e-4)

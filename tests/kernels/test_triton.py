@@ -22,10 +22,21 @@ def check(operation, arguments, *static):
 
 
 TINY = [case for case in parity.CASES if case[2] < 100]
+OFTEN = (3, 128, 5, jnp.bfloat16), (4, 256, 5, jnp.float32)
 
 
 @pytest.mark.parametrize('operation', ['pre', 'post', 'advance', 'collapse'])
-@pytest.mark.parametrize(('n', 'd', 'tokens', 'dtype'), TINY)
+@pytest.mark.parametrize(
+  ('n', 'd', 'tokens', 'dtype'),
+  [
+    *OFTEN,
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in TINY
+      if case not in OFTEN
+    ),
+  ],
+)
 def test_streams_in_float64(operation, n, d, tokens, dtype):
   static = {'pre': (1e-6,), 'advance': (1e-6,)}.get(operation, ())
   check(operation, parity.operands(operation, n, d, tokens, dtype), *static)

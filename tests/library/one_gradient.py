@@ -22,12 +22,13 @@ DEPENDENCIES = ('flax', 'jax', 'jaxlib', 'numpy')
 def numbers() -> dict[str, float]:
   """Gradients of a connection and of the projection, and a kernel's result."""
   x = jax.random.normal(jax.random.key(0), (2, 8, 4, 128), jnp.float32)
-  project = jax.grad(_projection_loss)
+  post = jax.jit(_post, static_argnums=1)
+  project = jax.jit(jax.grad(_projection_loss), static_argnums=1)
   return {
-    'connection': _norm(jax.grad(_connection_loss)(x)),
+    'connection': _norm(jax.jit(jax.grad(_connection_loss))(x)),
     'projection': _norm(project(x[..., :4], 'xla')),
     'projection, interpreted': _norm(project(x[..., :4], 'pallas')),
-    'post, interpreted': _norm(_post(x[0], 'pallas')),
+    'post, interpreted': _norm(post(x[0], 'pallas')),
     'shard_map': _norm(_on_two_devices(x)),
   }
 

@@ -100,7 +100,13 @@ def test_a_context_of_two_batches_is_refused():
 
 
 @pytest.mark.parametrize('make', MADE)
-@pytest.mark.parametrize('batch', [(0,), (2, 0), (0, 3)])
+@pytest.mark.parametrize(
+  'batch',
+  [
+    (2, 0),
+    *(pytest.param(batch, marks=pytest.mark.slow) for batch in ((0,), (0, 3))),
+  ],
+)
 def test_empty_batches_stay_empty(make, batch):
   def run(connection, x):
     h, context = connection.pre(x)
@@ -171,7 +177,9 @@ def test_modules_take_rngs_and_can_be_static_and_tabulated():
     assert count(graphdef, params) > 0
 
 
-@pytest.mark.parametrize('kind', [mhc.MHC, mhc.HC])
+@pytest.mark.parametrize(
+  'kind', [mhc.MHC, pytest.param(mhc.HC, marks=pytest.mark.slow)]
+)
 def test_forward_mode_by_autodiff(kind):
   """Hessian-vector products, forward over reverse, against twice reverse."""
   x = jax.random.normal(jax.random.key(0), (3, N, DIM))

@@ -102,12 +102,17 @@ def compare(both, given, want, spec, kind):
 
 
 OFTEN = [
-  *(('mhc', split) for split in ('batch', 'batch and time')),
-  *((kind, 'batch and features') for kind in KINDS),
+  ('mhc', 'batch and time'),
+  *(
+    (kind, 'batch and features') for kind in ('residual', 'hc', 'mhc', 'static')
+  ),
 ]
 SELDOM = [
-  *(('mhc', split) for split in ('time', 'features')),
+  *(('mhc', split) for split in ('batch', 'time', 'features')),
   *((kind, 'batch') for kind in ('residual', 'hc', 'identity')),
+  *(
+    (kind, 'batch and features') for kind in ('hc off', 'identity', 'kronecker')
+  ),
 ]
 
 

@@ -1,5 +1,7 @@
 """Every way to run the experts against a loop over them in float64."""
 
+import functools
+
 import jax
 from jax.extend import core as jax_core
 import jax.numpy as jnp
@@ -73,36 +75,34 @@ def gates_of(chosen):
   return jax.random.uniform(jax.random.key(7), chosen.shape)
 
 
+@functools.partial(jax.jit, static_argnames='path')
+def pulled(*floats, chosen, cotangent, path):
+  out, pull_back = jax.vjp(lambda *f: path(*f, chosen), *floats)
+  return out, pull_back(cotangent)
+
+
 @pytest.mark.parametrize(
   'load', ['even', 'skewed', 'one has all', 'one has none']
 )
-@pytest.mark.parametrize('k', [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize(
+  'k', [1, 3, *(pytest.param(k, marks=pytest.mark.slow) for k in (2, 4, 5, 6))]
+)
 def test_outputs_and_all_gradients_match_a_dense_loop(load, k):
   x, weights = inputs()
   chosen = assignments(load, k)
   gates = gates_of(chosen)
   cotangent = jax.random.normal(jax.random.key(9), (TOKENS, DIM))
   with jax.enable_x64():
-
-    def wide(tree):
-      return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tree)
-
-    @jax.jit
-    def both(*floats, cotangent):
-      out, vjp = jax.vjp(lambda *f: reference(*f, chosen), *floats)
-      return out, vjp(cotangent)
-
-    floats = wide((x, gates, weights))
-    want = both(*floats, cotangent=wide(cotangent))
+    *floats, wide = jax.tree.map(
+      lambda leaf: jnp.asarray(leaf, jnp.float64),
+      (x, gates, weights, cotangent),
+    )
+    want = pulled(*floats, chosen=chosen, cotangent=wide, path=reference)
     want = jax.tree.map(np.asarray, want)
   for name, path in PATHS.items():
-
-    @jax.jit
-    def pulled(*floats, cotangent, path=path):
-      out, vjp = jax.vjp(lambda *f: path(*f, chosen), *floats)
-      return out, vjp(cotangent)
-
-    got = pulled(x, gates, weights, cotangent=cotangent)
+    got = pulled(
+      x, gates, weights, chosen=chosen, cotangent=cotangent, path=path
+    )
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
       scale = np.abs(b).max()
       np.testing.assert_allclose(
@@ -114,7 +114,9 @@ def test_capacity_drops_the_later_tokens_and_says_so():
   x, weights = inputs()
   chosen = assignments('one has all', 1)
   slots = TOKENS // NUM
-  out, dropped = experts.capacity(x, chosen, None, weights, slots)
+  out, dropped = jax.jit(experts.capacity, static_argnums=4)(
+    x, chosen, None, weights, slots
+  )
   np.testing.assert_allclose(dropped, 1 - slots / TOKENS, rtol=1e-6)
   kept = np.abs(out).max(axis=1) > 0
   assert kept[:slots].all()
@@ -125,8 +127,8 @@ def test_fewer_rows_than_experts():
   x, weights = inputs()
   chosen = jnp.array([[3], [1]], jnp.int32)
   gates = gates_of(chosen)
-  out = experts.dropless(x[:2], chosen, gates, weights)
-  want = reference(x[:2], gates, weights, chosen)
+  out = jax.jit(dropless)(x[:2], gates, weights, chosen)
+  want = jax.jit(reference)(x[:2], gates, weights, chosen)
   np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
 
 
@@ -156,10 +158,13 @@ def test_experts_elsewhere_add_nothing(dispatch, monkeypatch):
     return reference(x, jnp.where(here, gates, 0), whole, chosen)
 
   cotangent = jax.random.normal(jax.random.key(3), (TOKENS, DIM))
-  results = []
-  for function in (some, masked):
-    out, pull_back = jax.vjp(function, x, gates, half)
-    results.append((out, pull_back(cotangent)))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def both_ways(function, *floats):
+    out, pull_back = jax.vjp(function, *floats)
+    return out, pull_back(cotangent)
+
+  results = [both_ways(one, x, gates, half) for one in (some, masked)]
   for got, want in zip(*map(jax.tree.leaves, results), strict=True):
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 

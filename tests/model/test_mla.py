@@ -73,13 +73,14 @@ def test_blocks_of_queries_are_one_softmax(shared, monkeypatch):
   cotangent = jax.random.normal(next(keys), (2, 37, 3, 4))
 
   def run():
-    out, pull_back = jax.vjp(
-      lambda *args: attention_lib.causal_attention(*args, 0.5),
-      query,
-      key,
-      value,
-    )
-    return out, *pull_back(cotangent)
+    # A new function each time: `BLOCK` is read when it is traced.
+    def both_ways(*arrays):
+      out, pull_back = jax.vjp(
+        lambda *args: attention_lib.causal_attention(*args, 0.5), *arrays
+      )
+      return out, *pull_back(cotangent)
+
+    return jax.jit(both_ways)(query, key, value)
 
   whole = run()
   monkeypatch.setattr(attention_lib, 'BLOCK', 16)
@@ -108,9 +109,10 @@ def test_decoding_keeps_the_latent_and_gives_the_same(query_rank):
   x = jax.random.normal(jax.random.key(1), (2, 7, 16))
   want = layer(x)
   cache = mla.Cache(jnp.zeros((2, 9, 6)), jnp.zeros((2, 9, 4)))
+  decode = nnx.jit(mla.MLA.decode)
   start, got = 0, []
   for size in (3, 1, 1, 2):
-    y, cache = layer.decode(x[:, start : start + size], cache, jnp.array(start))
+    y, cache = decode(layer, x[:, start : start + size], cache, start)
     got.append(y)
     start += size
   np.testing.assert_allclose(jnp.concatenate(got, 1), want, rtol=0, atol=1e-5)

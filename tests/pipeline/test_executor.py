@@ -52,6 +52,7 @@ def test_gradients_are_those_of_one_device(case):
   assert error < 3e-5, where
 
 
+@pytest.mark.slow
 def test_kept_stages_have_the_gradients_of_stages_computed_again():
   """To the last bit, with NaN in every empty slot and two blocks at a time."""
   case = grid.Case('mhc', False, (1, 2, 1), 'interleaved', 'vocab')
@@ -76,12 +77,23 @@ def test_what_is_kept_is_not_the_weights():
     config.MeshConfig(pipe=2, keep='stages')
 
 
-def test_losses_and_mappings_are_those_of_one_device():
+@pytest.mark.parametrize(
+  ('mesh', 'dispatch'),
+  [
+    ((2, 2, 1), 'capacity'),
+    pytest.param((2, 2, 2), 'dropless', marks=pytest.mark.slow),
+  ],
+)
+def test_losses_and_mappings_are_those_of_one_device(mesh, dispatch):
   """With blocks before the stack, rows of padding and microbatches."""
   results = []
-  case = grid.Case('mhc', True, (2, 2, 2), 'interleaved', 'vocab')
-  for mesh in (config.MeshConfig(num_devices=1), grid.config(case).mesh):
-    programs = step.build(dataclasses.replace(grid.config(case), mesh=mesh))
+  case = grid.Case('mhc', True, mesh, 'interleaved', 'vocab')
+  settings = dicts.override(
+    grid.config(case),
+    {'model.moe.dispatch': dispatch, 'model.moe.capacity_factor': 100.0},
+  )
+  for mesh in (config.MeshConfig(num_devices=1), settings.mesh):
+    programs = step.build(dataclasses.replace(settings, mesh=mesh))
     rng = np.random.default_rng(1)
     params, bias = grid.generic(programs.placement, rng)
     state = programs.to_pipeline_order(
@@ -97,7 +109,7 @@ def test_losses_and_mappings_are_those_of_one_device():
     results.append(
       jax.device_get({'nats': programs.token_losses(state, tokens)} | profile)
     )
-  number = 2 * grid.config(case).model.num_blocks
+  number = 2 * settings.model.num_blocks
   assert results[1]['pre_mean'].shape == (number, 4)
   for name, one in results[0].items():
     np.testing.assert_allclose(
@@ -105,7 +117,7 @@ def test_losses_and_mappings_are_those_of_one_device():
     )
 
 
-def compiled(name, number, kind='mhc', pipe=2, devices=None):
+def compiled(name, number, pipe=2, kind='residual', devices=None):
   """The gradient of a small pipeline with that many microbatches."""
   settings = grid.config(grid.Case(kind, False, (1, pipe, 1), name))
   settings = dataclasses.replace(
@@ -122,15 +134,13 @@ def compiled(name, number, kind='mhc', pipe=2, devices=None):
 
 def test_memory_does_not_grow_with_microbatches():
   """But for the tokens themselves; the buffers are those of any streams."""
-  few, many = (
-    compiled('interleaved', number, 'identity') for number in (8, 64)
-  )
+  few, many = (compiled('interleaved', number) for number in (8, 64))
   sizes = [c.memory_analysis().temp_size_in_bytes for c in (few, many)]
   assert sizes[1] - sizes[0] <= 56 * 4 * (grid.TIME + 1)
 
 
 def test_one_permute_a_channel_and_none_in_a_branch():
-  module = hlo.parse(compiled('dualpipev', 8, 'residual', 4).as_text())
+  module = hlo.parse(compiled('dualpipev', 8, 4).as_text())
   branches = set()
 
   def collect(name):
@@ -156,7 +166,7 @@ def test_one_permute_a_channel_and_none_in_a_branch():
 def test_transfers_between_stages_are_overlapped_on_a_tpu():
   """A whole branch, F or B, is between the start and the end of each."""
   devices = targets.devices('v5p:2x2x1')
-  program = compiled('interleaved', 16, pipe=4, devices=devices)
+  program = compiled('interleaved', 16, 4, 'mhc', devices)
   module = hlo.parse(program.as_text())
   seen = 0
   for body in module.computations.values():

@@ -1,25 +1,13 @@
 """The schedule of the attention kernels, by the command that prints it."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 from mhc.planner import attention_cost
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-
-def test_the_schedule_on_v5p():
-  done = subprocess.run(
-    [
-      *(sys.executable, ROOT / 'launch' / 'bench.py', 'attention'),
-      *('--json', '--generations=v5p'),
-    ],
-    capture_output=True,
-    text=True,
-    check=True,
-  )
+def test_the_schedule_on_v5p(launch):
+  done = launch('bench.py', 'attention', '--json', '--generations=v5p')
+  assert done.returncode == 0, done.stderr
   forward, backward = map(json.loads, done.stdout.splitlines())
   assert forward['kernel'] == 'attention_forward'
   assert backward['kernel'] == 'attention_backward'

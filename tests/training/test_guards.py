@@ -162,6 +162,7 @@ def test_settings_that_cannot_be():
 
 TINY = dataclasses.replace(
   TINY_RUN,
+  model=TINY_RUN.model.plain,
   num_steps=30,
   eval_every=0,
   eval_sequences=4,

@@ -88,7 +88,7 @@ def test_experts_over_devices():
         TINY,
         mesh=config.MeshConfig(num_devices=num_devices, expert=shards),
         data=dataclasses.replace(TINY.data, microbatch_size=8 // shards // 2),
-        model=dataclasses.replace(TINY.model, moe=experts),
+        model=dataclasses.replace(TINY.model.plain, moe=experts),
       )
     )
     state = generic_states.state(programs)
