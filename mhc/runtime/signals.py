@@ -132,9 +132,10 @@ class Handlers:
     """Ends the process where the main thread cannot handle a signal."""
     first = None
     while data := self._wake.recv(1):
-      number = signal.Signals(data[0])
-      if signal.getsignal(number) != self._on_signal:
-        continue  # someone else handles it
+      number = data[0]
+      # Of all signals of the process, those that are handled here.
+      if number not in REQUESTS or signal.getsignal(number) != self._on_signal:
+        continue
       late = first is not None and time.monotonic() - first > SAME_S
       first = first or time.monotonic()
       if late or not self.saves:
@@ -149,7 +150,7 @@ class Handlers:
       return
     if self.saves and not late:
       return
-    _say(f'\n{number.name}: ends at once\n')
+    _say(f'\n{signal.Signals(number).name}: ends at once\n')
     asked = number != signal.SIGINT and not late and self._status is not None
     os._exit(self._status if asked else 128 + number)
 
