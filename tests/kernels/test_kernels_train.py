@@ -10,10 +10,7 @@ from mhc.kernels.pallas import launch
 from mhc.parallel import partition
 from mhc.training import step
 
-pytestmark = [
-  pytest.mark.long,
-  pytest.mark.usefixtures('optax_promotion'),
-]
+pytestmark = pytest.mark.usefixtures('optax_promotion')
 
 TINY = config.Config(
   num_steps=10,

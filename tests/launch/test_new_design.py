@@ -8,10 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import pytest
-
-pytestmark = pytest.mark.long
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLASS = '''
 class Gated(nnx.Module):

@@ -10,8 +10,6 @@ from mhc import config
 from mhc.model import recompute
 from mhc.parallel import memory
 
-pytestmark = pytest.mark.long
-
 
 @pytest.mark.parametrize(
   ('num_sublayers', 'every', 'peak'),

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 
+import forked_kernels
 import nbclient
 import nbformat
 import pytest
@@ -27,22 +28,40 @@ build = _load(ROOT / 'notebooks' / 'build.py')
 SOURCES = {source.stem: source for source in build.sources()}
 
 
-@pytest.fixture
-def execute(compiled, tmp_path):
-  """Runs a notebook in a folder of its own; returns it with its outputs."""
+@pytest.fixture(scope='module')
+def kernels(compiled, tmp_path_factory):
+  """Forks kernels; and their environment."""
+  environment = os.environ | {
+    'XLA_FLAGS': '--xla_backend_optimization_level=0',
+    'JAX_COMPILATION_CACHE_DIR': str(compiled),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  folder = tmp_path_factory.mktemp('kernels')
+  with forked_kernels.Kernels(environment, folder) as kernels:
+    yield kernels, environment
 
-  def run(name, before_cell=lambda client, cell: None):
-    book = nbformat.read(ROOT / 'notebooks' / f'{name}.ipynb', 4)
-    environment = os.environ | {
-      'XLA_FLAGS': '--xla_backend_optimization_level=0',
-      'JAX_COMPILATION_CACHE_DIR': str(compiled),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      'TMPDIR': str(tmp_path),
-    }
+
+@pytest.fixture
+def execute(kernels, tmp_path, monkeypatch):
+  """Runs a notebook in a folder of its own; returns it with its outputs.
+
+  Each of `changes` is a text of it and what stands there instead: sizes, for
+  the sake of the compiler.
+  """
+  forked, environment = kernels
+  environment = environment | {'TMPDIR': str(tmp_path)}
+  monkeypatch.setenv('JUPYTER_PATH', forked.path)
+
+  def run(name, *changes, before_cell=lambda client, cell: None):
+    source = (ROOT / 'notebooks' / f'{name}.ipynb').read_text()
+    for old, new in changes:
+      assert source.count(old) == 1, old
+      source = source.replace(old, new)
+    book = nbformat.reads(source, 4)
     client = nbclient.NotebookClient(
       book,
       timeout=280,
-      kernel_name='python3',
+      kernel_name='forked',
       resources={'metadata': {'path': str(tmp_path)}},
       on_cell_execute=lambda cell, cell_index: before_cell(client, cell),
     )
@@ -96,19 +115,23 @@ def test_sinkhorn(execute):
 
 
 def test_own_model(execute):
-  book = execute('own_model')
+  book = execute(
+    'own_model', ('STREAMS, BLOCKS = 32, 4, 3', 'STREAMS, BLOCKS = 32, 4, 2')
+  )
   losses = text(book, containing='step(params, state)')
   assert losses.count('100.0% right') == 3, losses
   assert 'mHC  gain forward 1.000' in text(book)
 
 
 def test_gains(execute):
-  book = execute('gains')
+  book = execute(
+    'gains', ('num_steps=20', 'num_steps=8'), ('num_blocks=8', 'num_blocks=2')
+  )
   assert pictures(book) == 6
 
 
 def test_kernels_say_that_a_cpu_measures_nothing(execute):
-  book = execute('kernels_on_this_tpu')
+  book = execute('kernels_on_this_tpu', ('128, 37, 4', '128, 5, 4'))
   assert 'Nothing can be measured here' in text(book)
   assert 'advance: largest relative difference' in text(book)
 
@@ -129,7 +152,9 @@ def test_a_comparison_is_interrupted_saves_and_goes_on(execute, tmp_path):
           return
       time.sleep(0.02)
 
-  book = execute('compare', before_cell)
+  book = execute(
+    'compare', ('num_steps=20', 'num_steps=10'), before_cell=before_cell
+  )
   stopped = text(book, containing='def train')
   assert 'saved after step' in stopped
   finished = [*tmp_path.glob('**/summary.json')]

@@ -22,10 +22,7 @@ from mhc.training import loop
 from mhc.training import run as run_lib
 from mhc.training import step
 
-pytestmark = [
-  pytest.mark.long,
-  pytest.mark.usefixtures('optax_promotion'),
-]
+pytestmark = pytest.mark.usefixtures('optax_promotion')
 
 
 def of(kind='mhc', **policies):
