@@ -254,10 +254,10 @@ class Loop:
 
   def _run_probe(self, values) -> list[guards_lib.Event]:
     """Adds the numbers of a probe to the metrics; returns its events."""
-    seen_all = self._write_probe()
-    values['mhc/gain_fwd_max'] = float(seen_all['composite_fwd'].max())
-    values['mhc/gain_bwd_max'] = float(seen_all['composite_bwd'].max())
-    seen = guards_lib.measures(seen_all)
+    probe = self._write_probe()
+    values['mhc/gain_fwd_max'] = float(probe['composite_fwd'].max())
+    values['mhc/gain_bwd_max'] = float(probe['composite_bwd'].max())
+    seen = guards_lib.measures(probe)
     values['mhc/stream_cosine'] = seen['cosine']
     values['mhc/stream_growth'] = seen['growth']
     values['mhc/sinkhorn_residual'] = seen['residual']
@@ -284,7 +284,7 @@ class Loop:
       words.append(f'{values["time/mfu"]:.1%} of the peak')
     spent = phases.seconds()
     share = spent.get(timeline.TRAINING, 0.0) / sum(spent.values())
-    words.append(f'{share:.0%} of the time')
+    words.append(f'trains {share:.0%} of the time')
     self._bar.set_postfix_str(', '.join(words), refresh=False)
     self._clock = time.perf_counter()
 

@@ -65,8 +65,12 @@ class Profiler:
   def close(self):
     """Writes the profile of what has been done."""
     if self._is_on:
-      jax.profiler.stop_trace()
-      console.print_line(f'profile: {self._folder}')
+      try:
+        jax.profiler.stop_trace()
+        console.print_line(f'profile: {self._folder}')
+      except Exception as error:  # of any class, as on a full disk
+        message = ' '.join(str(error).split())[:200]
+        console.print_line(f'NOT WRITTEN: {self._folder}: {message}')
     elif self._wanted is not None:
       console.print_line(
         f'no profile: this start has trained none of the steps '

@@ -3,6 +3,7 @@
 Whether it is sent is decided by W&B's own variables: WANDB_MODE=offline keeps
 it in the run's folder (`wandb sync` sends it later), WANDB_MODE=disabled drops
 it. A run that goes on continues the same run there, by its id in wandb.json.
+W&B takes each step once: what a rollback trains again is not sent again.
 """
 
 from collections.abc import Mapping

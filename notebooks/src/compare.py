@@ -138,7 +138,7 @@ figures.forest(values['contrasts'])
 from mhc.experiments import plots
 from mhc.experiments import results
 
-_, panels, _ = results.read_comparison(workdir)
+panels = results.read_comparison(workdir).panels
 by_kind = {}
 for finished in panels['main']:
   by_kind.setdefault(finished.variant, []).append(finished)

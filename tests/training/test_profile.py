@@ -24,3 +24,19 @@ def test_steps_that_are_past_are_told(tmp_path, capsys):
   assert 'this start has trained none of the steps 3 to 5' in said
   profiler.close()
   assert capsys.readouterr().err == ''
+
+
+def test_a_profile_that_cannot_be_written_costs_the_run_nothing(
+  tmp_path, monkeypatch, capsys
+):
+  def full():
+    raise RuntimeError('No space left')
+
+  monkeypatch.setattr(profile.jax.profiler, 'start_trace', lambda *_, **__: 0)
+  monkeypatch.setattr(profile.jax.profiler, 'stop_trace', full)
+  profiler = profile.Profiler(tmp_path, profile.Steps(1, 2))
+  with profiler.step(1):
+    pass
+  assert profiler.is_last(2)
+  profiler.close()
+  assert 'NOT WRITTEN: ' in capsys.readouterr().err
