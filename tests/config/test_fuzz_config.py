@@ -60,6 +60,7 @@ def test_what_fails_is_shrunk(capsys):
   assert f'FAILED config {case}: no guards' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('optax_promotion')
 def test_a_case_runs():
   changes = {'model.num_blocks': 1, 'model.dim': 1, 'model.norm_eps': 0.0}

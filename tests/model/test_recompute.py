@@ -55,6 +55,7 @@ def test_the_plan_saves_the_stream_tensors_that_the_formula_says():
   assert saved == pytest.approx(predicted, rel=0.2)
 
 
+@pytest.mark.slow
 def test_each_policy_keeps_less():
   none, mhc, block, full = map(
     temporary_units, ('none', 'mhc', 'mhc+block', 'full')

@@ -132,6 +132,7 @@ def compiled(name, number, pipe=2, kind='residual', devices=None):
   return lowered.compile(step.compiler_options(compiled.placement))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_microbatches():
   """But for the tokens themselves; the buffers are those of any streams."""
   few, many = (compiled('interleaved', number) for number in (8, 64))

@@ -37,6 +37,7 @@ def test_a_kernel_that_fails_is_named(monkeypatch):
   assert row['xla_worst'] == 'NotImplementedError: no such unit'
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('optax_promotion')
 def test_steps():
   base = on_device.base(num_blocks=2, num_rows=1)

@@ -43,16 +43,16 @@ def stuck_here(seconds):
 
 
 def test_what_is_stuck_is_named_with_its_stacks(capsys):
-  with watchdog.Watchdog(0.4, frozenset({'compiling'})):
+  with watchdog.Watchdog(1.0, frozenset({'compiling'})):
     with phases.phase('compiling'):
-      time.sleep(0.6)
+      time.sleep(1.3)
     with phases.phase('step'):
-      for _ in range(12):  # slow, but it gets somewhere
-        time.sleep(0.05)
+      for _ in range(13):  # slow, but it gets somewhere
+        time.sleep(0.1)
         phases.progress()
     assert capsys.readouterr().err == ''
     with phases.phase('saving'):
-      stuck_here(0.8)
+      stuck_here(1.8)
   said = capsys.readouterr().err
   assert 'STUCK: saving has got nowhere for' in said
   assert 'stuck_here' in said
@@ -63,8 +63,8 @@ def test_what_is_stuck_is_named_with_its_stacks(capsys):
 
 
 def test_a_phase_may_take_as_long_as_it_has_taken(capsys):
-  with watchdog.Watchdog(0.3):
-    for seconds in (0.15, 0.6):  # at most ten times as long
+  with watchdog.Watchdog(0.6):
+    for seconds in (0.3, 1.2):  # at most ten times as long
       with phases.phase('evaluating'):
         time.sleep(seconds)
       with phases.phase('step'):

@@ -70,6 +70,7 @@ def test_the_mean_of_equal_mappings_changes_nothing():
   assert np.ptp(change['H_res := I'] - change['H_res := I, upper half']) > 0
 
 
+@pytest.mark.slow
 def test_single_pass_and_experts():
   """And nothing else is changed: as trained it is the model alone."""
   moe = config.MoEConfig(num_experts=4, expert_dim=8)
