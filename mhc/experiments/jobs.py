@@ -132,7 +132,8 @@ class Jobs:
     if tuned_on not in self._rates:
       cells = self.cells(tuned_on)
       summaries = [
-        workdir_lib.read_summary(self.workdir / cell.name) for cell in cells
+        workdir_lib.read_summary(self.workdir / cell.name, ('heldout_nats',))
+        for cell in cells
       ]
       if None in summaries:
         return None

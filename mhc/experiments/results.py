@@ -35,6 +35,11 @@ from mhc.training import workdir as workdir_lib
 WINDOW = 25
 GRAD_SPIKE_FACTOR = 3.0
 LOSS_SPIKE_NATS = 1.0
+# Entries of a summary without which there is no row.
+NEEDED = (
+  *('heldout_nats', 'heldout_bits_per_byte', 'num_params', 'tokens'),
+  *('peak_bytes', 'device', 'jax', 'corpus', 'num_devices'),
+)
 # Parts of the held-out text, whose rows stand in the order of its documents.
 BLOCKS = 32
 
@@ -152,7 +157,7 @@ def read(
   Raises:
     ValueError: one of its files is damaged.
   """
-  summary = workdir_lib.read_summary(folder)
+  summary = workdir_lib.read_summary(folder, NEEDED)
   if summary is None:
     return None
   return Run(

@@ -20,7 +20,7 @@ This module reads everything but the parameters, which are read by
 `checkpoint.restore_model`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import json
 import os
 import pathlib
@@ -35,8 +35,6 @@ HELDOUT = 'heldout.npy'
 METRICS, PROBES, EVENTS = 'metrics.jsonl', 'probes.jsonl', 'events.jsonl'
 CHECKPOINTS, DAMAGED = 'checkpoints', 'damaged'
 TENSORBOARD, LOCK = 'tensorboard', 'lock'
-# Names in a summary that every reader takes for given.
-NEEDED = 'heldout_nats', 'heldout_bits_per_byte', 'num_params', 'tokens'
 # Names that only a run makes: without a config, a run has lost it.
 PARTS = SUMMARY, METRICS, PROBES, EVENTS, CHECKPOINTS, DAMAGED, HELDOUT
 
@@ -146,17 +144,19 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
     raise ValueError(f'{file} is not a readable config: {error}') from None
 
 
-def read_summary(workdir: pathlib.Path) -> dict | None:
+def read_summary(
+  workdir: pathlib.Path, needed: Sequence[str] = ()
+) -> dict | None:
   """Reads the summary of a finished run; None for an unfinished one.
 
   Raises:
-    ValueError: it is damaged.
+    ValueError: it is damaged, or has no entry of a name that is `needed`.
   """
   file = workdir / SUMMARY
   if not file.exists():
     return None
   summary = files.read_json(file)
-  for name in NEEDED:
+  for name in needed:
     if name not in summary:
       raise ValueError(
         f'{file} is damaged: it has no {name!r}; delete it, and the command '
