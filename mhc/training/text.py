@@ -28,18 +28,18 @@ def keep(workdir: pathlib.Path, mixture: mixture_lib.Mixture):
   if not file.exists():
     files.replace(file, json.dumps(now, indent=2) + '\n')
     return
+  hint = f'delete {file} to go on with the text as it is'
   try:
     begun = files.read_json(file)
     same = begun['sha256'] == now['sha256']
     then = f'{begun["train_tokens"]:,} tokens to train on'
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f'{file} does not say what the text was ({error}): delete it to go on '
-      'with the text as it is'
-    ) from None
+  except KeyError as error:
+    raise ValueError(f'{file} is damaged: it has no {error}; {hint}') from None
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{error}; {hint}') from None
   if not same:
     raise ValueError(
       f'the text of {workdir} has changed since it began ({then} then, '
       f'{now["train_tokens"]:,} now): give it the same, choose another '
-      f'--workdir, or delete {file} to go on with the text as it is'
+      f'--workdir, or {hint}'
     )
