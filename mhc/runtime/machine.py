@@ -7,6 +7,7 @@ import platform
 import jax
 
 from mhc.runtime import accelerators
+from mhc.runtime import processes
 
 LIBRARIES = ('jax', 'jaxlib')
 PLUGINS = ('libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin')
@@ -40,7 +41,7 @@ def identity() -> dict[str, str | int]:
   first = jax.devices()[0]
   found = {'device': first.device_kind, 'jax': jax.__version__}
   if first.platform == 'cpu':
-    found['CPU cores'] = len(os.sched_getaffinity(0))
+    found['CPU cores'] = processes.num_cores()
   return found
 
 

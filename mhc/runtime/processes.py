@@ -36,8 +36,10 @@ def tied(command: Sequence[str]) -> list[str]:
 
 
 def num_cores() -> int:
-  """Cores that this process may use."""
-  return len(os.sched_getaffinity(0))
+  """Cores that this process may use; all of them where the system is mute."""
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def ordered_map[A, B](
