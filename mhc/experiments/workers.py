@@ -151,7 +151,7 @@ def start_local(number: int, arguments: Sequence[str]) -> list[int]:
 
 def most() -> int:
   """The number of workers that this machine has a GPU or a core for."""
-  return len(_gpus(os.environ)) or len(os.sched_getaffinity(0))
+  return len(_gpus(os.environ)) or processes.num_cores()
 
 
 @contextlib.contextmanager
