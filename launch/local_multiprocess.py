@@ -8,8 +8,8 @@ The command after `--` is started --processes times, each with --devices CPU
 devices and its --coordinator, --num_processes and --process_id. Lines of all
 but process 0 begin with the process index. SIGINT and SIGTERM are forwarded to
 all; a later one, after a second, kills them. They get SIGTERM, too, when this
-program is killed. If one fails, the others, which could only
-wait for it, are killed, and its exit status becomes that of this program.
+program is killed. If one fails, the others, which could only wait for it, are
+killed, and its exit status becomes that of this program.
 Installed without a clone, the command is `-m mhc.launch.train ...`.
 """
 
@@ -54,9 +54,8 @@ def main(*command):
       for child in children:
         child.send_signal(number if len(first) == 1 else signal.SIGKILL)
 
-  for number in signals.REQUESTS:
-    if signal.getsignal(number) != signal.SIG_IGN:
-      signal.signal(number, forward)
+  for number in signals.heeded():
+    signal.signal(number, forward)
   port, printers = _free_port(), []
   for index in range(PROCESSES.value):
     child = _start(command, index, port)

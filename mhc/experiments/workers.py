@@ -124,11 +124,7 @@ def start_local(number: int, arguments: Sequence[str]) -> list[int]:
   received: list[int] = []
   workers: list[subprocess.Popen] = []
   note = lambda number, _: received.append(number)
-  replaced = {
-    each: signal.signal(each, note)
-    for each in signals.REQUESTS
-    if signal.getsignal(each) != signal.SIG_IGN
-  }
+  replaced = {each: signal.signal(each, note) for each in signals.heeded()}
   try:
     for index, environment in enumerate(environments):
       if not received:

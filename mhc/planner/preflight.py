@@ -135,7 +135,11 @@ def _tokens(config, path, tokens) -> Check:
     'text',
     f'{path}: {corpus.num_train_tokens:,} tokens to train on, '
     f'{epochs:.3g} epochs'
-    + (' (above 4, new text is worth more)' if epochs > 4 else ''),
+    + (
+      f' (above {mixture_lib.MANY_EPOCHS:g}, new text is worth more)'
+      if epochs > mixture_lib.MANY_EPOCHS
+      else ''
+    ),
   )
 
 

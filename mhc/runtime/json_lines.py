@@ -42,9 +42,11 @@ class JsonLines:
     """
     self.damage = ''  # what was found, for people
     data = path.read_bytes() if path.exists() else b''
-    lines = _parse(data)
+    matches = position is not None and _matches(data, position)
+    # What matches is not read line by line, which a long run would wait for.
+    lines = _parse(data[position['size'] :] if matches else data)
     self.dropped = [line for line in lines if line['step'] > last_step]
-    if position is not None and _matches(data, position):
+    if matches:
       data = data[: position['size']]
     else:
       kept = [line for line in lines if line['step'] <= last_step]

@@ -71,9 +71,8 @@ class Handlers:
       )
       self._closed_last = wake
       threading.Thread(target=self._watch, daemon=True).start()
-      for number in REQUESTS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-          self.take(number)
+      for number in heeded():
+        self.take(number)
     return self
 
   def __exit__(self, *_):
@@ -153,6 +152,11 @@ class Handlers:
     _say(f'\n{signal.Signals(number).name}: ends at once\n')
     asked = number != signal.SIGINT and not late and self._status is not None
     os._exit(self._status if asked else 128 + number)
+
+
+def heeded() -> list[signal.Signals]:
+  """The requests that this process was not started to ignore."""
+  return [n for n in REQUESTS if signal.getsignal(n) != signal.SIG_IGN]
 
 
 def check():
