@@ -42,6 +42,8 @@ train = [
   'tqdm>=4.66',
 ]
 wandb = ['wandb>=0.20']
+# What reads and writes gs:// paths.
+gcs = ['gcsfs>=2026.4']
 cuda13 = ['jax[cuda13]']
 # jax-triton reaches into JAX: each release is for some.
 triton = ['jax>=0.11.2,<0.12', 'jax-triton>=0.4.1', 'triton>=3.9,<3.10']
@@ -79,6 +81,8 @@ setuptools.setup(
     'hf': [*data, 'datasets>=4.0'],
     # Metrics to Weights & Biases, with the setting `wandb`.
     'wandb': wandb,
+    # Folders of runs and of data in a bucket.
+    'gcs': gcs,
     'cuda12': ['jax[cuda12]'],
     'cuda13': cuda13,
     'tpu': ['jax[tpu]'],
@@ -96,6 +100,9 @@ setuptools.setup(
       *train,
       'beartype>=0.22',
       'datasets>=4.0',
+      *gcs,
+      # A stand-in of Cloud Storage, for tests/bucket_server.py.
+      'gcp-storage-emulator>=2026.7',
       'hypothesis>=6.150',
       # The tests run the notebooks.
       'ipykernel>=6.29',

@@ -10,7 +10,6 @@ The same command on other machines with the same --workdir shares the work.
 """
 
 import os
-import pathlib
 import sys
 
 from absl import flags
@@ -25,6 +24,8 @@ from mhc.experiments import report
 from mhc.experiments import run_all
 from mhc.experiments import workers
 from mhc.runtime import cli
+from mhc.runtime import paths
+from mhc.runtime import shadow
 
 WORKDIR = flags.DEFINE_string(
   'workdir', 'runs/compare', 'Folder of the comparison.'
@@ -56,7 +57,7 @@ cli.define_end()
 
 
 def main():
-  workdir = pathlib.Path(WORKDIR.value)
+  workdir = paths.path(WORKDIR.value)
   if not REPORT_ONLY.value:
     _share_programs(workdir)
     comparison = cli.config(comparison_lib.Comparison)
@@ -115,7 +116,7 @@ def _plan(comparison, workdir):
 
 def _share_programs(workdir):
   """Lets the processes of this machine compile each program once."""
-  cache = workdir / 'programs' / os.uname().nodename
+  cache = shadow.place(workdir / 'programs') / os.uname().nodename
   jax.config.update('jax_compilation_cache_dir', str(cache))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 

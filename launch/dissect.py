@@ -9,11 +9,11 @@ worse.
 """
 
 import json
-import pathlib
 
 from absl import flags
 
 from mhc.runtime import cli
+from mhc.runtime import paths
 from mhc.training import dissect
 
 WORKDIR = flags.DEFINE_string(
@@ -26,7 +26,7 @@ JSON = flags.DEFINE_bool('json', False, 'Print one JSON object.')
 
 
 def main():
-  found = dissect.dissect_checkpoint(pathlib.Path(WORKDIR.value), ROWS.value)
+  found = dissect.dissect_checkpoint(paths.path(WORKDIR.value), ROWS.value)
   if JSON.value:
     print(json.dumps(found))
     return

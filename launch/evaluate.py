@@ -5,11 +5,11 @@ python launch/evaluate.py --workdir=runs/tiny --path=my_texts/ --sequences=0
 """
 
 import json
-import pathlib
 
 from absl import flags
 
 from mhc.runtime import cli
+from mhc.runtime import paths
 from mhc.training import evaluate
 
 WORKDIR = flags.DEFINE_string(
@@ -28,7 +28,7 @@ TOKENIZER = cli.define_tokenizer()
 
 def main():
   result = evaluate.evaluate_checkpoint(
-    pathlib.Path(WORKDIR.value), PATH.value, SEQUENCES.value, TOKENIZER.value
+    paths.path(WORKDIR.value), PATH.value, SEQUENCES.value, TOKENIZER.value
   )
   print(json.dumps(result))
 

@@ -6,12 +6,11 @@ Writes the newest checkpoint's parameters, with the run's config.json and, if it
 has one, tokenizer.json; docs/interop.md describes the tensors.
 """
 
-import pathlib
-
 from absl import flags
 
 from mhc import interop
 from mhc.runtime import cli
+from mhc.runtime import paths
 
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True
@@ -30,8 +29,8 @@ TOKENIZER = cli.define_tokenizer()
 
 def main():
   step = interop.export(
-    pathlib.Path(WORKDIR.value),
-    pathlib.Path(OUT.value),
+    paths.path(WORKDIR.value),
+    paths.path(OUT.value),
     int(MAX_GIGABYTES.value * 1e9),
     TOKENIZER.value,
   )

@@ -15,13 +15,13 @@ command goes on. On many machines that share a file system:
     python launch/prepare_data.py ... --stage=merge --shard=I/N   # then these
 """
 
-import pathlib
 import re
 
 from absl import flags
 
 from mhc.data import tokenize_corpus
 from mhc.runtime import cli
+from mhc.runtime import paths
 
 PATH = flags.DEFINE_string(
   'path', '', "File, folder or pattern; '' for Python's standard library."
@@ -66,7 +66,7 @@ def main():
   machine, num_machines = _shard(SHARD.value)
   index = tokenize_corpus.prepare(
     PATH.value,
-    pathlib.Path(OUT.value),
+    paths.path(OUT.value),
     TOKENIZER.value,
     ON_DAMAGE.value,
     TEXT_FIELD.value,

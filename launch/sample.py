@@ -5,13 +5,13 @@ python launch/sample.py --workdir=runs/mine --prompt='def main(' \
 """
 
 import codecs
-import pathlib
 import sys
 
 from absl import flags
 import numpy as np
 
 from mhc.runtime import cli
+from mhc.runtime import paths
 from mhc.training import generate as generate_lib
 from mhc.training import workdir as workdir_lib
 
@@ -34,7 +34,7 @@ TOKENIZER = cli.define_tokenizer()
 
 
 def main():
-  workdir = pathlib.Path(WORKDIR.value)
+  workdir = paths.path(WORKDIR.value)
   model, bias, tokenizer = generate_lib.restore(workdir, TOKENIZER.value)
   prompt = np.concatenate(
     [[tokenizer.start], tokenizer.encode(PROMPT.value.encode())]

@@ -5,13 +5,12 @@ Several processes train one together: each gets the same flags, and with
 starts several on this machine.
 """
 
-import pathlib
-
 from absl import flags
 
 from mhc import config as config_lib
 from mhc.runtime import cli
 from mhc.runtime import multihost
+from mhc.runtime import paths
 from mhc.training import profile
 from mhc.training import run
 
@@ -30,7 +29,7 @@ def main():
   cli.join()
   summary = run.train(
     config,
-    pathlib.Path(WORKDIR.value),
+    paths.path(WORKDIR.value),
     deadline=cli.deadline(),
     profiled=profiled,
   )

@@ -24,9 +24,12 @@ if not importlib.metadata.version('jaxlib').startswith('0.7.'):
 os.environ['TRITON_INTERPRET'] = '1'
 
 import pathlib
+import re
 import subprocess
 import sys
+import uuid
 
+import bucket_server
 import forked_mains
 import jax
 from jaxtyping import install_import_hook
@@ -89,6 +92,24 @@ def text(tmp_path_factory):
   words = np.random.default_rng(0).choice(['ab ', 'cde ', 'f\n'], 4000)
   file.write_text(''.join(words))
   return str(file)
+
+
+@pytest.fixture(scope='session')
+def object_store():
+  """A store of buckets on this machine, see `bucket_server`."""
+  with bucket_server.Bucket() as running:
+    yield running
+
+
+@pytest.fixture
+def bucket(object_store, monkeypatch, request):
+  """A folder of a bucket, this test's own."""
+  from mhc.runtime import paths
+
+  for name, value in object_store.settings.items():
+    monkeypatch.setenv(name, value)
+  name = re.sub(r'\W+', '_', request.node.name)
+  return paths.path(f'{bucket_server.URL}/{name}-{uuid.uuid4().hex[:8]}')
 
 
 @pytest.fixture(scope='session')

@@ -7,7 +7,6 @@ folder written by launch/prepare_data.py.
 import dataclasses
 import hashlib
 import os
-import pathlib
 
 import numpy as np
 
@@ -117,11 +116,11 @@ def load(
       f'data.path={path!r} is a stream: first make a token folder of it, '
       f"launch/prepare_data.py --path='{path}' --out=FOLDER"
     )
-  path = paths.local(path, 'data.path')
+  path = paths.given(path, 'data.path')
   try:
     log = corruption.SkipLog(on_damage)
     if is_tokens(path):
-      return _from_tokens(pathlib.Path(path), log, token_dtype, tokenizer)
+      return _from_tokens(paths.path(path), log, token_dtype, tokenizer)
     return _from_text(path, log, text_field, tokenizer or tokenizer_lib.Bytes())
   except OSError as error:
     if 'data.path' in str(error):
@@ -135,7 +134,7 @@ def load(
 def is_tokens(path: str) -> bool:
   """Whether `path` is a token folder; otherwise it is text."""
   path = os.path.expanduser(path)
-  return bool(path) and token_dataset.holds(pathlib.Path(path))
+  return bool(path) and token_dataset.holds(paths.path(path))
 
 
 def _from_text(path, log, text_field, tokenizer) -> Corpus:

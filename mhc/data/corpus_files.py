@@ -17,6 +17,7 @@ import re
 from typing import Literal, NamedTuple
 
 from mhc.data import formats
+from mhc.runtime import paths
 from mhc.runtime import retry
 
 # '' is a file whose documents are split by their names.
@@ -42,7 +43,7 @@ class Files(NamedTuple):
     left_out: names of files that are not read, by the reason.
   """
 
-  files: dict[str, pathlib.Path]
+  files: dict[str, paths.Path]
   sides: dict[str, Side]
   left_out: dict[str, list[str]]
 
@@ -68,23 +69,11 @@ def find(path: str) -> Files:
     FileNotFoundError: there is no such file.
     OSError: a folder cannot be read.
   """
-  root = pathlib.Path(path)
-  if root.is_file():
+  root = paths.path(path)
+  if retry.with_retries(root.is_file, root):
     return Files({root.name: root}, {root.name: ''}, {})
-  if root.is_dir():
-    found = {
-      str(file.relative_to(root)): file
-      for file in retry.with_retries(lambda: list(_walk(root)), root)
-    }
-  else:
-    names = glob.glob(path, recursive=True)
-    found = {name: pathlib.Path(name) for name in names}
-  found = {
-    name: file
-    for name, file in sorted(found.items())
-    if retry.with_retries(file.is_file, file)
-    or (file.is_symlink() and not file.exists())
-  }
+  of = _objects if paths.in_bucket(root) else _files
+  found = dict(sorted(retry.with_retries(lambda: of(root, path), root).items()))
   if not found:
     raise FileNotFoundError(
       f'data.path={path!r} names no file: give a text file, a folder of them '
@@ -101,6 +90,35 @@ def find(path: str) -> Files:
   order = sorted(found, key=lambda name: (sides[name] != 'heldout', name))
   files = {name: found[name] for name in order}
   return Files(files, {name: sides[name] for name in order}, left_out)
+
+
+def _files(root, path) -> dict[str, pathlib.Path]:
+  if root.is_dir():
+    found = {str(file.relative_to(root)): file for file in _walk(root)}
+  else:
+    names = glob.glob(path, recursive=True)
+    found = {name: pathlib.Path(name) for name in names}
+  return {
+    name: file
+    for name, file in found.items()
+    if file.is_file() or (file.is_symlink() and not file.exists())
+  }
+
+
+def _objects(root, path) -> dict[str, paths.Path]:
+  """Those of a bucket, in a folder or of a pattern; hidden ones left out."""
+  system = paths.filesystem(root)
+  if glob.has_magic(path):
+    names = system.glob(path, detail=True)
+    names = [name for name, info in names.items() if info['type'] == 'file']
+    return {name: paths.path(f'{paths.BUCKET}://{name}') for name in names}
+  start = len(system._strip_protocol(path)) + 1
+  found = {name[start:]: name for name in system.find(path)}
+  return {
+    name: paths.path(f'{paths.BUCKET}://{full}')
+    for name, full in found.items()
+    if name and not any(part.startswith('.') for part in name.split('/'))
+  }
 
 
 def _leave_out(found, left_out, why, names):

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from mhc.data import corpus_files
 from mhc.data import corruption
 from mhc.data import formats
+from mhc.runtime import files as files_lib
+from mhc.runtime import paths
 from mhc.runtime import retry
 
 TEXT = 'text'
@@ -46,7 +48,7 @@ def read_all(
 
 def read(
   name: str,
-  file: pathlib.Path,
+  file: paths.Path,
   log: corruption.SkipLog | None = None,
   text_field: str = TEXT,
 ) -> Iterator[tuple[Document, int]]:
@@ -233,7 +235,7 @@ def _no_text(text_field, error):
 
 
 def _size(file):
-  return retry.with_retries(file.stat, file).st_size
+  return files_lib.size(file)
 
 
 def _parquet(name, file, compression, log, text_field):
@@ -294,6 +296,8 @@ def _parquet(name, file, compression, log, text_field):
 
 def _array_record(name, file, compression, log, text_field):
   del compression, text_field  # a record is a text
+  if paths.in_bucket(file):
+    raise ValueError(f'{file}: ArrayRecord is read from disks: copy it to one')
   try:
     from array_record.python import array_record_module  # optional
   except ImportError:

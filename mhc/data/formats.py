@@ -22,6 +22,7 @@ import sys
 from typing import Literal, NamedTuple
 import zlib
 
+from mhc.runtime import paths
 from mhc.runtime import retry
 
 HEAD = 2**16  # bytes of a file by which it is told
@@ -60,7 +61,7 @@ class Refused(Exception):
   """Says in one line what a file is, and that it is not read."""
 
 
-def detect(file: pathlib.Path) -> Format:
+def detect(file: paths.Path) -> Format:
   """Tells the format of a file.
 
   Raises:
@@ -89,7 +90,7 @@ def suffixes(name: str) -> tuple[str, str]:
   return (inner, last) if last in COMPRESSED_NAMES else (last, '')
 
 
-def open_stream(file: pathlib.Path, compression: str = '') -> io.BufferedIOBase:
+def open_stream(file: paths.Path, compression: str = '') -> io.BufferedIOBase:
   """Opens a file for reading what it holds, decompressed.
 
   Raises:

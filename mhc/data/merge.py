@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from mhc.data import tokenizer as tokenizer_lib
 from mhc.data import unfinished
 from mhc.runtime import console
 from mhc.runtime import files as files_lib
+from mhc.runtime import paths
 from mhc.runtime import processes
 
 HELDOUT = -1  # the job of the held-out documents, beside one a bucket
@@ -94,7 +94,7 @@ def _name(job):
   return 'heldout' if job == HELDOUT else f'train-{job:05d}'
 
 
-def _make(job: int, folder: unfinished.Folder, paths: list[pathlib.Path]):
+def _make(job: int, folder: unfinished.Folder, paths: list[paths.Path]):
   """Makes a shard, or all that are held out, and then its record."""
   if job == HELDOUT:
     documents, tokens = _heldout(paths)

@@ -17,12 +17,13 @@ the second half its held-out ones.
 
 from collections.abc import Sequence
 import hashlib
-import pathlib
 from typing import NamedTuple
 
 from jaxtyping import Integer, Shaped
 import numpy as np
 
+from mhc.runtime import files as files_lib
+from mhc.runtime import paths
 from mhc.runtime import retry
 
 DIGEST_BYTES = 16
@@ -67,7 +68,7 @@ def described(
 
 
 def write(
-  path: pathlib.Path,
+  path: paths.Path,
   segment: Segment,
   heldout: Shaped[np.ndarray, 'documents'],
   num_buckets: int,
@@ -84,14 +85,12 @@ def write(
   header = np.array(
     [2 * num_buckets, len(documents), len(tokens), tokens.dtype.itemsize], '<u8'
   )
-  partial = path.with_name(path.name + '.partial')
-  with partial.open('wb') as file:
+  with files_lib.replacing(path) as file:
     file.write(header.tobytes())
     file.write(counts.cumsum(axis=0, dtype='<u8').tobytes())
     file.write(documents[order].tobytes())
     for chunk in in_order(segment, order):
       file.write(chunk.tobytes())
-  partial.replace(path)
 
 
 def in_order(segment: Segment, order: Integer[np.ndarray, 'chosen']):
@@ -111,7 +110,7 @@ def in_order(segment: Segment, order: Integer[np.ndarray, 'chosen']):
 class Part:
   """Reads segments of a part."""
 
-  def __init__(self, path: pathlib.Path):
+  def __init__(self, path: paths.Path):
     """Raises ValueError if the file is not whole."""
     self._file = retry.File(path)
     head = self._file.pread(0, _HEADER.itemsize)
@@ -120,7 +119,7 @@ class Part:
       self._segments, self._documents, tokens, width = header
       self.dtype = np.dtype(f'<u{width}') if width in (2, 4) else None
       self._size = self._token_start() + tokens * width
-    found = retry.with_retries(path.stat, path).st_size
+    found = files_lib.size(path)
     if len(head) < _HEADER.itemsize or not self.dtype or found != self._size:
       raise ValueError(
         f'{path} is damaged: delete its folder and prepare the data again'

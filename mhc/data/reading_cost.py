@@ -8,7 +8,6 @@ given a latency, as that of a network's file system or of an object store.
 from collections.abc import Iterator
 import contextlib
 import os
-import pathlib
 import resource
 import time
 from typing import Any
@@ -21,6 +20,7 @@ from mhc.data import corpus as corpus_lib
 from mhc.data import mixture as mixture_lib
 from mhc.data import token_dataset
 from mhc.data import tokenizer as tokenizer_lib
+from mhc.runtime import paths
 from mhc.runtime import retry
 
 SHARD_TOKENS = 2**24
@@ -28,7 +28,7 @@ SEQ_LEN = 4096
 CHUNK = 2**20  # bytes of a read of the whole file
 
 
-def make_folder(path: pathlib.Path, num_tokens: int):
+def make_folder(path: paths.Path, num_tokens: int):
   """Writes a token folder of random bytes."""
   rng, written = np.random.default_rng(0), []
   sizes = {'train': num_tokens, 'heldout': 2 * SEQ_LEN}
@@ -48,7 +48,7 @@ def make_folder(path: pathlib.Path, num_tokens: int):
 
 
 def rows(
-  path: pathlib.Path,
+  path: paths.Path,
   batch_size: int = 64,
   step_s: float = 0.5,
   latency_s: float = 0.02,

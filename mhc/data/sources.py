@@ -6,7 +6,6 @@ Of several machines each reads every n-th file.
 import abc
 from collections.abc import Iterator
 import hashlib
-import pathlib
 from typing import Any, NamedTuple
 
 from mhc.data import corpus_files
@@ -14,8 +13,8 @@ from mhc.data import corruption
 from mhc.data import documents as documents_lib
 from mhc.data import formats
 from mhc.data import token_file
+from mhc.runtime import files as files_lib
 from mhc.runtime import paths
-from mhc.runtime import retry
 
 # Bytes of text in a byte of a file, about: for numbers of buckets and parts.
 EXPANSION = 4
@@ -110,14 +109,12 @@ class Files(Source):
           log.forget()
 
   def stamp(self, file: int) -> list[int]:
-    path = self._path(file)
     try:
-      status = retry.with_retries(path.stat, path)
+      return files_lib.stamp(self._path(file))
     except OSError:  # of which the reader says so
       return [0, 0]
-    return [status.st_size, status.st_mtime_ns]
 
-  def _path(self, file) -> pathlib.Path:
+  def _path(self, file) -> paths.Path:
     return self._files.files[self.names[file]]
 
 
@@ -192,7 +189,7 @@ def open_source(
   if path.startswith(HUB):
     return Hub(path, text_field, machine, num_machines)
   if path:
-    path = paths.local(path, '--path')
+    path = paths.given(path, '--path')
     return Files(path, text_field, machine, num_machines)
   return StandardLibrary()
 

@@ -28,6 +28,7 @@ from mhc.data import corruption
 from mhc.data import token_file
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.runtime import files as files_lib
+from mhc.runtime import paths
 from mhc.runtime import retry
 
 FORMAT = 'mhc tokens 1'
@@ -83,7 +84,7 @@ class Folder(NamedTuple):
 
 
 def write_shards(
-  path: pathlib.Path,
+  path: paths.Path,
   side: str,
   first: int,
   chunks: Iterable[UInt[np.ndarray, '_']],
@@ -96,23 +97,24 @@ def write_shards(
 
   With `split`, as as many as `SHARD_TOKENS` asks for, perhaps none.
   """
-  path.mkdir(parents=True, exist_ok=True)
+  if not paths.in_bucket(path):
+    path.mkdir(parents=True, exist_ok=True)
   described = []
   chunks = iter(chunks)
   chunk = next(chunks, None)
   while chunk is not None or (not split and not described):
     stem = path / f'{side}-{first + len(described):05d}'
-    partial, count, crcs = stem.with_suffix('.partial'), 0, token_file.Crcs()
-    with partial.open('wb') as file:
+    count, crcs = 0, token_file.Crcs()
+    with files_lib.replacing(stem.with_suffix('.bin')) as file:
       while chunk is not None and not (split and count >= SHARD_TOKENS):
         data = chunk.astype(chunk.dtype.newbyteorder('<')).tobytes()
         crcs.update(data)
         file.write(data)
         count += len(chunk)
         chunk = next(chunks, None)
-    crc = crcs.tobytes()
-    stem.with_suffix('.crc').write_bytes(crc)
-    partial.replace(stem.with_suffix('.bin'))
+      crc = crcs.tobytes()
+      with files_lib.replacing(stem.with_suffix('.crc')) as file_of_crcs:
+        file_of_crcs.write(crc)
     described.append(
       {'tokens': count, 'digest': hashlib.sha256(crc).hexdigest()}
     )
@@ -120,7 +122,7 @@ def write_shards(
 
 
 def index_of(
-  path: pathlib.Path,
+  path: paths.Path,
   name: str,
   tokenizer: tokenizer_lib.Tokenizer,
   written: Sequence[dict[str, Any]],
@@ -173,13 +175,13 @@ def index_of(
   }
 
 
-def write_index(path: pathlib.Path, index: dict[str, Any]):
+def write_index(path: paths.Path, index: dict[str, Any]):
   """Writes the index, with which the folder is complete."""
   text = json.dumps(index, indent=2) + '\n'
   files_lib.replace(path / 'index.json', text, shared=True)
 
 
-def holds(path: pathlib.Path) -> bool:
+def holds(path: paths.Path) -> bool:
   """Whether `path` is a token folder, finished or not."""
   return path.is_dir() and (
     (path / 'index.json').exists()
@@ -189,7 +191,7 @@ def holds(path: pathlib.Path) -> bool:
 
 
 def read(
-  path: pathlib.Path,
+  path: paths.Path,
   log: corruption.SkipLog | None = None,
   token_dtype: str = '',
 ) -> Folder:
@@ -241,7 +243,7 @@ def read(
   return Folder(**shards, tokenizer=tokenizer, index=index)
 
 
-def read_index(file: pathlib.Path) -> dict[str, Any]:
+def read_index(file: paths.Path) -> dict[str, Any]:
   """Reads an index; raises ValueError if it is damaged."""
   try:
     index = json.loads(retry.with_retries(file.read_bytes, file))

@@ -10,7 +10,6 @@ depends on the files alone, not on what was read before.
 import array
 import functools
 import hashlib
-import pathlib
 import threading
 import zlib
 
@@ -18,6 +17,8 @@ import numpy as np
 
 from mhc.data import corruption
 from mhc.runtime import console
+from mhc.runtime import files as files_lib
+from mhc.runtime import paths
 from mhc.runtime import retry
 
 BLOCK = 2**17  # bytes
@@ -30,7 +31,7 @@ class Shard:
 
   def __init__(
     self,
-    file: pathlib.Path,
+    file: paths.Path,
     dtype: str,
     offset: int,
     count: int,
@@ -194,9 +195,9 @@ class Crcs:
     return np.array(self._values, '<u4').tobytes()
 
 
-def size_of(file: pathlib.Path) -> int:
+def size_of(file: paths.Path) -> int:
   """Returns the size of a file in bytes, 0 if it does not exist."""
   try:
-    return retry.with_retries(file.stat, file).st_size
+    return files_lib.size(file)
   except FileNotFoundError:
     return 0

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import functools
 import hashlib
 import os
-import pathlib
 from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Bool, UInt
@@ -27,6 +26,7 @@ from mhc.data import tokenizer as tokenizer_lib
 from mhc.data import unfinished
 from mhc.runtime import console
 from mhc.runtime import files as files_lib
+from mhc.runtime import paths
 from mhc.runtime import processes
 
 # Documents tokenised together; a corpus of fewer is split as a whole.
@@ -67,7 +67,7 @@ class Piece(NamedTuple):
 
 def prepare(
   path: str,
-  out: pathlib.Path,
+  out: paths.Path,
   tokenizer: str,
   on_damage: str = 'stop',
   text_field: str = documents_lib.TEXT,

@@ -7,7 +7,6 @@ losses can be compared in bits per byte. Documents are framed by the marks
 
 from collections.abc import Iterable, Sequence
 import json
-import pathlib
 from typing import Literal, NamedTuple
 
 from jaxtyping import Integer, UInt
@@ -15,6 +14,7 @@ import numpy as np
 
 from mhc.data import corruption
 from mhc.data import marks
+from mhc.runtime import paths
 from mhc.runtime import retry
 
 HINT = "give another one, or train one with --tokenizer='train:32768'"
@@ -231,7 +231,7 @@ Tokenizer = Bytes | BPE
 
 
 def load(
-  source: Literal['bytes'] | str | pathlib.Path,
+  source: Literal['bytes'] | str | paths.Path,
   start: str | None = None,
   stop: str | None = None,
 ) -> Tokenizer:
@@ -250,7 +250,8 @@ def load(
         'bytes have marks of their own: leave out --start_mark, --stop_mark'
       )
     return Bytes()
-  data = retry.with_retries(pathlib.Path(source).read_bytes, source)
+  file = paths.path(source) if isinstance(source, str) else source
+  data = retry.with_retries(file.read_bytes, source)
   description = data.decode(errors='replace')
   if start is not None or stop is not None:
     _parsed(description, source)

@@ -12,12 +12,11 @@ says that it is. The index of the folder comes last; then parts/ is deleted.
 
 from collections.abc import Callable
 import json
-import pathlib
-import shutil
 from typing import Any
 
 from mhc.data import token_dataset
 from mhc.runtime import files as files_lib
+from mhc.runtime import paths
 
 SIZES = 'num_buckets', 'part_bytes'
 HINT = 'choose another folder, or delete it to begin again'
@@ -26,7 +25,7 @@ HINT = 'choose another folder, or delete it to begin again'
 class Folder:
   """The folder `path` of a plan, whose fields JSON can hold."""
 
-  def __init__(self, path: pathlib.Path, plan: dict[str, Any]):
+  def __init__(self, path: paths.Path, plan: dict[str, Any]):
     """Begins the folder, or goes on with it.
 
     Raises:
@@ -36,9 +35,9 @@ class Folder:
     self.vocabulary = self._parts / 'vocabulary.json'
     marks = path / 'index.json', path / token_dataset.UNFINISHED
     if not any(file.exists() for file in (*marks, self.vocabulary)):
-      foreign = {*path.rglob('*')} - {self._parts}
+      foreign = files_lib.all_files(path)
       if foreign:
-        name = min(foreign).relative_to(path)
+        name = foreign[0].relative_to(path)
         raise ValueError(f'{path} is not empty ({name}): {HINT}')
 
   def finished(self, fingerprint: str) -> dict[str, Any] | None:
@@ -52,9 +51,10 @@ class Folder:
       found = token_dataset.read_index(index)
       if found.get('made_by') != self._made_by(fingerprint):
         raise ValueError(f'{self.path} holds tokens already: {HINT}')
-      shutil.rmtree(self._parts, ignore_errors=True)
+      files_lib.delete_tree(self._parts)
       return found
-    self._parts.mkdir(parents=True, exist_ok=True)
+    if not paths.in_bucket(path := self._parts):
+      path.mkdir(parents=True, exist_ok=True)
     return None
 
   def agree(self) -> dict[str, Any]:
@@ -78,9 +78,9 @@ class Folder:
 
   def discard(self):
     """Deletes what is unfinished."""
-    shutil.rmtree(self._parts)
+    files_lib.delete_tree(self._parts)
 
-  def part(self, machine: int, number: int) -> pathlib.Path:
+  def part(self, machine: int, number: int) -> paths.Path:
     return self._parts / f'{machine:05d}-{number:07d}.part'
 
   def records(
@@ -137,7 +137,7 @@ class Folder:
       )
     return found
 
-  def shard_record(self, name: str) -> pathlib.Path:
+  def shard_record(self, name: str) -> paths.Path:
     """The record of a shard, such as train-00000."""
     return self._parts / f'{name}.json'
 
@@ -147,7 +147,7 @@ class Folder:
     token_dataset.write_index(self.path, index)
     for leftover in self.path.glob('*.partial'):  # of calls that were killed
       leftover.unlink(missing_ok=True)
-    shutil.rmtree(self._parts, ignore_errors=True)
+    files_lib.delete_tree(self._parts)
     return index
 
   def _made_by(self, fingerprint):

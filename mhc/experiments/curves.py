@@ -5,7 +5,6 @@ training FLOPs. A trend needs two sizes, a compute multiplier four.
 """
 
 from collections.abc import Mapping, Sequence
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from mhc.experiments import scaling
 from mhc.experiments import sections
 from mhc.experiments import statistics
 from mhc.experiments.claims import number
+from mhc.runtime import paths
 
 
 def collect(
@@ -113,7 +113,7 @@ def _point(design, rows) -> dict[str, Any] | None:
 
 
 def section(
-  workdir: pathlib.Path, curves: Sequence[dict[str, Any]]
+  workdir: paths.Path, curves: Sequence[dict[str, Any]]
 ) -> list[html.Block]:
   """Gap against compute and tokens, and what a design is worth in compute."""
   if not curves:

@@ -1,14 +1,13 @@
 """comparison.json: the panels, as they were declared before training."""
 
-import pathlib
-
 from mhc.config import comparison as comparison_lib
 from mhc.runtime import files
+from mhc.runtime import paths
 
 COMPARISON = 'comparison.json'
 
 
-def read(workdir: pathlib.Path) -> comparison_lib.Comparison | None:
+def read(workdir: paths.Path) -> comparison_lib.Comparison | None:
   """Reads what a comparison has declared; None for an unused folder.
 
   Raises:

@@ -5,10 +5,10 @@ Runs from before there were events give None, not zero.
 
 import collections
 from collections.abc import Callable, Sequence
-import pathlib
 
 from mhc import config as config_lib
 from mhc.runtime import json_lines
+from mhc.runtime import paths
 
 HEADER = ['step', 'guard', 'what was seen', 'bound', 'what was done']
 SUMMARY_HEADER = [
@@ -32,7 +32,7 @@ DONE = {
 DAMAGED = 'damaged: '  # prefix of the reason for a checkpoint set aside
 
 
-def read(folder: pathlib.Path) -> list[dict] | None:
+def read(folder: paths.Path) -> list[dict] | None:
   file = folder / 'events.jsonl'
   return json_lines.read_lines(file) if file.exists() else None
 

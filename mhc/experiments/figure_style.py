@@ -6,7 +6,6 @@ found without colour as well.
 
 from collections.abc import Iterable, Sequence
 import math
-import pathlib
 import re
 from typing import Any, NamedTuple
 import zlib
@@ -19,6 +18,8 @@ import numpy as np
 from scipy import stats
 
 from mhc.experiments import statistics
+from mhc.runtime import files
+from mhc.runtime import paths
 
 # Okabe-Ito, readable with colour blindness; one colour a kind everywhere.
 COLORS = {
@@ -329,7 +330,7 @@ def top_strip(axis, marks: dict[Any, list[tuple[float, int]]]) -> None:
   axis.set_yticks(ticks)
 
 
-def save(figure: Figure, folder: pathlib.Path, name: str) -> str:
+def save(figure: Figure, folder: paths.Path, name: str) -> str:
   """Writes NAME.png and NAME.pdf, equal bytes for equal figures.
 
   Returns:
@@ -340,8 +341,15 @@ def save(figure: Figure, folder: pathlib.Path, name: str) -> str:
   """
   if not re.fullmatch(r'[\w.-]+', name):
     raise ValueError(f'figure name {name!r}: use letters, digits, . _ and -')
-  folder.mkdir(parents=True, exist_ok=True)
   with matplotlib.rc_context(RC):
-    figure.savefig(folder / f'{name}.png', dpi=150, metadata={'Software': None})
-    figure.savefig(folder / f'{name}.pdf', metadata={'CreationDate': None})
+    write(figure, folder / f'{name}.png', dpi=150, metadata={'Software': None})
+    write(figure, folder / f'{name}.pdf', metadata={'CreationDate': None})
   return f'{name}.png'
+
+
+def write(figure: Figure, path: paths.Path, **options):
+  """Writes a figure in the format of the path's suffix."""
+  if not paths.in_bucket(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+  with files.replacing(path) as file:
+    figure.savefig(file, format=path.suffix[1:], **options)

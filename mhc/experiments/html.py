@@ -2,8 +2,9 @@
 
 import base64
 from html import escape
-import pathlib
 from typing import Any, NamedTuple
+
+from mhc.runtime import paths
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px;
@@ -91,7 +92,7 @@ def _markdown_table(table: Table) -> str:
   )
 
 
-def html(title: str, parts: list[Block], folder: pathlib.Path) -> str:
+def html(title: str, parts: list[Block], folder: paths.Path) -> str:
   """Renders a single HTML file that embeds the figures of `folder`."""
   return (
     '<!doctype html><html lang="en"><head><meta charset="utf-8">'

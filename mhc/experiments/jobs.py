@@ -8,7 +8,6 @@ they depend on has been found, in every worker alike, from the files.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
-import pathlib
 from typing import Any
 
 from mhc import config as config_lib
@@ -21,6 +20,7 @@ from mhc.experiments import controls
 from mhc.experiments import timing
 from mhc.experiments import tuning
 from mhc.parallel import counts
+from mhc.runtime import paths
 from mhc.training import workdir as workdir_lib
 
 
@@ -35,7 +35,7 @@ class Jobs:
   def __init__(
     self,
     comparison: Comparison,
-    workdir: pathlib.Path,
+    workdir: paths.Path,
     panels: Sequence[str] | None = None,
   ):
     self.comparison, self.workdir = comparison, workdir

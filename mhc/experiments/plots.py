@@ -5,7 +5,6 @@ to the highest.
 """
 
 from collections.abc import Callable
-import pathlib
 
 from matplotlib import colors
 from matplotlib import ticker
@@ -16,6 +15,7 @@ from scipy import stats
 from mhc.experiments import events as events_lib
 from mhc.experiments import figure_style as looks
 from mhc.experiments import results
+from mhc.runtime import paths
 
 # Line styles of guards; dashes lie on solid lines where two alert at one step.
 MARKS = {
@@ -30,7 +30,7 @@ MARKS = {
 ByKind = dict[str, list[results.Run]]
 
 
-def draw_all(runs: list[results.Run], folder: pathlib.Path) -> dict[str, str]:
+def draw_all(runs: list[results.Run], folder: paths.Path) -> dict[str, str]:
   """Draws the figures of one setting into `folder`; file name -> caption."""
   by_kind: ByKind = {}
   for run in runs:
@@ -70,12 +70,11 @@ def draw_all(runs: list[results.Run], folder: pathlib.Path) -> dict[str, str]:
       '(forward gain), below it its column sums (backward gain).',
     ),
   }
-  folder.mkdir(parents=True, exist_ok=True)
   drawn = {}
   for name, (draw, caption) in figures.items():
     figure = draw(by_kind)
     if figure is not None:
-      figure.savefig(folder / name, dpi=110)
+      looks.write(figure, folder / name, dpi=110)
       drawn[name] = caption
   return drawn
 

@@ -1,10 +1,10 @@
 """One progress bar for the runs of several workers, read from their files."""
 
-import pathlib
 import threading
 
 from mhc.experiments import jobs as jobs_lib
 from mhc.runtime import console
+from mhc.runtime import paths
 from mhc.training import workdir as workdir_lib
 
 # Seconds between looks, for a bar that replaces itself and for a log.
@@ -63,7 +63,7 @@ def share(jobs: jobs_lib.Jobs) -> tuple[float, float, int, int]:
   return done, whole, finished, len(cells)
 
 
-def _lines(path: pathlib.Path) -> int:
+def _lines(path: paths.Path) -> int:
   try:
     return path.read_bytes().count(b'\n')
   except OSError:

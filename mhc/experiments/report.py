@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import math
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -31,13 +30,14 @@ from mhc.experiments import tuning
 from mhc.runtime import console
 from mhc.runtime import files
 from mhc.runtime import multihost
+from mhc.runtime import paths
 from mhc.runtime import source
 
 TITLE = 'Residual designs compared'
 SCHEMA = 2
 
 
-def render(workdir: pathlib.Path, *, keep: bool = False) -> dict[str, Any]:
+def render(workdir: paths.Path, *, keep: bool = False) -> dict[str, Any]:
   """Writes the report of the comparison in `workdir`.
 
   Drawing takes most of the time: with `keep`, pages that this commit has drawn
@@ -187,14 +187,12 @@ def _loads(workdir, panels) -> list[html.Block]:
   }
   if len(routed) < 2:
     return []
-  (workdir / 'figures').mkdir(parents=True, exist_ok=True)
-  plots.loads_of_panels(routed).savefig(
-    workdir / 'figures' / 'expert_load.png', dpi=110
-  )
+  figure, file = plots.loads_of_panels(routed), 'figures/expert_load.png'
+  figure_style.write(figure, workdir / file, dpi=110)
   return [
     html.Heading(2, 'Expert load of the panels'),
     html.Figure(
-      'figures/expert_load.png',
+      file,
       'Largest expert load over the mean load of a batch; 1 is even. Thin: '
       'every step; thick: means of 25 steps.',
     ),
@@ -218,7 +216,7 @@ def _events(workdir, panels, rows) -> list[html.Block]:
   figure = plots.first_events(panels)
   if figure is not None:
     file = 'figures/events.png'
-    figure.savefig(workdir / file, dpi=110)
+    figure_style.write(figure, workdir / file, dpi=110)
     parts.append(
       html.Figure(
         file,

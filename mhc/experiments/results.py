@@ -18,8 +18,8 @@ Definitions, all over the steps after warm-up:
 
 import dataclasses
 import functools
+import io
 import math
-import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,8 @@ from mhc.config import comparison as comparison_lib
 from mhc.experiments import declared
 from mhc.experiments import events as events_lib
 from mhc.runtime import json_lines
+from mhc.runtime import paths
+from mhc.runtime import retry
 from mhc.training import workdir as workdir_lib
 
 WINDOW = 25
@@ -148,7 +150,7 @@ class Run:
 
 
 def read(
-  folder: pathlib.Path,
+  folder: paths.Path,
   design: str = '',
   setting: comparison_lib.Setting = (),
 ) -> Run | None:
@@ -186,8 +188,9 @@ def _lines(file, name) -> list[dict]:
 def _heldout(file) -> np.ndarray | None:
   if not file.exists():
     return None
+  data = retry.with_retries(file.read_bytes, file)
   try:
-    return np.load(file)
+    return np.load(io.BytesIO(data))
   except (ValueError, EOFError) as error:
     raise ValueError(f'{file} is damaged: {error}') from None
 
@@ -201,7 +204,7 @@ class Found(NamedTuple):
   damaged: list[str]  # a line for each run that cannot be read
 
 
-def read_comparison(workdir: pathlib.Path) -> Found:
+def read_comparison(workdir: paths.Path) -> Found:
   """Reads the runs of a comparison; those that are damaged are left out.
 
   Raises:

@@ -11,7 +11,6 @@ run belongs to one of them at a time (`mhc.runtime.leases`).
 
 from collections.abc import Sequence
 import json
-import pathlib
 
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
@@ -22,6 +21,7 @@ from mhc.experiments import jobs as jobs_lib
 from mhc.experiments import timing
 from mhc.experiments import workers
 from mhc.runtime import files
+from mhc.runtime import paths
 from mhc.training import run
 from mhc.training import workdir as workdir_lib
 
@@ -32,7 +32,7 @@ DECLARED = ('role', 'declared', 'margin')
 
 def prepare(
   comparison: comparison_lib.Comparison,
-  workdir: pathlib.Path,
+  workdir: paths.Path,
   panels: Sequence[str] | None = None,
 ) -> jobs_lib.Jobs:
   """Checks everything, and declares the comparison in `workdir`.
@@ -65,7 +65,7 @@ def prepare(
 
 def train_all(
   comparison: comparison_lib.Comparison,
-  workdir: pathlib.Path,
+  workdir: paths.Path,
   deadline: float | None = None,
   panels: Sequence[str] | None = None,
   *,

@@ -1,7 +1,6 @@
 """The sections of a report, from the rows, contrasts and runs to blocks."""
 
 from collections.abc import Sequence
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from mhc.experiments.html import Block
 from mhc.experiments.html import Figure
 from mhc.experiments.html import Heading
 from mhc.experiments.html import Table
+from mhc.runtime import paths
 
 Rows = Sequence[dict[str, Any]]
 
@@ -76,16 +76,12 @@ def _p(value) -> str:
   )
 
 
-def drawn(
-  workdir: pathlib.Path, name: str, figure, caption: str
-) -> list[Block]:
+def drawn(workdir: paths.Path, name: str, figure, caption: str) -> list[Block]:
   """A figure as PNG and PDF; nothing for None."""
   if figure is None:
     return []
-  folder = pathlib.Path('figures')
-  (workdir / folder).mkdir(parents=True, exist_ok=True)
-  file = figure_style.save(figure, workdir / folder, name)
-  return [Figure(str(folder / file), caption)]
+  file = figure_style.save(figure, workdir / 'figures', name)
+  return [Figure(f'figures/{file}', caption)]
 
 
 def tuning(workdir, rows: Rows, choices) -> list[Block]:

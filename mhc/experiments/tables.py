@@ -12,6 +12,7 @@ from mhc.experiments import figure_style
 from mhc.experiments import html
 from mhc.experiments import plots
 from mhc.experiments import results
+from mhc.runtime import paths
 
 # A panel of more settings has figures over its axes, and none of a setting.
 DETAILED = 2
@@ -29,7 +30,7 @@ def ffn(model) -> str:
 
 
 def panel(
-  workdir: pathlib.Path,
+  workdir: paths.Path,
   comparison: comparison_lib.Comparison,
   name: str,
   runs: Sequence[results.Run],

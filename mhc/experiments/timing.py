@@ -8,7 +8,6 @@ once, on one worker, and kept in TIMING/PANEL.json.
 
 from collections.abc import Mapping
 import json
-import pathlib
 import time
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from mhc import config as config_lib
 from mhc.runtime import files
+from mhc.runtime import paths
 from mhc.training import step as step_lib
 
 TIMING = 'timing'
@@ -63,12 +63,12 @@ def measure(configs: Mapping[str, config_lib.Config]) -> dict[str, Any]:
   return found
 
 
-def path(workdir: pathlib.Path, panel: str) -> pathlib.Path:
+def path(workdir: paths.Path, panel: str) -> paths.Path:
   return workdir / TIMING / f'{panel}.json'
 
 
 def write(
-  workdir: pathlib.Path,
+  workdir: paths.Path,
   panel: str,
   configs: Mapping[str, config_lib.Config],
 ):
@@ -80,7 +80,7 @@ def write(
   )
 
 
-def read(workdir: pathlib.Path, panel: str) -> dict[str, Any] | None:
+def read(workdir: paths.Path, panel: str) -> dict[str, Any] | None:
   """What `measure` has found; None if it has not been measured."""
   file = path(workdir, panel)
   return files.read_json(file) if file.exists() else None

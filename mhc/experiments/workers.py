@@ -6,7 +6,6 @@ import functools
 import glob
 import math
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import time
 
 from mhc.runtime import console
 from mhc.runtime import leases
+from mhc.runtime import paths
 from mhc.runtime import processes
 from mhc.runtime import signals
 
@@ -28,7 +28,7 @@ def run_jobs(
   do: Callable[[str], object],
   is_done: Callable[[str], bool],
   program_of: Callable[[str], Hashable],
-  folder: pathlib.Path,
+  folder: paths.Path,
   *,
   is_complete: Callable[[], bool] = lambda: True,
   patience: float = leases.PATIENCE,

@@ -3,12 +3,14 @@
 One tensor per block and expert, under the names of docs/interop.md.
 """
 
+from collections.abc import Iterator
 import contextlib
 import json
 import math
 import pathlib
 import re
 import shutil
+import tempfile
 import uuid
 
 import jax
@@ -21,16 +23,18 @@ from mhc import config as config_lib
 from mhc.interop import names
 from mhc.parallel.placement import Params
 from mhc.runtime import files
+from mhc.runtime import paths
+from mhc.runtime import retry
 from mhc.training import checkpoint
 from mhc.training import vocabulary
 from mhc.training import workdir as workdir_lib
 
-INDEX = 'model.safetensors.index.json'
+CONFIG, INDEX = workdir_lib.CONFIG, 'model.safetensors.index.json'
 
 
 def export(
-  workdir: pathlib.Path,
-  out: pathlib.Path,
+  workdir: paths.Path,
+  out: paths.Path,
   max_bytes: int = 5 * 10**9,
   given: str | None = None,
 ) -> int:
@@ -53,29 +57,47 @@ def export(
     ValueError: no run, no checkpoint, no known vocabulary, a model that its
       tensors do not define, or `out` is not empty.
   """
-  config, out = workdir_lib.read_config(workdir), out.absolute()
+  config, out = workdir_lib.read_config(workdir), paths.absolute(out)
   names.check_model(config.model)
   tokenizer = vocabulary.required(workdir, given)
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise ValueError(f'{out} is not an empty folder: choose another --out')
   state = checkpoint.restore_model(workdir, jax.local_devices(backend='cpu')[0])
+  with _made(out) as partial:
+    (partial / CONFIG).write_bytes((workdir / CONFIG).read_bytes())
+    if tokenizer.name != 'bytes':
+      (partial / vocabulary.TOKENIZER).write_text(tokenizer.description)
+    _write(partial, state, config.model, max_bytes)
+  return int(state.step)
+
+
+@contextlib.contextmanager
+def _made(out) -> Iterator[pathlib.Path]:
+  """A folder of this machine, which becomes `out` when it is complete.
+
+  In a bucket that is said by the config, which is the last to be uploaded.
+  """
+  if paths.in_bucket(out):
+    with tempfile.TemporaryDirectory() as name:
+      yield (folder := pathlib.Path(name))
+      put = paths.filesystem(out).put_file
+      for file in sorted(folder.iterdir(), key=lambda f: f.name == CONFIG):
+        to = out / file.name
+        retry.with_retries(lambda a=file, b=to: put(str(a), str(b)), to)
+    return
   # A new name: what is there by another is not ours to delete.
   partial = out.with_name(f'{out.name}.{uuid.uuid4().hex}.partial')
   partial.mkdir(parents=True)
   try:
-    shutil.copyfile(workdir / 'config.json', partial / 'config.json')
-    if tokenizer.name != 'bytes':
-      (partial / vocabulary.TOKENIZER).write_text(tokenizer.description)
-    _write(partial, state, config.model, max_bytes)
+    yield partial
     partial.replace(out)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
-  return int(state.step)
 
 
 def load(
-  folder: pathlib.Path,
+  folder: paths.Path,
 ) -> tuple[config_lib.Config, Params, Float[np.ndarray, 'l e'] | None]:
   """Reads what `export` wrote, bit for bit: config, parameters, router's bias.
 
@@ -83,13 +105,13 @@ def load(
     ValueError: the folder holds other tensors, or not all of them.
   """
   config = workdir_lib.read_config(folder)
-  paths = [folder / 'model.safetensors']
+  files_ = [folder / 'model.safetensors']
   if (folder / INDEX).exists():
-    paths = [folder / name for name in _files_of(folder / INDEX)]
+    files_ = [folder / name for name in _files_of(folder / INDEX)]
   with contextlib.ExitStack() as stack:
     where = {}
-    for file in paths:
-      opened = stack.enter_context(_open(file))
+    for file in files_:
+      opened = stack.enter_context(_open(stack.enter_context(files.here(file))))
       where |= dict.fromkeys(opened.keys(), opened)
     parts = names.tensors(config.model)
     slices = {name: file.get_slice(name) for name, file in where.items()}
@@ -105,7 +127,7 @@ def load(
   return config, tree, tree.pop('router_bias', None)
 
 
-def _files_of(index: pathlib.Path) -> list[str]:
+def _files_of(index: paths.Path) -> list[str]:
   """The files that an index names, all beside it."""
   weight_map = files.read_json(index).get('weight_map')
   names_ = weight_map.values() if isinstance(weight_map, dict) else [None]
@@ -146,7 +168,7 @@ def _write(folder, state, config, max_bytes):
     safetensors_numpy.save_file(
       names.written(parts, tree), folder / name, metadata
     )
-    shutil.copymode(folder / 'config.json', folder / name)  # readable by others
+    shutil.copymode(folder / CONFIG, folder / name)  # readable by others
     weight_map |= dict.fromkeys((part.name for part in parts), name)
   if len(groups) > 1:
     total = sum(4 * math.prod(part.shape) for part in names.tensors(config))

@@ -5,7 +5,6 @@ Nothing is compiled: sizes are counted and seconds estimated by formulas
 """
 
 from collections.abc import Iterator
-import pathlib
 import shutil
 from typing import NamedTuple
 
@@ -109,11 +108,12 @@ def _text(config) -> Iterator[Check]:
       yield Check('text', "the bytes of Python's standard library")
       continue
     try:
-      local = pathlib.Path(paths.local(path, 'data.path'))
+      found = paths.path(paths.given(path, 'data.path'))
     except ValueError as error:
-      yield Check('text', str(error), True)
+      # Of a bucket, the pod may have the credentials or the package.
+      yield Check('text', str(error), not path.startswith('gs://'))
       continue
-    if not local.exists():
+    if not found.exists():
       yield Check('text', f'{path} is not on this machine: looked at there')
     elif not corpus_lib.is_tokens(path):
       yield Check('text', f'{path} is text: tokenised at every start')
@@ -152,9 +152,12 @@ def _states(config, workdir) -> Check:
     f'{size / GIB:.3g} GiB, {config.keep_checkpoints} kept and one written '
     f'{kept / GIB:.3g}'
   )
-  folder = pathlib.Path(workdir).absolute()
+  folder = paths.path(workdir)
+  if not workdir or paths.in_bucket(folder):
+    return Check('checkpoints', found)
+  folder = folder.absolute()
   folder = folder if folder.exists() else folder.parent
-  if workdir and folder.exists():  # else it is of another machine
+  if folder.exists():  # else it is of another machine
     free = shutil.disk_usage(folder).free
     if free < kept:
       found += f'; {folder} has {free / GIB:.3g} free'

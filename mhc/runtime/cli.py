@@ -219,7 +219,7 @@ def _guarded(main, computes):
   try:
     for name in FOLDERS:
       if name in flags.FLAGS and (given := flags.FLAGS[name].value):
-        flags.FLAGS[name].value = paths.local(given, f'--{name}')
+        flags.FLAGS[name].value = paths.given(given, f'--{name}')
     with signals.Handlers(_stop_status(), multihost.count):
       main()
   except (Exception, KeyboardInterrupt) as error:

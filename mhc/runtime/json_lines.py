@@ -3,7 +3,8 @@
 A checkpoint holds the `position` of each file: its size and digest. A run that
 resumes from it finds these bytes and drops what follows, the lines of steps
 that it repeats. Where they are not there (deleted, emptied, altered), it says
-so, sets the file aside and goes on with the lines that can be read.
+so, sets the file aside and goes on with the lines that can be read. In a bucket
+they are written by a `shadow`, and uploaded when a position is asked for.
 """
 
 from collections.abc import Mapping
@@ -12,11 +13,13 @@ import errno
 import hashlib
 import json
 import os
-import pathlib
 from typing import Any
 
 from mhc.runtime import console
 from mhc.runtime import files
+from mhc.runtime import paths
+from mhc.runtime import retry
+from mhc.runtime import shadow
 
 
 class JsonLines:
@@ -27,7 +30,7 @@ class JsonLines:
 
   def __init__(
     self,
-    path: pathlib.Path,
+    path: paths.Path,
     last_step: int,
     position: Mapping[str, Any] | None = None,
   ):
@@ -41,7 +44,8 @@ class JsonLines:
       position: what `position` returned at that step; None if unknown.
     """
     self.damage = ''  # what was found, for people
-    data = path.read_bytes() if path.exists() else b''
+    self._path, local = path, shadow.of_file(path)
+    data = local.read_bytes() if local.exists() else b''
     matches = position is not None and _matches(data, position)
     # What matches is not read line by line, which a long run would wait for.
     lines = _parse(data[position['size'] :] if matches else data)
@@ -53,8 +57,8 @@ class JsonLines:
       if position is not None:
         self.damage = _set_aside(path, position, len(kept))
       data = b''.join(map(_line, kept))
-      files.replace(path, data.decode())
-    self._file = path.open('r+b', buffering=0)
+      files.replace(local, data.decode())
+    self._file = local.open('r+b', buffering=0)
     self._file.truncate(len(data))
     self._file.seek(len(data))
     self._size, self._waiting, self._name = len(data), b'', path.name
@@ -84,23 +88,31 @@ class JsonLines:
     self._waiting = b''
 
   def position(self) -> dict[str, Any]:
-    """What has been written by now, for `__init__`; it is then on the disk."""
-    files.sync(self._file)
+    """What has been written by now, for `__init__`, once it is saved."""
+    self.save()
     return {
       'lines': self._lines,
       'size': self._size + len(self._waiting),
       'sha256': self._digest.hexdigest(),
     }
 
+  def save(self):
+    """Brings what has been written to the disk itself, or to the bucket."""
+    files.sync(self._file)
+    shadow.upload(self._path)
+
   def close(self):
     if self._waiting:
       console.print_line(f'NOT WRITTEN: the last lines of {self._name}')
     self._file.close()
+    shadow.upload(self._path)
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+def read_lines(path: paths.Path) -> list[dict[str, Any]]:
   """The objects of a JSON-lines file; lines that are broken are left out."""
-  return _parse(path.read_bytes()) if path.exists() else []
+  if not retry.with_retries(path.exists, path):
+    return []
+  return _parse(retry.with_retries(path.read_bytes, path))
 
 
 def _matches(data, position) -> bool:
@@ -125,7 +137,7 @@ def _set_aside(path, position, kept) -> str:
   )
   if not path.exists():
     what = f'{path} is gone, and with it {position["lines"]} lines'
-  elif path.stat().st_size:
+  elif files.size(path):
     what += f'. It is kept as {files.set_aside(path).name}'
   console.print_line(f'RECORDS LOST: {what}; the run goes on.')
   return what

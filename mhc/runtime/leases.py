@@ -3,7 +3,8 @@
 A job's claims are FOLDER/NAME.0, NAME.1, ...; the newest one counts. A claim is
 made by creating the file, which only one process can (O_EXCL), and is never
 deleted, so that nobody can make an old one again: who sees an old list of the
-folder, as on NFS, loses. All else that is asked of the file system is that who
+folder, as on NFS, loses. In a bucket it is an upload under the condition that
+there is no such object. All else that is asked of the file system is that who
 opens a file reads what was in it when it was last closed; of the machines'
 clocks, nothing. The next claim is made
 
@@ -31,6 +32,7 @@ from typing import Any, NamedTuple
 import urllib.parse
 
 from mhc.runtime import console
+from mhc.runtime import paths
 from mhc.runtime import retry
 
 PATIENCE = 60.0  # seconds
@@ -49,7 +51,7 @@ class Lease:
 
   def __init__(
     self,
-    folder: pathlib.Path,
+    folder: paths.Path,
     name: str,
     generation: int,
     since: float,
@@ -106,7 +108,8 @@ class Lease:
   def _beat(self) -> bool:
     """Gives a sign of life; returns whether the job is still this process's."""
     started = time.monotonic()
-    if _file(self.folder, self.name, self.generation + 1).exists():
+    following = _file(self.folder, self.name, self.generation + 1)
+    if retry.as_os_error(following.exists, following):
       return False
     self._write()
     if time.monotonic() - self._since <= self.patience / 2:
@@ -115,7 +118,7 @@ class Lease:
     # Late: someone may be about to make the next claim, and a cached folder may
     # hide that one has.
     started = time.monotonic()
-    if not _create(_file(self.folder, self.name, self.generation + 1)):
+    if not retry.as_os_error(lambda: _create(following), following):
       return False
     self.generation, self._since = self.generation + 1, started
     self._write()
@@ -128,13 +131,16 @@ class Lease:
       'sign_of_life': f'{self._count:012}',
       'released': released,
     }
-    data = json.dumps(values).ljust(SIZE - 1) + '\n'
+    data = (json.dumps(values).ljust(SIZE - 1) + '\n').encode()
+    file = _file(self.folder, self.name, self.generation)
+    if paths.in_bucket(file):
+      put = paths.filesystem(file).pipe_file
+      retry.as_os_error(lambda: put(str(file), data), file)
+      return
     # Opened each time: on NFS others see what was written when it is closed.
-    descriptor = os.open(
-      _file(self.folder, self.name, self.generation), os.O_WRONLY
-    )
+    descriptor = os.open(file, os.O_WRONLY)
     try:
-      if os.write(descriptor, data.encode()) < len(data):
+      if os.write(descriptor, data) < len(data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
       os.close(descriptor)
@@ -148,15 +154,15 @@ class Watcher:
     if patience <= 0:
       raise ValueError(f'a patience of {patience} s must be more than 0 s')
     self.patience = patience
-    self._seen: dict[pathlib.Path, tuple[bytes, float]] = {}
-    self._known: dict[tuple[pathlib.Path, str], int] = {}
+    self._seen: dict[paths.Path, tuple[bytes, float]] = {}
+    self._known: dict[tuple[paths.Path, str], int] = {}
 
-  def free(self, folder: pathlib.Path, names: Iterable[str]) -> list[str]:
+  def free(self, folder: paths.Path, names: Iterable[str]) -> list[str]:
     """Returns those that nobody holds, in the given order."""
     newest = self.newest(folder)
     return [n for n in names if self.is_free(folder, n, newest.get(n, -1))]
 
-  def newest(self, folder: pathlib.Path) -> dict[str, int]:
+  def newest(self, folder: paths.Path) -> dict[str, int]:
     """The newest generation of every job that has been claimed."""
     newest = _generations(folder)
     for (other, name), generation in self._known.items():
@@ -164,11 +170,11 @@ class Watcher:
         newest[name] = max(newest.get(name, -1), generation)
     return newest
 
-  def note(self, folder: pathlib.Path, name: str, generation: int):
+  def note(self, folder: paths.Path, name: str, generation: int):
     """Remembers a claim that a cached list of the folder may not show."""
     self._known[folder, name] = generation
 
-  def is_free(self, folder: pathlib.Path, name: str, generation: int) -> bool:
+  def is_free(self, folder: paths.Path, name: str, generation: int) -> bool:
     """Whether a job may be taken whose newest claim is this, -1 for none."""
     if generation < 0:
       return True
@@ -199,7 +205,7 @@ def end_process(lease: Lease):
 
 
 def take(
-  folder: pathlib.Path,
+  folder: paths.Path,
   name: str,
   watcher: Watcher,
   lost: Callable[[Lease], None] = end_process,
@@ -212,7 +218,8 @@ def take(
   """
   if not name:
     raise ValueError(f'{name!r} is no name of a job: give it one')
-  folder.mkdir(parents=True, exist_ok=True)
+  if not paths.in_bucket(folder):
+    folder.mkdir(parents=True, exist_ok=True)
   newest = watcher.newest(folder).get(name, -1)
   if not watcher.is_free(folder, name, newest):
     return None
@@ -225,7 +232,7 @@ def take(
 
 
 def take_when_free(
-  folder: pathlib.Path,
+  folder: paths.Path,
   name: str,
   patience: float = PATIENCE,
   lost: Callable[[Lease], None] = end_process,
@@ -256,7 +263,7 @@ def take_when_free(
     time.sleep(min(poll_s, patience / BEATS))
 
 
-def held_by(folder: pathlib.Path, name: str) -> str:
+def held_by(folder: paths.Path, name: str) -> str:
   """Returns a line for people: "host 'a', process 123, generation 2"."""
   generation = _generations(folder).get(name)
   if generation is None:
@@ -270,7 +277,7 @@ def held_by(folder: pathlib.Path, name: str) -> str:
   return f'nobody, released by {line}' if values.get('released') else line
 
 
-def _file(folder, name, generation) -> pathlib.Path:
+def _file(folder, name, generation) -> paths.Path:
   return folder / f'{urllib.parse.quote(name, safe="")}.{generation}'
 
 
@@ -278,7 +285,7 @@ def _generations(folder) -> dict[str, int]:
   """The newest generation of every job that has been claimed."""
   newest: dict[str, int] = {}
   try:
-    files = retry.with_retries(lambda: os.listdir(folder), folder)
+    files = retry.with_retries(lambda: _names(folder), folder)
   except FileNotFoundError:
     files = []
   for file in files:
@@ -288,9 +295,18 @@ def _generations(folder) -> dict[str, int]:
   return newest
 
 
+def _names(folder) -> list[str]:
+  if paths.in_bucket(folder):
+    return [file.name for file in folder.iterdir()]
+  return os.listdir(folder)
+
+
 def _create(file) -> bool:
   """Creates an empty file; returns False if there is one already."""
   try:
+    if paths.in_bucket(file):
+      paths.filesystem(file).pipe_file(str(file), b'', mode='create')
+      return True
     os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
   except FileExistsError:
     return False

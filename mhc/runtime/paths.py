@@ -1,23 +1,107 @@
-"""Paths as people give them: `~` is their home; buckets must be mounted."""
+"""Paths as people give them: of this machine, or of a bucket.
+
+    ~/runs/a              `~` is their home
+    gs://BUCKET/runs/a    Google Cloud Storage, with the extra `gcs`
+
+The first is a `pathlib.Path`, the second an `etils.epath.Path`, which has its
+methods. What a bucket lacks is made up for elsewhere: renaming in `files`,
+appending in `shadow`, bytes at random in `retry`. A list of a bucket is asked
+for anew each time.
+"""
 
 import os
+import pathlib
 import re
+from typing import Any
+
+from etils import epath
+
+Path = pathlib.Path | epath.Path
+
+BUCKET = 'gs'
 
 
-def local(path: str, name: str) -> str:
-  """The path, or pattern of paths, with `~` expanded.
+def given(text: str, name: str) -> str:
+  """A path, or pattern of paths, with `~` expanded, once it can be used.
 
   Args:
-    path: as it was given.
+    text: as it was given.
     name: of what it was given for, such as --workdir.
 
   Raises:
-    ValueError: it is a URL: files are read and written by the file system.
+    ValueError: it is a URL of another kind, or its bucket cannot be reached.
   """
-  if scheme := re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', path):
+  if _scheme(text) != BUCKET:
+    return local(text, name)
+  if not re.match(r'gs://[^/]', text):
+    raise ValueError(f'{name}={text} names no bucket: write gs://BUCKET/...')
+  _reach(text, name)
+  return text
+
+
+def local(text: str, name: str) -> str:
+  """As `given`, of this machine.
+
+  Raises:
+    ValueError: it is a URL.
+  """
+  if scheme := _scheme(text):
+    way = 'copy' if scheme == BUCKET else 'mount'
     raise ValueError(
-      f'{name}={path} is not a path of this machine: mount what '
-      f'{scheme.group()}/ names (by gcsfuse, as launch/tpu_pod.sh does), and '
-      'give the folder'
+      f'{name}={text} is not a path of this machine: {way} what it names, and '
+      'give that path'
     )
-  return os.path.expanduser(path)
+  return os.path.expanduser(text)
+
+
+def path(text: str) -> Path:
+  """The path that `given` has returned."""
+  if not _scheme(text):
+    return pathlib.Path(text)
+  import fsspec.config  # only for buckets: slow to import
+
+  # Else this process would not see what others write.
+  options = fsspec.config.conf.setdefault(BUCKET, {})
+  options.setdefault('use_listings_cache', False)
+  return epath.Path(text)
+
+
+def in_bucket(path: Path) -> bool:
+  return not isinstance(path, pathlib.Path)
+
+
+def absolute(path: Path) -> Path:
+  return path if in_bucket(path) else path.absolute()
+
+
+def filesystem(path: Path) -> Any:
+  """The `fsspec` file system of a path in a bucket."""
+  import fsspec
+
+  assert in_bucket(path), path
+  return fsspec.filesystem(BUCKET)
+
+
+def _scheme(text: str) -> str:
+  found = re.match(r'([A-Za-z][A-Za-z0-9+.-]+):/', text)
+  return found[1] if found else ''
+
+
+def _reach(text, name):
+  bucket = path('/'.join(text.split('/')[:3]))
+  try:
+    there = filesystem(bucket).exists(str(bucket))
+  except ImportError:
+    raise ValueError(
+      f"{name}={text} needs gcsfs: pip install 'mhc-jax[gcs]'"
+    ) from None
+  except Exception as error:  # of credentials, network, service: of any class
+    reason = ' '.join(str(error).split())[:200] or type(error).__name__
+    raise ValueError(
+      f'{name}={text} cannot be reached ({reason}): check the network, and the '
+      'credentials of this machine'
+    ) from None
+  if not there:
+    raise ValueError(
+      f'{name}={text}: there is no {bucket}, or it may not be listed'
+    )

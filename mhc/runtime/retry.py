@@ -1,17 +1,19 @@
 """Reads with exponential backoff on transient errors of a shared file system.
 
 Reads are explicit: an error in a memory map would end the process by a signal.
+The services of buckets raise errors of many classes, here `OSError`s.
 """
 
 from collections.abc import Callable
 import errno
 import io
 import os
-import pathlib
 import sys
 import time
 
 import tqdm
+
+from mhc.runtime import paths
 
 # Seconds before each retry, about a minute in total.
 BACKOFF_SECONDS = (0.5, 1, 2, 4, 8, 16, 32)
@@ -36,10 +38,14 @@ TRANSIENT_ERRNOS = {
   errno.ETIMEDOUT,
 }
 
+# Packages whose errors are those of a bucket's service.
+SERVICES = {'aiohttp', 'botocore', 'aiobotocore', 'gcsfs', 'google', 'requests'}
+STREAM_BYTES, BUCKET_STREAM_BYTES = 2**20, 2**24
+
 sleep = time.sleep  # replaced in tests
 
 
-def with_retries[T](function: Callable[[], T], what: str | pathlib.Path) -> T:
+def with_retries[T](function: Callable[[], T], what: str | paths.Path) -> T:
   """Returns `function()`, called again after transient errors.
 
   Every retry is logged.
@@ -50,7 +56,7 @@ def with_retries[T](function: Callable[[], T], what: str | pathlib.Path) -> T:
   waits = iter(BACKOFF_SECONDS)
   while True:
     try:
-      return function()
+      return as_os_error(function, what)
     except OSError as error:
       wait = next(waits, None) if error.errno in TRANSIENT_ERRNOS else None
       if wait is None:
@@ -64,6 +70,19 @@ def with_retries[T](function: Callable[[], T], what: str | pathlib.Path) -> T:
     sleep(wait)
 
 
+def as_os_error[T](function: Callable[[], T], what: str | paths.Path) -> T:
+  """Returns `function()`, whose errors of a service become `OSError`s."""
+  try:
+    return function()
+  except OSError:
+    raise
+  except Exception as error:
+    if type(error).__module__.partition('.')[0] not in SERVICES:
+      raise
+    reason = ' '.join(str(error).split())[:200] or type(error).__name__
+    raise OSError(errno.EIO, reason, str(what)) from error
+
+
 class File(io.RawIOBase):
   """A read-only file with retries, for random access or sequential reads.
 
@@ -71,7 +90,7 @@ class File(io.RawIOBase):
   `pread` at a time.
   """
 
-  def __init__(self, path: pathlib.Path):
+  def __init__(self, path: paths.Path):
     self._path, self._descriptor, self._position = path, None, 0
 
   def pread(self, first: int, size: int) -> bytes:
@@ -92,7 +111,7 @@ class File(io.RawIOBase):
       case os.SEEK_CUR:
         offset += self._position
       case os.SEEK_END:
-        offset += with_retries(self._path.stat, self._path).st_size
+        offset += with_retries(lambda: self._opened().size(), self._path)
     if offset < 0:
       raise ValueError(f'{self._path} has no byte {offset}')
     self._position = offset
@@ -108,15 +127,15 @@ class File(io.RawIOBase):
     self._descriptor = None
     super().close()
 
+  def _opened(self):
+    if self._descriptor is None:
+      bucket = paths.in_bucket(self._path)
+      self._descriptor = (_Object if bucket else _Descriptor)(self._path)
+    return self._descriptor
+
   def _pread(self, first, size):
-    descriptor = self._descriptor = self._descriptor or _Descriptor(self._path)
     try:
-      data = os.pread(descriptor.number, size, first)
-      while len(data) < size and (
-        more := os.pread(descriptor.number, size - len(data), first + len(data))
-      ):
-        data += more
-      return data
+      return self._opened().pread(first, size)
     except OSError:
       self._descriptor = None
       raise
@@ -126,14 +145,44 @@ class _Descriptor:
   """A descriptor that is closed when the last thread has done with it."""
 
   def __init__(self, path):
-    self.number = None
-    self.number = os.open(path, os.O_RDONLY)
+    self._number = None
+    self._number = os.open(path, os.O_RDONLY)
+
+  def size(self):
+    return os.fstat(self._number).st_size
+
+  def pread(self, first, size):
+    data = os.pread(self._number, size, first)
+    while len(data) < size and (
+      more := os.pread(self._number, size - len(data), first + len(data))
+    ):
+      data += more
+    return data
 
   def __del__(self):
-    if self.number is not None:
-      os.close(self.number)
+    if self._number is not None:
+      os.close(self._number)
 
 
-def stream(path: pathlib.Path) -> io.BufferedReader:
+class _Object:
+  """An object in a bucket, read by ranges."""
+
+  def __init__(self, path):
+    self._system, self._name = paths.filesystem(path), str(path)
+    self._size = int(self._system.info(self._name)['size'])
+
+  def size(self):
+    return self._size
+
+  def pread(self, first, size):
+    last = min(first + size, self._size)  # beyond it a service refuses
+    if last <= first:
+      return b''
+    return self._system.cat_file(self._name, first, last)
+
+
+def stream(path: paths.Path) -> io.BufferedReader:
   """Opens a file for buffered reads, by lines or seeking."""
-  return io.BufferedReader(File(path), 2**20)
+  bucket = paths.in_bucket(path)
+  size = BUCKET_STREAM_BYTES if bucket else STREAM_BYTES
+  return io.BufferedReader(File(path), size)

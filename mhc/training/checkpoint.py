@@ -7,7 +7,8 @@
     damaged/STEP             corrupted checkpoints
 
 A state is copied off the devices at once and written in the background, under a
-temporary name until it is complete: a killed process leaves the previous one.
+temporary name, or in a bucket without its last file, until it is complete: a
+killed process leaves the previous one.
 It counts as saved when its record and its first array have been read again.
 Processes that train together write it together, each its part of the arrays;
 other processes, on another mesh, can resume from it.
@@ -21,7 +22,6 @@ from collections.abc import Callable, Mapping
 import contextlib
 import math
 import os
-import pathlib
 import shutil
 import tempfile
 from typing import Any, NamedTuple
@@ -32,12 +32,16 @@ import orbax.checkpoint as ocp
 
 from mhc import config as config_lib
 from mhc.runtime import console
+from mhc.runtime import files
 from mhc.runtime import multihost
+from mhc.runtime import paths
 from mhc.training import checkpoint_record
 from mhc.training import orbax_workarounds
 from mhc.training import state as state_lib
 from mhc.training import workdir as workdir_lib
 from mhc.training.checkpoint_record import Corrupted
+
+COMMITTED = 'commit_success.txt'  # by which Orbax ends a state in a bucket
 
 
 class Saved(NamedTuple):
@@ -48,7 +52,7 @@ class Saved(NamedTuple):
 
 
 def restore_model(
-  workdir: pathlib.Path, device: jax.Device | None = None
+  workdir: paths.Path, device: jax.Device | None = None
 ) -> state_lib.TrainState:
   """Restores the newest intact state, without optimiser, to one device.
 
@@ -66,7 +70,7 @@ def restore_model(
 
 
 def restore(
-  workdir: pathlib.Path, abstract: state_lib.TrainState
+  workdir: paths.Path, abstract: state_lib.TrainState
 ) -> state_lib.TrainState:
   """Restores the newest intact state of the run in `workdir`.
 
@@ -92,14 +96,14 @@ class Checkpoints:
 
   def __init__(
     self,
-    workdir: pathlib.Path,
+    workdir: paths.Path,
     config: config_lib.Config,
     *,
     reading: bool = False,
     failed: Callable[[int, str], None] = lambda step, reason: None,
   ):
     """`failed` is called with every step that is not saved or corrupted."""
-    self._workdir, self._config = workdir.absolute(), config
+    self._workdir, self._config = paths.absolute(workdir), config
     self._states = self._workdir / workdir_lib.CHECKPOINTS
     self._reading, self._failed = reading, failed
     self._writing: int | None = None
@@ -194,7 +198,7 @@ class Checkpoints:
   def _begin(self, step, args):
     with multihost.raise_together():
       # Orbax would wait ten minutes for a folder that it cannot create.
-      if multihost.is_first():
+      if multihost.is_first() and not paths.in_bucket(self._states):
         os.rmdir(tempfile.mkdtemp(dir=self._states))
     self._manager.save(step, args=args)
 
@@ -245,14 +249,16 @@ class Checkpoints:
     """Deletes the partial files of a failed save and reopens the manager."""
     if multihost.is_first():
       for leftover in self._states.glob('*tmp*'):
-        shutil.rmtree(leftover, ignore_errors=True)
+        files.delete_tree(leftover)
     with contextlib.suppress(Exception):  # the same failure, already logged
       self._manager.close()
     self._open()
 
   def _finished(self):
-    names = (p.name for p in self._states.iterdir())
-    return [int(name) for name in names if name.isdigit()]
+    found = [p for p in self._states.iterdir() if p.name.isdigit()]
+    if paths.in_bucket(self._states):  # where a state has its name at once
+      found = [p for p in found if (p / COMMITTED).exists()]
+    return [int(p.name) for p in found]
 
   def _read_twice(self, step, abstract):
     try:
@@ -310,10 +316,11 @@ class Checkpoints:
       return
     if multihost.is_first():
       aside = self._workdir / workdir_lib.DAMAGED
-      aside.mkdir(exist_ok=True)
+      if not paths.in_bucket(aside):
+        aside.mkdir(exist_ok=True)
       names = (str(step), *(f'{step}-{number}' for number in range(2, 10**6)))
       target = next(aside / n for n in names if not (aside / n).exists())
-      source.rename(target)
+      files.move(source, target)
       console.print_line(
         f'{source} is damaged ({reason}): moved to {target}; the previous one '
         'is restored.'
@@ -330,8 +337,10 @@ def state_bytes(abstract: state_lib.TrainState) -> int:
   )
 
 
-def check_room(workdir: pathlib.Path, abstract: state_lib.TrainState):
+def check_room(workdir: paths.Path, abstract: state_lib.TrainState):
   """Raises OSError if the disk of `workdir` has no room for a state."""
+  if paths.in_bucket(workdir):
+    return  # which has no end
   free, need = shutil.disk_usage(workdir).free, state_bytes(abstract)
   if free < need:
     raise OSError(
@@ -340,7 +349,7 @@ def check_room(workdir: pathlib.Path, abstract: state_lib.TrainState):
     )
 
 
-def _read_little(where: pathlib.Path) -> tuple[dict[str, Any], int]:
+def _read_little(where: paths.Path) -> tuple[dict[str, Any], int]:
   """The record of a state and its first array, read by this process alone."""
   me = multihost.index()
   alone = ocp.options.MultiprocessingOptions(

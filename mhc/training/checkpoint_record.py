@@ -7,7 +7,6 @@ every array, and the extra values saved with the state.
 from collections.abc import Mapping
 import hashlib
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import jax
 from mhc import config as config_lib
 from mhc.config import dicts
 from mhc.runtime import files
+from mhc.runtime import paths
 from mhc.training import checksum
 from mhc.training import state as state_lib
 from mhc.training import workdir as workdir_lib
@@ -51,7 +51,7 @@ def digest(record: Mapping[str, Any]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def verified(signed: Any, where: pathlib.Path) -> dict[str, Any]:
+def verified(signed: Any, where: paths.Path) -> dict[str, Any]:
   """Returns the record in a signed one, which was read from `where`.
 
   Raises:
@@ -73,7 +73,7 @@ def verified(signed: Any, where: pathlib.Path) -> dict[str, Any]:
 
 
 def check_config(
-  record: Mapping[str, Any], config: config_lib.Config, where: pathlib.Path
+  record: Mapping[str, Any], config: config_lib.Config, where: paths.Path
 ):
   """Raises ValueError if the record is of a run with other settings."""
   difference = workdir_lib.other_setting(record['config'], config)
@@ -85,7 +85,7 @@ def check_config(
 
 
 def check_shapes(
-  record: Mapping[str, Any], abstract: state_lib.TrainState, where: pathlib.Path
+  record: Mapping[str, Any], abstract: state_lib.TrainState, where: paths.Path
 ):
   """Raises ValueError if the record's arrays are not those of `abstract`.
 

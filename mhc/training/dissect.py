@@ -19,7 +19,6 @@ from collections.abc import Iterator
 import dataclasses
 import functools
 import math
-import pathlib
 from typing import NamedTuple
 
 from flax import nnx
@@ -36,6 +35,7 @@ from mhc.functional import Context
 from mhc.model import residual
 from mhc.model import transformer
 from mhc.parallel import loss
+from mhc.runtime import paths
 from mhc.training import checkpoint
 from mhc.training import state as state_lib
 from mhc.training import workdir as workdir_lib
@@ -189,7 +189,7 @@ def dissect(
   }
 
 
-def dissect_checkpoint(workdir: pathlib.Path, num_rows: int) -> dict:
+def dissect_checkpoint(workdir: paths.Path, num_rows: int) -> dict:
   """Dissects the newest checkpoint of the run in `workdir`, on one device.
 
   Args:

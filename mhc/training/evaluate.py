@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import pathlib
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from mhc.data import batches
 from mhc.data import mixture as mixture_lib
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.parallel import partition
+from mhc.runtime import paths
 from mhc.training import checkpoint
 from mhc.training import state as state_lib
 from mhc.training import step as step_lib
@@ -63,7 +63,7 @@ def losses(
 
 
 def evaluate_checkpoint(
-  workdir: pathlib.Path,
+  workdir: paths.Path,
   path: str | None,
   num_rows: int,
   given: str | None = None,

@@ -8,7 +8,6 @@ the fewest most probable tokens whose probabilities add up to `top_p`
 from collections.abc import Iterator
 import dataclasses
 import math
-import pathlib
 
 from flax import nnx
 import jax
@@ -19,6 +18,7 @@ import numpy as np
 from mhc import config as config_lib
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.model import transformer
+from mhc.runtime import paths
 from mhc.training import checkpoint
 from mhc.training import vocabulary
 from mhc.training import workdir as workdir_lib
@@ -112,7 +112,7 @@ def inference_config(config: config_lib.ModelConfig) -> config_lib.ModelConfig:
 
 
 def restore(
-  workdir: pathlib.Path,
+  workdir: paths.Path,
   given: str | None = None,
 ) -> tuple[
   transformer.Transformer, Float[Array, 'l e'] | None, tokenizer_lib.Tokenizer

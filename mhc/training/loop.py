@@ -7,7 +7,6 @@ neither, see `guards`.
 """
 
 import math
-import pathlib
 import time
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from mhc.runtime import console
 from mhc.runtime import files
 from mhc.runtime import machine
 from mhc.runtime import multihost
+from mhc.runtime import paths
 from mhc.runtime import phases
 from mhc.runtime import preemption
 from mhc.training import checkpoint
@@ -53,7 +53,7 @@ class Loop:
   def __init__(
     self,
     config: config_lib.Config,
-    workdir: pathlib.Path,
+    workdir: paths.Path,
     step: step_lib.Step,
     batches,
     heldout: batches_lib.Heldout,

@@ -7,13 +7,14 @@ Each step stands in it under its number.
 """
 
 import contextlib
-import pathlib
 import re
 from typing import NamedTuple
 
 import jax
 
 from mhc.runtime import console
+from mhc.runtime import paths
+from mhc.runtime import shadow
 
 FOLDER, STEP = 'profile', 'train'
 
@@ -45,8 +46,9 @@ def steps(text: str | None) -> Steps | None:
 class Profiler:
   """Profiles the steps of a range, in every process for its own devices."""
 
-  def __init__(self, workdir: pathlib.Path, wanted: Steps | None):
-    self._folder, self._wanted = workdir / FOLDER, wanted
+  def __init__(self, workdir: paths.Path, wanted: Steps | None):
+    self._path, self._wanted = workdir / FOLDER, wanted
+    self._folder = shadow.of_folder(self._path) if wanted else None
     self._is_on = False
 
   def step(self, number: int) -> contextlib.AbstractContextManager:
@@ -67,7 +69,8 @@ class Profiler:
     if self._is_on:
       try:
         jax.profiler.stop_trace()
-        console.print_line(f'profile: {self._folder}')
+        shadow.upload(self._path)
+        console.print_line(f'profile: {self._path}')
       except Exception as error:  # of any class, as on a full disk
         message = ' '.join(str(error).split())[:200]
         console.print_line(f'NOT WRITTEN: {self._folder}: {message}')

@@ -6,13 +6,13 @@ writes them.
 """
 
 from collections.abc import Mapping, Sequence
-import pathlib
 from typing import Any
 
 from mhc import config as config_lib
 from mhc.runtime import console
 from mhc.runtime import files
 from mhc.runtime import multihost
+from mhc.runtime import paths
 from mhc.runtime.json_lines import JsonLines
 from mhc.runtime.json_lines import read_lines
 from mhc.training import tensorboard
@@ -30,7 +30,7 @@ FILES = {
 class Records:
   """The records of one run, written by its first process."""
 
-  def __init__(self, config: config_lib.Config, workdir: pathlib.Path):
+  def __init__(self, config: config_lib.Config, workdir: paths.Path):
     self._config, self._workdir = config, workdir
     self._files: dict[str, JsonLines] = {}
     self._timeline = None
@@ -114,7 +114,10 @@ class Records:
       self._timeline.mark(what, step, lost)
 
   def positions(self) -> dict[str, Any]:
-    """What has been written, for a checkpoint; it is then on the disk."""
+    """What has been written, for a checkpoint, once it is saved."""
+    own = () if self._timeline is None else (self._timeline,)
+    for sink in (*self._copies, *own):
+      sink.save()
     return {name: file.position() for name, file in self._files.items()}
 
   def close(self):

@@ -6,7 +6,6 @@ writes the files; all of them must see the same work directory.
 
 import contextlib
 import json
-import pathlib
 from typing import NamedTuple
 
 import grain
@@ -27,6 +26,7 @@ from mhc.runtime import console
 from mhc.runtime import files
 from mhc.runtime import leases
 from mhc.runtime import multihost
+from mhc.runtime import paths
 from mhc.runtime import phases
 from mhc.runtime import preemption
 from mhc.runtime import signals
@@ -56,7 +56,7 @@ class Data(NamedTuple):
 
 def train(
   config: config_lib.Config,
-  workdir: pathlib.Path,
+  workdir: paths.Path,
   label: str | None = 'train',
   deadline: float | None = None,
   profiled: profile.Steps | None = None,

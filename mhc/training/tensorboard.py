@@ -7,11 +7,12 @@ would leave a queue that nobody empties.
 from collections.abc import Mapping
 import contextlib
 import os
-import pathlib
 import socket
 import time
 
 from mhc.runtime import console
+from mhc.runtime import paths
+from mhc.runtime import shadow
 
 FLUSH_S = 2.0
 
@@ -19,9 +20,10 @@ FLUSH_S = 2.0
 class TensorBoard:
   """Event files in `folder`, a new one for each start and after each error."""
 
-  def __init__(self, folder: pathlib.Path, last_step: int):
+  def __init__(self, folder: paths.Path, last_step: int):
     """Scalars of steps after `last_step`, of an earlier start, are purged."""
-    self._folder, self._next = folder, last_step + 1
+    self._path, self._next = folder, last_step + 1
+    self._folder = shadow.of_folder(folder)
     self._writer = None
     self._waiting: list[tuple[float, int, Mapping[str, float]]] = []
     self._flushed, self._reported = 0.0, False
@@ -51,11 +53,17 @@ class TensorBoard:
     self._next, self._waiting = self._waiting[-1][1] + 1, []
     self._reported = False
 
+  def save(self):
+    """Brings what has been written to the disk, or to the bucket."""
+    self.flush()
+    shadow.upload(self._path)
+
   def close(self):
     self.flush()
     if self._waiting:
       console.print_line(f'NOT WRITTEN: the last scalars of {self._folder}')
     self._drop()
+    shadow.upload(self._path)
 
   def _open(self):
     # Imported here: off by default, and slow.

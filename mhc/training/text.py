@@ -4,15 +4,15 @@ text.json    name, digest and number of tokens
 """
 
 import json
-import pathlib
 
 from mhc.data import mixture as mixture_lib
 from mhc.runtime import files
+from mhc.runtime import paths
 
 TEXT = 'text.json'
 
 
-def keep(workdir: pathlib.Path, mixture: mixture_lib.Mixture):
+def keep(workdir: paths.Path, mixture: mixture_lib.Mixture):
   """Records the text of a run that starts, or checks that of one that goes on.
 
   Raises:

@@ -15,12 +15,12 @@ still count. The rest is told by cause.
 """
 
 from collections.abc import Mapping, Sequence
-import pathlib
 import time
 from typing import Any
 
 from mhc.runtime import console
 from mhc.runtime import json_lines
+from mhc.runtime import paths
 from mhc.runtime import phases
 
 FILE = 'timeline.jsonl'
@@ -40,7 +40,7 @@ def begin():
 class Timeline:
   """The timeline of a run that starts, or goes on; one process writes it."""
 
-  def __init__(self, workdir: pathlib.Path):
+  def __init__(self, workdir: paths.Path):
     known = json_lines.read_lines(workdir / FILE)
     self._told = known[-1]['step'] if known else 0
     self._file = json_lines.JsonLines(workdir / FILE, last_step=2**62)
@@ -67,6 +67,9 @@ class Timeline:
     self._file.write(step, values)
     self._told = step
 
+  def save(self):
+    self._file.save()
+
   def close(self):
     self._file.close()
 
@@ -75,7 +78,7 @@ def _seconds(lines) -> float:
   return sum((line.get('time/step_s') or 0.0 for line in lines), 0.0)
 
 
-def goodput(workdir: pathlib.Path) -> dict[str, Any] | None:
+def goodput(workdir: paths.Path) -> dict[str, Any] | None:
   """Where the time of the run in `workdir` went; None if it has no timeline.
 
   Returns:

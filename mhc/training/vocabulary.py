@@ -7,15 +7,14 @@
 Whoever reads text for a run reads it by this vocabulary.
 """
 
-import pathlib
-
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.runtime import files
+from mhc.runtime import paths
 
 TOKENIZER, UNKNOWN = 'tokenizer.json', 'tokenizer.unknown'
 
 
-def keep(workdir: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer | None):
+def keep(workdir: paths.Path, tokenizer: tokenizer_lib.Tokenizer | None):
   """Keeps the vocabulary of a run that starts or goes on; None if unknown.
 
   Raises:
@@ -41,7 +40,7 @@ def keep(workdir: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer | None):
 
 
 def of(
-  workdir: pathlib.Path, given: str | None = None
+  workdir: paths.Path, given: str | None = None
 ) -> tokenizer_lib.Tokenizer | None:
   """The vocabulary of a run; None if it is unknown.
 
@@ -61,7 +60,7 @@ def of(
 
 
 def required(
-  workdir: pathlib.Path, given: str | None = None
+  workdir: paths.Path, given: str | None = None
 ) -> tokenizer_lib.Tokenizer:
   """The vocabulary of a run, as `of`.
 

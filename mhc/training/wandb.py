@@ -8,24 +8,26 @@ W&B takes each step once: what a rollback trains again is not sent again.
 
 from collections.abc import Mapping
 import json
-import pathlib
 import uuid
 
 from mhc import config as config_lib
 from mhc.config import dicts
 from mhc.runtime import console
 from mhc.runtime import files
+from mhc.runtime import paths
+from mhc.runtime import shadow
 
-ID = 'wandb.json'
+ID, FOLDER = 'wandb.json', 'wandb'
 
 
 class WandB:
   """Scalars by step; what cannot be written is said once, and left out."""
 
-  def __init__(self, config: config_lib.Config, workdir: pathlib.Path):
+  def __init__(self, config: config_lib.Config, workdir: paths.Path):
     import wandb  # an extra, off by default, and slow to import
 
     self._file, self._reported = workdir / ID, False
+    self._folder = workdir / FOLDER
     if not self._file.exists():
       known = {'id': uuid.uuid4().hex, 'project': config.wandb}
       files.replace(self._file, json.dumps(known) + '\n')
@@ -34,7 +36,7 @@ class WandB:
         project=config.wandb,
         id=files.read_json(self._file)['id'],
         name=workdir.name,
-        dir=str(workdir),
+        dir=str(shadow.of_folder(self._folder).parent),
         config=files.jsonable(dicts.to_dict(config)),
         resume='allow',
         settings=wandb.Settings(console='off', silent=True),
@@ -45,9 +47,14 @@ class WandB:
     if self._run is not None:
       self._try(lambda: self._run.log(dict(values), step=step))
 
+  def save(self):
+    """Brings what is kept offline to the bucket."""
+    shadow.upload(self._folder)
+
   def close(self):
     if self._run is not None:
       self._try(self._run.finish)
+    self.save()
 
   def _try(self, action):
     try:

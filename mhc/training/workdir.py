@@ -23,12 +23,12 @@ This module reads everything but the parameters, which are read by
 from collections.abc import Mapping, Sequence
 import json
 import os
-import pathlib
 from typing import Any
 
 from mhc import config as config_lib
 from mhc.config import aliases, dicts
 from mhc.runtime import files
+from mhc.runtime import paths
 
 CONFIG, SUMMARY = 'config.json', 'summary.json'
 HELDOUT = 'heldout.npy'
@@ -57,14 +57,14 @@ MUTABLE_ON_RESUME = (
 )
 
 
-def check_path(workdir: pathlib.Path):
+def check_path(workdir: paths.Path):
   """Checks that every library that is given the path can use it.
 
   Raises:
     ValueError: it has characters that one of them takes for a pattern, or that
       are no text.
   """
-  text = str(workdir.absolute())
+  text = str(paths.absolute(workdir))
   try:
     text.encode()
   except UnicodeEncodeError:
@@ -80,7 +80,7 @@ def check_path(workdir: pathlib.Path):
     )
 
 
-def check(workdir: pathlib.Path, config: config_lib.Config):
+def check(workdir: paths.Path, config: config_lib.Config):
   """Checks that `workdir` is unused or holds this run; changes nothing.
 
   Raises:
@@ -119,15 +119,16 @@ def other_setting(old: Mapping[str, Any], config: config_lib.Config) -> str:
   return ''
 
 
-def initialize(workdir: pathlib.Path, config: config_lib.Config):
+def initialize(workdir: paths.Path, config: config_lib.Config):
   """Makes `workdir` the work directory of this run, after `check`."""
   check(workdir, config)
-  workdir.mkdir(parents=True, exist_ok=True)
+  if not paths.in_bucket(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
   text = json.dumps(dicts.to_dict(config), indent=2) + '\n'
   files.replace(workdir / CONFIG, text)
 
 
-def read_config(workdir: pathlib.Path) -> config_lib.Config:
+def read_config(workdir: paths.Path) -> config_lib.Config:
   """Reads the settings of the run in `workdir`.
 
   Raises:
@@ -145,7 +146,7 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
 
 
 def read_summary(
-  workdir: pathlib.Path, needed: Sequence[str] = ()
+  workdir: paths.Path, needed: Sequence[str] = ()
 ) -> dict | None:
   """Reads the summary of a finished run; None for an unfinished one.
 

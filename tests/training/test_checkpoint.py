@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import threading
 
+import folders
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -21,6 +22,7 @@ import pytest
 
 from mhc import config as config_lib
 from mhc.config import dicts
+from mhc.runtime import files
 from mhc.training import checkpoint
 from mhc.training import checkpoint_record
 from mhc.training import checksum
@@ -94,8 +96,7 @@ def test_a_state_that_is_changed_while_it_is_written(workdir):
 
 def arrays_of(where):
   """The file with the most numbers in it."""
-  files = (p for p in (where / 'state').rglob('*') if p.is_file())
-  return max(files, key=lambda p: p.stat().st_size)
+  return max(files.all_files(where / 'state'), key=files.size)
 
 
 def record_of(where):
@@ -122,12 +123,12 @@ def rewrite(where, **changes):
 
 
 def empty(where):
-  shutil.rmtree(where)
-  where.mkdir()
+  files.delete_tree(where)
+  where.mkdir(exist_ok=True)
 
 
 def half_written(where):
-  shutil.rmtree(where / 'state')
+  files.delete_tree(where / 'state')
   (where / 'record' / 'commit_success.txt').unlink(missing_ok=True)
 
 
@@ -146,17 +147,24 @@ DAMAGES = {
   'missing record': lambda where: record_of(where).unlink(),
   'truncated record': lambda where: truncate(record_of(where)),
   'flipped bit in the record': lambda where: flip(record_of(where)),
-  'record of another state': lambda where: shutil.copy(
-    record_of(where.parent / '16'), record_of(where)
+  'record of another state': lambda where: record_of(where).write_bytes(
+    record_of(where.parent / '16').read_bytes()
   ),
   'a folder instead of a file': deny,
 }
+OF_A_DISK = 'empty folder', 'a folder instead of a file'
 
 
-@pytest.mark.parametrize('damage', DAMAGES)
+@pytest.mark.parametrize(
+  'damage',
+  [
+    pytest.param(name, marks=[pytest.mark.on_disk] * (name in OF_A_DISK))
+    for name in DAMAGES
+  ],
+)
 def test_the_one_before_is_taken(saved, tmp_path, damage, capsys):
   workdir = tmp_path / 'run'
-  shutil.copytree(saved, workdir)
+  folders.copy(saved, workdir)
   DAMAGES[damage](workdir / 'checkpoints' / '20')
   heard = []
   with checkpoint.Checkpoints(
@@ -178,7 +186,7 @@ def test_the_one_before_is_taken(saved, tmp_path, damage, capsys):
 
 def test_a_notebook_takes_the_one_before_too(saved, tmp_path, capsys, caplog):
   workdir = tmp_path / 'run'
-  shutil.copytree(saved, workdir)
+  folders.copy(saved, workdir)
   truncate(arrays_of(workdir / 'checkpoints' / '20'))
 
   async def cell():
@@ -194,17 +202,17 @@ def test_a_notebook_takes_the_one_before_too(saved, tmp_path, capsys, caplog):
 
 def test_reading_changes_nothing(saved, tmp_path, capsys):
   workdir = tmp_path / 'run'
-  shutil.copytree(saved, workdir)
+  folders.copy(saved, workdir)
   flip(arrays_of(workdir / 'checkpoints' / '20'))
-  before = sorted(map(str, workdir.rglob('*')))
+  before = folders.names(workdir)
   assert equal(checkpoint.restore(workdir, abstract()), state(16))
-  assert sorted(map(str, workdir.rglob('*'))) == before
+  assert folders.names(workdir) == before
   assert 'passed over' in capsys.readouterr().err
 
 
 def test_all_of_them_damaged_is_said(saved, tmp_path):
   workdir = tmp_path / 'run'
-  shutil.copytree(saved, workdir)
+  folders.copy(saved, workdir)
   for where in (workdir / 'checkpoints').iterdir():
     flip(arrays_of(where))
   with (
@@ -228,7 +236,7 @@ REFUSED = {
     r'optimizer\.b1=0\.5, this one has 0\.9',
   ),
   'before there were records': (
-    lambda where: shutil.move(where / 'record', where / 'data'),
+    lambda where: files.move(where / 'record', where / 'data'),
     'earlier version',
   ),
 }
@@ -237,7 +245,7 @@ REFUSED = {
 @pytest.mark.parametrize('what', REFUSED)
 def test_what_is_whole_and_foreign_is_refused(saved, tmp_path, what):
   workdir = tmp_path / 'run'
-  shutil.copytree(saved, workdir)
+  folders.copy(saved, workdir)
   change, message = REFUSED[what]
   change(workdir / 'checkpoints' / '20')
   with (
@@ -290,11 +298,12 @@ DENIED = {
 }
 
 
+@pytest.mark.on_disk
 @pytest.mark.parametrize('what', DENIED)
 def test_what_may_not_be_read_is_not_called_damaged(saved, what, capsys):
   with tempfile.TemporaryDirectory() as folder_of_nobody:
     workdir = pathlib.Path(folder_of_nobody) / 'run'
-    shutil.copytree(saved, workdir)
+    folders.copy(saved, workdir)
     denied = DENIED[what](workdir / 'checkpoints' / '20')
     denied.chmod(0)
     with (
@@ -346,6 +355,7 @@ def test_training_survives_a_disk_that_is_full(workdir, monkeypatch, capsys):
   assert 'NOT SAVED: the state after step 8' in capsys.readouterr().err
 
 
+@pytest.mark.on_disk
 def test_a_folder_that_takes_nothing_leaves_no_thread_waiting():
   heard = []
   with tempfile.TemporaryDirectory() as folder_of_nobody:
@@ -373,6 +383,7 @@ def test_a_folder_that_takes_nothing_leaves_no_thread_waiting():
       assert checkpoints.steps() == [12, 4]
 
 
+@pytest.mark.on_disk
 def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
   checkpoint.check_room(tmp_path, abstract())
   free = shutil.disk_usage(tmp_path)._replace(free=9000)

@@ -6,17 +6,18 @@ import gzip
 import json
 import os
 import pathlib
-import shutil
 import struct
 import tempfile
 import time
 
 from example_configs import TINY_RUN
+import folders
 import jax
 import numpy as np
 import pytest
 
 from mhc.data import rows as rows_lib
+from mhc.runtime import files
 from mhc.runtime import json_lines
 from mhc.runtime import leases
 from mhc.runtime import machine
@@ -71,21 +72,21 @@ def test_a_run_leaves_its_record(finished):
 
 def test_a_finished_run_is_not_run_again(finished, text):
   workdir, summary = finished
-  before = (workdir / 'metrics.jsonl').stat().st_mtime_ns
+  before = files.stamp(workdir / 'metrics.jsonl')
   other = with_text(text, tensorboard=True, probe_sequences=4)
   assert run.train(other, workdir) == summary
-  assert (workdir / 'metrics.jsonl').stat().st_mtime_ns == before
+  assert files.stamp(workdir / 'metrics.jsonl') == before
 
 
 def test_other_settings_are_refused_and_nothing_is_written(
   finished, text, tmp_path
 ):
   workdir, _ = finished
-  names = sorted(str(p) for p in workdir.rglob('*'))
+  names = folders.names(workdir)
   model = dataclasses.replace(TINY.model, num_blocks=2)
   with pytest.raises(ValueError, match=r'num_blocks=1, this one has 2'):
     run.train(with_text(text, model=model), workdir)
-  (tmp_path / 'checkpoints').mkdir()
+  folders.copy(workdir / 'checkpoints', tmp_path / 'checkpoints')
   with pytest.raises(ValueError, match=r'checkpoints of a run but no config'):
     run.train(with_text(text), tmp_path)
   assert [p.name for p in tmp_path.iterdir()] == ['checkpoints']
@@ -94,16 +95,16 @@ def test_other_settings_are_refused_and_nothing_is_written(
       run.train(with_text(text), workdir / name)
   with pytest.raises(ValueError, match='is a file'):
     run.train(with_text(text), workdir / 'summary.json')
-  assert sorted(str(p) for p in workdir.rglob('*')) == names
+  assert folders.names(workdir) == names
 
 
 def test_a_state_that_cannot_be_gone_on_from(finished, text, tmp_path):
   """It is said, and what was opened for the run is closed."""
   workdir = tmp_path / 'copy'
-  shutil.copytree(finished[0], workdir)
+  folders.copy(finished[0], workdir)
   (workdir / 'summary.json').unlink()
   for state in (workdir / 'checkpoints').iterdir():
-    shutil.rmtree(state / 'state')
+    files.delete_tree(state / 'state')
   with (
     leases.take(workdir / 'lock', 'run', leases.Watcher()),
     pytest.raises(ValueError, match=rf'in use by .*process {os.getpid()}'),
@@ -177,6 +178,7 @@ def wandb_scalars(workdir):
   return found
 
 
+@pytest.mark.on_disk
 def test_a_run_that_is_watched(finished, text, tmp_path, monkeypatch, capsys):
   """Copies for TensorBoard and W&B, a profile, and a step that is stuck."""
   monkeypatch.setenv('WANDB_MODE', 'offline')
@@ -226,9 +228,9 @@ def test_gone_on_bit_for_bit(finished, text, tmp_path, monkeypatch, capsys):
   """As after a kill; tests/fault_injection kills, this leaves what would be."""
   uninterrupted, summary = finished
   workdir = tmp_path / 'run'
-  shutil.copytree(uninterrupted, workdir)
+  folders.copy(uninterrupted, workdir)
   (workdir / 'summary.json').unlink()
-  shutil.rmtree(workdir / 'checkpoints' / '12')
+  files.delete_tree(workdir / 'checkpoints' / '12')
   metrics = workdir / 'metrics.jsonl'
   *lines, _, _ = metrics.read_text().splitlines(keepends=True)
   metrics.write_text(''.join(lines) + '{"step": 11, "loss/tr')
@@ -251,13 +253,14 @@ def test_gone_on_bit_for_bit(finished, text, tmp_path, monkeypatch, capsys):
   assert probes[0] == probes[1]
 
 
+@pytest.mark.on_disk
 def test_an_end_that_cannot_be_saved_is_not_one(
   finished, text, tmp_path, monkeypatch, capsys
 ):
   workdir = tmp_path / 'run'
-  shutil.copytree(finished[0], workdir)
+  folders.copy(finished[0], workdir)
   (workdir / 'summary.json').unlink()
-  shutil.rmtree(workdir / 'checkpoints' / '12')
+  files.delete_tree(workdir / 'checkpoints' / '12')
 
   def fail(**_):
     raise OSError(28, 'No space left on device')
@@ -275,9 +278,10 @@ def test_an_end_that_cannot_be_saved_is_not_one(
 def test_a_config_of_another_version_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{"num_step": 3}')
   with pytest.raises(ValueError, match=r'config\.json.*num_steps'):
-    workdir_lib.read_config(pathlib.Path(tmp_path))
+    workdir_lib.read_config(tmp_path)
 
 
+@pytest.mark.on_disk
 def test_what_was_done_before_the_data_ended_is_saved(
   text, finished, tmp_path, monkeypatch
 ):
