@@ -3,7 +3,7 @@
 #
 #   launch/tpu_pod.sh --name=mhc --zone=us-east5-a --type=v5p-1024 --spot \
 #     --workdir=gs://BUCKET/runs/27b -- --config=configs/paper_27b.py \
-#     --config.data.path=/tmp/mhc-BUCKET/tokens
+#     --config.data.path=gs://BUCKET/tokens
 #
 # First launch/preflight.py looks at mesh, memory and text on this machine.
 # Uses the slice of that name, or queues for a new one; copies the current
@@ -15,16 +15,15 @@
 # commit or other flags stops it and starts its own.
 #
 #   --name, --zone   of the slice          --type             v5p-1024, ...
-#   --workdir        gs:// folder, see below
+#   --workdir        gs:// folder
 #                                          --runtime-version  default: by --type
 #   --project        default: gcloud's     --spot             may be preempted
 #   --retries=20     restarts at most      --dry-run          print the commands
 #   --               then flags of launch/train.py; --max_time ends one attempt,
 #                    after which the run resumes
 #
-# The bucket is mounted on every worker, at /tmp/mhc-BUCKET (gcsfuse); the run is
-# files in it. Give it a hierarchical namespace: then a checkpoint is renamed at
-# once.
+# Nothing is mounted: every worker reads and writes the bucket, which the service
+# account of the slice must be allowed to.
 #
 # gcloud must be logged in; for more than one worker, `ssh-add
 # ~/.ssh/google_compute_engine`. Capacity with other terms (a reservation, a
@@ -67,25 +66,8 @@ setup() { # COMMIT
   # it but forbid --user without the variable.
   PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
   python3 -m uv venv --quiet --clear --seed --python 3.12 .venv
-  .venv/bin/python -m pip install --quiet -c constraints.txt '.[train,tpu]'
+  .venv/bin/python -m pip install --quiet -c constraints.txt '.[train,tpu,gcs]'
   touch .venv/installed
-}
-
-# Called before every start, since a reboot unmounts.
-attach() { # BUCKET FOLDER
-  if mountpoint --quiet "$2"; then return; fi
-  if ! command -v gcsfuse > /dev/null; then
-    key=/usr/share/keyrings/cloud.google.asc
-    url=https://packages.cloud.google.com/apt
-    curl -fsS $url/doc/apt-key.gpg | sudo tee $key > /dev/null
-    echo "deb [signed-by=$key] $url gcsfuse-$(lsb_release -cs) main" |
-      sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
-    sudo apt-get update --quiet --quiet
-    sudo apt-get install --yes --quiet --quiet gcsfuse
-  fi
-  mkdir -p "$2"
-  # For buckets without a hierarchical namespace, which rename file by file.
-  gcsfuse --implicit-dirs --rename-dir-limit=100000 "$1" "$2"
 }
 
 # One run per slice, which holds ~/mhc/lock: unlike a process id, a lock is not
@@ -176,7 +158,6 @@ attempt() {
   if ! on 0 alive "$id" || [[ $dry ]]; then
     tpu tpu-vm scp "$archive" "$name:mhc-$commit.tar.gz" --worker=all || return
     on all setup "$commit" || return
-    on all attach "$bucket" "$mounted" || return
     on all start "$id" "$commit" "${flags[@]}" || return
   fi
   # Following worker 0 suffices: when one dies, JAX ends the others. But the end
@@ -254,9 +235,7 @@ fi
 
 where=(--zone="$zone")
 if [[ $project ]]; then where+=(--project="$project"); fi
-bucket=${workdir#gs://}
-bucket=${bucket%%/*} mounted=/tmp/mhc-$bucket
-flags=(--workdir="$mounted${workdir#gs://"$bucket"}" "$@")
+flags=(--workdir="$workdir" "$@")
 id=$commit-$(quoted "${flags[@]}" | cksum | tr ' ' -)
 
 if [[ $(git -C "$repo" --no-optional-locks status --porcelain) ]]; then

@@ -209,7 +209,6 @@ def test_pod_dry_run_prints_all_and_runs_nothing(cluster):
     'tpu-vm ssh',
     'tpu-vm ssh',
     'tpu-vm ssh',
-    'tpu-vm ssh',
   ]
   for words in printed[1:]:
     assert words[:3] == ['gcloud', 'compute', 'tpus']
@@ -221,13 +220,12 @@ def test_pod_dry_run_prints_all_and_runs_nothing(cluster):
   } < set(printed[3])
   ssh = [words for words in printed if words[4:5] == ['ssh']]
   sent = [word for words in ssh for word in words if '--command=' in word]
-  alive, setup, attach, start, follow = (w.rsplit('}; ', 1) for w in sent)
+  alive, setup, start, follow = (w.rsplit('}; ', 1) for w in sent)
   assert alive[1].startswith('alive ')
-  assert "pip install --quiet -c constraints.txt '.[train,tpu]'" in setup[0]
+  assert "pip install --quiet -c constraints.txt '.[train,tpu,gcs]'" in setup[0]
   main = 'python launch/train.py --distributed --stop_status=143 "$@"'
   assert main in start[0]
-  assert attach[1] == 'attach b /tmp/mhc-b'
-  assert shlex.split(start[1])[3:] == ['--workdir=/tmp/mhc-b/run', *FLAGS]
+  assert shlex.split(start[1])[3:] == ['--workdir=gs://b/run', *FLAGS]
   assert follow[1] == 'follow'
   assert 'up to 3 retries, after 30, 60' in result.stdout
   assert 'last checkpoint in gs://b/run' in result.stdout
@@ -243,10 +241,9 @@ def test_pod_trains_on_all_workers_and_retries(cluster):
       'tpu,cpu',
       'launch/train.py',
       *STARTED,
-      '--workdir=/tmp/mhc-b/run',
+      '--workdir=gs://b/run',
       *FLAGS,
     ]
-  assert cluster.lines('mountpoint') == ['--quiet /tmp/mhc-b'] * 4
   assert 'worker 0, life 1\nworker 0, life 2' in result.stdout
   assert 'worker 1' not in result.stdout
   assert cluster.lines('sleeps') == [QUEUE, '30']
@@ -554,7 +551,7 @@ def test_jobset_has_only_fields_of_its_schema():
   values = yaml.safe_load(JOBSET.read_text())
   model = jobset_v1alpha2_job_set.JobsetV1alpha2JobSet
   assert model.from_dict(values).to_dict() == values
-  wrong = yaml.safe_load(JOBSET.read_text().replace('csi:', 'cis:'))
+  wrong = yaml.safe_load(JOBSET.read_text().replace('nodeSelector:', 'selector:'))
   assert model.from_dict(wrong).to_dict() != wrong
   with pytest.raises(ValueError, match='int'):
     model.from_dict(
@@ -588,7 +585,7 @@ def test_jobset_starts_the_main_on_every_host():
   assert job['completions'] == job['parallelism'] == hosts
   assert container['command'][:4] == ['python', 'launch/train.py', *STARTED]
   assert any(
-    word.startswith('--workdir=/bucket/') for word in container['command']
+    word.startswith('--workdir=gs://') for word in container['command']
   )
 
 
