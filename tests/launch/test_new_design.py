@@ -33,7 +33,12 @@ class Gated(nnx.Module):
 '''
 # (file, where, what is put before it): the steps of "Add a design".
 STEPS = (
-  ('mhc/connections.py', 'class MHC(nnx.Module):', CLASS.lstrip() + '\n\n'),
+  ('mhc/connections/hc.py', 'class HC(nnx.Module):', CLASS.lstrip() + '\n\n'),
+  (
+    'mhc/connections/__init__.py',
+    'from mhc.connections.hc import HC\n',
+    'from mhc.connections.hc import Gated\n',
+  ),
   ('mhc/config/model.py', "  'hc',\n", "  'gated',\n"),
   (
     'mhc/model/residual.py',

@@ -551,7 +551,9 @@ def test_jobset_has_only_fields_of_its_schema():
   values = yaml.safe_load(JOBSET.read_text())
   model = jobset_v1alpha2_job_set.JobsetV1alpha2JobSet
   assert model.from_dict(values).to_dict() == values
-  wrong = yaml.safe_load(JOBSET.read_text().replace('nodeSelector:', 'selector:'))
+  wrong = yaml.safe_load(
+    JOBSET.read_text().replace('nodeSelector:', 'selector:')
+  )
   assert model.from_dict(wrong).to_dict() != wrong
   with pytest.raises(ValueError, match='int'):
     model.from_dict(

@@ -1,0 +1,37 @@
+r"""Connections: the residual around a sub-layer, one stream or n of them.
+
+    h, context = connection.pre(x)          # streams [..., n, d] -> [..., d]
+    x = connection.post(F(h), context)      # streams [..., n, d]
+
+From one sub-layer straight to the next, in one pass over the streams:
+
+    h, context = following.advance(F(h), context)
+
+`Residual` is the plain residual stream, `HC` mixes its streams freely
+(arXiv 2409.19606), `MHC` by matrices of a constrained kind, doubly stochastic
+ones by default (arXiv 2512.24880), and `SinglePass` is mHC with the read
+weights one sub-layer early (DeepSeek-V4.1). Around them, once per model, stand
+`expand` and `Collapse`, see `streams`. They accept `rngs`, as modules do, and
+draw nothing from them.
+"""
+
+from mhc.connections.hc import HC
+from mhc.connections.hc import HC_PARAMETERS
+from mhc.connections.mhc import MHC
+from mhc.connections.residual import Residual
+from mhc.connections.single_pass import SinglePass
+from mhc.connections.single_pass import StreamsWithPre
+
+__all__ = [
+  *('HC', 'HC_PARAMETERS', 'MHC', 'Residual', 'SinglePass'),
+  'StreamsWithPre',
+]
+
+__all__ = [
+  'HC',
+  'HC_PARAMETERS',
+  'MHC',
+  'Residual',
+  'SinglePass',
+  'StreamsWithPre',
+]
