@@ -4,6 +4,7 @@ A `Config` describes one training run. Files in configs/ are short diffs against
 these defaults; `dicts` converts them to and from nested dicts.
 """
 
+from mhc.config.model import DEPTH_KINDS
 from mhc.config.model import KINDS
 from mhc.config.model import AttentionConfig
 from mhc.config.model import ConnectionConfig
@@ -22,6 +23,7 @@ from mhc.config.run import Policy
 from mhc.config.run import Schedule
 
 __all__ = [
+  'DEPTH_KINDS',
   'KINDS',
   'AttentionConfig',
   'Between',

@@ -15,7 +15,13 @@ Kind = Literal[
   'kromhc',
   'orthogonal',
   'mhc_single_pass',
+  'attn_res_block',
+  'attn_res',
+  'dense_former',
+  'x0',
 ]
+# Kinds whose streams are slots along the depth.
+DEPTH_KINDS = 'attn_res_block', 'attn_res', 'dense_former', 'x0'
 KINDS: tuple[str, ...] = typing.get_args(Kind)
 Part = Literal['dynamic', 'static', 'off']
 
@@ -25,7 +31,10 @@ class ConnectionConfig:
   """The residual connection around every sub-layer."""
 
   kind: Kind = 'mhc'
-  # n; the plain residual always has one stream.
+  # n. The plain residual always has one stream, x0 two. attn_res_block has the
+  # embedding and n - 1 blocks of the depth; attn_res and dense_former follow
+  # the depth, whatever is given: a slot for the embedding and one a sub-layer,
+  # or one a block.
   num_streams: int = 4
   # How the streams become one before the last norm; 'mhc_single_pass' collapses
   # them by the read weights of its last sub-layer instead.
@@ -81,6 +90,8 @@ class ConnectionConfig:
   def _check_parts_are_used(self):
     unused = {'residual': ('pre', 'post', 'res', 'expand_scale')}
     unused |= {'identity': ('res',)}
+    slots = ('pre', 'post', 'res', 'expand_scale', 'collapse')
+    unused |= dict.fromkeys(DEPTH_KINDS, slots)
     names = unused.get(self.kind, ())
     if self.kind not in ('mhc', 'mhc_single_pass') or self.res == 'off':
       names += ('res_diagonal',)
@@ -100,7 +111,8 @@ class ConnectionConfig:
     same for each of them; writing the same to all (H_post = 1), they differ
     only if rows of H_res may have different sums.
     """
-    if self.streams == 1 or self.expand_scale == 'random':
+    slots = self.kind in DEPTH_KINDS  # which do not start as copies
+    if self.streams == 1 or self.expand_scale == 'random' or slots:
       return
     free_rows = self.kind in ('hc', 'orthogonal') and self.res != 'off'
     why = None
@@ -116,12 +128,13 @@ class ConnectionConfig:
 
   @property
   def streams(self) -> int:
-    return 1 if self.kind == 'residual' else self.num_streams
+    return {'residual': 1, 'x0': 2}.get(self.kind, self.num_streams)
 
   @property
   def mixes_streams(self) -> bool:
     """Whether there is an H_res; without one it is I."""
-    return self.kind not in ('residual', 'identity') and self.res != 'off'
+    never = ('residual', 'identity', 'attn_res_block', 'attn_res')
+    return self.kind not in never and self.res != 'off'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,10 +245,30 @@ class ModelConfig:
       )
     checks.at_least(self, vocab_size=258, num_blocks=1, dim=1, ffn_dim=1)
     checks.not_negative(self, 'norm_eps', 'recompute_every')
+    self._place_slots()
     if self.recompute_every % 2:
       raise ValueError(
         f'model.recompute_every={self.recompute_every} must be even: a block '
         'has two sub-layers (0 for the optimum of the paper)'
+      )
+
+  def _place_slots(self):
+    """Gives depth routing its slots, or checks them."""
+    kind, n = self.connection.kind, self.connection.num_streams
+    by_depth = {
+      'attn_res': 2 * self.num_blocks + 1,
+      'dense_former': self.num_blocks + 1,
+    }
+    slots = by_depth.get(kind, n)
+    if slots != n:
+      connection = dataclasses.replace(self.connection, num_streams=slots)
+      object.__setattr__(self, 'connection', connection)
+    if kind == 'attn_res_block' and not 2 <= n <= 2 * self.num_blocks + 1:
+      raise ValueError(
+        f'connection.num_streams={n} of attn_res_block is the embedding and '
+        f'{n - 1} blocks of the depth, of {2 * self.num_blocks} sub-layers '
+        f'(model.num_blocks={self.num_blocks}): take from 2 to '
+        f'{2 * self.num_blocks + 1}'
       )
 
   @property

@@ -10,11 +10,19 @@ From one sub-layer straight to the next, in one pass over the streams:
 `Residual` is the plain residual stream, `HC` mixes its streams freely
 (arXiv 2409.19606), `MHC` by matrices of a constrained kind, doubly stochastic
 ones by default (arXiv 2512.24880), and `SinglePass` is mHC with the read
-weights one sub-layer early (DeepSeek-V4.1). Around them, once per model, stand
-`expand` and `Collapse`, see `streams`. They accept `rngs`, as modules do, and
-draw nothing from them.
+weights one sub-layer early (DeepSeek-V4.1). `AttnRes`, `DenseFormer` and `X0`
+choose among the outputs of earlier sub-layers, see `depth`.
+
+Around them, once per model, stand `expand` and `Collapse` (see `streams`), or
+`open_slots` and `SlotCollapse`. They accept `rngs`, as modules do, and draw
+nothing from them.
 """
 
+from mhc.connections.depth import X0
+from mhc.connections.depth import AttnRes
+from mhc.connections.depth import DenseFormer
+from mhc.connections.depth import SlotCollapse
+from mhc.connections.depth import open_slots
 from mhc.connections.hc import HC
 from mhc.connections.hc import HC_PARAMETERS
 from mhc.connections.mhc import MHC
@@ -31,7 +39,12 @@ __all__ = [
   'HC',
   'HC_PARAMETERS',
   'MHC',
+  'X0',
+  'AttnRes',
+  'DenseFormer',
   'Residual',
   'SinglePass',
+  'SlotCollapse',
   'StreamsWithPre',
+  'open_slots',
 ]

@@ -9,7 +9,8 @@
     used_in     the dtype of the product: that of the activations, or float32
     split       the axis of the mesh that splits each dimension
     counted     'token': every token meets all of it; 'routed': the experts that
-                a token is sent to; 'lookup': a row of it, no FLOPs
+                a token is sent to; 'lookup': a row of it, no FLOPs; 'none': it
+                is no parameter, but a constant that is kept with them
     export      the tensor of other code: 'as_is'; 'weight', a vector or table
                 under that name; 'transposed', a matrix as PyTorch has it;
                 'experts', one such matrix an expert; 'deepseek', the hc_*
@@ -39,7 +40,7 @@ class Row(NamedTuple):
   optimizer: Literal['muon', 'adamw']
   used_in: Literal['activation', 'float32']
   split: tuple[str | None, ...]
-  counted: Literal['token', 'routed', 'lookup']
+  counted: Literal['token', 'routed', 'lookup', 'none']
   export: Literal['as_is', 'weight', 'transposed', 'experts', 'deepseek']
 
 
@@ -47,8 +48,10 @@ def _matrix(path, used_in='activation', optimizer='muon'):
   return Row(path, True, optimizer, used_in, (DATA,), 'token', 'transposed')
 
 
-def _small(path, *, decays=False, optimizer='adamw', export='as_is'):
-  return Row(path, decays, optimizer, 'float32', (None,), 'token', export)
+def _small(
+  path, *, decays=False, optimizer='adamw', export='as_is', counted='token'
+):
+  return Row(path, decays, optimizer, 'float32', (None,), counted, export)
 
 
 def _connection(path):
@@ -90,6 +93,13 @@ PARAMETERS = (
   *_connection('*_connection'),
   *_connection('*_connection/next_mhc'),
   *_connection('collapse'),
+  # Depth routing; a place is no parameter.
+  _small('*_connection/query'),
+  _small('*_connection/weights'),
+  _small('*_connection/scales'),
+  _small('collapse/query'),
+  _small('collapse/weights'),
+  _small('*_connection/place', counted='none'),
   # Hyper-Connections.
   _small('*_connection/gain'),
   _small('*_connection/bias_*'),

@@ -4,7 +4,7 @@
 sub-layer reads, `end_block` what a block hands on, `collapse_streams` what the
 last norm reads. Three things are carried:
 
-    streams [..., n, d]     most connections
+    streams [..., n, d]     most connections; slots of depth routing
     StreamsWithPre          single-pass mHC: with the next sub-layer's H_pre
     PendingOutput           kernels that write and read in one pass: with the
                             output of the last sub-layer, not written back yet
@@ -57,13 +57,29 @@ class PendingOutput(NamedTuple):
 
 # Kinds whose `advance` is one pass over the streams.
 ONE_PASS = ('mhc', 'identity', 'mhc_lite', 'kromhc', 'orthogonal')
+Collapse = streams.Collapse | connections.SlotCollapse
 ResidualState = Float[Array, '*batch n d'] | StreamsWithPre | PendingOutput
 
 
 def make_connection(
-  config: config_lib.ConnectionConfig, dim: int, index, norm_eps: float
+  config: config_lib.ConnectionConfig,
+  dim: int,
+  index,
+  norm_eps: float,
+  *,
+  depth: int,
+  is_first: bool,
 ) -> Connection:
-  """The connection of sub-layer `index` (attention and FFN counted apart)."""
+  """The connection of sub-layer `index` (attention and FFN counted apart).
+
+  Args:
+    config: of the connections.
+    dim: d.
+    index: of the sub-layer, of the `depth` that there are.
+    norm_eps: of the norms of the network.
+    depth: number of sub-layers.
+    is_first: whether it is the first one of its block.
+  """
   shape = (dim, config.streams, index)
   parts = dict(pre=config.pre, post=config.post, res=config.res)
   implementation = _implementation(config)
@@ -98,6 +114,27 @@ def make_connection(
       return connections.SinglePass(
         *shape, **options, res_diagonal=config.res_diagonal
       )
+    case 'attn_res_block' | 'attn_res':
+      return connections.AttnRes(
+        *shape, depth=depth, norm_eps=norm_eps, implementation=implementation
+      )
+    case 'dense_former':
+      return connections.DenseFormer(
+        *shape, is_first=is_first, implementation=implementation
+      )
+    case 'x0':
+      return connections.X0(
+        dim, index, is_first=is_first, implementation=implementation
+      )
+
+
+def make_collapse(config: config_lib.ModelConfig) -> Collapse:
+  """What closes the streams of a model."""
+  c, shape = config.connection, (config.dim, config.connection.streams)
+  if c.kind in config_lib.DEPTH_KINDS:
+    kind = 'attn_res' if c.kind == 'attn_res_block' else c.kind
+    return connections.SlotCollapse(kind, *shape, norm_eps=config.norm_eps)
+  return streams.Collapse(c.collapse, *shape, norm_eps=config.norm_eps)
 
 
 @parts.part(parts.CONNECTIONS)
@@ -111,6 +148,10 @@ def expand_streams(
   empty output.
   """
   n = config.streams
+  if config.kind in config_lib.DEPTH_KINDS:
+    kind = 'x0' if config.kind == 'x0' else 'attn_res'
+    wide = connections.open_slots(x, n, kind)
+    return precision.mark('streams', wide)
   if _defers_post(config) and config.expand_scale == 'ones':
     return _pending(config, x)
   zeros = _zeros(x)
@@ -208,7 +249,7 @@ def with_empty_pending_output(
 def collapse_streams(
   config: config_lib.ConnectionConfig,
   state: ResidualState,
-  collapse: streams.Collapse,
+  collapse: Collapse,
 ) -> Float[Array, '*batch d']:
   """The state of the last block as one stream."""
   if isinstance(state, StreamsWithPre):

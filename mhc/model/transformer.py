@@ -20,7 +20,6 @@ from mhc import config as config_lib
 from mhc import functional
 from mhc import observation
 from mhc import precision
-from mhc import streams
 from mhc.model import layers
 from mhc.model import mla
 from mhc.model import moe
@@ -67,7 +66,12 @@ class Block(nnx.Module):
 
     def connection(sublayer):
       return residual.make_connection(
-        config.connection, dim, 2 * index + sublayer, norm_eps=eps
+        config.connection,
+        dim,
+        2 * index + sublayer,
+        norm_eps=eps,
+        depth=2 * config.num_blocks,
+        is_first=sublayer == 0,
       )
 
     self.config = config.connection
@@ -148,12 +152,7 @@ class Transformer(nnx.Module):
       if config.num_moe_blocks
       else None
     )
-    self.collapse = streams.Collapse(
-      config.connection.collapse,
-      config.dim,
-      config.connection.streams,
-      norm_eps=config.norm_eps,
-    )
+    self.collapse = residual.make_collapse(config)
     self.norm = layers.RMSNorm(config.dim, config.norm_eps)
     self.head = layers.Linear(config.dim, config.vocab_size, rngs=rngs)
     self.config = config

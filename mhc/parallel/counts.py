@@ -70,6 +70,8 @@ def _sizes(config):
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     row = parameters.row(path)
     sizes[row.counted] += leaf.size
+    if row.counted == 'none':
+      continue
     if 'connection' in row.path or row.path.startswith('collapse'):
       sizes['connections'] += leaf.size
   return sizes
@@ -87,4 +89,5 @@ def _stream_flops(config):
   n = config.connection.streams
   if n == 1:
     return 0
-  return 2 * config.num_blocks * 2 * (n * n + 2 * n) * config.dim
+  mixed = n * n if config.connection.mixes_streams else 0
+  return 2 * config.num_blocks * 2 * (mixed + 2 * n) * config.dim

@@ -197,9 +197,7 @@ def _summarise(config, step, data, values) -> dict:
   blocks = {name for text in met for name in text.splitlines()}
   counted = counts.count(config.model, config.data.seq_len)
   return {
-    'num_params': sum(
-      leaf.size for leaf in jax.tree.leaves(step.saved_state.params)
-    ),
+    'num_params': counted['total_params'],
     'predicted_activation_bytes': sum(
       memory.predicted(config, step.mesh.size).values()
     ),
