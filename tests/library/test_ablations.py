@@ -20,6 +20,7 @@ DIM, TOKENS = 6, 5
 WORDS = ('dynamic', 'static', 'off')
 EVERY = [*itertools.product(WORDS, repeat=3)]
 SOME = [WORDS, (*WORDS[1:], WORDS[0]), (WORDS[2], *WORDS[:2])]
+KINDS = tuple(k for k in config.KINDS[1:] if k not in config.DEPTH_KINDS)
 ITERS = 3  # of Sinkhorn: few, for the sake of the compiler
 
 
@@ -45,7 +46,9 @@ def perturbed(tree, seed=0):
 
 def make(kind, parts, n):
   settings = unchecked(kind, *parts, num_streams=n)
-  return residual.make_connection(settings, DIM, 1, norm_eps=1e-20)
+  return residual.make_connection(
+    settings, DIM, 1, norm_eps=1e-20, depth=8, is_first=False
+  )
 
 
 def random(*shape, seed=0):
@@ -262,7 +265,9 @@ def initial(settings, dim=DIM, depth=3):
   """Sub-layers with initial connections."""
   return [
     (
-      residual.make_connection(settings, dim, index, norm_eps=1e-20),
+      residual.make_connection(
+        settings, dim, index, norm_eps=1e-20, depth=8, is_first=True
+      ),
       random(dim, dim, seed=index),
     )
     for index in range(depth)
@@ -274,7 +279,7 @@ def test_every_kind_starts_as_the_plain_residual_without_any_part():
   plain = config.ConnectionConfig('residual')
   want = output(plain, initial(plain), x)
   for kind, parts in itertools.product(
-    config.KINDS[1:],
+    KINDS,
     (('static',) * 3, ('dynamic', 'off', 'static'), ('off', 'static', 'off')),
   ):
     if kind == 'identity':

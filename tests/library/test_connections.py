@@ -17,7 +17,11 @@ from mhc import streams
 from mhc.model import residual
 
 DIM = 6
-KINDS = tuple(kind for kind in config.KINDS if kind != 'mhc_single_pass')
+KINDS = tuple(
+  kind
+  for kind in config.KINDS
+  if kind not in ('mhc_single_pass', *config.DEPTH_KINDS)
+)
 EXACT = ('mhc_lite', 'kromhc', 'orthogonal')
 
 
@@ -25,7 +29,9 @@ def make(kind, num_streams=4, index=0, **options):
   settings = config.ConnectionConfig(
     kind=kind, num_streams=num_streams, **options
   )
-  return residual.make_connection(settings, DIM, index, norm_eps=1e-20)
+  return residual.make_connection(
+    settings, DIM, index, norm_eps=1e-20, depth=8, is_first=True
+  )
 
 
 def perturbed(module, scale=0.5, seed=0):
@@ -283,7 +289,7 @@ def test_single_pass_reads_by_the_weights_of_the_sublayer_before():
   """x_l+1 = B_l x_l + C_l F(A_l-1 x_l), written out with MHC's mappings."""
   settings = config.ConnectionConfig(kind='mhc_single_pass')
   sublayers = [
-    perturbed(residual.make_connection(settings, DIM, index, 1e-20), seed=index)
+    perturbed(make(settings.kind, settings.num_streams, index), seed=index)
     for index in range(3)
   ]
   inputs = jax.random.normal(jax.random.key(0), (2, 5, DIM))

@@ -20,7 +20,8 @@ def models():
   for kind, experts, rank, collapse in itertools.product(
     config.KINDS, EXPERTS, RANKS, COLLAPSES
   ):
-    if kind == 'mhc_single_pass' and collapse == 'learned':
+    own = kind == 'mhc_single_pass' or kind in config.DEPTH_KINDS
+    if own and collapse == 'learned':
       continue
     yield dicts.replace(
       config.ModelConfig(num_blocks=2),

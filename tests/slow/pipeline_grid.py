@@ -3,7 +3,7 @@
     python tests/slow/pipeline_grid.py              float32, within 3e-5
     python tests/slow/pipeline_grid.py --x64        float64, within 1e-11
 
-132 cases of a few seconds each, half an hour on two cores; one line per case,
+198 cases of a few seconds each, 45 minutes on two cores; one line per case,
 exit status 1 if one fails. `--only=TEXT` runs the cases whose line contains it.
 Buffers and idle devices are filled with NaN throughout.
 tests/pipeline/test_executor.py runs some of the cases.
@@ -42,7 +42,7 @@ from mhc.pipeline import buffers
 from mhc.training import state as state_lib
 
 ROWS, TIME = 16, 6
-KINDS = ('residual', 'hc', 'mhc', 'mhc_single_pass')
+KINDS = ('residual', 'hc', 'mhc', 'mhc_single_pass', 'attn_res_block', 'x0')
 SCHEDULES = ('gpipe', '1f1b', 'interleaved', 'wave_v', 'dualpipev')
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (4, 2, 1))
 
@@ -132,6 +132,8 @@ def generic(p: Placement, rng: np.random.Generator) -> tuple:
     # Norms, gates, H_pre and H_post are around 1. HC's own mappings are near I,
     # or they would amplify rounding from block to block.
     name, noise = path[-1].key, 0.2 * rng.normal(size=leaf.shape)
+    if name == 'place':
+      return _places([key.key for key in path], leaf, p.config.model)
     if name in ('theta_res', 'bias_res'):
       noise *= 0.1
     if name == 'bias_res':
@@ -145,6 +147,15 @@ def generic(p: Placement, rng: np.random.Generator) -> tuple:
   if bias is not None:
     bias = np.zeros(bias.shape, bias.dtype)
   return jax.tree_util.tree_map_with_path(fill, shapes.params), bias
+
+
+def _places(names, leaf, model):
+  """The indices of the sub-layers of a stack, which are no parameters."""
+  first = 0
+  if names[0] == 'moe_blocks':
+    first = model.num_blocks - model.num_moe_blocks
+  numbers = 2 * (first + np.arange(len(leaf))) + (names[1][0] == 'f')
+  return numbers.astype(leaf.dtype)[:, None]
 
 
 def gradient(settings: config_lib.Config) -> dict:
