@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 import optax
 
 from mhc import config as config_lib
@@ -101,6 +102,19 @@ def learning_rate(
     return config.learning_rate * warmup * decay
 
   return rate
+
+
+def at_step(state: optax.OptState, step: Int[Array, '']) -> optax.OptState:
+  """Returns the state with the schedule at a step of the run.
+
+  Optax counts the updates that were made. Moments are corrected by that number;
+  the rate follows the run, of which a skipped update is a step.
+  """
+
+  def is_schedule(path, _):
+    return getattr(path[-1], 'tuple_name', '') == 'ScaleByScheduleState'
+
+  return optax.tree.set(state, is_schedule, count=step)
 
 
 def decayed(params) -> dict:
