@@ -156,6 +156,9 @@ class DataConfig:
 class MeshConfig:
   """The device mesh; it does not change what is computed.
 
+  But for `moe.dispatch='capacity'` and `moe.router='sinkhorn'`, which depend on
+  the tokens that a device has at a time.
+
   `pipe` x `expert` x `data`, the rest of the devices: `data` and `expert` split
   the batch, `data` alone every other array of the training state.
   """

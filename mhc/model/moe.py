@@ -9,10 +9,9 @@ are 0: sums that divide have 1e-20 added, as in DeepSeek's code.
 Load is balanced without an auxiliary loss (arXiv 2408.15664): after each update
 b_i grows by `bias_speed` where expert i had fewer tokens than the mean and
 shrinks where it had more. For comparison the selection can be by Sinkhorn
-instead: the affinities of all tokens of a batch projected so that every token
-has weight 1 and every expert an equal share, the projection of mHC on a
-rectangle. That selection lets a token depend on the others of its batch, later
-ones too.
+instead: the affinities of a device's tokens projected so that every token has
+weight 1 and every expert an equal share, the projection of mHC on a rectangle.
+That selection lets a token depend on the others at hand, later ones too.
 """
 
 import math
