@@ -176,7 +176,9 @@ class MoEConfig:
   num_dense_blocks: int = 1
   # 'bias' chooses by affinity and a bias that evens the load, 'sinkhorn' by
   # affinities made doubly stochastic over tokens and experts, 'none' by
-  # affinity alone, whatever the load.
+  # affinity alone, whatever the load. With 'sinkhorn' and with a capacity a
+  # token's experts depend on the tokens that its device has at a time: on
+  # another mesh the same settings train another model.
   router: Literal['bias', 'sinkhorn', 'none'] = 'bias'
   bias_speed: float = 0.001
   # Weight of the sequence-wise auxiliary loss.

@@ -16,9 +16,13 @@ MOST_AHEAD = 64
 class OptimizerConfig:
   """AdamW with the settings of the paper's Table 5, except for the rate."""
 
-  # 'muon' orthogonalises the updates of matrices, as DeepSeek-V4 does;
-  # embeddings, head, norms and the connections' biases and gates keep AdamW.
+  # 'muon' orthogonalises the updates of matrices; embeddings, head, norms and
+  # the connections' biases and gates keep AdamW.
   name: Literal['adamw', 'muon'] = 'adamw'
+  # Whose Muon: 'moonlight' orthogonalises roughly, in 5 steps; 'deepseek_v4' in
+  # 10, to 1e-3, and its updates are a tenth smaller (training/optimizer.py).
+  # Runs saved before there was a choice have the first, hence the default.
+  muon: Literal['moonlight', 'deepseek_v4'] = 'moonlight'
   learning_rate: float = 3e-3
   warmup_steps: int = 30
   # 'step' multiplies the rate by decay_factors at decay_points, fractions of
@@ -37,6 +41,12 @@ class OptimizerConfig:
 
   def __post_init__(self):
     checks.check_types(self)
+    if self.name != 'muon' and self.muon != type(self).muon:
+      raise ValueError(
+        f'optimizer.muon={self.muon!r} would not be used: '
+        f"optimizer.name={self.name!r} is no Muon; set optimizer.name='muon' "
+        'too'
+      )
     checks.positive(self, 'learning_rate', 'eps')
     checks.not_negative(self, 'warmup_steps', 'weight_decay', 'clip_norm')
     for name in ('b1', 'b2', 'muon_momentum'):
@@ -145,6 +155,9 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """The device mesh; it does not change what is computed.
+
+  But for `moe.dispatch='capacity'` and `moe.router='sinkhorn'`, which depend on
+  the tokens that a device has at a time.
 
   `pipe` x `expert` x `data`, the rest of the devices: `data` and `expert` split
   the batch, `data` alone every other array of the training state.

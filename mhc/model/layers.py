@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mhc.model import parts
 from mhc.model import recompute
 
 
@@ -62,6 +63,33 @@ class SwiGLU(nnx.Module):
       recompute.name_inner(self.up(x)),
     )
     return self.down(swiglu(gate, up))
+
+
+@jax.custom_vjp
+def logits(
+  x: Float[Array, 's d'], weight: Float[Array, 'd v']
+) -> Float[Array, 's v']:
+  """x W as float32 sums that are never rounded to the dtype of x.
+
+  The gradient's products take the cotangent in the dtype of x, as those of
+  `Linear` do, at whose speed they then run.
+  """
+  wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+  return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=wide)
+
+
+def _logits_forward(x, weight):
+  return logits(x, weight), (x, weight)
+
+
+@parts.part(parts.HEAD)
+def _logits_backward(kept, g):
+  x, weight = kept
+  g = g.astype(x.dtype)
+  return g @ weight.astype(x.dtype).T, (x.T @ g).astype(weight.dtype)
+
+
+logits.defvjp(_logits_forward, _logits_backward)
 
 
 @recompute.checkpoint_cheap

@@ -3,15 +3,15 @@ r"""Mixture of experts as in DeepSeek-V3 (arXiv 2412.19437, Sec. 2.1.2).
 A token x has the affinity s_i = sigmoid(w_i . x) to each of e routed experts.
 The k experts with the largest s_i + b_i are chosen; their outputs are weighed
 by s_i over the sum of the chosen s (b only selects), and shared experts, which
-every token visits, are added.
+every token visits, are added. Where all s underflow (logits below -88) weights
+are 0: sums that divide have 1e-20 added, as in DeepSeek's code.
 
 Load is balanced without an auxiliary loss (arXiv 2408.15664): after each update
 b_i grows by `bias_speed` where expert i had fewer tokens than the mean and
 shrinks where it had more. For comparison the selection can be by Sinkhorn
-instead: the affinities of all tokens of a batch projected so that every token
-has weight 1 and every expert an equal share, the projection of mHC on a
-rectangle. That selection lets a token depend on the others of its batch, later
-ones too.
+instead: the affinities of a device's tokens projected so that every token has
+weight 1 and every expert an equal share, the projection of mHC on a rectangle.
+That selection lets a token depend on the others at hand, later ones too.
 """
 
 import math
@@ -30,6 +30,8 @@ from mhc.model import layers
 from mhc.model import parts
 
 SINKHORN_ROUTER_ITERS = 20
+# Added to sums of affinities that divide.
+EPS = 1e-20
 
 
 class Stats(NamedTuple):
@@ -86,8 +88,7 @@ class MoE(nnx.Module):
     )
     scores = precision.mark('router_scores', scores)
     chosen = self._select(scores, bias)
-    gates = jnp.take_along_axis(scores, chosen, axis=1)
-    gates = gates / jnp.sum(gates, axis=1, keepdims=True)
+    gates = shares(jnp.take_along_axis(scores, chosen, axis=1))
     if is_real is not None:
       chosen = jnp.where(is_real, chosen, config.num_experts)
 
@@ -136,6 +137,24 @@ class MoE(nnx.Module):
     return jax.lax.top_k(ranking, self.config.experts_per_token)[1]
 
 
+@jax.custom_jvp
+def shares(x: Float[Array, 's k']) -> Float[Array, 's k']:
+  """x_i / (sum_j x_j + 1e-20) of affinities >= 0; 0 where all are.
+
+  The derivative never divides by the square of the sum, which underflows
+  before the sum does.
+  """
+  return x / (jnp.sum(x, axis=1, keepdims=True) + EPS)
+
+
+@shares.defjvp
+def _shares_jvp(primals, tangents):
+  (x,), (dx,) = primals, tangents
+  total = jnp.sum(x, axis=1, keepdims=True) + EPS
+  out = x / total
+  return out, (dx - out * jnp.sum(dx, axis=1, keepdims=True)) / total
+
+
 def merge_stats(parts: list[Stats | None]) -> Stats | None:
   """The statistics of a batch from those of equal parts of it."""
   if parts[0] is None:
@@ -147,11 +166,11 @@ def merge_stats(parts: list[Stats | None]) -> Stats | None:
 
 
 def sinkhorn_scores(scores: Float[Array, 's e']) -> Float[Array, 's e']:
-  """Positive scores, scaled so that rows sum to 1 and columns to s / e."""
+  """Scores, scaled so that rows sum to 1 and columns to s / e; 0 stays 0."""
 
   def iterate(x, _):
-    x = x / jnp.mean(x, axis=0, keepdims=True)
-    return x / jnp.sum(x, axis=1, keepdims=True), None
+    x = x / (jnp.mean(x, axis=0, keepdims=True) + EPS)
+    return x / (jnp.sum(x, axis=1, keepdims=True) + EPS), None
 
   return jax.lax.scan(iterate, scores, length=SINKHORN_ROUTER_ITERS)[0]
 
@@ -188,8 +207,7 @@ def _balance_loss(scores, chosen, num_rows):
   P_i the row's mean of s_i / sum_j s_j; the gradient is through P.
   """
   num_experts, k = scores.shape[1], chosen.shape[1]
-  normed = scores / jnp.sum(scores, axis=1, keepdims=True)
-  normed = normed.reshape(num_rows, -1, num_experts)
+  normed = shares(scores).reshape(num_rows, -1, num_experts)
   counts = jax.nn.one_hot(chosen, num_experts).reshape(
     num_rows, -1, k, num_experts
   )

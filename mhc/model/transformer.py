@@ -309,8 +309,8 @@ class Transformer(nnx.Module):
   def logits(
     self, h: Float[Array, 's d'], batch: tuple[int, int]
   ) -> Float[Array, 'b t v']:
-    logits = self.head(h.reshape(*batch, -1)).astype(jnp.float32)
-    return precision.mark('logits', logits)
+    logits = precision.mark('logits', layers.logits(h, self.head.weight[...]))
+    return logits.reshape(*batch, -1)
 
   @parts.part(parts.HEAD)
   def _embed(self, tokens, num_sub_batches=1):

@@ -16,7 +16,8 @@ from jaxtyping import Array, Int
 import numpy as np
 
 from mhc import config as config_lib
-from mhc.axes import AXES
+from mhc.axes import AXES, DATA, EXPERT
+from mhc.model import expert_parallel
 from mhc.pipeline import table
 
 # A pipeline's table is written out.
@@ -146,6 +147,35 @@ def num_microbatches(
         f'{MOST_MICROBATCHES}'
       )
   return number
+
+
+def groups_line(config: config_lib.Config, mesh: Mesh) -> str:
+  """Says what the mesh changes of what is computed; '' for nothing.
+
+  A capacity, and the balance of the Sinkhorn router, are those of the tokens
+  that a device has at a time: the same for each row would be stricter, for the
+  batch a collective more in every layer.
+  """
+  moe, size = config.model.moe, mesh.shape[EXPERT]
+  of_capacity = moe.dispatch == 'capacity'
+  way = expert_parallel.transport(moe, size)
+  names = [
+    *["moe.dispatch='capacity'"] * of_capacity,
+    *["moe.router='sinkhorn'"] * (moe.router == 'sinkhorn'),
+  ]
+  if not moe.num_experts or not names:
+    return ''
+  dp_size = mesh.shape[DATA] * size
+  parts = dp_size * num_microbatches(config.mesh, config.data, dp_size)
+  rows = config.data.batch_size // parts // config.mesh.num_sub_batches
+  of_group = ''
+  if of_capacity and size > 1 and way == 'all_gather':
+    of_group = f', by a capacity {size * rows}'
+  return (
+    f'{" and ".join(names)}: {rows} of the {config.data.batch_size} rows of a '
+    f'batch are taken together{of_group}; another mesh, data.microbatch_size '
+    'or mesh.num_sub_batches trains another model'
+  )
 
 
 def microbatches(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from mhc import axes
 from mhc.axes import PIPE
+from mhc.model import layers
 from mhc.model import parts
 
 
@@ -39,9 +40,7 @@ def cross_entropy(
 
 @parts.part(parts.HEAD)
 def _forward(h, weight, targets):
-  # The logits are float32 values of the product's dtype, as in an unsplit head.
-  product = h @ weight.astype(h.dtype)
-  logits = product.astype(jnp.float32)
+  logits = layers.logits(h, weight)
   top = jax.lax.pmax(jnp.max(logits, axis=1), PIPE)
   total = jnp.sum(jnp.exp(logits - top[:, None]), axis=1)
   column, here = _columns(targets, weight.shape[1])
@@ -50,13 +49,13 @@ def _forward(h, weight, targets):
   nats = jnp.log(total) + top - value
   over = axes.varying_axes((h, weight, targets))
   kept = axes.cast_varying((top, total), over)
-  return axes.cast_varying(nats, over), (h, weight, targets, product, *kept)
+  return axes.cast_varying(nats, over), (h, weight, targets, logits, *kept)
 
 
 @parts.part(parts.HEAD)
 def _backward(kept, g):
-  h, weight, targets, product, top, total = kept
-  share = jnp.exp(product.astype(jnp.float32) - top[:, None]) / total[:, None]
+  h, weight, targets, logits, top, total = kept
+  share = jnp.exp(logits - top[:, None]) / total[:, None]
   column, here = _columns(targets, weight.shape[1])
   is_target = jnp.arange(weight.shape[1])[None] == column[:, None]
   hit = (is_target & here[:, None]).astype(share.dtype)

@@ -1,17 +1,45 @@
 """AdamW and Muon, the learning rate schedule, and the weight decay mask."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 import optax
 
 from mhc import config as config_lib
 from mhc.model import parameters
 
-# Muon's updates are scaled to this root mean square, about AdamW's, so that one
-# learning rate serves both (Moonlight, arXiv 2502.16982, Sec. 2.2).
-UPDATE_RMS = 0.2
+# The quintic of Newton and Schulz that leads singular values near 1 fast, and
+# stays about there (Jordan).
+FAST = (3.4445, -4.7750, 2.0315)
+# The one that converges: f(1) = 1, f'(1) = 0.
+EXACT = (2.0, -1.5, 0.5)
+
+
+class Muon(NamedTuple):
+  """How Muon makes an update of a matrix M [m, n].
+
+  X_0 = M / |M|_F, X_{i+1} = a X_i + b (X_i X_i^T) X_i + c (X_i X_i^T)^2 X_i;
+  the update is rms sqrt(max(m, n)) X.
+  """
+
+  # (a, b, c) of each step, or of all.
+  coefficients: tuple[float, ...] | tuple[tuple[float, ...], ...]
+  num_steps: int
+  # The root mean square of updates of full rank, about AdamW's, so that one
+  # learning rate serves both.
+  rms: float
+
+
+MUON = {
+  # arXiv 2502.16982, Sec. 2.2. One triple, not five of them: optax keeps them
+  # in its state, whose shapes a saved run has.
+  'moonlight': Muon(FAST, 5, 0.2),
+  # arXiv 2606.19348, Sec. 2.4.
+  'deepseek_v4': Muon((FAST,) * 8 + (EXACT,) * 2, 10, 0.18),
+}
 
 
 def make(
@@ -28,11 +56,14 @@ def make(
     mask=decayed,
   )
   if config.name == 'muon':
+    kind = MUON[config.muon]
     muon = optax.contrib.muon(
       rate,
+      ns_coeffs=kind.coefficients,
+      ns_steps=kind.num_steps,
       beta=config.muon_momentum,
       weight_decay=config.weight_decay,
-      consistent_rms=UPDATE_RMS,
+      consistent_rms=kind.rms,
       # Leading dimensions (stacked blocks, experts) index matrices.
       muon_weight_dimension_numbers=lambda params: jax.tree.map(
         lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), params
@@ -71,6 +102,19 @@ def learning_rate(
     return config.learning_rate * warmup * decay
 
   return rate
+
+
+def at_step(state: optax.OptState, step: Int[Array, '']) -> optax.OptState:
+  """Returns the state with the schedule at a step of the run.
+
+  Optax counts the updates that were made. Moments are corrected by that number;
+  the rate follows the run, of which a skipped update is a step.
+  """
+
+  def is_schedule(path, _):
+    return getattr(path[-1], 'tuple_name', '') == 'ScaleByScheduleState'
+
+  return optax.tree.set(state, is_schedule, count=step)
 
 
 def decayed(params) -> dict:

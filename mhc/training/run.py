@@ -65,7 +65,8 @@ def train(
 
   A finished run returns its summary at once. An interrupted one resumes from
   its newest checkpoint, with the losses that it would have had, on any mesh and
-  any number of processes.
+  any number of processes, unless experts have a capacity or the Sinkhorn router
+  (`mesh.groups_line`).
 
   `label` stands before its progress bar, None for none; `profiled` are the
   steps of a profile.
@@ -96,6 +97,9 @@ def _train(config, workdir, data, label, deadline, profiled) -> dict:
   if label is not None and multihost.is_first():
     tokens = config.num_steps * config.tokens_per_step
     for line in data.mixture.lines():
+      console.print_line(line)
+    mesh = mesh_lib.make_mesh(config.mesh, config.data)
+    if line := mesh_lib.groups_line(config, mesh):
       console.print_line(line)
     if line := mixture_lib.epochs_line(data.mixture, tokens):
       console.print_line(line)

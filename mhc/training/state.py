@@ -18,7 +18,7 @@ from mhc.training import optimizer as optimizer_lib
 class TrainState(NamedTuple):
   """Blocks are in pipeline order in training, in depth order when saved."""
 
-  step: jax.Array  # int32 [], updates done
+  step: jax.Array  # int32 [], of the run; skipped updates count
   params: Params
   opt_state: optax.OptState
   router_bias: jax.Array | None  # float32 [l, e], l blocks with experts

@@ -44,7 +44,7 @@ class StepInputs(NamedTuple):
 def train_step(
   p: Placement, state: TrainState, tokens: jax.Array, inputs: StepInputs
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update; one that guards skip is counted and changes nothing else.
+  """One update; one that guards skip is a step and changes nothing else.
 
   Args:
     p: config and mesh that the step is compiled for.
@@ -64,13 +64,20 @@ def _update(p, state, inputs, mean_nats, grads, load):
   """The new state and the metrics, from means over the batch."""
   config = p.config
   optimizer = optimizer_lib.make(config.optimizer, config.num_steps)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  opt_state = optimizer_lib.at_step(state.opt_state, state.step)
+  updates, opt_state = optimizer.update(grads, opt_state, state.params)
   norm = optax.tree.norm(grads)
-  rate = optimizer_lib.learning_rate(config.optimizer, config.num_steps)
+  schedule = optimizer_lib.learning_rate(config.optimizer, config.num_steps)
+  rate = schedule(state.step)
+  if config.guards.rollback_rate != 1:
+    rate *= inputs.rate
+    updates = jax.tree.map(
+      functools.partial(jnp.multiply, inputs.rate), updates
+    )
   metrics = {
     'loss/train': mean_nats,
     'grad/global_norm': norm,
-    'optimizer/learning_rate': rate(state.step),
+    'optimizer/learning_rate': rate,
   }
   router_bias = state.router_bias
   if load is not None:
@@ -79,10 +86,6 @@ def _update(p, state, inputs, mean_nats, grads, load):
       router_bias = moe.updated_bias(
         router_bias, load[0], config.model.moe.bias_speed
       )
-  if config.guards.rollback_rate != 1:
-    updates = jax.tree.map(
-      functools.partial(jnp.multiply, inputs.rate), updates
-    )
   params = optax.apply_updates(state.params, updates)
   new = TrainState(state.step + 1, params, opt_state, router_bias)
   reasons = _reasons_to_skip(config.guards, mean_nats, norm, inputs)

@@ -97,6 +97,7 @@ optimizer.decay_factors
 optimizer.decay_points
 optimizer.eps
 optimizer.learning_rate
+optimizer.muon
 optimizer.muon_momentum
 optimizer.name
 optimizer.schedule
@@ -202,6 +203,10 @@ def test_an_int_passes_for_a_float():
     ({'optimizer': {'learning_rate': 0.0}}, 'learning_rate=0.0.*positive'),
     ({'optimizer': {'learning_rate': float('nan')}}, 'finite'),
     ({'optimizer': {'b2': 1.0}}, 'b2=1.0'),
+    (
+      {'optimizer': {'muon': 'deepseek_v4'}},
+      "muon='deepseek_v4' would not be used.*set optimizer.name='muon'",
+    ),
     ({'optimizer': {'decay_points': (0.5,)}}, 'equally many'),
     (
       {'optimizer': {'decay_points': (0.9, 0.8)}},

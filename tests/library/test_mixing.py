@@ -34,8 +34,48 @@ def test_exactly_doubly_stochastic_without_iterating(kind, n):
 def test_cayley_matrices_are_rotations(n):
   h = random_matrices('cayley', n)
   eye = np.broadcast_to(np.eye(n), h.shape)
-  np.testing.assert_allclose(h @ h.swapaxes(1, 2), eye, atol=2e-5)
-  np.testing.assert_allclose(np.linalg.det(h), 1, atol=1e-4)
+  np.testing.assert_allclose(h @ h.swapaxes(1, 2), eye, atol=4e-6)
+  np.testing.assert_allclose(np.linalg.det(h), 1, atol=4e-6)
+
+
+@pytest.mark.parametrize('std', [1.0, 5.0, 20.0])
+@pytest.mark.parametrize('n', [1, 2, 3, 4, 8])
+def test_cayley_and_its_gradient_are_exact_at_large_logits(n, std):
+  """Against float64, of each token: forward mode, reverse mode, A A^T = I."""
+  generator = np.random.default_rng(n)
+  size, above = n * (n - 1) // 2, np.triu_indices(n, 1)
+  logits, d_logits = (
+    generator.normal(size=(size, 5000)).astype(np.float32) for _ in range(2)
+  )
+  logits = (std * logits).astype(np.float32)
+  g = generator.normal(size=(n, n, 5000)).astype(np.float32)
+
+  def skew(logits):
+    s = np.zeros((5000, n, n))
+    s[:, *above] = logits.T
+    return s - s.swapaxes(1, 2)
+
+  inverse = np.linalg.inv(np.eye(n) + skew(logits))
+  want = 2 * inverse - np.eye(n)
+  d_want = -2 * inverse @ skew(d_logits) @ inverse
+  g_skew = (
+    inverse.swapaxes(1, 2) @ g.transpose(2, 0, 1) @ inverse.swapaxes(1, 2)
+  )
+  g_want = -2 * (g_skew - g_skew.swapaxes(1, 2))[:, *above].T
+
+  cayley = jax.jit(lambda logits: mixing.cayley(logits, n))
+  got, pull_back = jax.vjp(cayley, jnp.asarray(logits))
+  _, d_got = jax.jvp(cayley, (jnp.asarray(logits),), (jnp.asarray(d_logits),))
+  for a, b, scale in (
+    (got, want.transpose(1, 2, 0), 1),
+    (d_got, d_want.transpose(1, 2, 0), np.abs(d_want).max(initial=1)),
+    (pull_back(jnp.asarray(g))[0], g_want, np.abs(g_want).max(initial=1)),
+  ):
+    np.testing.assert_allclose(a, b, rtol=0, atol=4e-6 * scale)
+  h = np.asarray(got).transpose(2, 0, 1)
+  np.testing.assert_allclose(
+    h @ h.swapaxes(1, 2), np.broadcast_to(np.eye(n), h.shape), atol=6e-6
+  )
 
 
 @pytest.mark.parametrize('kind', ['permutations', 'kronecker', 'cayley'])

@@ -69,6 +69,46 @@ def test_the_bias_selects_and_does_not_weigh(k):
     assert jnp.abs(plain - out).max() > 1e-3
 
 
+@pytest.mark.parametrize('router', ['bias', 'sinkhorn', 'none'])
+def test_affinities_that_underflow_weigh_nothing(router):
+  """All of a token's and all of an expert's, as in DeepSeek's code: 0."""
+  moe_layer = layer(router=router)
+  x = tokens().at[..., :2].set(jnp.array([0.0, 1.0]))
+  x = x.at[1, 3, 0].set(1.0)
+  weight = moe_layer.router.weight
+  weight[...] = weight[...].at[0].set(-200.0).at[1, 5].set(-200.0)
+
+  def loss(layer, x):
+    out, stats = layer(x, jnp.zeros(6))
+    return jnp.sum(jnp.sin(out)) + stats.balance_loss, out
+
+  (_, out), grads = jax.jit(
+    jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+  )(moe_layer, x)
+  alone = moe_layer.shared(x)
+  np.testing.assert_allclose(out[1, 3], alone[1, 3], rtol=1e-5, atol=1e-6)
+  assert (jnp.abs(out - alone).max(axis=2) > 1e-3).sum() == 3 * 16 - 1
+  for leaf in jax.tree.leaves(grads):
+    assert np.isfinite(leaf).all()
+
+
+def test_shares_have_a_gradient_where_affinities_are_small():
+  """Against float64, down to sums whose squares underflow."""
+  generator = np.random.default_rng(0)
+  logits = generator.normal(size=(8, 3)) - np.arange(8)[:, None] * 6
+  g = generator.normal(size=(8, 3))
+  s = 1 / (1 + np.exp(-logits))
+  total = s.sum(1, keepdims=True) + 1e-20
+  want = s / total
+  d_s = (g - (g * want).sum(1, keepdims=True)) / total
+  got, pull_back = jax.vjp(
+    lambda x: moe.shares(jax.nn.sigmoid(x)), jnp.asarray(logits, jnp.float32)
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  (got,) = pull_back(jnp.asarray(g, jnp.float32))
+  np.testing.assert_allclose(got, d_s * s * (1 - s), atol=1e-5)
+
+
 def test_every_parameter_learns_and_the_bias_does_not():
   def loss(layer, bias):
     return jnp.sum(jnp.sin(layer(tokens(), bias)[0]))

@@ -12,6 +12,7 @@ import pytest
 
 from mhc import config
 from mhc import streams
+from mhc.model import layers
 from mhc.model import transformer
 
 SMALL = config.ModelConfig(
@@ -74,6 +75,29 @@ def test_every_kind_starts_as_the_plain_residual(kind):
   for collapse in collapses:
     got = logits_of(network(kind, collapse=collapse), tokens())
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_logits_are_float32_sums(dtype):
+  """Never rounded to bfloat16; against float64, with both gradients."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  x = jax.random.normal(keys[0], (10, SMALL.dim), dtype)
+  weight = jax.random.normal(keys[1], (SMALL.dim, 20))
+  g = jax.random.normal(keys[2], (10, 20))
+  model = network('residual', dtype=jnp.dtype(dtype).name)
+  head = np.asarray(model.head.weight[...].astype(dtype), np.float64)
+  exact = np.asarray(x, np.float64)
+  got = model.logits(x, (2, 5)).reshape(10, -1)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, exact @ head, rtol=0, atol=1e-5)
+  _, pull_back = jax.vjp(layers.logits, x, weight)
+  w, wide_g = (np.asarray(a.astype(dtype), np.float64) for a in (weight, g))
+  tolerance = 1e-5 if dtype == jnp.float32 else 0.01
+  for a, b in zip(pull_back(g), (wide_g @ w.T, exact.T @ wide_g), strict=True):
+    b_max = np.abs(b).max()
+    np.testing.assert_allclose(
+      np.asarray(a, np.float64), b, rtol=0, atol=tolerance * b_max
+    )
 
 
 def test_kinds_share_their_initial_weights():

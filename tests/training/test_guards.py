@@ -231,6 +231,44 @@ def test_a_step_is_skipped_on_the_device(text):
   assert newer.params['norm']['gain'][0] != before.params['norm']['gain'][0]
 
 
+def test_the_rate_is_that_of_the_step_after_skips_and_rollbacks(text):
+  """Updates by it, and the metric tells it; Adam's moments know no skips."""
+  config = dicts.replace(
+    TINY,
+    data=dict(path=text),
+    guards=dict(loss_spike='skip_step', rollback_rate=0.5),
+    optimizer=dict(name='muon', muon='deepseek_v4', warmup_steps=9),
+  )
+  programs = step.build(config)
+  batch = next(
+    batches.train_batches(
+      mixture_lib.load(config), config.data, 0, config.model.vocab_size
+    )
+  )
+  tokens = partition.put(batch, programs.mesh, partition.BATCH)
+
+  def moved(num_skipped, rate):
+    """The change of the parameters by the first update that is made."""
+    state = programs.init(0)
+    before = jax.device_get(state.params)
+    for _ in range(num_skipped):
+      state, _ = programs.train(state, tokens, programs.inputs(loss_limit=-1.0))
+    state, metrics = programs.train(state, tokens, programs.inputs(rate=rate))
+    change = jax.tree.map(np.subtract, jax.device_get(state.params), before)
+    return change, float(metrics['optimizer/learning_rate'])
+
+  first, first_rate = moved(0, 1.0)
+  peak = config.optimizer.learning_rate
+  np.testing.assert_allclose(first_rate, peak / 10, rtol=1e-6)
+  for num_skipped, factor, want in ((4, 1.0, 0.5), (0, 0.5, 0.05)):
+    change, rate = moved(num_skipped, factor)
+    np.testing.assert_allclose(rate, peak * want, rtol=1e-6)
+    for a, b in zip(
+      jax.tree.leaves(change), jax.tree.leaves(first), strict=True
+    ):
+      np.testing.assert_allclose(a, b * want * 10, rtol=1e-3, atol=1e-6)
+
+
 def test_a_rollback_goes_on_after_the_trouble(text, tmp_path, monkeypatch):
   policy = dict(nonfinite='rollback', rollback_rate=0.5)
   events, lines, seen = run(

@@ -4,6 +4,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from mhc import config
 from mhc.model import transformer
@@ -112,6 +113,49 @@ def test_muon_orthogonalises_each_matrix_of_a_stack(optax_promotion):
   adam = np.asarray(updates['head']['weight'])
   np.testing.assert_allclose(np.abs(adam), 1e-2, rtol=1e-3)
   np.testing.assert_allclose(np.abs(connection['bias']), 1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'steps', 'rms', 'error'),
+  [
+    ('moonlight', [(3.4445, -4.7750, 2.0315)] * 5, 0.2, 0.8),
+    (
+      'deepseek_v4',
+      [(3.4445, -4.7750, 2.0315)] * 8 + [(2, -1.5, 0.5)] * 2,
+      0.18,
+      1e-3,
+    ),
+  ],
+)
+@pytest.mark.parametrize('shape', [(24, 24), (12, 24), (24, 12)])
+def test_each_muon_is_its_papers(kind, steps, rms, error, shape):
+  """At condition 1e3, against the polynomials on singular values."""
+  generator = np.random.default_rng(0)
+  u, v = (np.linalg.qr(generator.normal(size=(n, n)))[0] for n in shape)
+  values = np.geomspace(1, 1e-3, min(shape))
+  u, v = u[:, : len(values)], v[:, : len(values)]
+  settings = config.OptimizerConfig(
+    name='muon',
+    muon=kind,
+    learning_rate=1.0,
+    warmup_steps=0,
+    weight_decay=0.0,
+    clip_norm=0.0,
+  )
+  with jax.enable_x64(), jax.numpy_dtype_promotion('standard'):
+    transform = optimizer.make(settings, 100)
+    matrix = jnp.asarray(u * values @ v.T)[None]
+    grads = {'dense_blocks': {'ffn': {'up': {'weight': matrix}}}}
+    update, _ = transform.update(grads, transform.init(grads), grads)
+  update = -np.asarray(jax.tree.leaves(update)[0][0])
+  want = values / np.linalg.norm(values)
+  for a, b, c in steps:
+    want = a * want + b * want**3 + c * want**5
+  scale = rms * max(shape) ** 0.5
+  np.testing.assert_allclose(u * want @ v.T * scale, update, atol=1e-7)
+  np.testing.assert_allclose(want, 1, atol=error)
+  if kind == 'deepseek_v4':
+    np.testing.assert_allclose((update**2).mean() ** 0.5, rms, rtol=1e-3)
 
 
 def test_what_muon_updates():
