@@ -76,6 +76,7 @@ class Options:
     implementation: of the passes over the streams, see `mhc.kernels`.
     pre, post, res: how each mapping comes about, see the top of the file.
       res='off' is mixing='identity', without logits.
+    go_size: s of mixing='go'.
   """
 
   mixing: mixing_lib.Mixing = 'sinkhorn'
@@ -87,12 +88,15 @@ class Options:
   pre: Part = 'dynamic'
   post: Part = 'dynamic'
   res: Part = 'dynamic'
+  go_size: int = 2
 
   def __post_init__(self):
     known = typing.get_args(mixing_lib.Mixing)
     if self.mixing not in known:
       raise ValueError(f'mixing must be one of {known}, got {self.mixing!r}')
     check_parts(pre=self.pre, post=self.post, res=self.res)
+    if self.go_size < 1:
+      raise ValueError(f'go_size={self.go_size} must be at least 1')
     if self.mixing == 'identity' and self.res != 'dynamic':
       raise ValueError(
         f"res={self.res!r} would not be used: mixing='identity' is H_res = I "
@@ -132,6 +136,7 @@ def init(
   pre: Part = 'dynamic',
   res: Part = 'dynamic',
   res_diagonal: float = 6.0,
+  go_size: int = 2,
 ) -> dict[str, Float[Array, '...']]:
   """Parameters from which the n copied streams stay equal.
 
@@ -149,7 +154,7 @@ def init(
     index: of the sub-layer, attention and FFN counted apart.
     mixing: the parameterisation of H_res.
     pre, res: as in `Options`; 'off' has the bias of H_pre = 1/n and no logits.
-    res_diagonal: see `mixing.initial_logits`.
+    res_diagonal, go_size: see `mixing.initial_logits`.
 
   Raises:
     ValueError: the parameterisation does not exist for n streams, or a number
@@ -164,7 +169,9 @@ def init(
   bias = [
     read,
     jnp.zeros(num_streams, jnp.float32),
-    mixing_lib.initial_logits(options.mixing_used, num_streams, res_diagonal),
+    mixing_lib.initial_logits(
+      options.mixing_used, num_streams, res_diagonal, go_size
+    ),
   ]
   num_alphas = sum(part.size > 0 for part in bias)
   bias = jnp.concatenate(bias)
@@ -392,6 +399,7 @@ def _mappings(params, z, n, options):
       eps=options.sinkhorn_eps,
       backward=options.sinkhorn_backward,
       implementation=options.implementation,
+      go_size=options.go_size,
     )
   return Mappings(
     pre=jax.nn.sigmoid(logits[:n]),

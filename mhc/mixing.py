@@ -6,12 +6,18 @@ r"""From logits to the mixing matrix H_res, one function a parameterisation.
                                    permutations P_k (mHC-lite, arXiv 2601.05732)
     kronecker     2 log2(n) logits product of 2 x 2 mixtures of I and the swap
                                    (KromHC, arXiv 2601.21579)
+    cyclic        n logits         sum_k softmax(logits)_k P^k, P the shift of
+                                   each stream to the next (C-mHC)
+    go            m (m - 1) / 2    (1/s) the squares of a rotation of m = n s
+                                   dimensions, summed over its s x s blocks
+                                   (go-mHC, arXiv 2604.02309)
     cayley        n (n - 1) / 2    (I - S)(I + S)^-1 with S skew: a rotation
                                    (JPmHC, arXiv 2602.18308)
 
-`permutations` and `kronecker` are doubly stochastic exactly, without iterating;
-the former reaches all of the polytope (Birkhoff-von Neumann), the latter part
-of it. `cayley` keeps norms instead of sums: its gains are at most sqrt(n).
+`permutations`, `kronecker`, `cyclic` and `go` are doubly stochastic exactly,
+without iterating; the first reaches all of the polytope (Birkhoff-von Neumann),
+`go` the more of it the larger s is, the others part of it. `cayley` keeps norms
+instead of sums: its gains are at most sqrt(n).
 
 Logits and matrices lie tokens-minor: [k, t] -> [n, n, t], float32.
 """
@@ -30,18 +36,28 @@ from mhc import axes
 from mhc import kernels
 from mhc import manifold
 
-Mixing = Literal['sinkhorn', 'identity', 'permutations', 'kronecker', 'cayley']
+Mixing = Literal[
+  'sinkhorn',
+  'identity',
+  'permutations',
+  'kronecker',
+  'cyclic',
+  'go',
+  'cayley',
+]
 
 
 def initial_logits(
-  mixing: Mixing, n: int, diagonal: float = 6.0
+  mixing: Mixing, n: int, diagonal: float = 6.0, go_size: int = 2
 ) -> Float[Array, 'k']:
   """Logits of a matrix close to I, from which training starts.
 
   6 I - 3 is the mHC paper's (ICML version, App. A.6); the others are chosen so
-  that the diagonal starts as near to 1 (for n = 4: 0.993, 0.994, 0.995, 1).
+  that the diagonal starts as near to 1 (for n = 4: 0.993, 0.994, 0.995,
+  0.993, 0.994, 1).
   `diagonal` is by how much Sinkhorn's logits on the diagonal start above the
-  others; at 0 all streams are averaged.
+  others; at 0 all streams are averaged. `go_size` is s. The logits of `go` do
+  not start at 0, where its entries, sums of squares, have no gradient.
 
   Raises:
     ValueError: the parameterisation does not exist for n streams.
@@ -60,6 +76,13 @@ def initial_logits(
     case 'kronecker':
       pair = jnp.array([6.0, 0.0], jnp.float32)
       return jnp.tile(pair, n.bit_length() - 1)
+    case 'cyclic':  # the first one is the identity
+      return jnp.zeros(n, jnp.float32).at[0].set(6.0)
+    case 'go':
+      size = n * go_size
+      # H_ii is 1 - 4 c^2 s (n - 1) up to c^4.
+      c = math.sqrt(0.006 / (4 * go_size * max(1, n - 1)))
+      return jnp.full(size * (size - 1) // 2, c, jnp.float32)
     case 'cayley':
       return jnp.zeros(n * (n - 1) // 2, jnp.float32)
 
@@ -71,9 +94,10 @@ def matrices(
   *,
   backward: manifold.Backward = 'recompute',
   implementation: kernels.Implementation | None = None,
+  go_size: int = 2,
   **options,
 ) -> Float[Array, 'n n t']:
-  """H_res of t tokens; the options are those of `sinkhorn_project`."""
+  """H_res of t tokens; other options are those of `sinkhorn_project`."""
   match mixing:
     case 'sinkhorn':
       # The kernels have no other gradient; then plain JAX projects.
@@ -92,6 +116,10 @@ def matrices(
       return permutations(logits, n)
     case 'kronecker':
       return kronecker(logits, n)
+    case 'cyclic':
+      return cyclic(logits, n)
+    case 'go':
+      return go(logits, n, go_size)
     case 'cayley':
       return cayley(logits, n)
 
@@ -119,6 +147,28 @@ def kronecker(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
     size *= 2
     product = product.reshape(size, size, tokens)
   return product
+
+
+def cyclic(logits: Float[Array, 'n t'], n: int) -> Float[Array, 'n n t']:
+  """sum_k softmax(logits)_k P^k: H_ij = weight (i - j) mod n."""
+  weights = jax.nn.softmax(logits, axis=0)
+  shift = (np.arange(n)[:, None] - np.arange(n)) % n
+  return weights[shift]
+
+
+def go(
+  logits: Float[Array, 'k t'], n: int, size: int = 2
+) -> Float[Array, 'n n t']:
+  """H_ij = (1/s) sum of the squares of block (i, j) of Q, s x s numbers each.
+
+  Q is `cayley` of n s dimensions. Its rows and columns are of norm 1 but for
+  rounding, of which the last two divisions rid the rows and columns of H.
+  """
+  q = cayley(logits, n * size)
+  blocks = (q * q).reshape(n, size, n, size, q.shape[-1])
+  h = jnp.sum(blocks, axis=(1, 3)) / size
+  h = h / jnp.sum(h, axis=0, keepdims=True)
+  return h / jnp.sum(h, axis=1, keepdims=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

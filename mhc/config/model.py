@@ -14,6 +14,8 @@ Kind = Literal[
   'mhc_lite',
   'kromhc',
   'orthogonal',
+  'cyclic',
+  'go',
   'mhc_single_pass',
   'attn_res_block',
   'attn_res',
@@ -60,10 +62,12 @@ class ConnectionConfig:
   # By how much the diagonal of mHC's logits of H_res starts above the others;
   # 6 is the paper's (H_res near I), at 0 it starts as 1/n.
   res_diagonal: float = 6.0
+  # s of kind='go': its H_res is of the squares of a rotation of n s dimensions.
+  go_size: int = 2
 
   def __post_init__(self):
     checks.check_types(self)
-    checks.at_least(self, num_streams=1, sinkhorn_iters=1)
+    checks.at_least(self, num_streams=1, sinkhorn_iters=1, go_size=1)
     self._check_parts_are_used()
     self._check_streams_separate()
     if self.sinkhorn_eps and not 1e-12 <= self.sinkhorn_eps <= 1e-2:
@@ -95,6 +99,8 @@ class ConnectionConfig:
     names = unused.get(self.kind, ())
     if self.kind not in ('mhc', 'mhc_single_pass') or self.res == 'off':
       names += ('res_diagonal',)
+    if self.kind != 'go' or self.res == 'off':
+      names += ('go_size',)
     for name in names:
       default = getattr(type(self), name)
       if getattr(self, name) != default:

@@ -44,6 +44,7 @@ class MHC(nnx.Module):
       pre=self.options.pre,
       res=self.options.res,
       res_diagonal=res_diagonal,
+      go_size=self.options.go_size,
     )
     self.phi = nnx.Param(params['phi'])
     self.alpha = nnx.Param(params['alpha'])

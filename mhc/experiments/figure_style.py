@@ -31,6 +31,12 @@ COLORS = {
   'kromhc': '#E69F00',
   'orthogonal': '#882255',
   'mhc_single_pass': '#56B4E9',
+  'cyclic': '#999933',
+  'go': '#332288',
+  'attn_res_block': '#117733',
+  'attn_res': '#44AA99',
+  'dense_former': '#AA4499',
+  'x0': '#661100',
 }
 # Kinds whose gain is 1 by construction overlap: dashes show all.
 STYLES = {
@@ -46,6 +52,12 @@ LABELS = {
   'kromhc': 'KromHC',
   'orthogonal': 'orthogonal',
   'mhc_single_pass': 'mHC single-pass',
+  'cyclic': 'C-mHC',
+  'go': 'go-mHC',
+  'attn_res_block': 'AttnRes, blocks',
+  'attn_res': 'AttnRes',
+  'dense_former': 'DenseFormer',
+  'x0': 'x0',
 }
 # Fonts of 8 to 9 points at the figure's own size; text stays text in a PDF.
 RC: dict[str, Any] = {
@@ -79,6 +91,12 @@ MARKERS = {
   'kromhc': 'P',
   'orthogonal': 'X',
   'mhc_single_pass': '*',
+  'cyclic': '<',
+  'go': '>',
+  'attn_res_block': 'p',
+  'attn_res': 'h',
+  'dense_former': 'd',
+  'x0': 'H',
 }
 LINES: dict[str, Any] = {
   'residual': (0, (1, 1.5)),
@@ -89,6 +107,12 @@ LINES: dict[str, Any] = {
   'kromhc': (0, (10, 2)),
   'orthogonal': (0, (2, 1)),
   'mhc_single_pass': (0, (10, 1.5, 2, 1.5)),
+  'cyclic': (0, (4, 1)),
+  'go': (0, (7, 1.5, 1, 1.5, 1, 1.5)),
+  'attn_res_block': (0, (2, 2)),
+  'attn_res': (0, (6, 3)),
+  'dense_former': (0, (8, 1.5, 3, 1.5)),
+  'x0': (0, (1, 1)),
 }
 # Designs of other names: Tol's muted colours that are not among the above.
 OTHERS: tuple[tuple[str, str, Any], ...] = (

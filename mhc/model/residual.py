@@ -56,7 +56,9 @@ class PendingOutput(NamedTuple):
 
 
 # Kinds whose `advance` is one pass over the streams.
-ONE_PASS = ('mhc', 'identity', 'mhc_lite', 'kromhc', 'orthogonal')
+ONE_PASS = (
+  *('mhc', 'identity', 'mhc_lite', 'kromhc', 'orthogonal', 'cyclic', 'go'),
+)
 Collapse = streams.Collapse | connections.SlotCollapse
 ResidualState = Float[Array, '*batch n d'] | StreamsWithPre | PendingOutput
 
@@ -108,6 +110,12 @@ def make_connection(
       return connections.MHC(*shape, **options, mixing='permutations')
     case 'kromhc':
       return connections.MHC(*shape, **options, mixing='kronecker')
+    case 'cyclic':
+      return connections.MHC(*shape, **options, mixing='cyclic')
+    case 'go':
+      return connections.MHC(
+        *shape, **options, mixing='go', go_size=config.go_size
+      )
     case 'orthogonal':
       return connections.MHC(*shape, **options, mixing='cayley')
     case 'mhc_single_pass':

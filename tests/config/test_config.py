@@ -59,6 +59,7 @@ model.attention.rope_dim
 model.attention.rope_theta
 model.connection.collapse
 model.connection.expand_scale
+model.connection.go_size
 model.connection.implementation
 model.connection.kind
 model.connection.num_streams

@@ -22,7 +22,7 @@ KINDS = tuple(
   for kind in config.KINDS
   if kind not in ('mhc_single_pass', *config.DEPTH_KINDS)
 )
-EXACT = ('mhc_lite', 'kromhc', 'orthogonal')
+EXACT = ('mhc_lite', 'kromhc', 'orthogonal', 'cyclic', 'go')
 
 
 def make(kind, num_streams=4, index=0, **options):
@@ -73,9 +73,17 @@ def reference_mixing(kind, logits, n):
       keep, swap = jnp.exp(pair) / jnp.exp(pair).sum()
       h_res = jnp.kron(h_res, jnp.array([[keep, swap], [swap, keep]]))
     return h_res
-  skew = jnp.zeros((n, n)).at[np.triu_indices(n, 1)].set(logits)
-  skew = skew - skew.T
-  return (jnp.eye(n) - skew) @ jnp.linalg.inv(jnp.eye(n) + skew)
+  if kind == 'cyclic':
+    weights = jnp.exp(logits) / jnp.exp(logits).sum()
+    shifts = [jnp.roll(jnp.eye(n), k, axis=0) for k in range(n)]
+    return sum(w * shift for w, shift in zip(weights, shifts, strict=True))
+  m = 2 * n if kind == 'go' else n
+  skew = jnp.zeros((m, m)).at[np.triu_indices(m, 1)].set(logits)
+  skew, eye = skew - skew.T, jnp.eye(m)
+  rotation = (eye - skew) @ jnp.linalg.inv(eye + skew)
+  if kind == 'go':
+    return (rotation**2).reshape(n, 2, n, 2).sum((1, 3)) / 2
+  return rotation
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -190,6 +198,8 @@ def test_residual_is_x_plus_y():
     ('mhc_lite', (4 * DIM + 1) * (8 + 24) + 3),
     ('kromhc', (4 * DIM + 1) * (8 + 4) + 3),
     ('orthogonal', (4 * DIM + 1) * (8 + 6) + 3),
+    ('cyclic', (4 * DIM + 1) * (8 + 4) + 3),
+    ('go', (4 * DIM + 1) * (8 + 28) + 3),
     ('mhc_single_pass', 4 * DIM * 24 + 24 + 3),
   ],
 )

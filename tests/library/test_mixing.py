@@ -21,10 +21,11 @@ def random_matrices(kind, n, std=3.0):
   return np.moveaxis(np.asarray(out), -1, 0)
 
 
+@pytest.mark.parametrize('std', [1.0, 30.0])
 @pytest.mark.parametrize('n', [1, 2, 4])
-@pytest.mark.parametrize('kind', ['permutations', 'kronecker'])
-def test_exactly_doubly_stochastic_without_iterating(kind, n):
-  h = random_matrices(kind, n, std=20.0)
+@pytest.mark.parametrize('kind', ['permutations', 'kronecker', 'cyclic', 'go'])
+def test_exactly_doubly_stochastic_without_iterating(kind, n, std):
+  h = random_matrices(kind, n, std)
   assert (h >= 0).all()
   np.testing.assert_allclose(h.sum(1), 1, atol=1e-6)
   np.testing.assert_allclose(h.sum(2), 1, atol=1e-6)
@@ -78,7 +79,9 @@ def test_cayley_and_its_gradient_are_exact_at_large_logits(n, std):
   )
 
 
-@pytest.mark.parametrize('kind', ['permutations', 'kronecker', 'cayley'])
+@pytest.mark.parametrize(
+  'kind', ['permutations', 'kronecker', 'cyclic', 'go', 'cayley']
+)
 def test_the_matrix_of_one_stream_varies_over_devices_as_logits_do(kind):
   def matrix(logits):
     out = mixing.matrices(kind, logits, 1)
@@ -113,7 +116,77 @@ def test_permutations_reach_every_vertex_and_kronecker_does_not():
   assert found == {(0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0)}
 
 
-@pytest.mark.parametrize('kind', ['sinkhorn', 'permutations', 'kronecker'])
+def rotation(logits, m):
+  """(I - S)(I + S)^-1 of one token, float64."""
+  s = np.zeros((m, m))
+  s[np.triu_indices(m, 1)] = logits
+  s = s - s.T
+  return (np.eye(m) - s) @ np.linalg.inv(np.eye(m) + s)
+
+
+def go_of(logits, n, s):
+  """Eq. of go-mHC, block by block."""
+  q = rotation(logits, n * s)
+  by_block = np.arange(n * s).reshape(n, s).T.reshape(-1)
+  q = q[np.ix_(by_block, by_block)]  # the rows of block i are i, i + n, ...
+  sums = [[(q[i::n] ** 2)[:, j::n].sum() for j in range(n)] for i in range(n)]
+  return np.array(sums) / s
+
+
+def cyclic_of(logits, n, s):
+  weights = np.exp(logits - logits.max())
+  shift = np.roll(np.eye(n), 1, axis=0)
+  power = [np.linalg.matrix_power(shift, k) for k in range(n)]
+  return sum(w / weights.sum() * p for w, p in zip(weights, power, strict=True))
+
+
+@pytest.mark.parametrize('std', [0.3, 5.0])
+@pytest.mark.parametrize(
+  ('kind', 'n', 's'),
+  [('go', 4, 2), ('go', 3, 1), ('go', 2, 3), ('cyclic', 5, 0)],
+)
+def test_as_the_papers_have_them(kind, n, s, std):
+  oracle = go_of if kind == 'go' else cyclic_of
+  size = mixing.initial_logits(kind, n, go_size=max(s, 1)).size
+  rng = np.random.default_rng(0)
+  logits = std * rng.normal(size=(size, 6))
+  g = rng.normal(size=(n, n, 6))
+  run = lambda x: mixing.matrices(kind, x, n, go_size=s)
+  got, back = jax.vjp(jax.jit(run), jnp.asarray(logits, jnp.float32))
+  logits = np.float64(np.float32(logits))
+  (gradient,) = back(jnp.asarray(g, jnp.float32))
+  for token in range(6):
+    want = oracle(logits[:, token], n, s)
+    np.testing.assert_allclose(got[..., token], want, atol=1e-6)
+    direction = rng.normal(size=size)
+    here, step = logits[:, token], 1e-6 * direction
+    change = oracle(here + step, n, s) - oracle(here - step, n, s)
+    change = (change / 2e-6 * g[..., token]).sum()
+    found = float(np.float64(gradient[:, token]) @ direction)
+    np.testing.assert_allclose(found, change, rtol=1e-4, atol=3e-5)
+
+
+def test_many_streams():
+  """Sixteen of them, in plain JAX."""
+  for kind in ('sinkhorn', 'cyclic', 'go'):
+    h = random_matrices(kind, 16, std=1.0)
+    np.testing.assert_allclose(h.sum(2), 1, atol=1e-6)
+    np.testing.assert_allclose(
+      h.sum(1), 1, atol=1e-6 if kind != 'sinkhorn' else 1e-3
+    )
+
+
+def test_go_has_a_gradient_where_it_starts():
+  logits = mixing.initial_logits('go', 4)[:, None]
+  gradient = jax.grad(lambda x: mixing.go(x, 4)[0, 1, 0])(logits)
+  assert np.abs(gradient).max() > 1e-3
+  gradient = jax.grad(lambda x: mixing.go(x, 4)[0, 1, 0])(0 * logits)
+  assert not gradient.any()
+
+
+@pytest.mark.parametrize(
+  'kind', ['sinkhorn', 'permutations', 'kronecker', 'cyclic', 'go']
+)
 def test_initial_matrices_are_doubly_stochastic_and_near_the_identity(kind):
   logits = mixing.initial_logits(kind, 4)[:, None]
   h = np.asarray(mixing.matrices(kind, logits, 4))[..., 0]
