@@ -1,9 +1,10 @@
 r"""The backward pass over a tile of tokens.
 
-With B = [res | post], X = [x; y], x' = B X and w = H_pre, from the gradients
-of x', h and z (written d.) and the saved x, y, z and s = 1 / rms(x'):
+With B = [res | post], X = [x; y], x' = B X, rounded as the forward pass writes
+it, and w = H_pre, from the gradients of x', h and z (written d.) and the saved
+x, y, z and s = 1 / rms(x'):
 
-    u_m = sum_c dh X_m,   dw = B u,   dl = w (1 - w) dw       first pass
+    dw_i = sum_c dh x'_i,   dl = w (1 - w) dw                 first pass
     dz <- dz + alpha dl   (first n rows)
     e = -s^2 sum_k(dz_k z_k) / (n d)
     dx'_i <- dx'_i + w_i dh + e x'_i + (s dz) phi_i^T          second pass
@@ -98,9 +99,7 @@ def _first_pass(refs, sizes):
     lambda number, _: _dots_of_block(refs, sizes, number),
     0,
   )
-  dots = _sum_dots(refs, sizes, sizes.n + 1 if sizes.writes else sizes.n)
-  if sizes.writes:
-    dots = _times_coefficients(refs, sizes, dots)
+  dots = _sum_dots(refs, sizes, sizes.n)
   z = block_diagonal.pad_rows(refs.z[...], sizes.padded_rows)
   weights = forward.read_weights(z, refs, sizes)
   d_logits = dots * weights * (1 - weights)
@@ -120,7 +119,7 @@ def _first_pass(refs, sizes):
 
 
 def _dots_of_block(refs, sizes, number):
-  """Writes x' of one block of channels, and adds to dots dh . [x; y]."""
+  """Mixes x' of one block of channels again, and adds dh . x' to dots."""
   start = pl.multiple_of(number * sizes.channel_block, sizes.channel_block)
   lanes = pl.ds(start, sizes.channel_block)
   group = sizes.fwd_group
@@ -129,9 +128,13 @@ def _dots_of_block(refs, sizes, number):
     if sizes.writes:
       stream_rows.append(refs.y[rows, lanes])
       mixed = block_diagonal.mix(refs.mix, rows, stream_rows, sizes.n, sizes)
-      for i in range(sizes.n):
-        stream = mixed[i * group : (i + 1) * group]
-        refs.x_next[i, rows, lanes] = stream.astype(refs.x_next.dtype)
+      # Rounded, as h has read them.
+      stream_rows = [
+        mixed[i * group : (i + 1) * group].astype(refs.x_next.dtype)
+        for i in range(sizes.n)
+      ]
+      for i, stream in enumerate(stream_rows):
+        refs.x_next[i, rows, lanes] = stream
     dh = refs.dh[rows, lanes].astype(jnp.float32)
     for m, x in enumerate(stream_rows):
       term = dh * x.astype(jnp.float32)
@@ -151,19 +154,6 @@ def _sum_dots(refs, sizes, count):
       for m in range(count)
     ]
   )
-
-
-def _times_coefficients(refs, sizes, dots):
-  """Returns B u, [n, t]."""
-  n = sizes.n
-  mixed = [
-    sum(
-      (refs.res[i * n + j : i * n + j + 1] * dots[j : j + 1] for j in range(n)),
-      refs.post[i : i + 1] * dots[n:],
-    )
-    for i in range(n)
-  ]
-  return jnp.concatenate(mixed)
 
 
 def _split_product(refs, sizes, d_product):

@@ -4,7 +4,8 @@ The whole rows of n d numbers of a tile are on chip, so that the streams go
 through HBM once: `advance` reads x and y and writes x' and h, (2 n + 2) d
 numbers a token. In blocks of channels, x' = B [x; y] on the matrix unit (see
 `block_diagonal`), its squares and its product with phi are added up; then the
-weights of H_pre are known, and h is read from x' on chip.
+weights of H_pre are known, and h is read from x' on chip. All three are of x'
+as it is written, in the streams' dtype.
 
 `refs` holds the references by name, as `specs` declares them, and `sizes` is
 the `specs.Sizes` of the call.
@@ -81,9 +82,12 @@ def _write(refs, sizes, start):
     stream_rows = [refs.x[j, rows, lanes] for j in range(sizes.n)]
     stream_rows.append(refs.y[rows, lanes])
     mixed = block_diagonal.mix(refs.mix, rows, stream_rows, sizes.n, sizes)
-    streams = [mixed[i * group : (i + 1) * group] for i in range(sizes.n)]
+    streams = [
+      mixed[i * group : (i + 1) * group].astype(refs.x_next.dtype)
+      for i in range(sizes.n)
+    ]
     for i, stream in enumerate(streams):
-      refs.x_next[i, rows, lanes] = stream.astype(refs.x_next.dtype)
+      refs.x_next[i, rows, lanes] = stream
     if sizes.reads:
       _add_squares(refs, rows, streams)
 
@@ -92,15 +96,13 @@ def _square(refs, sizes, start):
   """Adds up the squares of one block of channels of x."""
   lanes = pl.ds(start, sizes.channel_block)
   for rows in block_diagonal.row_slices(sizes.tokens, ROWS):
-    streams = [
-      refs.x[j, rows, lanes].astype(jnp.float32) for j in range(sizes.n)
-    ]
-    _add_squares(refs, rows, streams)
+    _add_squares(refs, rows, [refs.x[j, rows, lanes] for j in range(sizes.n)])
 
 
 def _add_squares(refs, rows, streams):
   total = refs.squares[rows]
   for stream in streams:
+    stream = stream.astype(jnp.float32)
     for lane in range(0, stream.shape[1], block_diagonal.LANES):
       part = stream[:, lane : lane + block_diagonal.LANES]
       total = total + part * part

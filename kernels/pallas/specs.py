@@ -186,7 +186,7 @@ def backward(sizes: Sizes) -> Call:
       'dphi': Summed((sizes.padded_rows, n * dim)),
     }
     scratch |= {
-      'dots': _lanes(sizes, n + 1 if sizes.writes else n),
+      'dots': _lanes(sizes, n),
       'spread': _lanes(sizes, n + 1),
       'd_product': (
         (_parts(sizes, 2) * sizes.padded_rows, tokens),

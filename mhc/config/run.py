@@ -32,6 +32,8 @@ class OptimizerConfig:
   decay_factors: tuple[float, ...] = (0.316, 0.1)
   b1: float = 0.9
   b2: float = 0.95
+  # For gradients below 5e-19, whose squares float32 does not hold, a larger
+  # floor takes its place (training/optimizer.py), and bounds their updates.
   eps: float = 1e-20
   weight_decay: float = 0.1
   # Nesterov momentum, for name='muon'.

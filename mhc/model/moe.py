@@ -88,9 +88,12 @@ class MoE(nnx.Module):
     )
     scores = precision.mark('router_scores', scores)
     chosen = self._select(scores, bias)
+    best = self._best(scores)
     gates = shares(jnp.take_along_axis(scores, chosen, axis=1))
     if is_real is not None:
-      chosen = jnp.where(is_real, chosen, config.num_experts)
+      chosen, best = (
+        jnp.where(is_real, one, config.num_experts) for one in (chosen, best)
+      )
 
     with parts.part(parts.EXPERTS):
       weights = experts_lib.Weights(
@@ -111,7 +114,7 @@ class MoE(nnx.Module):
         jnp.float32
       ),
       dropped=dropped,
-      balance_loss=_balance_loss(scores, chosen, x.shape[0]),
+      balance_loss=_balance_loss(scores, best, x.shape[0]),
     )
     return out, stats
 
@@ -134,6 +137,10 @@ class MoE(nnx.Module):
         ranking = sinkhorn_scores(scores)
       case 'none':
         ranking = scores
+    return self._best(ranking)
+
+  def _best(self, ranking) -> Int[Array, 's k']:
+    ranking = jax.lax.stop_gradient(ranking)
     return jax.lax.top_k(ranking, self.config.experts_per_token)[1]
 
 
@@ -200,15 +207,17 @@ def load_metrics(
   }
 
 
-def _balance_loss(scores, chosen, num_rows):
+def _balance_loss(scores, best, num_rows):
   """Sequence-wise loss of DeepSeek-V3 (Eq. 17-20), averaged over rows.
 
-  sum_i f_i P_i with f_i = e / (k t) * (assignments of expert i in the row) and
-  P_i the row's mean of s_i / sum_j s_j; the gradient is through P.
+  sum_i f_i P_i with f_i = e / (k t) * (tokens of the row for which s_i is one
+  of the k `best`) and P_i the row's mean of s_i / sum_j s_j; the gradient is
+  through P. Eq. 18 counts by s, whatever the bias or the Sinkhorn router
+  chooses.
   """
-  num_experts, k = scores.shape[1], chosen.shape[1]
+  num_experts, k = scores.shape[1], best.shape[1]
   normed = shares(scores).reshape(num_rows, -1, num_experts)
-  counts = jax.nn.one_hot(chosen, num_experts).reshape(
+  counts = jax.nn.one_hot(best, num_experts).reshape(
     num_rows, -1, k, num_experts
   )
   frequency = jnp.mean(jnp.sum(counts, axis=2), axis=1) * num_experts / k

@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 import optax
 
 from mhc import config as config_lib
+from mhc.config import checks
 from mhc.model import parameters
 
 # The quintic of Newton and Schulz that leads singular values near 1 fast, and
@@ -52,6 +53,10 @@ def make(
     b1=config.b1,
     b2=config.b2,
     eps=config.eps,
+    # The second moment v of gradients g with (1 - b2) g^2 below the smallest
+    # float32 stays 0. As if it were there, below the root: g / (sqrt(v) + eps)
+    # is within 1 then, and above |g| of 2e-15 nothing changes.
+    eps_root=checks.SMALLEST / (1 - config.b2),
     weight_decay=config.weight_decay,
     mask=decayed,
   )

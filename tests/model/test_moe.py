@@ -168,6 +168,22 @@ def test_balance_loss_is_one_when_even_and_larger_when_skewed():
   assert moe._balance_loss(skewed_scores, skewed, 2) > 1.3
 
 
+@pytest.mark.parametrize('router', ['bias', 'sinkhorn', 'none'])
+def test_the_balance_loss_counts_the_best_not_the_chosen(router):
+  """DeepSeek-V3's Eq. 17-20 in float64, with a bias that changes the choice."""
+  moe_layer = layer(router=router)
+  x, bias = tokens(), jnp.array([0.5, 0, 0, -0.5, 0, 0.2])
+  _, stats = apply(moe_layer, x, bias)
+  logits = np.asarray(x, np.float64) @ np.asarray(moe_layer.router.weight[...])
+  s = 1 / (1 + np.exp(-logits))
+  want = 0.0
+  for row in s:
+    kth = np.sort(row, axis=1)[:, [-2]]
+    frequency = 6 / 2 * (row >= kth).mean(axis=0)
+    want += frequency @ (row / row.sum(axis=1, keepdims=True)).mean(axis=0) / 3
+  np.testing.assert_allclose(stats.balance_loss, want, rtol=1e-5)
+
+
 def test_load_metrics():
   load = jnp.array([[10.0, 10, 10, 10], [40.0, 0, 0, 0]])
   got = moe.load_metrics(load, jnp.array([0.0, 0.5]))

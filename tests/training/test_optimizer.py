@@ -181,6 +181,34 @@ def test_what_muon_updates():
   assert not {'table', 'weight', 'gain'} & chosen
 
 
+def test_updates_of_gradients_whose_squares_underflow(optax_promotion):
+  """Within the rate; Adam's of float64 where float32 holds the squares."""
+  sizes = 10.0 ** np.arange(-21, 1, 0.5)
+  settings = config.OptimizerConfig(
+    learning_rate=1.0,
+    warmup_steps=0,
+    weight_decay=0.0,
+    clip_norm=0.0,
+    schedule='constant',
+  )
+  transform = optimizer.make(settings, 100)
+  params = {'norm': {'gain': jnp.zeros(len(sizes))}}
+  update = jax.jit(transform.update)
+  state = transform.init(params)
+  m, v = 0.0, 0.0
+  for step in range(1, 30):
+    g = sizes * np.cos(step)
+    updates, state = update(
+      {'norm': {'gain': jnp.asarray(g, jnp.float32)}}, state, params
+    )
+    m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+    exact = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-20)
+    got = -np.asarray(updates['norm']['gain'])
+    assert np.abs(got).max() < 1.5
+    large = sizes > 1e-14
+    np.testing.assert_allclose(got[large], exact[large], rtol=1e-4, atol=1e-5)
+
+
 def test_clipping_bounds_the_update_and_can_be_off(optax_promotion):
   """Adam's first moment is linear in the clipped gradient."""
   params = {'norm': {'gain': jnp.zeros(4)}}
