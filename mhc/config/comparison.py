@@ -113,6 +113,11 @@ class Panel:
     own = tuple(name for name, _ in self.designs)
     known = (*config_lib.KINDS, *CONTROLS, *own)
     for kind in self.kinds:
+      if ':' in kind:
+        raise ValueError(
+          f'panel.kinds: {kind!r} is no name of a folder: name it by '
+          f"panel.designs, {{'mine': {{'model.connection.kind': {kind!r}}}}}"
+        )
       checks.one_of('panel.kinds', kind, known)
     checks.one_of('panel.partner', self.partner, known)
     if self.margin <= 0:

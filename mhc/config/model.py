@@ -1,6 +1,7 @@
 """The settings of a model: connections, attention, experts, transformer."""
 
 import dataclasses
+import re
 import typing
 from typing import Literal
 
@@ -22,6 +23,7 @@ Kind = Literal[
   'dense_former',
   'x0',
 ]
+SINKHORN = 'sinkhorn_iters', 'sinkhorn_eps', 'sinkhorn_backward'
 # Kinds whose streams are slots along the depth.
 DEPTH_KINDS = 'attn_res_block', 'attn_res', 'dense_former', 'x0'
 KINDS: tuple[str, ...] = typing.get_args(Kind)
@@ -32,7 +34,8 @@ Part = Literal['dynamic', 'static', 'off']
 class ConnectionConfig:
   """The residual connection around every sub-layer."""
 
-  kind: Kind = 'mhc'
+  # A kind, or 'module:Class' for a class of one's own (docs/own_design.md).
+  kind: str = 'mhc'
   # n. The plain residual always has one stream, x0 two. attn_res_block has the
   # embedding and n - 1 blocks of the depth; attn_res and dense_former follow
   # the depth, whatever is given: a slot for the embedding and one a sub-layer,
@@ -67,6 +70,8 @@ class ConnectionConfig:
 
   def __post_init__(self):
     checks.check_types(self)
+    if not self.is_own:
+      checks.one_of('connection.kind', self.kind, KINDS)
     checks.at_least(self, num_streams=1, sinkhorn_iters=1, go_size=1)
     self._check_parts_are_used()
     self._check_streams_separate()
@@ -96,6 +101,8 @@ class ConnectionConfig:
     unused |= {'identity': ('res',)}
     slots = ('pre', 'post', 'res', 'expand_scale', 'collapse')
     unused |= dict.fromkeys(DEPTH_KINDS, slots)
+    if self.is_own:
+      unused[self.kind] = ('pre', 'post', 'res', *SINKHORN, 'implementation')
     names = unused.get(self.kind, ())
     if self.kind not in ('mhc', 'mhc_single_pass') or self.res == 'off':
       names += ('res_diagonal',)
@@ -131,6 +138,11 @@ class ConnectionConfig:
         f'{why}, which start as copies and would stay equal for ever: set '
         "connection.expand_scale='random', which makes them differ"
       )
+
+  @property
+  def is_own(self) -> bool:
+    """Whether the kind names a class from outside, 'module:Class'."""
+    return bool(re.fullmatch(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*', self.kind))
 
   @property
   def streams(self) -> int:

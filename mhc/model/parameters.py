@@ -109,6 +109,10 @@ PARAMETERS = (
 )
 
 
+# Of a class from outside (`connections.own`), unless a row above matches.
+OWN = _small('*_connection/*')
+
+
 def path_names(path) -> tuple[str, ...]:
   """The names on a path into a tree, whatever kind of nodes they are."""
   return tuple(
@@ -137,6 +141,8 @@ def locate(names: tuple[str, ...]) -> tuple[str | None, Row] | None:
   stack = names[first] if names[first] in BLOCKS else None
   own = names[first + (stack is not None) :]
   found = [row for row in PARAMETERS if _matches(row.path, own)]
+  if not found and _matches(OWN.path, own):
+    found = [OWN]
   if len(found) != 1:
     raise ValueError(
       f'the parameter {"/".join(own)} matches {len(found)} rows of '

@@ -17,8 +17,10 @@ of the streams: H_res = I and H_post = 0. Its parameters are zeros, so that what
 its sub-layers return is zero for connections without mappings as well.
 """
 
+import functools
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -28,7 +30,7 @@ from mhc import functional
 from mhc import kernels
 from mhc import precision
 from mhc import streams
-from mhc.connections import StreamsWithPre
+from mhc.connections import StreamsWithPre, own
 from mhc.functional import Context
 from mhc.kernels import api
 from mhc.model import parts
@@ -43,6 +45,10 @@ class Connection(Protocol):
 
   def post(self, y, context):
     """What the sub-layer returns, [..., d] -> state."""
+
+
+class OnePass(Connection, Protocol):
+  """A connection that leaves a sub-layer and enters the next in one pass."""
 
   def advance(self, y, context):
     """`post` of the sub-layer of the context, then `pre` of this one."""
@@ -93,6 +99,8 @@ def make_connection(
     implementation=implementation,
     **parts,
   )
+  if config.is_own:
+    return own.make(config.kind, *shape)
   match config.kind:
     case 'residual':
       return connections.Residual()
@@ -222,14 +230,31 @@ def read_weights(
   return before.weights
 
 
+def between_sublayers(
+  connection: Connection, first: PendingOutput
+) -> ResidualState:
+  """The state after a block's first sub-layer, for `begin_sublayer`."""
+  return first if hasattr(connection, 'advance') else connection.post(*first)
+
+
 @parts.part(parts.CONNECTIONS)
 def end_block(
   config: config_lib.ConnectionConfig,
   connection: Connection,
   last: PendingOutput,
+  before: ResidualState,
+  is_real: Bool[Array, ''] | None = None,
 ) -> ResidualState:
-  """The state that a block returns after its last sub-layer."""
-  return last if _defers_post(config) else connection.post(*last)
+  """The state that a block returns after its last sub-layer.
+
+  It is `before`, that of the block before, behind one that is not real.
+  """
+  if _defers_post(config):
+    return last
+  state = connection.post(*last)
+  if is_real is None or not config.is_own:
+    return state
+  return jax.tree.map(functools.partial(jnp.where, is_real), state, before)
 
 
 @parts.part(parts.CONNECTIONS)

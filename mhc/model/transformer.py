@@ -110,7 +110,9 @@ class Block(nnx.Module):
     else:
       y, cache = self.attention.decode(normed, cache, start)
     y = recompute.name_output(y.reshape(h.shape))
-    between = residual.PendingOutput(y, first)
+    between = residual.between_sublayers(
+      self.attention_connection, residual.PendingOutput(y, first)
+    )
     h, second = residual.begin_sublayer(self.ffn_connection, between, is_real)
     read_by = (
       residual.read_weights(self.attention_connection, state, first),
@@ -123,8 +125,9 @@ class Block(nnx.Module):
     else:
       y, stats = self.ffn(normed, router_bias, is_real)
     y = recompute.name_output(y.reshape(h.shape))
+    last = residual.PendingOutput(y, second)
     state = residual.end_block(
-      self.config, self.ffn_connection, residual.PendingOutput(y, second)
+      self.config, self.ffn_connection, last, state, is_real
     )
     return state, BlockAux((first, second), read_by, stats, cache)
 

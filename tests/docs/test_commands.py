@@ -41,7 +41,7 @@ def commands(page):
   lines = [
     line
     for code in documents.code(page)
-    if code.language == 'sh'
+    if code.language == 'sh' and not code.is_fragment
     for line in code.text.replace('\\\n', ' ').splitlines()
   ]
   starts = re.compile(r'(python|make|sbatch|pip) |launch/\w+\.(sh|py) ')

@@ -1,110 +1,76 @@
-"""A residual design is added as docs/connections.md says, and gets a report."""
+"""A design from outside, as docs/own_design.md says, up to its report."""
 
 import json
 import os
 import pathlib
 import re
-import shutil
+import shlex
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-CLASS = '''
-class Gated(nnx.Module):
-  """x_j + gate_j F(mean of x)."""
-
-  def __init__(self, num_streams):
-    self.gate = nnx.Param(jnp.ones(num_streams, jnp.float32))
-
-  def pre(self, x):
-    n, tokens = x.shape[-2], functional.tokens(x)
-    shape = n, len(tokens)
-    read = jnp.full(shape, 1 / n, jnp.float32)
-    write = jnp.broadcast_to(self.gate[...][:, None], shape)
-    context = Context(x, Mappings(read, write, None))
-    observation.record(*context)
-    return functional.read(x, read), context
-
-  def post(self, y, context):
-    return functional.post(y, context)
-
-  def advance(self, y, context):
-    return self.pre(self.post(y, context))
-'''
-# (file, where, what is put before it): the steps of "Add a design".
-STEPS = (
-  ('mhc/connections/hc.py', 'class HC(nnx.Module):', CLASS.lstrip() + '\n\n'),
-  (
-    'mhc/connections/__init__.py',
-    'from mhc.connections.hc import HC\n',
-    'from mhc.connections.hc import Gated\n',
-  ),
-  ('mhc/config/model.py', "  'hc',\n", "  'gated',\n"),
-  (
-    'mhc/model/residual.py',
-    "    case 'hc':\n",
-    "    case 'gated':\n      return connections.Gated(config.streams)\n",
-  ),
-  (
-    'mhc/model/parameters.py',
-    "  _small('*_connection/gain'),\n",
-    "  _small('*_connection/gate'),\n",
-  ),
-)
-CONFIG = """
-import ml_collections
-from mhc import config
-from mhc.config import comparison, dicts
-
-def get_config():
-  base = config.Config(
-    model=config.ModelConfig(dim=16, ffn_dim=16),
-    data=config.DataConfig(seq_len=16, path=PATH),
-    optimizer=config.OptimizerConfig(warmup_steps=1),
-    eval_every=0, eval_sequences=4, final_sequences=4, probe_every=2,
-  )
-  panel = comparison.Panel(
-    kinds=('residual', 'gated'), seeds=(0, 1), num_steps=4, batch_size=2,
-    num_blocks=(1,), contrasts=(('gated', 'residual'),),
-  )
-  made = comparison.Comparison(base, {'main': panel})
-  return ml_collections.ConfigDict(dicts.to_dict(made))
-"""
+PAGE = (ROOT / 'docs' / 'own_design.md').read_text()
+FILES = 'gated.py', 'own.py'
 
 
-def test_a_design_by_the_documentation_works_to_the_report(
-  tmp_path, text, compiled
-):
-  for folder in ('mhc', 'launch', 'configs'):
-    ignored = shutil.ignore_patterns('__pycache__')
-    shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
-  (tmp_path / 'mhc' / 'kernels').symlink_to(ROOT / 'kernels')
-  for file, where, added in STEPS:
-    source = (tmp_path / file).read_text()
-    assert source.count(where) == 1, (file, where)
-    (tmp_path / file).write_text(source.replace(where, added + where))
-  config = tmp_path / 'own.py'
-  config.write_text(CONFIG.replace('PATH', repr(text)))
-  result = subprocess.run(
-    [
-      *(sys.executable, tmp_path / 'launch' / 'compare.py'),
-      *(f'--config={config}', f'--workdir={tmp_path / "run"}'),
-    ],
-    capture_output=True,
-    text=True,
-    env=os.environ
-    | {
-      'PYTHONPATH': str(tmp_path),
-      'XLA_FLAGS': '--xla_backend_optimization_level=0',
-      'JAX_COMPILATION_CACHE_DIR': str(compiled),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    },
-    check=False,
-  )
+@pytest.fixture
+def folder(tmp_path, text):
+  """The files of the page; the text is a small one."""
+  blocks = re.findall(r'```python\n(.*?)```', PAGE, re.S)
+  (tmp_path / 'designs').mkdir()
+  for name, block in zip(FILES, blocks, strict=True):
+    block = block.replace('seq_len=32', f'seq_len=32, path={text!r}')
+    block = block.replace('num_steps=40', 'num_steps=8')
+    (tmp_path / 'designs' / name).write_text(block)
+  return tmp_path
+
+
+@pytest.fixture
+def run(folder, compiled):
+  def run(*command, **environment):
+    return subprocess.run(
+      [sys.executable, ROOT / command[0], *command[1:]],
+      capture_output=True,
+      text=True,
+      cwd=folder,
+      check=False,
+      env=os.environ
+      | {
+        'XLA_FLAGS': '--xla_backend_optimization_level=0',
+        'JAX_COMPILATION_CACHE_DIR': str(compiled),
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      }
+      | environment,
+    )
+
+  return run
+
+
+def test_it_is_compared_and_reported(run, folder):
+  command = re.search(r'python (launch/compare.py .*)', PAGE)[1]
+  result = run(*shlex.split(command))
   assert result.returncode == 0, result.stderr
-  values = json.loads((tmp_path / 'run' / 'results.json').read_text())
-  assert {row['variant'] for row in values['rows']} == {'residual', 'gated'}
+  values = json.loads((folder / 'runs/own/results.json').read_text())
+  assert {r['variant'] for r in values['rows']} == {'residual', 'mhc', 'gated'}
   (contrast,) = values['contrasts']
-  assert (contrast['kind'], contrast['other']) == ('gated', 'residual')
-  report = (tmp_path / 'run' / 'report.md').read_text()
-  assert re.search(r'\bgated - residual\b', report)
+  assert (contrast['kind'], contrast['other']) == ('gated', 'mhc')
+  report = (folder / 'runs/own/report.md').read_text()
+  assert re.search(r'\bgated - mHC\b', report)
+  kept = next((folder / 'runs/own/main').glob('gated*'))
+  told = json.loads((kept / 'config.json').read_text())
+  assert told['model']['connection']['kind'] == 'gated:Gated'
+  line = (kept / 'probes.jsonl').read_text().split('\n')[0]
+  assert 'gain' in line
+  again = run('launch/evaluate.py', f'--workdir={kept}', '--sequences=4')
+  assert again.returncode == 2
+  assert 'PYTHONPATH' in again.stderr
+  assert again.stderr.count('\n') == 1
+  found = run(
+    'launch/evaluate.py',
+    f'--workdir={kept}',
+    '--sequences=4',
+    PYTHONPATH=str(folder / 'designs'),
+  )
+  assert found.returncode == 0, found.stderr
