@@ -27,6 +27,7 @@ from mhc import arguments
 from mhc import explicit
 from mhc import functional
 from mhc import kernels
+from mhc import mixing
 from mhc import observation
 from mhc import precision
 from mhc.context import Context, Mappings, by_position
@@ -206,6 +207,8 @@ class MHC(nnx.Module):
     index: of the sub-layer in the network, attention and FFN counted apart. It
       chooses the stream that the sub-layer reads first. Traced or not.
     res_diagonal: see `mixing.initial_logits`.
+    init: 'authors' for the start of mHC-lite's and KromHC's code, see
+      `functional.init`.
     options: fields of `functional.Options`.
   """
 
@@ -216,6 +219,7 @@ class MHC(nnx.Module):
     index,
     *,
     res_diagonal: float = 6.0,
+    init: mixing.Init = 'mhc',
     rngs: nnx.Rngs | None = None,
     **options,
   ):
@@ -229,6 +233,7 @@ class MHC(nnx.Module):
       pre=self.options.pre,
       res=self.options.res,
       res_diagonal=res_diagonal,
+      init=init,
     )
     self.phi = nnx.Param(params['phi'])
     self.alpha = nnx.Param(params['alpha'])

@@ -19,6 +19,7 @@ Logits and matrices lie tokens-minor: [k, t] -> [n, n, t], float32.
 import functools
 import itertools
 import math
+import typing
 from typing import Literal
 
 import jax
@@ -31,21 +32,33 @@ from mhc import kernels
 from mhc import manifold
 
 Mixing = Literal['sinkhorn', 'identity', 'permutations', 'kronecker', 'cayley']
+Init = Literal['mhc', 'authors']
 
 
 def initial_logits(
-  mixing: Mixing, n: int, diagonal: float = 6.0
+  mixing: Mixing, n: int, diagonal: float = 6.0, init: Init = 'mhc'
 ) -> Float[Array, 'k']:
   """Logits of a matrix close to I, from which training starts.
 
   6 I - 3 is the mHC paper's (ICML version, App. A.6); the others are chosen so
   that the diagonal starts as near to 1 (for n = 4: 0.993, 0.994, 0.995, 1).
   `diagonal` is by how much Sinkhorn's logits on the diagonal start above the
-  others; at 0 all streams are averaged.
+  others; at 0 all streams are averaged. init='authors' is the start of the code
+  of mHC-lite and KromHC: 0 for what keeps the streams, -8 for all else.
 
   Raises:
-    ValueError: the parameterisation does not exist for n streams.
+    ValueError: the parameterisation does not exist for n streams, or has no
+      such start.
   """
+  if init not in typing.get_args(Init):
+    raise ValueError(
+      f'init must be one of {typing.get_args(Init)}, got {init!r}'
+    )
+  if init == 'authors' and mixing in ('sinkhorn', 'cayley'):
+    raise ValueError(
+      f"init='authors' is for permutations and kronecker, got {mixing!r}: take "
+      "init='mhc'"
+    )
   if mixing == 'permutations' and n > 5:
     raise ValueError(f'{n} streams have {n}! permutations: use at most 5')
   if mixing == 'kronecker' and n & (n - 1):
@@ -56,9 +69,12 @@ def initial_logits(
     case 'identity':
       return jnp.zeros(0, jnp.float32)
     case 'permutations':  # the first one is the identity
-      return jnp.zeros(math.factorial(n), jnp.float32).at[0].set(8.0)
+      kept, others = (0.0, -8.0) if init == 'authors' else (8.0, 0.0)
+      logits = jnp.full(math.factorial(n), others, jnp.float32)
+      return logits.at[0].set(kept)
     case 'kronecker':
-      pair = jnp.array([6.0, 0.0], jnp.float32)
+      kept, others = (0.0, -8.0) if init == 'authors' else (6.0, 0.0)
+      pair = jnp.array([kept, others], jnp.float32)
       return jnp.tile(pair, n.bit_length() - 1)
     case 'cayley':
       return jnp.zeros(n * (n - 1) // 2, jnp.float32)

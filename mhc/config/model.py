@@ -51,6 +51,9 @@ class ConnectionConfig:
   # By how much the diagonal of mHC's logits of H_res starts above the others;
   # 6 is the paper's (H_res near I), at 0 it starts as 1/n.
   res_diagonal: float = 6.0
+  # How biases of mhc_lite and kromhc start: as mHC's, from the plain residual
+  # network, or as in the code of their authors (functional.init).
+  init: Literal['mhc', 'authors'] = 'mhc'
 
   def __post_init__(self):
     checks.check_types(self)
@@ -84,6 +87,8 @@ class ConnectionConfig:
     names = unused.get(self.kind, ())
     if self.kind not in ('mhc', 'mhc_single_pass') or self.res == 'off':
       names += ('res_diagonal',)
+    if self.kind not in ('mhc_lite', 'kromhc'):
+      names += ('init',)
     for name in names:
       default = getattr(type(self), name)
       if getattr(self, name) != default:

@@ -89,9 +89,13 @@ def make_connection(
     case 'identity':
       return connections.MHC(*shape, **options, mixing='identity')
     case 'mhc_lite':
-      return connections.MHC(*shape, **options, mixing='permutations')
+      return connections.MHC(
+        *shape, **options, mixing='permutations', init=config.init
+      )
     case 'kromhc':
-      return connections.MHC(*shape, **options, mixing='kronecker')
+      return connections.MHC(
+        *shape, **options, mixing='kronecker', init=config.init
+      )
     case 'orthogonal':
       return connections.MHC(*shape, **options, mixing='cayley')
     case 'mhc_single_pass':

@@ -60,6 +60,7 @@ model.attention.rope_theta
 model.connection.collapse
 model.connection.expand_scale
 model.connection.implementation
+model.connection.init
 model.connection.kind
 model.connection.num_streams
 model.connection.post
@@ -156,6 +157,10 @@ def test_an_int_passes_for_a_float():
         }
       },
       "collapse='learned' would not be used",
+    ),
+    (
+      {'model': {'connection': {'init': 'authors'}}},
+      "init='authors' would not be used.*kind='mhc'",
     ),
     (
       {'model': {'connection': {'pre': 'of'}}},
