@@ -137,6 +137,7 @@ def init(
   res: Part = 'dynamic',
   res_diagonal: float = 6.0,
   go_size: int = 2,
+  init: mixing_lib.Init = 'mhc',
 ) -> dict[str, Float[Array, '...']]:
   """Parameters from which the n copied streams stay equal.
 
@@ -155,22 +156,28 @@ def init(
     mixing: the parameterisation of H_res.
     pre, res: as in `Options`; 'off' has the bias of H_pre = 1/n and no logits.
     res_diagonal, go_size: see `mixing.initial_logits`.
+    init: 'authors' is the start of the code of mHC-lite and KromHC, which is
+      no plain residual network: b_pre and b_post are -1, but +1 at stream
+      `index` mod n, and b_res is as in `mixing.initial_logits`.
 
   Raises:
-    ValueError: the parameterisation does not exist for n streams, or a number
-      is not a whole one in its range.
+    ValueError: the parameterisation does not exist for n streams or has no
+      such start, or a number is not a whole one in its range.
   """
   arguments.check_place(dim, num_streams, index)
   options = Options(mixing, pre=pre, res=res)
   initial_stream = first_read(index, num_streams)
   read = jnp.where(initial_stream, 3.0, -3.0).astype(jnp.float32)
+  write = jnp.zeros(num_streams, jnp.float32)
+  if init == 'authors':
+    read = write = read / 3
   if pre == 'off':
     read = jnp.full(num_streams, uniform_read(num_streams), jnp.float32)
   bias = [
     read,
-    jnp.zeros(num_streams, jnp.float32),
+    write,
     mixing_lib.initial_logits(
-      options.mixing_used, num_streams, res_diagonal, go_size
+      options.mixing_used, num_streams, res_diagonal, init, go_size=go_size
     ),
   ]
   num_alphas = sum(part.size > 0 for part in bias)

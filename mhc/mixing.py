@@ -25,6 +25,7 @@ Logits and matrices lie tokens-minor: [k, t] -> [n, n, t], float32.
 import functools
 import itertools
 import math
+import typing
 from typing import Literal
 
 import jax
@@ -45,10 +46,16 @@ Mixing = Literal[
   'go',
   'cayley',
 ]
+Init = Literal['mhc', 'authors']
 
 
 def initial_logits(
-  mixing: Mixing, n: int, diagonal: float = 6.0, go_size: int = 2
+  mixing: Mixing,
+  n: int,
+  diagonal: float = 6.0,
+  init: Init = 'mhc',
+  *,
+  go_size: int = 2,
 ) -> Float[Array, 'k']:
   """Logits of a matrix close to I, from which training starts.
 
@@ -58,10 +65,22 @@ def initial_logits(
   `diagonal` is by how much Sinkhorn's logits on the diagonal start above the
   others; at 0 all streams are averaged. `go_size` is s. The logits of `go` do
   not start at 0, where its entries, sums of squares, have no gradient.
+  init='authors' is the start of the code of mHC-lite and KromHC: 0 for what
+  keeps the streams, -8 for all else.
 
   Raises:
-    ValueError: the parameterisation does not exist for n streams.
+    ValueError: the parameterisation does not exist for n streams, or has no
+      such start.
   """
+  if init not in typing.get_args(Init):
+    raise ValueError(
+      f'init must be one of {typing.get_args(Init)}, got {init!r}'
+    )
+  if init == 'authors' and mixing in ('sinkhorn', 'cyclic', 'go', 'cayley'):
+    raise ValueError(
+      f"init='authors' is for permutations and kronecker, got {mixing!r}: take "
+      "init='mhc'"
+    )
   if mixing == 'permutations' and n > 5:
     raise ValueError(f'{n} streams have {n}! permutations: use at most 5')
   if mixing == 'kronecker' and n & (n - 1):
@@ -72,9 +91,12 @@ def initial_logits(
     case 'identity':
       return jnp.zeros(0, jnp.float32)
     case 'permutations':  # the first one is the identity
-      return jnp.zeros(math.factorial(n), jnp.float32).at[0].set(8.0)
+      kept, others = (0.0, -8.0) if init == 'authors' else (8.0, 0.0)
+      logits = jnp.full(math.factorial(n), others, jnp.float32)
+      return logits.at[0].set(kept)
     case 'kronecker':
-      pair = jnp.array([6.0, 0.0], jnp.float32)
+      kept, others = (0.0, -8.0) if init == 'authors' else (6.0, 0.0)
+      pair = jnp.array([kept, others], jnp.float32)
       return jnp.tile(pair, n.bit_length() - 1)
     case 'cyclic':  # the first one is the identity
       return jnp.zeros(n, jnp.float32).at[0].set(6.0)

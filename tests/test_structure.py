@@ -187,6 +187,8 @@ def test_every_module_has_a_test():
     *('config.checks', 'config.model', 'config.run', 'data.batches'),
     *('experiments.plots', 'experiments.sections', 'experiments.tables'),
     'interop.deepseek',
+    *('connections.hc', 'connections.mapped', 'connections.mhc'),
+    *('connections.residual', 'connections.single_pass'),
     *('interop.safetensors', 'model.layers', 'parallel.loss'),
     *('parallel.pipelined', 'parallel.replicated', 'runtime.console'),
     *('observation', 'optimizer', 'sublayer', 'upcycling'),  # `import mhc`

@@ -221,9 +221,9 @@ class Comparison:
 
   def _check_tuning(self, name, panel):
     tune = self.panels.get(panel.tuned_on)
-    if tune is None or tune.role != 'tune':
+    if tune is None or tune.role != 'tune' or tune is panel:
       raise ValueError(
-        f'panels.{name}.tuned_on={panel.tuned_on!r} is no panel with '
+        f'panels.{name}.tuned_on={panel.tuned_on!r} is no other panel with '
         "role='tune'"
       )
     both = {*tune.seeds} & {*panel.seeds}

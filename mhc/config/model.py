@@ -67,6 +67,9 @@ class ConnectionConfig:
   res_diagonal: float = 6.0
   # s of kind='go': its H_res is of the squares of a rotation of n s dimensions.
   go_size: int = 2
+  # How biases of mhc_lite and kromhc start: as mHC's, from the plain residual
+  # network, or as in the code of their authors (functional.init).
+  init: Literal['mhc', 'authors'] = 'mhc'
 
   def __post_init__(self):
     checks.check_types(self)
@@ -108,6 +111,8 @@ class ConnectionConfig:
       names += ('res_diagonal',)
     if self.kind != 'go' or self.res == 'off':
       names += ('go_size',)
+    if self.kind not in ('mhc_lite', 'kromhc'):
+      names += ('init',)
     for name in names:
       default = getattr(type(self), name)
       if getattr(self, name) != default:

@@ -5,6 +5,7 @@ from jaxtyping import Array, Float
 
 from mhc import arguments
 from mhc import functional
+from mhc import mixing
 from mhc.context import Context, Mappings
 
 
@@ -21,6 +22,8 @@ class MHC(nnx.Module):
     index: of the sub-layer in the network, attention and FFN counted apart. It
       chooses the stream that the sub-layer reads first. Traced or not.
     res_diagonal: see `mixing.initial_logits`.
+    init: 'authors' for the start of mHC-lite's and KromHC's code, see
+      `functional.init`.
     options: fields of `functional.Options`.
   """
 
@@ -31,6 +34,7 @@ class MHC(nnx.Module):
     index,
     *,
     res_diagonal: float = 6.0,
+    init: mixing.Init = 'mhc',
     rngs: nnx.Rngs | None = None,
     **options,
   ):
@@ -44,6 +48,7 @@ class MHC(nnx.Module):
       pre=self.options.pre,
       res=self.options.res,
       res_diagonal=res_diagonal,
+      init=init,
       go_size=self.options.go_size,
     )
     self.phi = nnx.Param(params['phi'])

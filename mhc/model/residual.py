@@ -115,9 +115,13 @@ def make_connection(
     case 'identity':
       return connections.MHC(*shape, **options, mixing='identity')
     case 'mhc_lite':
-      return connections.MHC(*shape, **options, mixing='permutations')
+      return connections.MHC(
+        *shape, **options, mixing='permutations', init=config.init
+      )
     case 'kromhc':
-      return connections.MHC(*shape, **options, mixing='kronecker')
+      return connections.MHC(
+        *shape, **options, mixing='kronecker', init=config.init
+      )
     case 'cyclic':
       return connections.MHC(*shape, **options, mixing='cyclic')
     case 'go':
@@ -242,7 +246,7 @@ def end_block(
   config: config_lib.ConnectionConfig,
   connection: Connection,
   last: PendingOutput,
-  before: ResidualState,
+  before: ResidualState | None = None,
   is_real: Bool[Array, ''] | None = None,
 ) -> ResidualState:
   """The state that a block returns after its last sub-layer.

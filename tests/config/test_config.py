@@ -61,6 +61,7 @@ model.connection.collapse
 model.connection.expand_scale
 model.connection.go_size
 model.connection.implementation
+model.connection.init
 model.connection.kind
 model.connection.num_streams
 model.connection.post
@@ -157,6 +158,10 @@ def test_an_int_passes_for_a_float():
         }
       },
       "collapse='learned' would not be used",
+    ),
+    (
+      {'model': {'connection': {'init': 'authors'}}},
+      "init='authors' would not be used.*kind='mhc'",
     ),
     (
       {'model': {'connection': {'pre': 'of'}}},

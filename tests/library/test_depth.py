@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mhc import config as config_lib
-from mhc import connections
+from mhc.connections import depth
 from mhc.model import transformer
 from mhc.parallel import counts
 
@@ -75,13 +75,13 @@ def numbers(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def run(modules, collapse, weights, v0, slots, kind='attn_res', depth=DEPTH):
+def run(modules, collapse, weights, v0, slots, kind='attn_res'):
   """Our connections around the same sub-layers."""
-  x = connections.open_slots(v0, slots, kind)
+  x = depth.open_slots(v0, slots, kind)
   h, context = modules[0].pre(x)
-  for index in range(depth):
+  for index in range(DEPTH):
     y = sublayer(weights, index, h)
-    if index + 1 < depth:
+    if index + 1 < DEPTH:
       h, context = modules[index + 1].advance(y, context)
   return collapse(modules[-1].post(y, context))
 
@@ -94,15 +94,13 @@ def ours(kind, slots, traced=False):
     at = jnp.asarray(index) if traced else index
     match kind:
       case 'attn_res':
-        return connections.AttnRes(DIM, slots, at, depth=DEPTH)
+        return depth.AttnRes(DIM, slots, at, depth=DEPTH)
       case 'dense_former':
-        return connections.DenseFormer(DIM, slots, at, **options)
+        return depth.DenseFormer(DIM, slots, at, **options)
       case 'x0':
-        return connections.X0(DIM, at, **options)
+        return depth.X0(DIM, at, **options)
 
-  return [make(i) for i in range(DEPTH)], connections.SlotCollapse(
-    kind, DIM, slots
-  )
+  return [make(i) for i in range(DEPTH)], depth.SlotCollapse(kind, DIM, slots)
 
 
 def set_up(kind, runs, seed=1):
@@ -199,7 +197,7 @@ def test_attn_res_starts_as_the_mean_of_its_sources():
 def test_what_does_not_fit_is_refused():
   for slots in (1, 8):
     with pytest.raises(ValueError, match=rf'{slots} slots .*take from 2 to 7'):
-      connections.AttnRes(DIM, slots, 0, depth=DEPTH)
+      depth.AttnRes(DIM, slots, 0, depth=DEPTH)
   with pytest.raises(ValueError, match=r'num_streams=10 .*from 2 to 9'):
     config_lib.ModelConfig(
       num_blocks=4,

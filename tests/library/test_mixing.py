@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mhc import axes
+from mhc import functional
 from mhc import mixing
 
 TOKENS = 500
@@ -200,6 +201,24 @@ def test_cayley_and_identity_start_at_the_identity():
     logits = mixing.initial_logits(kind, 4)[:, None]
     h = mixing.matrices(kind, logits, 4)
     np.testing.assert_array_equal(h[..., 0], jnp.eye(4))
+
+
+@pytest.mark.parametrize('kind', ['permutations', 'kronecker'])
+def test_the_start_of_the_authors_code(kind):
+  """-1 but +1 at the home stream, for H_pre and H_post; 0 and -8 for H_res."""
+  params = functional.init(8, 4, 6, kind, init='authors')
+  home = [-1, -1, 1, -1]
+  np.testing.assert_array_equal(params['bias'][:8], home * 2)
+  logits = np.asarray(params['bias'][8:])
+  if kind == 'permutations':
+    np.testing.assert_array_equal(logits, [0] + [-8] * 23)
+  else:
+    np.testing.assert_array_equal(logits, [0, -8] * 2)
+  h = mixing.matrices(kind, jnp.asarray(logits)[:, None], 4)[..., 0]
+  np.testing.assert_allclose(np.diag(h), 1, atol=0.01)
+  for name in ('sinkhorn', 'cayley'):
+    with pytest.raises(ValueError, match=f"init='authors' is for.*{name}"):
+      functional.init(8, 4, 6, name, init='authors')
 
 
 def test_impossible_sizes_are_named():

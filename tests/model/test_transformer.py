@@ -13,6 +13,7 @@ import pytest
 from mhc import config
 from mhc import streams
 from mhc.model import layers
+from mhc.model import residual
 from mhc.model import transformer
 
 SMALL = config.ModelConfig(
@@ -98,6 +99,14 @@ def test_logits_are_float32_sums(dtype):
     np.testing.assert_allclose(
       np.asarray(a, np.float64), b, rtol=0, atol=tolerance * b_max
     )
+
+
+@pytest.mark.parametrize('kind', ['mhc_lite', 'kromhc'])
+def test_the_start_of_a_kind_is_a_setting(kind):
+  for init, read in (('mhc', [-3, 3, -3, -3]), ('authors', [-1, 1, -1, -1])):
+    one = config.ConnectionConfig(kind=kind, init=init)
+    connection = residual.make_connection(one, SMALL.dim, 1, 1e-20)
+    np.testing.assert_array_equal(connection.bias[...][:4], read)
 
 
 def test_kinds_share_their_initial_weights():
