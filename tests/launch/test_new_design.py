@@ -88,12 +88,8 @@ def test_a_design_by_the_documentation_works_to_the_report(
     capture_output=True,
     text=True,
     env=os.environ
-    | {
-      'PYTHONPATH': str(tmp_path),
-      'XLA_FLAGS': '--xla_backend_optimization_level=0',
-      'JAX_COMPILATION_CACHE_DIR': str(compiled),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    },
+    | quick_compilation.environment(compiled)
+    | {'PYTHONPATH': str(tmp_path)},
     check=False,
   )
   assert result.returncode == 0, result.stderr
