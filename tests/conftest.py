@@ -4,14 +4,14 @@ import gc
 import importlib.metadata
 import os
 
+import quick_compilation
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
   '--xla_force_host_platform_device_count=8 '
   # Two test processes share the machine: one thread each.
   '--xla_cpu_multi_thread_eigen=false '
-  # Most of the time is LLVM's, on programs that run once.
-  '--xla_backend_optimization_level=0'
-)
+) + quick_compilation.FLAGS
 if not importlib.metadata.version('jaxlib').startswith('0.7.'):
   # Eight devices on a busy core may be late for each other. The oldest jaxlib
   # of `make versions` ends at flags that it does not know.
@@ -121,11 +121,7 @@ def compiled(tmp_path_factory):
 @pytest.fixture(scope='session')
 def mains(compiled):
   """Runs mains on one CPU device, all imports made; and their environment."""
-  environment = os.environ | {
-    'XLA_FLAGS': '--xla_backend_optimization_level=0',
-    'JAX_COMPILATION_CACHE_DIR': str(compiled),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-  }
+  environment = os.environ | quick_compilation.environment(compiled)
   with forked_mains.Mains(environment) as mains:
     yield mains, environment
 

@@ -143,7 +143,10 @@ TUNE = comparison_lib.Panel(
       "'mine' must set model.connection.kind",
     ),
     (dict(margin=0.0), 'margin=0.0 must be positive'),
-    (dict(tuned_on='rates'), "tuned_on='rates' is no other panel with role='tune'"),
+    (
+      dict(tuned_on='rates'),
+      "tuned_on='rates' is no other panel with role='tune'",
+    ),
     (dict(tuned_on='tune', seeds=(99, 100)), r'share \[100\]'),
     (
       dict(tuned_on='tune', kinds=('hc', 'mhc')),

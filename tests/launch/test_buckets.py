@@ -11,6 +11,7 @@ import time
 import bucket_server
 import forked_mains
 import pytest
+import quick_compilation
 
 from mhc.interop import safetensors
 from mhc.runtime import files
@@ -86,11 +87,7 @@ def folder(store, text):
 
 @pytest.fixture(scope='module')
 def environment(store, compiled):
-  return store.environment | {
-    'XLA_FLAGS': '--xla_backend_optimization_level=0',
-    'JAX_COMPILATION_CACHE_DIR': str(compiled),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-  }
+  return store.environment | quick_compilation.environment(compiled)
 
 
 @pytest.fixture(scope='module')

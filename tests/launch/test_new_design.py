@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import quick_compilation
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = (ROOT / 'docs' / 'own_design.md').read_text()
@@ -36,13 +37,7 @@ def run(folder, compiled):
       text=True,
       cwd=folder,
       check=False,
-      env=os.environ
-      | {
-        'XLA_FLAGS': '--xla_backend_optimization_level=0',
-        'JAX_COMPILATION_CACHE_DIR': str(compiled),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      }
-      | environment,
+      env=os.environ | quick_compilation.environment(compiled) | environment,
     )
 
   return run

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import quick_compilation
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDERS = ('configs', 'kernels', 'launch', 'mhc')
@@ -53,12 +54,8 @@ def run(site, compiled, tmp_path):
     if cwd is None:
       cwd = tmp_path / 'empty'
       cwd.mkdir(exist_ok=True)
-    environment = {
-      'PYTHONPATH': str(path),
-      'XLA_FLAGS': '--xla_backend_optimization_level=0',
-      'JAX_COMPILATION_CACHE_DIR': str(compiled),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    }
+    environment = quick_compilation.environment(compiled)
+    environment |= {'PYTHONPATH': str(path)}
     result = subprocess.run(
       [sys.executable, *command],
       capture_output=True,

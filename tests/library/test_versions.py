@@ -7,11 +7,12 @@ import sys
 
 import one_gradient
 import pytest
+import quick_compilation
 
 HERE = pathlib.Path(__file__).resolve().parent
 # Those of conftest.py are not all known to the oldest, which would not start.
 XLA_FLAGS = (
-  '--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0'
+  '--xla_force_host_platform_device_count=2 ' + quick_compilation.FLAGS
 )
 
 

@@ -11,6 +11,7 @@ import forked_kernels
 import nbclient
 import nbformat
 import pytest
+import quick_compilation
 
 pytestmark = pytest.mark.long
 
@@ -31,11 +32,7 @@ SOURCES = {source.stem: source for source in build.sources()}
 @pytest.fixture(scope='module')
 def kernels(compiled, tmp_path_factory):
   """Forks kernels; and their environment."""
-  environment = os.environ | {
-    'XLA_FLAGS': '--xla_backend_optimization_level=0',
-    'JAX_COMPILATION_CACHE_DIR': str(compiled),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-  }
+  environment = os.environ | quick_compilation.environment(compiled)
   folder = tmp_path_factory.mktemp('kernels')
   with forked_kernels.Kernels(environment, folder) as kernels:
     yield kernels, environment
