@@ -1,10 +1,12 @@
-"""Every connection on the main panel: the family side by side.
+"""Every connection at one setting: the family, by group.
 
+    python launch/compare.py --config=configs/family.py --list
     python launch/compare.py --config=configs/family.py --workdir=runs/family
 
-The setting of configs/compare.py's main panel. Expected on two CPU cores: about
-fifteen minutes; all wide connections within a few hundredths of a nat of each
-other and below the plain residual, only HC with a gain far from 1.
+Three panels of the size of configs/compare.py's `quality`, each beside the
+plain residual: depth routing, widths without a constraint, and constrained
+mixings. Four seeds; --list says how long it takes here. docs/designs.md has the
+formulas.
 """
 
 import ml_collections
@@ -13,17 +15,26 @@ from mhc import config
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
 
+GROUPS = {
+  'depth': ('attn_res_block', 'attn_res', 'dense_former', 'x0'),
+  'width': ('hc', 'identity', 'mhc', 'mhc_single_pass'),
+  'mixing': ('mhc', 'mhc_lite', 'kromhc', 'cyclic', 'go', 'orthogonal'),
+}
+
 
 def get_config() -> ml_collections.ConfigDict:
-  panel = comparison_lib.Panel(
-    title='The family: every connection at one setting',
-    kinds=config.KINDS,
-    seeds=(0, 1),
-    num_blocks=(16,),
-    learning_rates=(7e-3,),
-    num_steps=400,
-    batch_size=8,
-    role='explore',
-  )
-  comparison = comparison_lib.Comparison(config.Config(), {'family': panel})
+  def panel(name, kinds):
+    return comparison_lib.Panel(
+      title=f'The family: {name}',
+      kinds=('residual', *kinds),
+      seeds=(0, 1, 2, 3),
+      num_blocks=(8,),
+      learning_rates=(7e-3,),
+      num_steps=200,
+      batch_size=8,
+      role='explore',
+    )
+
+  panels = {name: panel(name, kinds) for name, kinds in GROUPS.items()}
+  comparison = comparison_lib.Comparison(config.Config(), panels)
   return ml_collections.ConfigDict(dicts.to_dict(comparison))
