@@ -32,6 +32,7 @@ from mhc.runtime import multihost
 from mhc.runtime import paths
 from mhc.runtime import phases
 from mhc.runtime import preemption
+from mhc.runtime import retry
 from mhc.runtime import signals
 
 # The folder configs/ of a clone, mhc/configs/ of an installed package.
@@ -221,7 +222,7 @@ def _guarded(main, computes):
       if name in flags.FLAGS and (given := flags.FLAGS[name].value):
         flags.FLAGS[name].value = paths.given(given, f'--{name}')
     with signals.Handlers(_stop_status(), multihost.count):
-      main()
+      retry.as_os_error(main, 'a bucket')
   except (Exception, KeyboardInterrupt) as error:
     status = _explain(error)
     ended = isinstance(error, multihost.RunRefused | multihost.RunStopped)
