@@ -39,10 +39,13 @@ def normal(seed, shape):
 
 
 def perturbed(module, seed):
-  """Away from the initial values, where many gradients vanish."""
+  """Away from the initial values, where many gradients vanish.
+
+  Not far: HC's streams grow with it, and their rounding from site to site.
+  """
   leaves, tree = jax.tree.flatten(module)
   moved = [
-    np.asarray(leaf) + 0.5 * normal(100 * seed + i, leaf.shape)
+    np.asarray(leaf) + 0.3 * normal(100 * seed + i, leaf.shape)
     for i, leaf in enumerate(leaves)
   ]
   return jax.tree.unflatten(tree, moved)

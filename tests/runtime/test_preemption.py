@@ -80,7 +80,7 @@ def compiles():
 def next_run():
   with preemption.StopSignal():
     os.write(ready, b'.')
-    time.sleep(0.5)  # its last step, after which it does not ask
+    time.sleep(3)  # its last step, after which it does not ask
   try:
     signals.check()
   except signals.Ended:
