@@ -17,7 +17,7 @@ from mhc.config import dicts
 
 GROUPS = {
   'depth': ('attn_res_block', 'attn_res', 'dense_former', 'x0'),
-  'width': ('hc', 'identity', 'mhc', 'mhc_single_pass'),
+  'width': ('wide_residual', 'hc', 'identity', 'mhc', 'mhc_single_pass'),
   'mixing': ('mhc', 'mhc_lite', 'kromhc', 'cyclic', 'go', 'orthogonal'),
 }
 

@@ -18,6 +18,7 @@ Kind = Literal[
   'cyclic',
   'go',
   'mhc_single_pass',
+  'wide_residual',
   'attn_res_block',
   'attn_res',
   'dense_former',
@@ -104,7 +105,7 @@ class ConnectionConfig:
     unused |= {'identity': ('res',)}
     slots = ('pre', 'post', 'res', 'expand_scale', 'collapse')
     unused |= dict.fromkeys(DEPTH_KINDS, slots)
-    if self.is_own:
+    if self.is_own or self.kind == 'wide_residual':
       unused[self.kind] = ('pre', 'post', 'res', *SINKHORN, 'implementation')
     names = unused.get(self.kind, ())
     if self.kind not in ('mhc', 'mhc_single_pass') or self.res == 'off':
@@ -156,7 +157,8 @@ class ConnectionConfig:
   @property
   def mixes_streams(self) -> bool:
     """Whether there is an H_res; without one it is I."""
-    never = ('residual', 'identity', 'attn_res_block', 'attn_res')
+    never = ('residual', 'identity', 'wide_residual')
+    never += ('attn_res_block', 'attn_res')
     return self.kind not in never and self.res != 'off'
 
 

@@ -11,7 +11,8 @@ From one sub-layer straight to the next, in one pass over the streams:
 (arXiv 2409.19606), `MHC` by matrices of a constrained kind, doubly stochastic
 ones by default (arXiv 2512.24880), and `SinglePass` is mHC with the read
 weights one sub-layer early (DeepSeek-V4.1). `AttnRes`, `DenseFormer` and `X0`
-choose among the outputs of earlier sub-layers, see `depth`.
+choose among the outputs of earlier sub-layers, see `depth`. `WideResidual` is a
+control: a plain residual that holds as much as n streams.
 
 Around them, once per model, stand `expand` and `Collapse` (see `streams`), or
 `open_slots` and `SlotCollapse`. They accept `rngs`, as modules do, and draw
@@ -29,10 +30,12 @@ from mhc.connections.mhc import MHC
 from mhc.connections.residual import Residual
 from mhc.connections.single_pass import SinglePass
 from mhc.connections.single_pass import StreamsWithPre
+from mhc.connections.wide import WideResidual
 
 __all__ = [
   *('HC', 'HC_PARAMETERS', 'MHC', 'Residual', 'SinglePass'),
   'StreamsWithPre',
+  'WideResidual',
 ]
 
 __all__ = [
@@ -46,5 +49,6 @@ __all__ = [
   'SinglePass',
   'SlotCollapse',
   'StreamsWithPre',
+  'WideResidual',
   'open_slots',
 ]

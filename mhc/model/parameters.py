@@ -93,6 +93,9 @@ PARAMETERS = (
   *_connection('*_connection'),
   *_connection('*_connection/next_mhc'),
   *_connection('collapse'),
+  # The wide residual.
+  _matrix('*_connection/down'),
+  _matrix('*_connection/up'),
   # Depth routing; a place is no parameter.
   _small('*_connection/query'),
   _small('*_connection/weights'),

@@ -134,6 +134,8 @@ def make_connection(
       return connections.SinglePass(
         *shape, **options, res_diagonal=config.res_diagonal
       )
+    case 'wide_residual':
+      return connections.WideResidual(*shape)
     case 'attn_res_block' | 'attn_res':
       return connections.AttnRes(
         *shape, depth=depth, norm_eps=norm_eps, implementation=implementation

@@ -20,7 +20,11 @@ DIM, TOKENS = 6, 5
 WORDS = ('dynamic', 'static', 'off')
 EVERY = [*itertools.product(WORDS, repeat=3)]
 SOME = [WORDS, (*WORDS[1:], WORDS[0]), (WORDS[2], *WORDS[:2])]
-KINDS = tuple(k for k in config.KINDS[1:] if k not in config.DEPTH_KINDS)
+KINDS = tuple(
+  kind
+  for kind in config.KINDS[1:]
+  if kind not in ('wide_residual', *config.DEPTH_KINDS)
+)
 ITERS = 3  # of Sinkhorn: few, for the sake of the compiler
 
 

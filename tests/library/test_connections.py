@@ -20,7 +20,7 @@ DIM = 6
 KINDS = tuple(
   kind
   for kind in config.KINDS
-  if kind not in ('mhc_single_pass', *config.DEPTH_KINDS)
+  if kind not in ('mhc_single_pass', 'wide_residual', *config.DEPTH_KINDS)
 )
 EXACT = ('mhc_lite', 'kromhc', 'orthogonal', 'cyclic', 'go')
 
