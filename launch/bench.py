@@ -379,7 +379,9 @@ def _cases(tokens, n, widths, kinds) -> Iterator[tuple]:
     x = _normal(2, tokens, n, width)
     for kind in kinds:
       settings = config.ConnectionConfig(kind=kind, num_streams=n)
-      connection = residual.make_connection(settings, width, 0, norm_eps=1e-20)
+      connection = residual.make_connection(
+        settings, width, 0, norm_eps=1e-20, depth=2, is_first=True
+      )
       # Away from the initial zeros, which a compiler could exploit.
       connection = jax.tree.map(
         lambda leaf: leaf + 0.01 * _normal(3, *leaf.shape), connection

@@ -209,6 +209,8 @@ def cayley(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
   for k in range(n):
     pivot_row = system[k] / system[k, k][None]
     system = system - (system[:, k] - eye[:, k])[:, None] * pivot_row[None]
+    # A compiler that computes a step again, and rounds otherwise, loses it all.
+    system = jax.lax.optimization_barrier(system)
   inverse = system[:, n:]
   inverse = inverse + _product(inverse, eye - _product(eye + skew, inverse))
   return 2 * inverse - eye

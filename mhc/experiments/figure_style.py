@@ -31,13 +31,13 @@ COLORS = {
   'kromhc': '#E69F00',
   'orthogonal': '#882255',
   'mhc_single_pass': '#56B4E9',
-  'wide_residual': '#88A0DC',
-  'cyclic': '#999933',
-  'go': '#332288',
-  'attn_res_block': '#117733',
-  'attn_res': '#44AA99',
-  'dense_former': '#AA4499',
-  'x0': '#661100',
+  'wide_residual': '#6F4E37',
+  'cyclic': '#8B8000',
+  'go': '#1B1B6F',
+  'attn_res_block': '#006644',
+  'attn_res': '#2F9E9E',
+  'dense_former': '#B5338A',
+  'x0': '#8B1A00',
 }
 # Kinds whose gain is 1 by construction overlap: dashes show all.
 STYLES = {
@@ -84,7 +84,7 @@ FADED = '#707070'
 SMALLEST = 1e-8
 LEVEL = 0.14  # inches of a level of `top_strip`
 
-MARKERS = {
+MARKERS: dict[str, Any] = {
   'residual': 's',
   'hc': '^',
   'mhc': 'o',
@@ -93,13 +93,13 @@ MARKERS = {
   'kromhc': 'P',
   'orthogonal': 'X',
   'mhc_single_pass': '*',
-  'wide_residual': '8',
-  'cyclic': '<',
-  'go': '>',
-  'attn_res_block': 'p',
-  'attn_res': 'h',
-  'dense_former': 'd',
-  'x0': 'H',
+  'wide_residual': (5, 1, 0),
+  'cyclic': (3, 1, 0),
+  'go': (6, 1, 0),
+  'attn_res_block': (5, 0, 0),
+  'attn_res': (6, 0, 0),
+  'dense_former': (8, 1, 0),
+  'x0': (7, 1, 0),
 }
 LINES: dict[str, Any] = {
   'residual': (0, (1, 1.5)),
@@ -110,13 +110,13 @@ LINES: dict[str, Any] = {
   'kromhc': (0, (10, 2)),
   'orthogonal': (0, (2, 1)),
   'mhc_single_pass': (0, (10, 1.5, 2, 1.5)),
-  'wide_residual': (0, (5, 1, 1, 1, 5, 3)),
-  'cyclic': (0, (4, 1)),
-  'go': (0, (7, 1.5, 1, 1.5, 1, 1.5)),
-  'attn_res_block': (0, (2, 2)),
-  'attn_res': (0, (6, 3)),
-  'dense_former': (0, (8, 1.5, 3, 1.5)),
-  'x0': (0, (1, 1)),
+  'wide_residual': (0, (5, 1, 1, 1, 5, 2)),
+  'cyclic': (0, (4, 2)),
+  'go': (0, (7, 1, 1, 1, 1, 1)),
+  'attn_res_block': (0, (3, 2)),
+  'attn_res': (0, (6, 2)),
+  'dense_former': (0, (8, 1, 3, 1)),
+  'x0': (0, (1, 2)),
 }
 # Designs of other names: Tol's muted colours that are not among the above.
 OTHERS: tuple[tuple[str, str, Any], ...] = (
