@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 
+import quick_compilation
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CLASS = '''
 class Gated(nnx.Module):
