@@ -51,6 +51,15 @@ class Mains:
     return subprocess.CompletedProcess(command, status, *texts)
 
 
+def make_imports(folder: pathlib.Path):
+  """Imports what the scripts of a folder import, not inside of anything."""
+  for path in sorted(folder.glob('[!_]*.py')):
+    for node in ast.parse(path.read_text()).body:
+      if isinstance(node, ast.Import | ast.ImportFrom):
+        exec(compile(ast.Module([node], []), path, 'exec'), {})
+  gc.freeze()  # at its end no process looks through what it has not made
+
+
 def wait_for_a_request() -> list[str]:
   """Forks for each request; returns its command in the forked process."""
   for line in sys.stdin:
@@ -68,11 +77,7 @@ def wait_for_a_request() -> list[str]:
 
 
 if __name__ == '__main__':
-  for path in sorted(LAUNCH.glob('[!_]*.py')):
-    for node in ast.parse(path.read_text()).body:
-      if isinstance(node, ast.Import | ast.ImportFrom):
-        exec(compile(ast.Module([node], []), path, 'exec'), {})
-  gc.freeze()  # at its end no main looks through what it has not made
+  make_imports(LAUNCH)
   gc.set_threshold(50_000, 20, 100)
   sys.argv = wait_for_a_request()
   sys.path[0] = str(LAUNCH)

@@ -16,7 +16,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 
+HERE = pathlib.Path(__file__).resolve()
 STARTED = """
 import json, os, signal, socket, sys
 kernel = socket.socket(socket.AF_UNIX)
@@ -102,7 +104,14 @@ def wait_for_a_request(address: str) -> str:
 if __name__ == '__main__':
   from ipykernel import kernelapp
 
-  gc.freeze()
+  sys.path.insert(0, str(HERE.parents[1]))
+  import forked_mains
+
+  # As a kernel sets it, but before Matplotlib is imported.
+  os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'
+  forked_mains.make_imports(HERE.parents[2] / 'notebooks' / 'src')
   file = wait_for_a_request(sys.argv[1])
+  tempfile.tempdir = None  # the environment's, which is another
+  gc.set_threshold(50_000, 20, 100)
   sys.argv = ['kernel', '-f', file]
   kernelapp.launch_new_instance()

@@ -128,16 +128,16 @@ def test_what_does_not_fit_says_by_how_much():
 
 def test_suggestions_fit_and_are_sorted():
   config = presets.paper('3b')
-  found = search.suggest(config, 'v5p:2x2x4', 16)
+  found = search.suggest(config, 'v5p:2x2x2', 8)
   assert [one.seconds for one in found] == sorted(one.seconds for one in found)
   assert all(one.bytes < 95 << 30 for one in found)
-  table = search.table(found, config, 16, 95 << 30)
+  table = search.table(found, config, 8, 95 << 30)
   assert 'mesh.pipe=' in table
   days = config.num_steps * found[0].seconds / 86400
-  assert f'{days:.3g} days, {days * 24 * 16:,.0f} device-hours' in table
+  assert f'{days:.3g} days, {days * 24 * 8:,.0f} device-hours' in table
   # What is suggested can be asked for.
   settings = dict(found[0].settings)
-  assert 16 % (settings['mesh.pipe'] * settings['mesh.expert']) == 0
+  assert 8 % (settings['mesh.pipe'] * settings['mesh.expert']) == 0
   with pytest.raises(ValueError, match=r'nothing fits 4 devices.*of 16'):
     search.suggest(presets.paper('27b'), 'v5e:2x2', 4)
   with pytest.raises(ValueError, match=r"'cpu'.*v5p"):
