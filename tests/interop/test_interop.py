@@ -372,9 +372,8 @@ def test_other_tensors_are_refused():
   refused({}, 'hc_head_', 'unknown tensor', "collapse='mean'", model=mean)
   for kind in config.KINDS:
     if kind not in names_lib.KINDS:
-      own = kind in config.DEPTH_KINDS
-      collapse = 'mean' if own else DENSE.connection.collapse
-      other = with_kind(DENSE, kind, num_streams=2, collapse=collapse)
+      own = config.ConnectionConfig(kind, num_streams=2)
+      other = dataclasses.replace(DENSE, connection=own)
       refused({}, f'kind={kind!r} must be one of', model=other)
       with pytest.raises(ValueError, match=f"kind='{kind}' must be one of"):
         interop.to_deepseek(state.params, other)
