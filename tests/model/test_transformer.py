@@ -105,7 +105,9 @@ def test_logits_are_float32_sums(dtype):
 def test_the_start_of_a_kind_is_a_setting(kind):
   for init, read in (('mhc', [-3, 3, -3, -3]), ('authors', [-1, 1, -1, -1])):
     one = config.ConnectionConfig(kind=kind, init=init)
-    connection = residual.make_connection(one, SMALL.dim, 1, 1e-20)
+    connection = residual.make_connection(
+      one, SMALL.dim, 1, 1e-20, depth=8, is_first=False
+    )
     np.testing.assert_array_equal(connection.bias[...][:4], read)
 
 
