@@ -75,7 +75,7 @@ def test_what_cannot_work_is_named(tmp_path):
   assert 'mesh.pipe=7' in wrong['mesh']
   assert 'of the 512 devices' in wrong['mesh']
   assert "Python's standard library" in problems(paper(path=''))['text']
-  assert 'mount' in problems(paper(path='gs://bucket/x'))['text']
+  assert 'mount' in problems(paper(path='s3://bucket/x'))['text']
   assert 'of 32 GiB a device' in problems(config, 'v6e-16')['memory']
   assert 'power of two' in problems(config, 'v5p-1023')['slice']
   assert 'has no sides' in problems(config, 'a-lot'.replace('-', ' '))['slice']
