@@ -9,6 +9,7 @@ appending in `shadow`, bytes at random in `retry`. A list of a bucket is asked
 for anew each time.
 """
 
+import logging
 import os
 import pathlib
 import re
@@ -63,6 +64,8 @@ def path(text: str) -> Path:
   # Else this process would not see what others write.
   options = fsspec.config.conf.setdefault(BUCKET, {})
   options.setdefault('use_listings_cache', False)
+  # It logs the traceback of each attempt; what is raised in the end is said.
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
   return epath.Path(text)
 
 
