@@ -26,18 +26,16 @@ from mhc import axes
 from mhc import explicit
 from mhc import functional
 from mhc import kernels
-from mhc import observation
 from mhc.connections import mapped
-from mhc.context import Context, Mappings
+from mhc.context import Mappings
 from mhc.kernels.xla import streams
 
 SlotKind = Literal['attn_res', 'dense_former', 'x0']
 
 
-class _Routed(nnx.Module):
-  """A connection whose mappings come first, with `mappings_by` of its own."""
+class _Routed(mapped.Mapped):
+  """A connection that knows where it stands."""
 
-  mixes = False  # whether there is an H_res
   names: tuple[str, ...] = ()  # of its parameters
 
   def __init__(self, dim, num_slots, index, implementation):
@@ -54,28 +52,6 @@ class _Routed(nnx.Module):
   def params(self) -> dict[str, nnx.Param]:
     names = self.names if self.index is not None else (*self.names, 'place')
     return {name: getattr(self, name) for name in names}
-
-  def mappings(self, x: Float[Array, 't n d']) -> Mappings:
-    return self.mappings_by(functional.float32(self.params), x)
-
-  def pre(
-    self, x: Float[Array, '*batch n d']
-  ) -> tuple[Float[Array, '*batch d'], Context]:
-    context = mapped.context(self, self.mixes, x)
-    observation.record(*context)
-    h = functional.read(x, context.mappings.pre, self.implementation)
-    return h, context
-
-  def post(
-    self, y: Float[Array, '*batch d'], context: Context
-  ) -> Float[Array, '*batch n d']:
-    return functional.post(y, context, self.implementation)
-
-  def advance(
-    self, y: Float[Array, '*batch d'], context: Context
-  ) -> tuple[Float[Array, '*batch d'], Context]:
-    """Leaves the sub-layer of `context` and enters this one."""
-    return self.pre(self.post(y, context))
 
   def _where(self, params) -> Int[Array, '']:
     """The index of the sub-layer."""

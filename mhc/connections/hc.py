@@ -10,9 +10,8 @@ from jaxtyping import Array, Float
 from mhc import arguments
 from mhc import functional
 from mhc import kernels
-from mhc import observation
 from mhc.connections import mapped as mapped_lib
-from mhc.context import Context, Mappings
+from mhc.context import Mappings
 from mhc.kernels.xla import streams
 
 HC_PARAMETERS = (
@@ -21,7 +20,7 @@ HC_PARAMETERS = (
 )
 
 
-class HC(nnx.Module):
+class HC(mapped_lib.Mapped):
   r"""Dynamic Hyper-Connections (arXiv 2409.19606, Sec. 3; restated as Eq. 5).
 
   With x~ the streams, each RMS-normalised over d with a learned gain,
@@ -76,15 +75,13 @@ class HC(nnx.Module):
     self.bias_res = nnx.Param(jnp.eye(num_streams, dtype=jnp.float32))
     self.shape = (num_streams, dim)
     self.parts = (pre, post, res)
+    self.mixes = res != 'off'
     self.norm_eps = norm_eps
     self.implementation = implementation
 
   @property
   def params(self) -> dict[str, nnx.Param]:
     return {name: getattr(self, name) for name in HC_PARAMETERS}
-
-  def mappings(self, x: Float[Array, 't n d']) -> Mappings:
-    return self.mappings_by(functional.float32(self.params), x)
 
   def mappings_by(self, params, x: Float[Array, 't n d']) -> Mappings:
     """The mappings by parameters given as arrays."""
@@ -122,23 +119,3 @@ class HC(nnx.Module):
       return mapped
     res = width * jnp.swapaxes(dynamic[:, 2:], 0, 1)
     return mapped._replace(res=res + params['bias_res'][..., None])
-
-  def pre(
-    self, x: Float[Array, '*batch n d']
-  ) -> tuple[Float[Array, '*batch d'], Context]:
-    context = mapped_lib.context(self, self.parts[2] != 'off', x)
-    observation.record(*context)
-    return functional.read(
-      x, context.mappings.pre, self.implementation
-    ), context
-
-  def post(
-    self, y: Float[Array, '*batch d'], context: Context
-  ) -> Float[Array, '*batch n d']:
-    return functional.post(y, context, self.implementation)
-
-  def advance(
-    self, y: Float[Array, '*batch d'], context: Context
-  ) -> tuple[Float[Array, '*batch d'], Context]:
-    """Leaves the sub-layer of `context` and enters this one."""
-    return self.pre(self.post(y, context))
