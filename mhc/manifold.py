@@ -8,7 +8,8 @@ loses the mean of the residual streams.
 `sinkhorn_project` maps any real matrix L into it (Eq. 9): M = exp(L), then
 `num_iters` times: divide columns by their sums, divide rows by their sums. It
 is one operation with several implementations: the iteration and its adjoint
-stand in kernels/xla/sinkhorn.py, the kernels beside it.
+stand in kernels/xla/sinkhorn.py, the kernels beside it. With `method='newton'`
+the iteration's limit takes its place, see kernels/xla/newton.py.
 """
 
 import functools
@@ -19,9 +20,11 @@ from jaxtyping import Array, Float
 
 from mhc import explicit
 from mhc import kernels
+from mhc.kernels.xla import newton
 from mhc.kernels.xla import sinkhorn as xla
 
 Backward = Literal['recompute', 'unrolled', 'implicit']
+Method = Literal['sinkhorn', 'newton']
 
 
 def sinkhorn_project(
@@ -30,6 +33,7 @@ def sinkhorn_project(
   eps: float = kernels.SINKHORN_EPS,
   backward: Backward = 'recompute',
   *,
+  method: Method = 'sinkhorn',
   axes: tuple[int, int] = (-2, -1),
   implementation: kernels.Implementation | None = None,
 ) -> Float[Array, '...']:
@@ -64,12 +68,20 @@ def sinkhorn_project(
     but 2e-2 and 1 at standard deviation 5 (`recompute`: 2e-7 and 8e-7).
     Reverse mode only.
 
+  With `method='newton'` the result is the limit of the iteration for eps = 0,
+  the closest doubly stochastic matrix in relative entropy, by `num_iters` steps
+  of Newton's method. For 4 x 4, 8 steps reach it within 1e-6 at logits of
+  standard deviation up to 5, 20 steps within 1e-6 up to 20 (and at 30 for all
+  but 1 in 2,000). Its gradient is the limit's, so that of 'implicit', also
+  where a matrix is nearly a permutation. Plain JAX, n^3 work a step.
+
   Args:
     logits: any floating dtype and any shape, with two equal dimensions at
       `axes`; cast to float32.
     num_iters: number of iterations t_max, at least 1; the paper uses 20.
     eps: 0, or from 1e-12 up to 1e-2.
     backward: see above.
+    method: 'sinkhorn' iterates, 'newton' goes to the limit.
     axes: the (row, column) dimensions. With `axes=(0, 1)` nothing is
       transposed and the remaining dimensions, tokens, lie on the minor
       axis, where vector units want them.
@@ -90,13 +102,19 @@ def sinkhorn_project(
   """
   logits = jnp.asarray(logits)
   _check(logits, num_iters, eps, axes)
-  project = _chosen(backward, implementation)
+  if method == 'newton':
+    check_newton(backward, eps, implementation)
+    project = lambda logits: newton.newton(logits, num_iters)
+  elif method == 'sinkhorn':
+    chosen = _chosen(backward, implementation)
+    project = lambda logits: chosen(logits, num_iters, float(eps))
+  else:
+    raise ValueError(f"method must be 'sinkhorn' or 'newton', got {method!r}")
 
   def run(logits):
     minor = jnp.moveaxis(logits.astype(jnp.float32), axes, (0, 1))
     n = len(minor)
-    flat = minor.reshape(n, n, minor.size // n**2)
-    out = project(flat, num_iters, float(eps))
+    out = project(minor.reshape(n, n, minor.size // n**2))
     return jnp.moveaxis(out.reshape(minor.shape), (0, 1), axes)
 
   return explicit.call(run, logits, lambda spec: spec, logits)
@@ -112,6 +130,25 @@ def residuals(
   rows = jnp.max(jnp.abs(jnp.sum(matrices, axis=-1) - 1), axis=-1)
   columns = jnp.max(jnp.abs(jnp.sum(matrices, axis=-2) - 1), axis=-1)
   return rows, columns
+
+
+def check_newton(backward, eps, implementation=None):
+  """Checks that nothing is asked for that the limit does not have.
+
+  Raises:
+    ValueError: the gradient of an iteration, or its eps.
+    NotImplementedError: an implementation other than plain JAX.
+  """
+  if backward == 'unrolled' or eps:
+    raise ValueError(
+      f"method='newton' has no iteration, got backward={backward!r} and "
+      f"eps={eps}: leave them, or take method='sinkhorn'"
+    )
+  if implementation not in (None, 'xla'):
+    raise NotImplementedError(
+      f"implementation={implementation!r} has no method='newton', which is "
+      'plain JAX: leave one of the two out'
+    )
 
 
 def _chosen(backward, implementation):

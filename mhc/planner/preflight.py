@@ -111,7 +111,7 @@ def _text(config) -> Iterator[Check]:
       found = paths.path(paths.given(path, 'data.path'))
     except ValueError as error:
       # Of a bucket, the pod may have the credentials or the package.
-      yield Check('text', str(error), not path.startswith('gs://'))
+      yield Check('text', str(error), not paths.names_bucket(path))
       continue
     if not found.exists():
       yield Check('text', f'{path} is not on this machine: looked at there')

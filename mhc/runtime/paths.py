@@ -9,6 +9,7 @@ appending in `shadow`, bytes at random in `retry`. A list of a bucket is asked
 for anew each time.
 """
 
+import functools
 import logging
 import os
 import pathlib
@@ -20,6 +21,7 @@ from etils import epath
 Path = pathlib.Path | epath.Path
 
 BUCKET = 'gs'
+ANSWER_S = 10  # how long a bucket is waited for
 
 
 def given(text: str, name: str) -> str:
@@ -32,7 +34,7 @@ def given(text: str, name: str) -> str:
   Raises:
     ValueError: it is a URL of another kind, or its bucket cannot be reached.
   """
-  if _scheme(text) != BUCKET:
+  if not names_bucket(text):
     return local(text, name)
   if not re.match(r'gs://[^/]', text):
     raise ValueError(f'{name}={text} names no bucket: write gs://BUCKET/...')
@@ -69,6 +71,10 @@ def path(text: str) -> Path:
   return epath.Path(text)
 
 
+def names_bucket(text: str) -> bool:
+  return _scheme(text) == BUCKET
+
+
 def in_bucket(path: Path) -> bool:
   return not isinstance(path, pathlib.Path)
 
@@ -91,20 +97,28 @@ def _scheme(text: str) -> str:
 
 
 def _reach(text, name):
-  bucket = path('/'.join(text.split('/')[:3]))
+  bucket = '/'.join(text.split('/')[:3])
+  if trouble := _trouble(bucket):
+    raise ValueError(f'{name}={text} {trouble}')
+
+
+@functools.cache
+def _trouble(bucket) -> str:
+  """Why a bucket cannot be used; '' if it can."""
   try:
-    there = filesystem(bucket).exists(str(bucket))
+    system = filesystem(path(bucket))
+    from fsspec import asyn
+
+    # By itself it tries for minutes where there is no network.
+    there = asyn.sync(system.loop, system._exists, bucket, timeout=ANSWER_S)
   except ImportError:
-    raise ValueError(
-      f"{name}={text} needs gcsfs: pip install 'mhc-jax[gcs]'"
-    ) from None
+    return "needs gcsfs: pip install 'mhc-jax[gcs]'"
   except Exception as error:  # of credentials, network, service: of any class
     reason = ' '.join(str(error).split())[:200] or type(error).__name__
-    raise ValueError(
-      f'{name}={text} cannot be reached ({reason}): check the network, and the '
-      'credentials of this machine'
-    ) from None
-  if not there:
-    raise ValueError(
-      f'{name}={text}: there is no {bucket}, or it may not be listed'
+    if isinstance(error, TimeoutError):
+      reason = f'no answer in {ANSWER_S} s'
+    return (
+      f'cannot be reached ({reason}): check the network, and the credentials '
+      'of this machine'
     )
+  return '' if there else f': there is no {bucket}, or it may not be listed'

@@ -1,0 +1,140 @@
+"""The converged projection and its gradient, against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mhc
+from mhc import manifold
+
+TOKENS = 2000
+
+
+def logits_of(n, std, tokens=TOKENS):
+  generator = np.random.default_rng(n)
+  return (std * generator.normal(size=(tokens, n, n))).astype(np.float32)
+
+
+def sinkhorn64(logits, num_iters):
+  """The iteration in float64, by log-sums."""
+  z = np.float64(logits)
+  u, v = (np.zeros(z.shape[:2]) for _ in range(2))
+  for _ in range(num_iters):
+    v = -np.logaddexp.reduce(z + u[:, :, None], 1)
+    u = -np.logaddexp.reduce(z + v[:, None], 2)
+  return np.exp(z + u[:, :, None] + v[:, None])
+
+
+def gradient64(p, g):
+  """From the 2n x 2n system of the implicit function theorem."""
+  t, n, _ = p.shape
+  eye = np.broadcast_to(np.eye(n), p.shape)
+  system = np.block([[eye, p], [p.swapaxes(1, 2), eye]])
+  weighted = p * g
+  right = np.concatenate([weighted.sum(2), weighted.sum(1)], axis=1)
+  inverse = np.linalg.pinv(system, rcond=1e-12)
+  both = np.einsum('tab,tb->ta', inverse, right)
+  return weighted - p * (both[:, :n, None] + both[:, None, n:])
+
+
+project = jax.jit(
+  lambda x, steps: mhc.sinkhorn_project(x, steps, method='newton'),
+  static_argnums=1,
+)
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4, 8])
+def test_eight_steps_are_ten_thousand_iterations(n):
+  logits = logits_of(n, 1.5)
+  want = sinkhorn64(logits, 10_000 if n < 8 else 1000)
+  got = np.asarray(project(logits, 8))
+  np.testing.assert_allclose(want.sum(1), 1, atol=1e-9)
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('std', 'steps', 'share'),
+  [(3, 8, 0), (5, 8, 0), (10, 20, 0), (20, 20, 5e-4), (30, 20, 2e-3)],
+)
+def test_rows_and_columns_sum_to_one_at_large_logits(std, steps, share):
+  got = np.asarray(project(logits_of(4, std), steps))
+  assert (got >= 0).all()
+  np.testing.assert_allclose(got.sum(2), 1, atol=1e-6)
+  off = np.abs(got.sum(1) - 1).max(1) > 1e-6
+  assert off.mean() <= share
+  truncated = np.asarray(
+    mhc.sinkhorn_project(jnp.asarray(logits_of(4, std)), steps)
+  )
+  error = np.abs(truncated.sum(1) - 1).max(1)
+  assert (error > 1e-6).mean() > 0.3  # what the iteration leaves
+
+
+@pytest.mark.parametrize('std', [1, 3, 10])
+@pytest.mark.parametrize('n', [2, 4, 8])
+def test_the_gradient_is_that_of_the_limit(n, std):
+  logits = logits_of(n, std, 200)
+  g = np.random.default_rng(1).normal(size=logits.shape).astype(np.float32)
+  p, pull_back = jax.vjp(lambda x: project(x, 20), jnp.asarray(logits))
+  got = np.asarray(pull_back(jnp.asarray(g))[0])
+  want = gradient64(sinkhorn64(np.log(np.float64(p)), 1000), np.float64(g))
+  # Near a permutation the dense system has nothing left to solve.
+  clear = np.linalg.svd(np.float64(p), compute_uv=False)[:, 1] < 1 - 1e-4
+  assert clear.mean() > 0.3
+  np.testing.assert_allclose(got[clear], want[clear], atol=1e-6)
+  np.testing.assert_allclose(got.sum(1), 0, atol=5e-5)
+  np.testing.assert_allclose(got.sum(2), 0, atol=2e-6)
+
+
+HARD = {
+  'ties': np.zeros((4, 4)),
+  'tied rows': np.tile([50.0, -50.0, 50.0, 0.0], (4, 1)),
+  'permutation': 50 * np.eye(4)[[2, 0, 3, 1]],
+  'far permutation': 1000 * np.eye(4)[[1, 0, 3, 2]],
+  'signs': 50 * np.sign(np.sin(np.arange(16)).reshape(4, 4)),
+  'triangle': np.where(np.tri(4, dtype=bool), 0.0, -50.0),
+  'zeros in a triangle': np.where(np.tri(4, dtype=bool), 0.0, -np.inf),
+  'two blocks': np.kron(np.eye(2), np.ones((2, 2))) * 200 - 100,
+}
+
+
+@pytest.mark.parametrize('name', HARD)
+def test_hard_logits_have_finite_results_and_gradients(name):
+  logits = jnp.asarray(HARD[name], jnp.float32)
+  loss = lambda x: jnp.sum(
+    jnp.arange(16.0).reshape(4, 4) * mhc.sinkhorn_project(x, method='newton')
+  )
+  p, grad = project(logits, 20), jax.grad(loss)(logits)
+  assert np.isfinite(p).all() and np.isfinite(grad).all()
+  np.testing.assert_allclose(np.sum(p, 1), 1, atol=1e-6)
+  atol = 0.1 if 'triangle' in name else 1e-6
+  np.testing.assert_allclose(np.sum(p, 0), 1, atol=atol)
+
+
+def test_the_triangle_nears_its_limit():
+  """exp(L) has its zeros above the diagonal: only I is doubly stochastic."""
+  few, many = (
+    np.asarray(project(jnp.asarray(HARD['zeros in a triangle']), steps))
+    for steps in (8, 100)
+  )
+  assert abs(many - np.eye(4)).max() < 0.1 * abs(few - np.eye(4)).max()
+
+
+def test_without_a_projection_the_residuals_say_so():
+  logits = np.full((4, 4), -np.inf)
+  logits[:, 0] = logits[0] = 0.0  # no permutation in a hook
+  p = project(jnp.asarray(logits), 20)
+  assert np.isfinite(p).all()
+  rows, columns = manifold.residuals(p)
+  assert rows < 1e-6 < 0.1 < columns
+
+
+def test_the_limit_has_no_iterations_options():
+  with pytest.raises(ValueError, match="backward='unrolled'"):
+    mhc.sinkhorn_project(jnp.eye(3), method='newton', backward='unrolled')
+  with pytest.raises(ValueError, match='eps=1e-06'):
+    mhc.sinkhorn_project(jnp.eye(3), 20, 1e-6, method='newton')
+  with pytest.raises(NotImplementedError, match="'pallas' has no"):
+    mhc.sinkhorn_project(jnp.eye(3), method='newton', implementation='pallas')
+  with pytest.raises(ValueError, match="'sinkhorn' or 'newton', got 'halley'"):
+    mhc.sinkhorn_project.__wrapped__(jnp.eye(3), method='halley')
