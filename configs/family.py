@@ -16,9 +16,11 @@ from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
 
 GROUPS = {
-  'depth': ('attn_res_block', 'attn_res', 'dense_former', 'x0'),
-  'width': ('wide_residual', 'hc', 'identity', 'mhc', 'mhc_single_pass'),
-  'mixing': ('mhc', 'mhc_lite', 'kromhc', 'cyclic', 'go', 'orthogonal'),
+  'depth': ('attn_res_block', 'attn_res', 'mhar', 'dense_former', 'x0'),
+  'width': (
+    *('wide_residual', 'frac', 'hc', 'identity', 'mhc', 'mhc_single_pass'),
+  ),
+  'mixing': ('mhc', 'mhc_lite', 'kromhc', 'cyclic', 'tbp', 'go', 'orthogonal'),
 }
 
 

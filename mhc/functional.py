@@ -71,7 +71,7 @@ class Options:
     mixing: the parameterisation of H_res, see `mixing`.
     sinkhorn_iters: t_max, at least 1.
     sinkhorn_eps: 0 for Eq. 9; 1e-6 is what DeepSeek-V4's kernels use.
-    sinkhorn_backward: see `sinkhorn_project`.
+    sinkhorn_backward, sinkhorn_method: see `sinkhorn_project`.
     norm_eps: added to the mean square of the streams.
     implementation: of the passes over the streams, see `mhc.kernels`.
     pre, post, res: how each mapping comes about, see the top of the file.
@@ -83,6 +83,7 @@ class Options:
   sinkhorn_iters: int = kernels.SINKHORN_ITERS
   sinkhorn_eps: float = kernels.SINKHORN_EPS
   sinkhorn_backward: manifold.Backward = 'recompute'
+  sinkhorn_method: manifold.Method = 'sinkhorn'
   norm_eps: float = 1e-20
   implementation: kernels.Implementation | None = None
   pre: Part = 'dynamic'
@@ -95,6 +96,8 @@ class Options:
     if self.mixing not in known:
       raise ValueError(f'mixing must be one of {known}, got {self.mixing!r}')
     check_parts(pre=self.pre, post=self.post, res=self.res)
+    if self.sinkhorn_method == 'newton':
+      manifold.check_newton(self.sinkhorn_backward, self.sinkhorn_eps)
     if self.go_size < 1:
       raise ValueError(f'go_size={self.go_size} must be at least 1')
     if self.mixing == 'identity' and self.res != 'dynamic':
@@ -405,6 +408,7 @@ def _mappings(params, z, n, options):
       num_iters=options.sinkhorn_iters,
       eps=options.sinkhorn_eps,
       backward=options.sinkhorn_backward,
+      method=options.sinkhorn_method,
       implementation=options.implementation,
       go_size=options.go_size,
     )

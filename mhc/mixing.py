@@ -8,15 +8,19 @@ r"""From logits to the mixing matrix H_res, one function a parameterisation.
                                    (KromHC, arXiv 2601.21579)
     cyclic        n logits         sum_k softmax(logits)_k P^k, P the shift of
                                    each stream to the next (C-mHC)
+    tbp           (n - 1)^2        entry by entry, each between the least and
+                                   the most that leaves rows and columns to fill
+                                   (transportation polytope, arXiv 2605.21724)
     go            m (m - 1) / 2    (1/s) the squares of a rotation of m = n s
                                    dimensions, summed over its s x s blocks
                                    (go-mHC, arXiv 2604.02309)
     cayley        n (n - 1) / 2    (I - S)(I + S)^-1 with S skew: a rotation
                                    (JPmHC, arXiv 2602.18308)
 
-`permutations`, `kronecker`, `cyclic` and `go` are doubly stochastic exactly,
-without iterating; the first reaches all of the polytope (Birkhoff-von Neumann),
-`go` the more of it the larger s is, the others part of it. `cayley` keeps norms
+`permutations`, `kronecker`, `cyclic`, `tbp` and `go` are doubly stochastic
+exactly, without iterating; `permutations` (Birkhoff-von Neumann) and `tbp`
+reach all of the polytope, `go` the more of it the larger s is, the others part
+of it. `cayley` keeps norms
 instead of sums: its gains are at most sqrt(n).
 
 Logits and matrices lie tokens-minor: [k, t] -> [n, n, t], float32.
@@ -43,10 +47,12 @@ Mixing = Literal[
   'permutations',
   'kronecker',
   'cyclic',
+  'tbp',
   'go',
   'cayley',
 ]
 Init = Literal['mhc', 'authors']
+AUTHORS = 'permutations', 'kronecker'  # whose code has a start of its own
 
 
 def initial_logits(
@@ -61,7 +67,7 @@ def initial_logits(
 
   6 I - 3 is the mHC paper's (ICML version, App. A.6); the others are chosen so
   that the diagonal starts as near to 1 (for n = 4: 0.993, 0.994, 0.995,
-  0.993, 0.994, 1).
+  0.993, 0.99, 0.994, 1).
   `diagonal` is by how much Sinkhorn's logits on the diagonal start above the
   others; at 0 all streams are averaged. `go_size` is s. The logits of `go` do
   not start at 0, where its entries, sums of squares, have no gradient.
@@ -76,7 +82,7 @@ def initial_logits(
     raise ValueError(
       f'init must be one of {typing.get_args(Init)}, got {init!r}'
     )
-  if init == 'authors' and mixing in ('sinkhorn', 'cyclic', 'go', 'cayley'):
+  if init == 'authors' and mixing not in AUTHORS:
     raise ValueError(
       f"init='authors' is for permutations and kronecker, got {mixing!r}: take "
       "init='mhc'"
@@ -100,6 +106,8 @@ def initial_logits(
       return jnp.tile(pair, n.bit_length() - 1)
     case 'cyclic':  # the first one is the identity
       return jnp.zeros(n, jnp.float32).at[0].set(6.0)
+    case 'tbp':
+      return 5 * jnp.eye(n - 1, dtype=jnp.float32).reshape(-1)
     case 'go':
       size = n * go_size
       # H_ii is 1 - 4 c^2 s (n - 1) up to c^4.
@@ -115,6 +123,7 @@ def matrices(
   n: int,
   *,
   backward: manifold.Backward = 'recompute',
+  method: manifold.Method = 'sinkhorn',
   implementation: kernels.Implementation | None = None,
   go_size: int = 2,
   **options,
@@ -122,11 +131,12 @@ def matrices(
   """H_res of t tokens; other options are those of `sinkhorn_project`."""
   match mixing:
     case 'sinkhorn':
-      # The kernels have no other gradient; then plain JAX projects.
-      exact = backward == 'recompute'
+      # The kernels have nothing else; then plain JAX projects.
+      exact = (backward, method) == ('recompute', 'sinkhorn')
       return manifold.sinkhorn_project(
         logits.reshape(n, n, logits.shape[1]),
         backward=backward,
+        method=method,
         axes=(0, 1),
         implementation=implementation if exact else None,
         **options,
@@ -140,6 +150,8 @@ def matrices(
       return kronecker(logits, n)
     case 'cyclic':
       return cyclic(logits, n)
+    case 'tbp':
+      return transport(logits, n)
     case 'go':
       return go(logits, n, go_size)
     case 'cayley':
@@ -176,6 +188,38 @@ def cyclic(logits: Float[Array, 'n t'], n: int) -> Float[Array, 'n n t']:
   weights = jax.nn.softmax(logits, axis=0)
   shift = (np.arange(n)[:, None] - np.arange(n)) % n
   return weights[shift]
+
+
+def transport(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
+  """The point of the polytope that (n - 1)^2 shares choose, row by row.
+
+  With l what row i still needs and c_k what column k does,
+
+      H_ij = lo + sigmoid(logit_ij) (hi - lo),
+      hi = min(l, c_j),   lo = max(0, l - sum_{k > j} c_k):
+
+  less, and later columns could not take the rest of the row. Any matrix with
+  these row and column sums has H_ij in [lo, hi], so all are reached. The last
+  column and row are what is left.
+  """
+  shares = jax.nn.sigmoid(logits).reshape(n - 1, n - 1, logits.shape[1])
+  # Varies as the logits do also where there are none, for one stream.
+  full = jnp.ones(logits.shape[1:], logits.dtype)
+  full = axes.cast_varying(full, axes.varying_axes(logits))
+  columns, rows = [full] * n, []
+  for i in range(n - 1):
+    row, left = [], full
+    for j in range(n - 1):
+      low = jax.nn.relu(left - sum(columns[j + 1 :]))
+      high = jnp.minimum(left, columns[j])
+      row.append(low + shares[i, j] * jax.nn.relu(high - low))
+      left = jax.nn.relu(left - row[-1])
+    rows.append([*row, left])
+    columns = [
+      jax.nn.relu(column - taken)
+      for column, taken in zip(columns, rows[-1], strict=True)
+    ]
+  return jnp.stack([jnp.stack(row) for row in [*rows, columns]])
 
 
 def go(

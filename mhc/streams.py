@@ -1,6 +1,7 @@
 """Open and close the n residual streams of a model, [..., n, d].
 
-`expand` opens them once, before the first sub-layer, and `Collapse` closes them
+`expand`, or an `Expand`, opens them once, before the first sub-layer, and
+`Collapse` closes them
 once, after the last. Doing either in every block would turn a connection into n
 parallel plain residuals.
 """
@@ -42,6 +43,30 @@ def expand(
   factors = 1 + 0.1 * jax.random.normal(key, shape[-2:], jnp.float32)
   factors = factors.reshape(*(1,) * (wide.ndim - 2), *factors.shape)
   return (wide.astype(jnp.float32) * factors).astype(x.dtype)
+
+
+class Expand(nnx.Module):
+  """Opens the streams with a learned scale of each one, once per model.
+
+      x_j = scale_j * x,   scale [n, d]
+
+  (per-stream scales against stream collapse, arXiv 2606.03483). They start at
+  1, so that the streams are copies and the network the plain one; the paper
+  starts them lower, near 0.6. n d parameters.
+  """
+
+  def __init__(
+    self, dim: int, num_streams: int, *, rngs: nnx.Rngs | None = None
+  ):
+    del rngs
+    arguments.check_place(dim, num_streams, 0)
+    self.scale = nnx.Param(jnp.ones((num_streams, dim), jnp.float32))
+
+  def __call__(self, x: Float[Array, '*batch d']) -> Float[Array, '*batch n d']:
+    """Opens the streams, in the dtype of x."""
+    wide = expand(x, len(self.scale[...]))
+    scale = self.scale[...].reshape(*(1,) * (x.ndim - 1), *self.scale.shape)
+    return (wide.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 class Collapse(nnx.Module):

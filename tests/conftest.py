@@ -30,11 +30,14 @@ import sys
 import uuid
 
 import bucket_server
+import float64
 import forked_mains
 import jax
 from jaxtyping import install_import_hook
 import numpy as np
 import pytest
+
+float64.set_up()
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -155,7 +155,8 @@ def improper(hint, default, words=()) -> st.SearchStrategy:
     )
   if typing.get_origin(hint) is tuple:
     entry = typing.get_args(hint)[0]
-    entries = proper(entry, default[0], words) | improper(entry, default[0])
+    first = default[0] if default else ''
+    entries = proper(entry, first, words) | improper(entry, first)
     lists = st.lists(entries, min_size=1, max_size=3)
     return others | lists | lists.map(tuple) | entries
   edges = {

@@ -25,9 +25,9 @@ the Laplacian is given by its weights P^T P off the diagonal, and eliminated
 without a subtraction. At tau = 1 the matrix itself is rescaled, not the logits,
 whose last bits are larger than what is left to be done.
 
-Where no projection exists, zeros of exp(L) leaving no permutation, rows still
-sum to one and columns do not: `manifold.residuals` tells. If only some of the zeros'
-complement can be positive (a triangle), the result nears the limit, I.
+Where no projection exists, the zeros of exp(L) leaving no permutation, rows
+still sum to one and columns do not: `manifold.residuals` tells. Where it is a
+limit alone, as I is of a triangle, the result nears it.
 
 Matrices are [n, n, t], vectors [n, t].
 """

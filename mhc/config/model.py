@@ -16,17 +16,22 @@ Kind = Literal[
   'kromhc',
   'orthogonal',
   'cyclic',
+  'tbp',
   'go',
   'mhc_single_pass',
   'wide_residual',
+  'frac',
   'attn_res_block',
   'attn_res',
+  'mhar',
   'dense_former',
   'x0',
 ]
-SINKHORN = 'sinkhorn_iters', 'sinkhorn_eps', 'sinkhorn_backward'
+SINKHORN = (
+  *('sinkhorn_iters', 'sinkhorn_eps', 'sinkhorn_backward', 'sinkhorn_method'),
+)
 # Kinds whose streams are slots along the depth.
-DEPTH_KINDS = 'attn_res_block', 'attn_res', 'dense_former', 'x0'
+DEPTH_KINDS = 'attn_res_block', 'attn_res', 'mhar', 'dense_former', 'x0'
 KINDS: tuple[str, ...] = typing.get_args(Kind)
 Part = Literal['dynamic', 'static', 'off']
 
@@ -37,10 +42,10 @@ class ConnectionConfig:
 
   # A kind, or 'module:Class' for a class of one's own (docs/own_design.md).
   kind: str = 'mhc'
-  # n. The plain residual always has one stream, x0 two. attn_res_block has the
-  # embedding and n - 1 blocks of the depth; attn_res and dense_former follow
-  # the depth, whatever is given: a slot for the embedding and one a sub-layer,
-  # or one a block.
+  # n. The plain residual always has one stream, x0 two; frac cuts one into n
+  # fractions. attn_res_block has the embedding and n - 1 blocks of the depth;
+  # attn_res, mhar and dense_former follow the depth, whatever is given: a slot
+  # for the embedding and one a sub-layer, or one a block.
   num_streams: int = 4
   # How the streams become one before the last norm; 'mhc_single_pass' collapses
   # them by the read weights of its last sub-layer instead.
@@ -49,6 +54,8 @@ class ConnectionConfig:
   # 0 is the paper's Eq. 9, 1e-6 DeepSeek-V4's kernels.
   sinkhorn_eps: float = 0.0
   sinkhorn_backward: Literal['recompute', 'unrolled', 'implicit'] = 'recompute'
+  # 'newton' is the limit of the iteration, in sinkhorn_iters of Newton's steps.
+  sinkhorn_method: Literal['sinkhorn', 'newton'] = 'sinkhorn'
   # The passes over the streams: 'xla', the TPU kernels ('pallas', interpreted
   # elsewhere) or the GPU kernels ('triton'); 'auto' is the platform's fastest.
   implementation: Literal['auto', 'xla', 'pallas', 'triton'] = 'auto'
@@ -61,13 +68,16 @@ class ConnectionConfig:
   post: Part = 'dynamic'
   res: Part = 'dynamic'
   # What the n copies of the embedding are multiplied by: 'random' is a fixed
-  # 1 + 0.1 N(0, 1) for each stream and channel, the same for every seed.
-  expand_scale: Literal['ones', 'random'] = 'ones'
+  # 1 + 0.1 N(0, 1) for each stream and channel, the same for every seed;
+  # 'learned' a parameter for each, 1 at the start.
+  expand_scale: Literal['ones', 'random', 'learned'] = 'ones'
   # By how much the diagonal of mHC's logits of H_res starts above the others;
   # 6 is the paper's (H_res near I), at 0 it starts as 1/n.
   res_diagonal: float = 6.0
   # s of kind='go': its H_res is of the squares of a rotation of n s dimensions.
   go_size: int = 2
+  # Heads of kind='mhar': groups of channels with a softmax over slots each.
+  depth_heads: int = 4
   # How biases of mhc_lite and kromhc start: as mHC's, from the plain residual
   # network, or as in the code of their authors (functional.init).
   init: Literal['mhc', 'authors'] = 'mhc'
@@ -76,9 +86,19 @@ class ConnectionConfig:
     checks.check_types(self)
     if not self.is_own:
       checks.one_of('connection.kind', self.kind, KINDS)
-    checks.at_least(self, num_streams=1, sinkhorn_iters=1, go_size=1)
+    checks.at_least(
+      self, num_streams=1, sinkhorn_iters=1, go_size=1, depth_heads=1
+    )
     self._check_parts_are_used()
     self._check_streams_separate()
+    if self.sinkhorn_method == 'newton' and (
+      self.sinkhorn_eps or self.sinkhorn_backward == 'unrolled'
+    ):
+      raise ValueError(
+        "connection.sinkhorn_method='newton' has no iteration: leave "
+        f'sinkhorn_eps={self.sinkhorn_eps} and '
+        f'sinkhorn_backward={self.sinkhorn_backward!r} as they are by default'
+      )
     if self.sinkhorn_eps and not 1e-12 <= self.sinkhorn_eps <= 1e-2:
       raise ValueError(
         f'connection.sinkhorn_eps={self.sinkhorn_eps} must be 0 (the paper) '
@@ -105,6 +125,7 @@ class ConnectionConfig:
     unused |= {'identity': ('res',)}
     slots = ('pre', 'post', 'res', 'expand_scale', 'collapse')
     unused |= dict.fromkeys(DEPTH_KINDS, slots)
+    unused['frac'] = (*slots, *SINKHORN, 'implementation')
     if self.is_own or self.kind == 'wide_residual':
       unused[self.kind] = ('pre', 'post', 'res', *SINKHORN, 'implementation')
     names = unused.get(self.kind, ())
@@ -112,6 +133,8 @@ class ConnectionConfig:
       names += ('res_diagonal',)
     if self.kind != 'go' or self.res == 'off':
       names += ('go_size',)
+    if self.kind != 'mhar':
+      names += ('depth_heads',)
     if self.kind not in ('mhc_lite', 'kromhc'):
       names += ('init',)
     for name in names:
@@ -152,13 +175,14 @@ class ConnectionConfig:
 
   @property
   def streams(self) -> int:
-    return {'residual': 1, 'x0': 2}.get(self.kind, self.num_streams)
+    one = {'residual': 1, 'frac': 1, 'x0': 2}
+    return one.get(self.kind, self.num_streams)
 
   @property
   def mixes_streams(self) -> bool:
     """Whether there is an H_res; without one it is I."""
     never = ('residual', 'identity', 'wide_residual')
-    never += ('attn_res_block', 'attn_res')
+    never += ('frac', 'attn_res_block', 'attn_res', 'mhar')
     return self.kind not in never and self.res != 'off'
 
 
@@ -284,12 +308,19 @@ class ModelConfig:
     kind, n = self.connection.kind, self.connection.num_streams
     by_depth = {
       'attn_res': 2 * self.num_blocks + 1,
+      'mhar': 2 * self.num_blocks + 1,
       'dense_former': self.num_blocks + 1,
     }
     slots = by_depth.get(kind, n)
     if slots != n:
       connection = dataclasses.replace(self.connection, num_streams=slots)
       object.__setattr__(self, 'connection', connection)
+    parts = {'mhar': 'depth_heads', 'frac': 'num_streams'}.get(kind)
+    if parts and self.dim % getattr(self.connection, parts):
+      raise ValueError(
+        f'connection.{parts}={getattr(self.connection, parts)} of {kind} must '
+        f'divide model.dim={self.dim}'
+      )
     if kind == 'attn_res_block' and not 2 <= n <= 2 * self.num_blocks + 1:
       raise ValueError(
         f'connection.num_streams={n} of attn_res_block is the embedding and '

@@ -5,7 +5,8 @@ others what sub-layers have returned since; `open_slots` opens them and
 `SlotCollapse` closes them. A sub-layer reads some of the slots and adds its
 output to one of them:
 
-    AttnRes      softmax over the slots (Attention Residuals, arXiv 2603.15031)
+    AttnRes      softmax over the slots (Attention Residuals, arXiv 2603.15031),
+                 of all channels or of each head's (MHAR, arXiv 2607.27230)
     DenseFormer  a static sum before each block (arXiv 2402.02622)
     X0           the embedding, added again before each block
 
@@ -26,8 +27,10 @@ from mhc import axes
 from mhc import explicit
 from mhc import functional
 from mhc import kernels
+from mhc import observation
+from mhc import precision
 from mhc.connections import mapped
-from mhc.context import Mappings
+from mhc.context import Context, Mappings
 from mhc.kernels.xla import streams
 
 SlotKind = Literal['attn_res', 'dense_former', 'x0']
@@ -77,6 +80,10 @@ class AttnRes(_Routed):
   then its output is added to x_b. With n = depth + 1 each run is one sub-layer,
   which is the full form. The norm has no gain, which would be part of w.
 
+  With several heads the channels are cut into as many groups of equal width,
+  and each has a softmax of its own, over the products of its channels; probes
+  see the mean of them as H_pre.
+
   w [d] starts as 0: as the mean of those slots, which is not the plain network.
   d parameters.
   """
@@ -90,6 +97,7 @@ class AttnRes(_Routed):
     index,
     *,
     depth: int,
+    num_heads: int = 1,
     norm_eps: float = 1e-20,
     implementation: kernels.Implementation | None = None,
     rngs: nnx.Rngs | None = None,
@@ -97,24 +105,45 @@ class AttnRes(_Routed):
     """`depth` is the number of sub-layers of the network.
 
     Raises:
-      ValueError: there are more runs than sub-layers, or none.
+      ValueError: there are more runs than sub-layers, or none, or the heads do
+        not divide `dim`.
     """
     del rngs
     super().__init__(dim, num_slots, index, implementation)
     check_slots(num_slots, depth)
+    check_heads(num_heads, dim)
     self.query = nnx.Param(jnp.zeros(dim, jnp.float32))
-    self.depth, self.norm_eps = depth, norm_eps
+    self.depth, self.num_heads, self.norm_eps = depth, num_heads, norm_eps
+
+  def pre(
+    self, x: Float[Array, '*batch n d']
+  ) -> tuple[Float[Array, '*batch d'], Context]:
+    if self.num_heads == 1:
+      return super().pre(x)
+    found = mapped.context(self, self.mixes, x)
+    observation.record(*found)
+
+    def run(params, x):
+      h = _read_by_heads(self._weights(params, functional.tokens(x)), x)
+      return precision.mark('sublayer_input', h)
+
+    params = functional.float32(self.params)
+    return explicit.call(run, x, functional.spec_read, params, x), found
 
   def mappings_by(self, params, x: Float[Array, 't n d']) -> Mappings:
     """The mappings by parameters given as arrays."""
+    weights = jnp.mean(self._weights(params, x), axis=1)
+    current = self._slots() == 1 + self._run(self._where(params))
+    return Mappings(weights, _as(weights, current), None)
+
+  def _weights(self, params, x) -> Float[Array, 'n h t']:
     index, slots = self._where(params), self._slots()
     current = 1 + self._run(index)
     is_first = (index == 0) | (self._run(index - 1) < self._run(index))
     used = (slots < current) | ((slots == current) & ~is_first)
-    logits = _scores(params['query'], x, self.norm_eps)
-    logits = jnp.where(used[:, None], logits, -jnp.inf)
-    post = _as(logits, slots == current)
-    return Mappings(jax.nn.softmax(logits, axis=0), post, None)
+    scores = _scores(params['query'], x, self.norm_eps, self.num_heads)
+    scores = jnp.where(used[:, None, None], scores, -jnp.inf)
+    return jax.nn.softmax(scores, axis=0)
 
   def _run(self, index):
     """Number of the run that a sub-layer belongs to, from 0."""
@@ -213,15 +242,23 @@ class SlotCollapse(nnx.Module):
   r"""Closes the slots, [..., n, d] -> [..., d], once per model.
 
   As a sub-layer behind the last one would read: 'attn_res' by a query [d] over
-  all slots, 'dense_former' by weights [n], which start at the last slot, 'x0'
-  the first slot, without parameters.
+  all slots, with `num_heads` softmaxes, 'dense_former' by weights [n], which
+  start at the last slot, 'x0' the first slot, without parameters.
   """
 
   def __init__(
-    self, kind: SlotKind, dim: int, num_slots: int, *, norm_eps: float = 1e-20
+    self,
+    kind: SlotKind,
+    dim: int,
+    num_slots: int,
+    *,
+    num_heads: int = 1,
+    norm_eps: float = 1e-20,
   ):
     arguments.check_place(dim, num_slots, 0)
+    check_heads(num_heads, dim)
     self.kind, self.shape, self.norm_eps = kind, (num_slots, dim), norm_eps
+    self.num_heads = num_heads
     if kind == 'attn_res':
       self.query = nnx.Param(jnp.zeros(dim, jnp.float32))
     if kind == 'dense_former':
@@ -243,10 +280,9 @@ class SlotCollapse(nnx.Module):
   def _weighted(self, params, x):
     tokens = functional.tokens(x)
     if self.kind == 'attn_res':
-      scores = _scores(params['own'], tokens, self.norm_eps)
-      weights = jax.nn.softmax(scores, axis=0)
-    else:
-      weights = _as(tokens[:, :, 0].T, params['own'])
+      scores = _scores(params['own'], tokens, self.norm_eps, self.num_heads)
+      return _read_by_heads(jax.nn.softmax(scores, axis=0), x)
+    weights = _as(tokens[:, :, 0].T, params['own'])
     return streams.read(tokens, weights).reshape(*x.shape[:-2], x.shape[-1])
 
 
@@ -270,12 +306,35 @@ def check_slots(num_slots: int, depth: int):
     )
 
 
-def _scores(query, x, eps):
-  """query . RMSNorm(x_j) of each slot, [n, t]; 0 of an empty one."""
+def check_heads(num_heads: int, dim: int):
+  """Raises ValueError unless the heads divide the channels."""
+  if num_heads < 1 or dim % num_heads:
+    raise ValueError(
+      f'{num_heads} heads do not divide dim={dim}: take a number that does'
+    )
+
+
+def _scores(query, x, eps, num_heads) -> Float[Array, 'n h t']:
+  """query . RMSNorm(x_j) of each slot, head by head; 0 of an empty slot."""
   wide = x.astype(jnp.float32)
   inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1) + eps)
-  products = jnp.einsum('tnd,d->tn', wide, query, precision=streams.HIGHEST)
-  return (products * inverse).T
+  products = jnp.einsum(
+    'tnhe,he->nht',
+    wide.reshape(*x.shape[:2], num_heads, -1),
+    query.reshape(num_heads, -1),
+    precision=streams.HIGHEST,
+  )
+  return products * inverse.T[:, None]
+
+
+def _read_by_heads(weights, x):
+  """[n, h, t], [..., n, d] -> [..., d]: each head's channels by its weights."""
+  n, heads, t = weights.shape
+  # A head of a token is as good as a token.
+  tokens = x.reshape(t, n, heads, x.shape[-1] // heads).swapaxes(1, 2)
+  tokens = tokens.reshape(t * heads, n, -1)
+  h = streams.read(tokens, weights.swapaxes(1, 2).reshape(n, -1))
+  return h.reshape(*x.shape[:-2], x.shape[-1])
 
 
 def _as(like, values) -> Float[Array, 'n t']:

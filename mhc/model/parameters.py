@@ -29,7 +29,7 @@ import jax
 from mhc.axes import DATA, EXPERT
 
 BLOCKS = ('dense_blocks', 'moe_blocks')
-ROOTS = (*BLOCKS, 'embed', 'collapse', 'norm', 'head')
+ROOTS = (*BLOCKS, 'embed', 'expand', 'collapse', 'norm', 'head')
 
 
 class Row(NamedTuple):
@@ -93,6 +93,7 @@ PARAMETERS = (
   *_connection('*_connection'),
   *_connection('*_connection/next_mhc'),
   *_connection('collapse'),
+  _small('expand/scale'),
   # The wide residual.
   _matrix('*_connection/down'),
   _matrix('*_connection/up'),

@@ -28,6 +28,7 @@ from mhc import config as config_lib
 from mhc import connections
 from mhc import functional
 from mhc import kernels
+from mhc import mixing
 from mhc import precision
 from mhc import streams
 from mhc.connections import StreamsWithPre, own
@@ -61,10 +62,17 @@ class PendingOutput(NamedTuple):
   context: Context
 
 
-# Kinds whose `advance` is one pass over the streams.
-ONE_PASS = (
-  *('mhc', 'identity', 'mhc_lite', 'kromhc', 'orthogonal', 'cyclic', 'go'),
-)
+# Kinds that are `connections.MHC` with a mixing: one pass over the streams.
+MIXINGS: dict[str, mixing.Mixing] = {
+  'mhc': 'sinkhorn',
+  'identity': 'identity',
+  'mhc_lite': 'permutations',
+  'kromhc': 'kronecker',
+  'cyclic': 'cyclic',
+  'tbp': 'tbp',
+  'go': 'go',
+  'orthogonal': 'cayley',
+}
 Collapse = streams.Collapse | connections.SlotCollapse
 ResidualState = Float[Array, '*batch n d'] | StreamsWithPre | PendingOutput
 
@@ -95,12 +103,22 @@ def make_connection(
     sinkhorn_iters=config.sinkhorn_iters,
     sinkhorn_eps=config.sinkhorn_eps,
     sinkhorn_backward=config.sinkhorn_backward,
+    sinkhorn_method=config.sinkhorn_method,
     norm_eps=norm_eps,
     implementation=implementation,
     **parts,
   )
   if config.is_own:
     return own.make(config.kind, *shape)
+  if config.kind in MIXINGS:
+    return connections.MHC(
+      *shape,
+      **options,
+      mixing=MIXINGS[config.kind],
+      res_diagonal=config.res_diagonal,
+      go_size=config.go_size,
+      init=config.init,
+    )
   match config.kind:
     case 'residual':
       return connections.Residual()
@@ -108,37 +126,21 @@ def make_connection(
       return connections.HC(
         *shape, norm_eps=norm_eps, implementation=implementation, **parts
       )
-    case 'mhc':
-      return connections.MHC(
-        *shape, **options, res_diagonal=config.res_diagonal
-      )
-    case 'identity':
-      return connections.MHC(*shape, **options, mixing='identity')
-    case 'mhc_lite':
-      return connections.MHC(
-        *shape, **options, mixing='permutations', init=config.init
-      )
-    case 'kromhc':
-      return connections.MHC(
-        *shape, **options, mixing='kronecker', init=config.init
-      )
-    case 'cyclic':
-      return connections.MHC(*shape, **options, mixing='cyclic')
-    case 'go':
-      return connections.MHC(
-        *shape, **options, mixing='go', go_size=config.go_size
-      )
-    case 'orthogonal':
-      return connections.MHC(*shape, **options, mixing='cayley')
     case 'mhc_single_pass':
       return connections.SinglePass(
         *shape, **options, res_diagonal=config.res_diagonal
       )
     case 'wide_residual':
       return connections.WideResidual(*shape)
-    case 'attn_res_block' | 'attn_res':
+    case 'frac':
+      return connections.Frac(dim, config.num_streams, index, norm_eps=norm_eps)
+    case 'attn_res_block' | 'attn_res' | 'mhar':
       return connections.AttnRes(
-        *shape, depth=depth, norm_eps=norm_eps, implementation=implementation
+        *shape,
+        depth=depth,
+        num_heads=config.depth_heads if config.kind == 'mhar' else 1,
+        norm_eps=norm_eps,
+        implementation=implementation,
       )
     case 'dense_former':
       return connections.DenseFormer(
@@ -154,14 +156,27 @@ def make_collapse(config: config_lib.ModelConfig) -> Collapse:
   """What closes the streams of a model."""
   c, shape = config.connection, (config.dim, config.connection.streams)
   if c.kind in config_lib.DEPTH_KINDS:
-    kind = 'attn_res' if c.kind == 'attn_res_block' else c.kind
-    return connections.SlotCollapse(kind, *shape, norm_eps=config.norm_eps)
+    return connections.SlotCollapse(
+      c.kind if c.kind in ('dense_former', 'x0') else 'attn_res',
+      *shape,
+      num_heads=c.depth_heads if c.kind == 'mhar' else 1,
+      norm_eps=config.norm_eps,
+    )
   return streams.Collapse(c.collapse, *shape, norm_eps=config.norm_eps)
+
+
+def make_expand(config: config_lib.ModelConfig) -> streams.Expand | None:
+  """What opens the streams of a model, if that has parameters."""
+  if config.connection.expand_scale != 'learned':
+    return None
+  return streams.Expand(config.dim, config.connection.streams)
 
 
 @parts.part(parts.CONNECTIONS)
 def expand_streams(
-  config: config_lib.ConnectionConfig, x: Float[Array, '*batch d']
+  config: config_lib.ConnectionConfig,
+  x: Float[Array, '*batch d'],
+  expand: streams.Expand | None = None,
 ) -> ResidualState:
   """Opens the streams: the state of a model with x on every stream.
 
@@ -177,7 +192,7 @@ def expand_streams(
   if _defers_post(config) and config.expand_scale == 'ones':
     return _pending(config, x)
   zeros = _zeros(x)
-  wide = streams.expand(x, n, config.expand_scale)
+  wide = expand(x) if expand else streams.expand(x, n, config.expand_scale)
   wide = precision.mark('streams', wide)
   if config.kind != 'mhc_single_pass':
     return with_empty_pending_output(config, wide)
@@ -333,7 +348,7 @@ def _pending_post_args(config, state):
 
 def _defers_post(config):
   """Whether the kind reads and writes the streams in one pass of a kernel."""
-  return config.kind in ONE_PASS and api.defers_post(_implementation(config))
+  return config.kind in MIXINGS and api.defers_post(_implementation(config))
 
 
 def _implementation(config):

@@ -155,6 +155,7 @@ class Transformer(nnx.Module):
       if config.num_moe_blocks
       else None
     )
+    self.expand = residual.make_expand(config)
     self.collapse = residual.make_collapse(config)
     self.norm = layers.RMSNorm(config.dim, config.norm_eps)
     self.head = layers.Linear(config.dim, config.vocab_size, rngs=rngs)
@@ -321,7 +322,7 @@ class Transformer(nnx.Module):
     # Tokens in one dimension: connections reshape to that, and what keeps its
     # shape is kept once for the backward pass.
     return [
-      residual.expand_streams(self.config.connection, part)
+      residual.expand_streams(self.config.connection, part, self.expand)
       for part in jnp.split(x.reshape(-1, self.config.dim), num_sub_batches)
     ]
 

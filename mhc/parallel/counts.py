@@ -72,7 +72,7 @@ def _sizes(config):
     sizes[row.counted] += leaf.size
     if row.counted == 'none':
       continue
-    if 'connection' in row.path or row.path.startswith('collapse'):
+    if 'connection' in row.path or row.path.startswith(('expand', 'collapse')):
       sizes['connections'] += leaf.size
   return sizes
 
@@ -87,6 +87,9 @@ def _attention_flops(config, seq_len):
 def _stream_flops(config):
   """FLOPs of H_pre x, H_res x and H_post^T y in every sub-layer."""
   n = config.connection.streams
+  if config.connection.kind == 'frac':  # m reads, m mixed fractions
+    m = config.connection.num_streams
+    return 2 * config.num_blocks * 2 * (2 * m + 1) * config.dim
   if n == 1:
     return 0
   mixed = n * n if config.connection.mixes_streams else 0

@@ -58,6 +58,7 @@ model.attention.query_rank
 model.attention.rope_dim
 model.attention.rope_theta
 model.connection.collapse
+model.connection.depth_heads
 model.connection.expand_scale
 model.connection.go_size
 model.connection.implementation
@@ -71,6 +72,7 @@ model.connection.res_diagonal
 model.connection.sinkhorn_backward
 model.connection.sinkhorn_eps
 model.connection.sinkhorn_iters
+model.connection.sinkhorn_method
 model.dim
 model.dtype
 model.ffn_dim

@@ -23,7 +23,7 @@ SOME = [WORDS, (*WORDS[1:], WORDS[0]), (WORDS[2], *WORDS[:2])]
 KINDS = tuple(
   kind
   for kind in config.KINDS[1:]
-  if kind not in ('wide_residual', *config.DEPTH_KINDS)
+  if kind not in ('wide_residual', 'frac', *config.DEPTH_KINDS)
 )
 ITERS = 3  # of Sinkhorn: few, for the sake of the compiler
 

@@ -20,9 +20,10 @@ DIM = 6
 KINDS = tuple(
   kind
   for kind in config.KINDS
-  if kind not in ('mhc_single_pass', 'wide_residual', *config.DEPTH_KINDS)
+  if kind
+  not in ('mhc_single_pass', 'wide_residual', 'frac', *config.DEPTH_KINDS)
 )
-EXACT = ('mhc_lite', 'kromhc', 'orthogonal', 'cyclic', 'go')
+EXACT = ('mhc_lite', 'kromhc', 'orthogonal', 'cyclic', 'tbp', 'go')
 
 
 def make(kind, num_streams=4, index=0, **options):
@@ -77,6 +78,17 @@ def reference_mixing(kind, logits, n):
     weights = jnp.exp(logits) / jnp.exp(logits).sum()
     shifts = [jnp.roll(jnp.eye(n), k, axis=0) for k in range(n)]
     return sum(w * shift for w, shift in zip(weights, shifts, strict=True))
+  if kind == 'tbp':
+    h = jnp.zeros((n, n))
+    for i, j in np.ndindex(n, n):
+      row, columns = 1 - h[i, :j].sum(), 1 - h[:i].sum(0)
+      low = jnp.maximum(0, row - columns[j + 1 :].sum())
+      share = 0.0
+      if max(i, j) < n - 1:
+        share = 1 / (1 + jnp.exp(-logits[i * (n - 1) + j]))
+      high = jnp.minimum(row, columns[j])
+      h = h.at[i, j].set(low + share * (high - low))
+    return h
   m = 2 * n if kind == 'go' else n
   skew = jnp.zeros((m, m)).at[np.triu_indices(m, 1)].set(logits)
   skew, eye = skew - skew.T, jnp.eye(m)
@@ -199,6 +211,7 @@ def test_residual_is_x_plus_y():
     ('kromhc', (4 * DIM + 1) * (8 + 4) + 3),
     ('orthogonal', (4 * DIM + 1) * (8 + 6) + 3),
     ('cyclic', (4 * DIM + 1) * (8 + 4) + 3),
+    ('tbp', (4 * DIM + 1) * (8 + 9) + 3),
     ('go', (4 * DIM + 1) * (8 + 28) + 3),
     ('mhc_single_pass', 4 * DIM * 24 + 24 + 3),
   ],

@@ -1,5 +1,6 @@
 """The wide residual against float64, and what it starts as."""
 
+import float64
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +15,10 @@ DIM, N, TOKENS = 6, 3, 5
 
 
 def numbers(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+  return np.random.default_rng(seed).normal(size=shape).astype(float64.DTYPE)
 
 
-def test_as_the_formula_has_it():
+def test_the_formula():
   down, up = numbers(N * DIM, DIM), numbers(DIM, N * DIM, seed=1)
   x, g = numbers(TOKENS, N, DIM, seed=2), numbers(TOKENS, N, DIM, seed=3)
 
@@ -34,13 +35,17 @@ def test_as_the_formula_has_it():
   h = flat @ d
   want = flat + np.sin(h) @ u
   np.testing.assert_allclose(
-    got.reshape(TOKENS, -1), want, rtol=1e-5, atol=1e-6
+    got.reshape(TOKENS, -1),
+    want,
+    rtol=float64.tolerance(1e-5),
+    atol=float64.tolerance(1e-6),
   )
   dh = (cotangent @ u.T) * np.cos(h)
   gradients = flat.T @ dh, np.sin(h).T @ cotangent, cotangent + dh @ d.T
   for found, each in zip(back(jnp.asarray(g)), gradients, strict=True):
     each = each.reshape(found.shape)
-    np.testing.assert_allclose(found, each, rtol=1e-5, atol=1e-5)
+    within = float64.tolerance(1e-5)
+    np.testing.assert_allclose(found, each, rtol=within, atol=within)
 
 
 def test_starts_as_the_plain_residual_and_does_not_stay_so():

@@ -20,7 +20,7 @@ def models():
   for kind, experts, rank, collapse in itertools.product(
     config.KINDS, EXPERTS, RANKS, COLLAPSES
   ):
-    own = kind == 'mhc_single_pass' or kind in config.DEPTH_KINDS
+    own = kind in ('mhc_single_pass', 'frac', *config.DEPTH_KINDS)
     if own and collapse == 'learned':
       continue
     yield dicts.replace(
@@ -29,6 +29,9 @@ def models():
       attention=dict(query_rank=rank),
       moe=dict(num_experts=experts),
     )
+  yield dicts.replace(
+    config.ModelConfig(num_blocks=2), connection=dict(expand_scale='learned')
+  )
   for kind in ('hc', 'mhc', 'mhc_single_pass'):
     parts = dict(pre='off', post='static', res='off', expand_scale='random')
     yield dicts.replace(
