@@ -3,7 +3,7 @@
     python launch/compare.py --config=configs/family.py --list
     python launch/compare.py --config=configs/family.py --workdir=runs/family
 
-Three panels of the size of configs/compare.py's `quality`, each beside the
+Three panels of four blocks of configs/compare.py's width, each beside the
 plain residual: depth routing, widths without a constraint, and constrained
 mixings. Four seeds; --list says how long it takes here. docs/designs.md has the
 formulas.
@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
       title=f'The family: {name}',
       kinds=('residual', *kinds),
       seeds=(0, 1, 2, 3),
-      num_blocks=(8,),
+      num_blocks=(4,),
       learning_rates=(7e-3,),
       num_steps=200,
       batch_size=8,
