@@ -205,6 +205,24 @@ def entropy(matrices: Float[Array, '*batch n n']) -> Float[Array, '*batch']:
   return jnp.mean(nats, axis=-1) / max(math.log(n), 1e-7)
 
 
+def contraction(logits: Float[Array, '*batch n n']) -> Float[Array, '*batch']:
+  r"""What a Sinkhorn matrix at most keeps of differences, from its logits.
+
+      kappa = tanh(phi / 4),
+      phi = max_ijkl (L_ij + L_kl - L_il - L_kj).
+
+  Scaling rows and columns leaves the cross ratios H_ij H_kl / (H_il H_kj) as
+  they are, exp of the sum above. So the coefficient by which H contracts
+  Hilbert's metric (Birkhoff 1957) is known without the iteration, after any
+  number of its steps. As its rows sum to one, H also shrinks the largest
+  difference between streams by kappa, and a product of layers by the product of
+  theirs.
+  """
+  between = logits[..., :, None, :] - logits[..., None, :, :]
+  span = jnp.max(between, axis=-1) - jnp.min(between, axis=-1)
+  return jnp.tanh(jnp.max(span, axis=(-2, -1)) / 4)
+
+
 def streams_read(pre: Float[Array, '*batch n']) -> Float[Array, '*batch']:
   """The effective number of streams that H_pre reads.
 

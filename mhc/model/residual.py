@@ -234,8 +234,10 @@ def begin_sublayer(
 
 def read_weights(
   connection: Connection, before: ResidualState, context: Context
-) -> Float[Array, 'n t'] | None:
+) -> Float[Array, 'm t'] | None:
   """H_pre by which a sub-layer has read, None for the plain residual.
+
+  It is of m streams, or the m fractions of one.
 
   Args:
     connection: of the sub-layer.

@@ -3,7 +3,7 @@
     python tests/slow/pipeline_grid.py              float32, within 3e-5
     python tests/slow/pipeline_grid.py --x64        float64, within 1e-11
 
-198 cases of a few seconds each, 45 minutes on two cores; one line per case,
+208 cases of a few seconds each, 45 minutes on two cores; one line per case,
 exit status 1 if one fails. `--only=TEXT` runs the cases whose line contains it.
 Buffers and idle devices are filled with NaN throughout.
 tests/pipeline/test_executor.py runs some of the cases.
@@ -43,6 +43,8 @@ from mhc.training import state as state_lib
 
 ROWS, TIME = 16, 6
 KINDS = ('residual', 'hc', 'mhc', 'mhc_single_pass', 'attn_res_block', 'x0')
+# On two meshes alone; `expand` is the learned scale of the streams of mhc.
+DESIGNS = ('frac', 'mhar', 'go', 'wide_residual', 'expand')
 SCHEDULES = ('gpipe', '1f1b', 'interleaved', 'wave_v', 'dualpipev')
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (4, 2, 1))
 
@@ -77,6 +79,9 @@ def cases():
         transport=('all_to_all', 'all_gather')[number // 2 % 2],
         keep='stages' if mesh[1] > 1 and number % 4 == 1 else 'inputs',
       )
+  for kind in DESIGNS:
+    yield Case(kind, True, (2, 2, 2), 'interleaved', head='vocab')
+    yield Case(kind, False, (4, 2, 1), '1f1b', head='vocab', keep='stages')
 
 
 def config(
@@ -104,7 +109,7 @@ def config(
     attention=config_lib.AttentionConfig(
       num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
     ),
-    connection=config_lib.ConnectionConfig(kind=case.kind),
+    connection=_connection(case.kind),
     moe=moe,
   )
   object.__setattr__(model, 'dtype', dtype)
@@ -123,6 +128,12 @@ def config(
       num_sub_batches=case.num_sub_batches,
     ),
   )
+
+
+def _connection(kind):
+  if kind == 'expand':
+    return config_lib.ConnectionConfig(expand_scale='learned')
+  return config_lib.ConnectionConfig(kind=kind)
 
 
 def generic(p: Placement, rng: np.random.Generator) -> tuple:
