@@ -7,6 +7,7 @@ import os
 import quick_compilation
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ |= quick_compilation.LOCATIONS
 os.environ['XLA_FLAGS'] = (
   '--xla_force_host_platform_device_count=8 '
   # Two test processes share the machine: one thread each.

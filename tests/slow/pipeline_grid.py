@@ -46,6 +46,8 @@ KINDS = ('residual', 'hc', 'mhc', 'mhc_single_pass', 'attn_res_block', 'x0')
 SCHEDULES = ('gpipe', '1f1b', 'interleaved', 'wave_v', 'dualpipev')
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (4, 2, 1))
 
+SINKHORN_ITERS = 3  # few, for the sake of the compiler, which unrolls them
+
 
 class Case(NamedTuple):
   """One gradient; the mesh is (data, pipe, expert)."""
@@ -104,7 +106,9 @@ def config(
     attention=config_lib.AttentionConfig(
       num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
     ),
-    connection=config_lib.ConnectionConfig(kind=case.kind),
+    connection=config_lib.ConnectionConfig(
+      kind=case.kind, sinkhorn_iters=SINKHORN_ITERS
+    ),
     moe=moe,
   )
   object.__setattr__(model, 'dtype', dtype)
