@@ -129,20 +129,24 @@ def mains(compiled):
 
 @pytest.fixture
 def launch(mains):
-  """Runs a main as a user would; one that starts `cold` makes its imports."""
+  """Runs a main as a user would; one that starts `cold` makes its imports.
+
+  And it alone may have variables of its own.
+  """
 
   def run(
-    main, *arguments, cold=False, cwd=None
+    main, *arguments, cold=False, cwd=None, **variables
   ) -> subprocess.CompletedProcess:
     forked, environment = mains
     command = [ROOT / 'launch' / main, *arguments]
     if not cold:
+      assert not variables
       return forked.run(command, cwd)
     return subprocess.run(
       [sys.executable, *command],
       capture_output=True,
       text=True,
-      env=environment,
+      env=environment | variables,
       cwd=cwd,
       check=False,
     )
