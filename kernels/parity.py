@@ -152,7 +152,7 @@ def _exact(function: Callable, *arguments):
     wide = jax.tree.map(
       lambda x: jnp.asarray(np.asarray(x), jnp.float64), arguments
     )
-    return jax.tree.map(np.asarray, function(*wide))
+    return jax.tree.map(np.asarray, jax.jit(function)(*wide))
 
 
 def _error(got, want) -> tuple[float, float]:

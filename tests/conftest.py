@@ -7,6 +7,7 @@ import os
 import quick_compilation
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ |= quick_compilation.LOCATIONS
 os.environ['XLA_FLAGS'] = (
   '--xla_force_host_platform_device_count=8 '
   # Two test processes share the machine: one thread each.
@@ -131,20 +132,24 @@ def mains(compiled):
 
 @pytest.fixture
 def launch(mains):
-  """Runs a main as a user would; one that starts `cold` makes its imports."""
+  """Runs a main as a user would; one that starts `cold` makes its imports.
+
+  And it alone may have variables of its own.
+  """
 
   def run(
-    main, *arguments, cold=False, cwd=None
+    main, *arguments, cold=False, cwd=None, **variables
   ) -> subprocess.CompletedProcess:
     forked, environment = mains
     command = [ROOT / 'launch' / main, *arguments]
     if not cold:
+      assert not variables
       return forked.run(command, cwd)
     return subprocess.run(
       [sys.executable, *command],
       capture_output=True,
       text=True,
-      env=environment,
+      env=environment | variables,
       cwd=cwd,
       check=False,
     )

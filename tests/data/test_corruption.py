@@ -258,7 +258,9 @@ def test_older_folders_stay_readable(folder):
 
 def test_another_vocabulary_under_that_name_is_noticed(folder, tmp_path):
   out = tmp_path / 'bpe'
-  tokenize_corpus.prepare(str(tmp_path / 'in.jsonl'), out, 'train:270')
+  tokenize_corpus.prepare(
+    str(tmp_path / 'in.jsonl'), out, 'train:270', workers=1
+  )
   flip(out / 'tokenizer.json', -3)
   with pytest.raises(ValueError, match=r'tokenizer\.json does not match'):
     token_dataset.read(out)

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import shutil
 import threading
 import time
 
@@ -166,17 +167,24 @@ def test_blocks_span_no_shards():
     _ = rows_lib.Rows(shards, LENGTH, 'text', 500, block_rows=50).num_blocks
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
   """A folder of tokens, larger than a block of CRCs."""
+  folder = tmp_path_factory.mktemp('tokens')
   text = '\n'.join(
     f'{{"text": "{n:05d} {"x" * (n % 200)}"}}' for n in range(9000)
   )
-  (tmp_path / 'in.jsonl').write_text(text)
-  out = tmp_path / 'out'
-  tokenize_corpus.prepare(str(tmp_path / 'in.jsonl'), out, 'bytes')
+  (folder / 'in.jsonl').write_text(text)
+  out = folder / 'out'
+  tokenize_corpus.prepare(str(folder / 'in.jsonl'), out, 'bytes', workers=1)
   assert (out / 'train-00000.bin').stat().st_size > 4 * token_file.BLOCK
   return out
+
+
+@pytest.fixture
+def folder(prepared, tmp_path):
+  """A copy, which a test may damage."""
+  return shutil.copytree(prepared, tmp_path / 'out')
 
 
 def load(folder, policy='stop'):
@@ -307,7 +315,7 @@ def test_held_out_text_is_in_no_batch(tmp_path):
     lines = (f'{{"text": "{name} {rng.integers(10**12)}"}}' for _ in range(300))
     (tmp_path / f'{name}.jsonl').write_text('\n'.join(lines))
   tokenize_corpus.prepare(
-    str(tmp_path / 'two.jsonl'), tmp_path / 'two', 'bytes'
+    str(tmp_path / 'two.jsonl'), tmp_path / 'two', 'bytes', workers=1
   )
   data = settings(
     seq_len=64,

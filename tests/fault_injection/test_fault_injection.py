@@ -9,9 +9,13 @@ import pytest
 
 pytestmark = pytest.mark.long
 
+STEPS = 6 * harness.SAVE_EVERY
 
-def test_a_run_survives(tmp_path):
-  """A SIGKILL, and bits flipped in its newest checkpoint."""
+
+def test_a_run_survives(tmp_path, monkeypatch):
+  """A SIGKILL, and bits flipped in its newest checkpoint; of a short run."""
+  monkeypatch.setattr(kinds, 'STEPS', STEPS)
+  monkeypatch.setitem(harness.SETTINGS, 'num_steps', STEPS)
   chosen = [kinds.ALL['flipped']]
   (trial,) = harness.trials(tmp_path / 'trials', 1, 0, chosen, jobs=1)
   assert trial.fault == 'flipped'

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -27,15 +28,6 @@ from mhc.planner import targets
 from mhc.training import step
 
 
-def exact(function, arguments, cotangent):
-  """Output and gradients in float64."""
-  with jax.enable_x64(True):
-    wide = [
-      jnp.asarray(np.asarray(x), jnp.float64) for x in (*arguments, cotangent)
-    ]
-    return [np.asarray(x) for x in both_ways(function)(*wide)]
-
-
 def both_ways(function):
   """(arguments, cotangent) -> the output and every gradient, compiled."""
 
@@ -44,6 +36,27 @@ def both_ways(function):
     return out, *pull_back(arguments[-1])
 
   return jax.jit(run)
+
+
+@functools.cache
+def specified(operation, *static):
+  """The reference, both ways; one program for the operands of all dtypes."""
+  return both_ways(lambda *args: getattr(reference, operation)(*args, *static))
+
+
+def exact(operation, static, operands, cotangent):
+  """Output and gradients of the reference in float64."""
+  with jax.enable_x64(True):
+    wide = jax.tree.map(
+      lambda a: jnp.asarray(np.asarray(a, np.float64)), (*operands, cotangent)
+    )
+    return jax.device_get(specified(operation, *static)(*wide))
+
+
+def normal(seed):
+  """Draws arrays of a shape; nothing is compiled."""
+  rng = np.random.default_rng(seed)
+  return lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -60,54 +73,60 @@ def both_ways(function):
 )
 def test_sinkhorn_in_float64(n, eps):
   """Ragged tokens, logits up to a standard deviation of 5, any cotangent."""
-  keys = jax.random.split(jax.random.key(n), 3)
-  num_tokens = sinkhorn.TOKENS + 77
+  draw, num_tokens = normal(n), sinkhorn.TOKENS + 77
   spread = jnp.linspace(0.1, 5, num_tokens)[None, None]
-  logits = spread * jax.random.normal(keys[0], (n, n, num_tokens))
-  cotangent = jax.random.normal(keys[1], logits.shape)
+  logits = spread * draw(n, n, num_tokens)
+  cotangent = draw(*logits.shape)
   results = both_ways(lambda x: sinkhorn.sinkhorn(x, 20, eps, True))(
     logits, cotangent
   )
-  want = exact(lambda x: reference.sinkhorn(x, 20, eps), [logits], cotangent)
+  want = exact('sinkhorn', (20, eps), [logits], cotangent)
   for got, exactly in zip(results, want, strict=True):
     np.testing.assert_allclose(got, exactly, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize('num_iters', [1, 2])
 def test_few_iterations_and_few_tokens(num_iters):
-  logits = 3 * jax.random.normal(jax.random.key(0), (4, 4, 5))
-  cotangent = jax.random.normal(jax.random.key(1), logits.shape)
+  draw = normal(0)
+  logits, cotangent = 3 * draw(4, 4, 5), draw(4, 4, 5)
   results = both_ways(lambda x: sinkhorn.sinkhorn(x, num_iters, 0.0, True))(
     logits, cotangent
   )
-  want = exact(
-    lambda x: reference.sinkhorn(x, num_iters, 0.0), [logits], cotangent
-  )
+  want = exact('sinkhorn', (num_iters, 0.0), [logits], cotangent)
   for got, exactly in zip(results, want, strict=True):
     np.testing.assert_allclose(got, exactly, rtol=0, atol=2e-6)
 
 
 def test_extreme_logits_stay_finite():
-  logits = 1e4 * jax.random.normal(jax.random.key(0), (4, 4, 200))
-  out, pull_back = jax.vjp(
-    lambda x: sinkhorn.sinkhorn(x, 20, 0.0, True), logits
+  logits = 1e4 * normal(0)(4, 4, 200)
+  cotangent = jnp.abs(normal(1)(4, 4, 200))
+  out, grads = both_ways(lambda x: sinkhorn.sinkhorn(x, 20, 0.0, True))(
+    logits, cotangent
   )
-  np.testing.assert_allclose(jnp.sum(out, axis=1), 1, rtol=1e-5)
-  assert jnp.isfinite(pull_back(out)[0]).all()
+  np.testing.assert_allclose(np.sum(out, axis=1), 1, rtol=1e-5)
+  assert np.isfinite(grads).all()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def drawn(n, dim, num_tokens):
+  keys = jax.random.split(jax.random.key(n * dim + num_tokens), 7)
+  k = 2 * n + n * n
+  logits = jax.random.normal(keys[2], (n, n, num_tokens))
+  return (
+    jax.random.normal(keys[0], (num_tokens, n, dim)),
+    jax.random.normal(keys[1], (num_tokens, dim)),
+    2 * jax.nn.sigmoid(jax.random.normal(keys[3], (n, num_tokens))),
+    reference.sinkhorn(logits, 20, 0.0),
+    0.1 * jax.random.normal(keys[4], (n * dim, k)),
+    jax.random.normal(keys[5], (n,)),
+  )
 
 
 def arguments(operation, n, dim, num_tokens, dtype):
   """Random operands of an operation on streams, and what is static."""
-  keys = jax.random.split(jax.random.key(n * dim + num_tokens), 7)
-  k = 2 * n + n * n
-  x = jax.random.normal(keys[0], (num_tokens, n, dim)).astype(dtype)
-  y = jax.random.normal(keys[1], (num_tokens, dim)).astype(dtype)
-  logits = jax.random.normal(keys[2], (n, n, num_tokens))
-  post = 2 * jax.nn.sigmoid(jax.random.normal(keys[3], (n, num_tokens)))
-  written = (x, y, post, reference.sinkhorn(logits, 20, 0.0))
-  phi = 0.1 * jax.random.normal(keys[4], (n * dim, k))
-  bias = jax.random.normal(keys[5], (n,))
-  reading = (phi, jnp.float32(0.7), bias)
+  x, y, post, res, phi, bias = drawn(n, dim, num_tokens)
+  written = (x.astype(dtype), y.astype(dtype), post, res)
+  x, reading = written[0], (phi, jnp.float32(0.7), bias)
   return {
     'pre': ((x, *reading), (1e-20,)),
     'post': (written, ()),
@@ -123,19 +142,13 @@ def compare(operation, implementation, shape, dtype, tolerance):
   """
   operands, static = arguments(operation, *shape, dtype)
   run = lambda *args: getattr(api, operation)(*args, *static, implementation)
-  specified = lambda *args: getattr(reference, operation)(*args, *static)
   out = jax.eval_shape(run, *operands)
   keys = iter(jax.random.split(jax.random.key(1), 3))
   cotangent = jax.tree.map(
     lambda o: jax.random.normal(next(keys), o.shape).astype(o.dtype), out
   )
   got = both_ways(run)(*operands, cotangent)
-  with jax.enable_x64(True):
-    wide = jax.tree.map(
-      lambda a: jnp.asarray(np.asarray(a, np.float64)), (*operands, cotangent)
-    )
-    want = jax.device_get(both_ways(specified)(*wide))
-  want = jax.tree.leaves(want)
+  want = jax.tree.leaves(exact(operation, static, operands, cotangent))
   for a, b in zip(jax.tree.leaves(got), want, strict=True):
     scale = np.abs(b if b.ndim else want[-1]).max()
     error = np.abs(np.asarray(a, np.float64) - b).max() / scale
@@ -190,7 +203,7 @@ def test_plain_jax_in_float64(operation):
 
 
 def test_the_choice_of_an_implementation():
-  logits = jax.random.normal(jax.random.key(0), (3, 3, 10))
+  logits = normal(0)(3, 3, 10)
   plain = api.sinkhorn(logits, 20, 0.0, 'xla')
   np.testing.assert_array_equal(api.sinkhorn(logits, 20, 0.0), plain)
   kernel = api.sinkhorn(logits, 20, 0.0, 'pallas')  # interpreted
@@ -224,6 +237,14 @@ def test_what_the_kernels_cannot_serve(shape, dtype, reason, monkeypatch):
   assert re.search(reason, message)
 
 
+def kernels_of(lowered):
+  """What the compiler is given of each kernel."""
+  return re.findall(
+    r'@tpu_custom_call\(.*backend_config = "((?:[^"\\]|\\.)+)"',
+    lowered.as_text(),
+  )
+
+
 @pytest.mark.parametrize(
   ('generation', 'dim'),
   [
@@ -237,7 +258,9 @@ def test_the_kernels_compile_for_tpus(generation, dim):
     forward, both = kernel_cost.programs(
       operation, kernel_cost.case(operation, dim), generation, None
     )
-    assert forward.compile().as_text().count('tpu_custom_call') == 1
+    # The kernel is the same without a gradient, and is compiled once.
+    (alone,) = kernels_of(forward)
+    assert alone in kernels_of(both)
     assert both.compile().as_text().count('tpu_custom_call') == 2
 
 

@@ -1,19 +1,20 @@
 """A design from outside, as docs/own_design.md says, up to its report."""
 
 import json
-import os
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
-import quick_compilation
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = (ROOT / 'docs' / 'own_design.md').read_text()
 FILES = 'gated.py', 'own.py'
+SMALLER = (
+  ('num_steps=40', 'num_steps=6'),
+  ('num_blocks=(2,)', 'num_blocks=(1,)'),
+  ('warmup_steps=5', 'warmup_steps=2'),
+)
 
 
 @pytest.fixture
@@ -23,29 +24,15 @@ def folder(tmp_path, text):
   (tmp_path / 'designs').mkdir()
   for name, block in zip(FILES, blocks, strict=True):
     block = block.replace('seq_len=32', f'seq_len=32, path={text!r}')
-    block = block.replace('num_steps=40', 'num_steps=8')
+    for old, new in SMALLER:
+      block = block.replace(old, new)
     (tmp_path / 'designs' / name).write_text(block)
   return tmp_path
 
 
-@pytest.fixture
-def run(folder, compiled):
-  def run(*command, **environment):
-    return subprocess.run(
-      [sys.executable, ROOT / command[0], *command[1:]],
-      capture_output=True,
-      text=True,
-      cwd=folder,
-      check=False,
-      env=os.environ | quick_compilation.environment(compiled) | environment,
-    )
-
-  return run
-
-
-def test_it_is_compared_and_reported(run, folder):
-  command = re.search(r'python (launch/compare.py .*)', PAGE)[1]
-  result = run(*shlex.split(command))
+def test_it_is_compared_and_reported(launch, folder):
+  command = re.search(r'python launch/(compare.py .*)', PAGE)[1]
+  result = launch(*shlex.split(command), cwd=folder)
   assert result.returncode == 0, result.stderr
   values = json.loads((folder / 'runs/own/results.json').read_text())
   assert {r['variant'] for r in values['rows']} == {'residual', 'mhc', 'gated'}
@@ -58,14 +45,11 @@ def test_it_is_compared_and_reported(run, folder):
   assert told['model']['connection']['kind'] == 'gated:Gated'
   line = (kept / 'probes.jsonl').read_text().split('\n')[0]
   assert 'gain' in line
-  again = run('launch/evaluate.py', f'--workdir={kept}', '--sequences=4')
+  evaluate = 'evaluate.py', f'--workdir={kept}', '--sequences=4'
+  again = launch(*evaluate, cwd=folder)
   assert again.returncode == 2
   assert 'PYTHONPATH' in again.stderr
   assert again.stderr.count('\n') == 1
-  found = run(
-    'launch/evaluate.py',
-    f'--workdir={kept}',
-    '--sequences=4',
-    PYTHONPATH=str(folder / 'designs'),
-  )
+  designs = str(folder / 'designs')
+  found = launch(*evaluate, cold=True, cwd=folder, PYTHONPATH=designs)
   assert found.returncode == 0, found.stderr

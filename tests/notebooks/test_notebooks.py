@@ -63,7 +63,7 @@ def execute(kernels, tmp_path, monkeypatch):
       on_cell_execute=lambda cell, cell_index: before_cell(client, cell),
     )
     client.execute(env=environment)
-    assert 'Warning' not in text(book, stream='stderr')
+    assert 'Warning' not in said(book, stream='stderr')
     for cell in book.cells:
       if cell.source.startswith('# @title Install'):
         assert not cell.outputs
@@ -72,7 +72,7 @@ def execute(kernels, tmp_path, monkeypatch):
   return run
 
 
-def text(book, stream='stdout', containing='') -> str:
+def said(book, stream='stdout', containing='') -> str:
   """What the cells whose source contains a text have printed."""
   return ''.join(
     output.text
@@ -115,25 +115,28 @@ def test_own_model(execute):
   book = execute(
     'own_model', ('STREAMS, BLOCKS = 32, 4, 3', 'STREAMS, BLOCKS = 32, 4, 2')
   )
-  losses = text(book, containing='step(params, state)')
+  losses = said(book, containing='step(params, state)')
   assert losses.count('100.0% right') == 3, losses
-  assert 'mHC  gain forward 1.000' in text(book)
+  assert 'mHC  gain forward 1.000' in said(book)
 
 
 def test_gains(execute):
   book = execute(
-    'gains', ('num_steps=20', 'num_steps=8'), ('num_blocks=8', 'num_blocks=2')
+    'gains',
+    ('DEPTH, TOKENS, N = 96, 256, 4', 'DEPTH, TOKENS, N = 24, 32, 4'),
+    ('num_steps=20', 'num_steps=8'),
+    ('num_blocks=8', 'num_blocks=1'),
   )
   assert pictures(book) == 6
 
 
 def test_kernels_say_that_a_cpu_measures_nothing(execute):
   book = execute('kernels_on_this_tpu', ('128, 37, 4', '128, 5, 4'))
-  assert 'Nothing can be measured here' in text(book)
-  assert 'advance: largest relative difference' in text(book)
+  assert 'Nothing can be measured here' in said(book)
+  assert 'advance: largest relative difference' in said(book)
 
 
-def test_a_comparison_is_interrupted_saves_and_goes_on(execute, tmp_path):
+def test_a_comparison_is_interrupted_saves_and_goes_on(execute, text, tmp_path):
   """The stop button sends SIGINT, as here once a run has made steps."""
 
   def before_cell(client, cell):
@@ -150,11 +153,15 @@ def test_a_comparison_is_interrupted_saves_and_goes_on(execute, tmp_path):
       time.sleep(0.02)
 
   book = execute(
-    'compare', ('num_steps=20', 'num_steps=10'), before_cell=before_cell
+    'compare',
+    ('num_steps=20', 'num_steps=10'),
+    ('num_blocks=(2,)', 'num_blocks=(1,)'),
+    ('DataConfig(seq_len=32)', f'DataConfig(seq_len=32, path={text!r})'),
+    before_cell=before_cell,
   )
-  stopped = text(book, containing='def train')
+  stopped = said(book, containing='def train')
   assert 'saved after step' in stopped
   finished = [*tmp_path.glob('**/summary.json')]
   assert len(finished) == 8
-  assert 'mHC against residual' in text(book)
+  assert 'mHC against residual' in said(book)
   assert pictures(book) == 3

@@ -43,7 +43,7 @@ TINY = dict(
     dim=16,
     ffn_dim=16,
     attention=dict(num_heads=1, head_dim=8, rope_dim=4, kv_rank=8),
-    connection=dict(num_streams=2),
+    connection=dict(num_streams=2, sinkhorn_iters=3),
   ),
   optimizer=dict(warmup_steps=2),
   data=dict(seq_len=16, batch_size=8, microbatch_size=1),

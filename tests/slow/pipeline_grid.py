@@ -48,6 +48,8 @@ DESIGNS = ('frac', 'mhar', 'go', 'wide_residual', 'expand')
 SCHEDULES = ('gpipe', '1f1b', 'interleaved', 'wave_v', 'dualpipev')
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (4, 2, 1))
 
+SINKHORN_ITERS = 3  # few, for the sake of the compiler, which unrolls them
+
 
 class Case(NamedTuple):
   """One gradient; the mesh is (data, pipe, expert)."""
@@ -131,9 +133,10 @@ def config(
 
 
 def _connection(kind):
+  options = dict(kind=kind)
   if kind == 'expand':
-    return config_lib.ConnectionConfig(expand_scale='learned')
-  return config_lib.ConnectionConfig(kind=kind)
+    options = dict(expand_scale='learned')
+  return config_lib.ConnectionConfig(**options, sinkhorn_iters=SINKHORN_ITERS)
 
 
 def generic(p: Placement, rng: np.random.Generator) -> tuple:

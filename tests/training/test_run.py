@@ -21,6 +21,7 @@ from mhc.runtime import files
 from mhc.runtime import json_lines
 from mhc.runtime import leases
 from mhc.runtime import machine
+from mhc.runtime import watchdog
 from mhc.training import dissect
 from mhc.training import evaluate
 from mhc.training import guards
@@ -186,12 +187,17 @@ def test_a_run_that_is_watched(finished, text, tmp_path, monkeypatch, capsys):
   step = guards.Guards.step
 
   def stuck(self, number, *given):
-    while number == 7 and 'in stuck' not in ''.join(said) and len(said) < 150:
-      time.sleep(0.2)
-      said.append(capsys.readouterr().err)
+    if number == 7:
+      end = time.monotonic() + 120
+      while 'in stuck' not in ''.join(said) and time.monotonic() < end:
+        time.sleep(0.2)
+        said.append(capsys.readouterr().err)
     return step(self, number, *given)
 
   monkeypatch.setattr(guards.Guards, 'step', stuck)
+  # The profile's end is of a step that may take seconds on a busy machine,
+  # and the watchdog would wait for ten times as long.
+  monkeypatch.setattr(watchdog, 'FACTOR', 1.0)
   settings = with_text(text, tensorboard=True, wandb='mhc', watchdog_s=0.5)
   run.train(settings, workdir, profiled=profile.Steps(3, 4))
   assert 'STUCK: training has got nowhere for ' in ''.join(said)
