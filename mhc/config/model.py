@@ -130,7 +130,7 @@ class ConnectionConfig:
       unused[self.kind] = ('pre', 'post', 'res', *SINKHORN, 'implementation')
     names = unused.get(self.kind, ())
     if self.kind not in ('mhc', 'mhc_single_pass') or self.res == 'off':
-      names += ('res_diagonal',)
+      names += ('res_diagonal', 'sinkhorn_method')
     if self.kind != 'go' or self.res == 'off':
       names += ('go_size',)
     if self.kind != 'mhar':

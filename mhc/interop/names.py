@@ -65,6 +65,11 @@ def check_model(config: config_lib.ModelConfig):
       'exported: no tensor holds the scales of the streams; only models of '
       "expand_scale='ones' can"
     )
+  if config.connection.sinkhorn_method != 'sinkhorn':
+    raise ValueError(
+      "connection.sinkhorn_method='newton' cannot be exported: who reads the "
+      "tensors would iterate; only models of sinkhorn_method='sinkhorn' can"
+    )
 
 
 def is_deepseek(connection: config_lib.ConnectionConfig) -> bool:
