@@ -1,9 +1,8 @@
 """Open and close the n residual streams of a model, [..., n, d].
 
 `expand`, or an `Expand`, opens them once, before the first sub-layer, and
-`Collapse` closes them
-once, after the last. Doing either in every block would turn a connection into n
-parallel plain residuals.
+`Collapse` closes them once, after the last. Doing either in every block would
+turn a connection into n parallel plain residuals.
 """
 
 from typing import Literal
