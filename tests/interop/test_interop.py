@@ -428,9 +428,10 @@ def test_what_tensors_cannot_say_is_refused(tmp_path):
       with pytest.raises(ValueError, match=message):
         calls[name]()
 
-  for scale in ('random', 'learned'):
-    refused(f'expand_scale={scale!r} cannot be exported', expand_scale=scale)
-  refused("='newton' cannot be exported", sinkhorn_method='newton')
+  refused("expand_scale='random' cannot be exported", expand_scale='random')
+  refused('cannot be exported', ('to',), expand_scale='learned')
+  newton = dict(sinkhorn_method='newton', sinkhorn_eps=0.0)
+  refused('cannot be exported', ('to',), **newton)
   refused("res='off' leaves no logits of H_res", ('to', 'from'), res='off')
   refused("post='static' would ignore tensors", ('from',), post='static')
   # As for other kinds, an export has our names then.
