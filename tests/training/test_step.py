@@ -39,14 +39,9 @@ def batch(programs, seed=0):
   return partition.put(tokens, programs.mesh, partition.BATCH)
 
 
-def trained(num_devices, kind):
-  connection = config.ConnectionConfig(kind=kind)
-  settings = dataclasses.replace(
-    TINY,
-    mesh=config.MeshConfig(num_devices=num_devices),
-    model=dataclasses.replace(TINY.model, connection=connection),
-  )
-  programs = step.build(settings)
+def trained(num_devices):
+  mesh = config.MeshConfig(num_devices=num_devices)
+  programs = step.build(dataclasses.replace(TINY, mesh=mesh))
   assert programs.mesh.size == num_devices
   state = generic_states.state(programs)
   metrics = []
@@ -61,7 +56,7 @@ def trained(num_devices, kind):
 
 def test_eight_devices_compute_what_one_does():
   """Updates and all; gradients of the other kinds are in pipeline_grid.py."""
-  one, eight = trained(1, 'mhc'), trained(8, 'mhc')
+  one, eight = trained(1), trained(8)
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
   assert one[0].step == 3
