@@ -79,14 +79,14 @@ def _project(logits, num_steps):
     tau = COLDEST * ratio ** jnp.asarray(step, jnp.float32)
     v = v * ratio
     scaled = tau * logits
-    p = _softmax(scaled + v[None])
+    p = jax.nn.softmax(scaled + v[None], axis=1)
     v = v - jnp.log1p(-_missing(p))
-    return v + _direction(_softmax(scaled + v[None]))
+    return v + _direction(jax.nn.softmax(scaled + v[None], axis=1))
 
   v = jnp.zeros_like(logits[0])
   v = axes.cast_varying(v, axes.varying_axes(logits))
   v = jax.lax.fori_loop(0, cold, at_rising_tau, v)
-  p = _softmax(logits + (v * ratio)[None])
+  p = jax.nn.softmax(logits + (v * ratio)[None], axis=1)
   return jax.lax.fori_loop(0, num_steps - cold, lambda _, p: _rescaled(p), p)
 
 
@@ -104,10 +104,6 @@ def _direction(p):
   small = size < 1e-4
   damping = jnp.log1p(size) / jnp.where(small, 1, size)
   return d * jnp.where(small, 1 - size / 2, damping)
-
-
-def _softmax(z):
-  return _normalised(jnp.exp(z - jnp.max(z, axis=1, keepdims=True)))
 
 
 def _normalised(p):

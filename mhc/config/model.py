@@ -182,7 +182,7 @@ class ConnectionConfig:
   def mixes_streams(self) -> bool:
     """Whether there is an H_res; without one it is I."""
     never = ('residual', 'identity', 'wide_residual')
-    never += ('frac', 'attn_res_block', 'attn_res', 'mhar')
+    never += ('attn_res_block', 'attn_res', 'mhar')
     return self.kind not in never and self.res != 'off'
 
 

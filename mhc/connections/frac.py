@@ -1,7 +1,6 @@
 """Frac-Connections: fractions of one stream in place of copies of it."""
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
@@ -11,6 +10,7 @@ from mhc import explicit
 from mhc import functional
 from mhc import observation
 from mhc import precision
+from mhc.connections import hc
 from mhc.context import Context, Mappings
 from mhc.kernels.xla import streams
 
@@ -122,16 +122,11 @@ class Frac(nnx.Module):
 
   def _mappings(self, params, parts):
     """H_pre [m, m, t], and the mappings of `post`."""
-    m, wide = self.num_fractions, parts.astype(jnp.float32)
-    square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    normed = wide * jax.lax.rsqrt(square + self.norm_eps)
-    normed = normed * params['gain'][None, None]
+    m = self.num_fractions
     theta = [params['theta_pre'], params['theta_res']]
     theta = jnp.concatenate([*theta, params['theta_post'][None]])
-    products = jnp.einsum(
-      'tje,ke->kjt', normed, theta, precision=streams.HIGHEST
-    )
-    dynamic, (width, depth) = jnp.tanh(products), params['alpha']
+    dynamic = hc.tanh_products(parts, params['gain'], theta, self.norm_eps)
+    width, depth = params['alpha']
     pre = width * dynamic[:m] + params['bias_pre'][..., None]
     res = width * dynamic[m:-1] + params['bias_res'][..., None]
     post = depth * dynamic[-1] + params['bias_post'][:, None]

@@ -85,10 +85,6 @@ class HC(mapped_lib.Mapped):
 
   def mappings_by(self, params, x: Float[Array, 't n d']) -> Mappings:
     """The mappings by parameters given as arrays."""
-    wide = x.astype(jnp.float32)
-    square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    normed = wide * jax.lax.rsqrt(square + self.norm_eps)
-    normed = normed * params['gain'][None, None]
     theta = jnp.concatenate(
       [
         params['theta_pre'][None],
@@ -100,10 +96,7 @@ class HC(mapped_lib.Mapped):
     if parts != ('dynamic',) * 3:
       used = functional.where_parts(parts, ('dynamic',), (1, 1, n))
       theta = jnp.where(used[:, None], theta, jnp.zeros_like(theta))
-    dynamic = jnp.tanh(
-      jnp.einsum('tjd,kd->tjk', normed, theta, precision=streams.HIGHEST)
-    )
-    dynamic = jnp.moveaxis(dynamic, 0, -1)  # [j, k, t]
+    dynamic = tanh_products(x, params['gain'], theta, self.norm_eps)
     width, depth = params['alpha']
     bias_pre, bias_post = params['bias_pre'], params['bias_post']
     if parts[0] == 'off':
@@ -111,11 +104,26 @@ class HC(mapped_lib.Mapped):
     if parts[1] == 'off':
       bias_post = jnp.ones_like(bias_post)
     mapped = Mappings(
-      pre=width * dynamic[:, 0] + bias_pre[:, None],
-      post=depth * dynamic[:, 1] + bias_post[:, None],
+      pre=width * dynamic[0] + bias_pre[:, None],
+      post=depth * dynamic[1] + bias_post[:, None],
       res=None,
     )
     if parts[2] == 'off':
       return mapped
-    res = width * jnp.swapaxes(dynamic[:, 2:], 0, 1)
-    return mapped._replace(res=res + params['bias_res'][..., None])
+    res = width * dynamic[2:] + params['bias_res'][..., None]
+    return mapped._replace(res=res)
+
+
+def tanh_products(
+  x: Float[Array, 't n d'],
+  gain: Float[Array, 'd'],
+  theta: Float[Array, 'k d'],
+  norm_eps: float,
+) -> Float[Array, 'k n t']:
+  """tanh(theta_k . x~_j), x~_j the RMS norm of stream j with a gain."""
+  wide = x.astype(jnp.float32)
+  square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+  normed = wide * jax.lax.rsqrt(square + norm_eps) * gain[None, None]
+  return jnp.tanh(
+    jnp.einsum('tjd,kd->kjt', normed, theta, precision=streams.HIGHEST)
+  )

@@ -99,12 +99,12 @@ def _scheme(text: str) -> str:
 def _reach(text, name):
   bucket = '/'.join(text.split('/')[:3])
   if trouble := _trouble(bucket):
-    raise ValueError(f'{name}={text} {trouble}')
+    raise ValueError(f'{name}={text}{trouble}')
 
 
 @functools.cache
 def _trouble(bucket) -> str:
-  """Why a bucket cannot be used; '' if it can."""
+  """Why a bucket cannot be used, to follow its name; '' if it can."""
   try:
     system = filesystem(path(bucket))
     from fsspec import asyn
@@ -112,13 +112,13 @@ def _trouble(bucket) -> str:
     # By itself it tries for minutes where there is no network.
     there = asyn.sync(system.loop, system._exists, bucket, timeout=ANSWER_S)
   except ImportError:
-    return "needs gcsfs: pip install 'mhc-jax[gcs]'"
+    return " needs gcsfs: pip install 'mhc-jax[gcs]'"
   except Exception as error:  # of credentials, network, service: of any class
     reason = ' '.join(str(error).split())[:200] or type(error).__name__
     if isinstance(error, TimeoutError):
       reason = f'no answer in {ANSWER_S} s'
     return (
-      f'cannot be reached ({reason}): check the network, and the credentials '
+      f' cannot be reached ({reason}): check the network, and the credentials '
       'of this machine'
     )
   return '' if there else f': there is no {bucket}, or it may not be listed'

@@ -34,8 +34,7 @@ from mhc import config as config_lib
 
 # Kinds whose H_res should have the row and column sums of a permutation.
 STOCHASTIC = frozenset(config_lib.KINDS) - {
-  *('hc', 'orthogonal', 'dense_former', 'x0', 'wide_residual'),
-  'frac',
+  *('hc', 'orthogonal', 'dense_former', 'x0', 'wide_residual', 'frac')
 }
 SEVERITY = ('log', 'skip_step', 'rollback', 'stop')
 # There is no limit on the loss before the window holds as many losses.
