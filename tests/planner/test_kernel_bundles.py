@@ -4,12 +4,19 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from mhc import config
 from mhc.kernels import api
+from mhc.parallel import mesh as mesh_lib
+from mhc.parallel.placement import Placement
 from mhc.planner import cost
 from mhc.planner import hlo
 from mhc.planner import kernel_bundles
+from mhc.planner import targets
+from mhc.training import step
+
+pytestmark = pytest.mark.usefixtures('optax_promotion')
 
 TINY = config.Config(
   model=config.ModelConfig(
@@ -59,7 +66,10 @@ def test_the_kernels_of_a_step_are_counted():
   )
   plain = dataclasses.replace(TINY, model=residual)
   attention = {'attention_forward', 'attention_backward'}
-  found = kernel_bundles.of_step(plain, 'v5e:2x2')
+  devices = targets.devices('v5e:2x2')
+  mesh = mesh_lib.make_mesh(plain.mesh, plain.data, devices)
+  traced = step.Step(Placement(plain, mesh)).trace().jaxpr.jaxpr
+  found = {kernel_bundles.key(one) for one in kernel_bundles.kernels(traced)}
   assert {name for name, _ in found} == attention
   found = kernel_bundles.of_step(TINY, 'v5e:2x2')
   names = {name for name, _ in found}

@@ -1,6 +1,7 @@
 """Steps compiled for machines that are not here, and their HLO read."""
 
 import dataclasses
+import functools
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ from mhc.config import presets
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel.placement import Placement
 from mhc.planner import draw
+from mhc.planner import kernel_bundles
 from mhc.planner import plan
 from mhc.planner import search
 from mhc.planner import table as plan_table
@@ -37,8 +39,18 @@ TINY = config.Config(
 
 
 @pytest.fixture(scope='module')
-def sliced():
-  with jax.numpy_dtype_promotion('standard'):  # for optax
+def bundles():
+  """The kernels' bundles: once, they are the same for any number of blocks."""
+  return functools.cache(functools.partial(kernel_bundles.of_step, TINY))
+
+
+@pytest.fixture(scope='module')
+def sliced(bundles):
+  with (
+    jax.numpy_dtype_promotion('standard'),  # for optax
+    pytest.MonkeyPatch.context() as patch,
+  ):
+    patch.setattr(kernel_bundles, 'of_step', lambda _, where: bundles(where))
     return plan.plan_step(TINY, 'v5e:2x2')
 
 
@@ -94,8 +106,11 @@ def test_a_drawn_step(sliced, tmp_path):
     draw.save(sliced | {'topology': 'cpu', 'breakdown': None}, 'x.png')
 
 
-def test_loops_count_in_full(sliced):
+def test_loops_count_in_full(sliced, bundles, monkeypatch):
   """Twice the blocks in the same loops: XLA's total stays, ours grows."""
+  monkeypatch.setattr(
+    kernel_bundles, 'of_step', lambda _, where: bundles(where)
+  )
   deeper = plan.plan_step(
     dataclasses.replace(
       TINY, model=dataclasses.replace(TINY.model, num_blocks=8)
