@@ -30,7 +30,9 @@ TINY = config.Config(
 
 
 def losses(implementation, moe):
-  connection = config.ConnectionConfig(implementation=implementation)
+  connection = config.ConnectionConfig(
+    implementation=implementation, sinkhorn_iters=3
+  )
   model = dataclasses.replace(TINY.model, connection=connection, moe=moe)
   programs = step.build(dataclasses.replace(TINY, model=model))
   state = programs.init(0)

@@ -16,6 +16,7 @@ from mhc import explicit
 from mhc import gains
 
 N, DIM = 4, 8
+ITERS = 3  # of Sinkhorn: few, for the sake of the compiler
 SPLIT = {
   'batch': P('data'),
   'time': P(None, 'data'),
@@ -27,10 +28,12 @@ KINDS = {
   'residual': lambda: mhc.Residual(),
   'hc': lambda: mhc.HC(DIM, N, 1),
   'hc off': lambda: mhc.HC(DIM, N, 1, res='off'),
-  'mhc': lambda: mhc.MHC(DIM, N, 1),
+  'mhc': lambda: mhc.MHC(DIM, N, 1, sinkhorn_iters=ITERS),
   'identity': lambda: mhc.MHC(DIM, N, 1, mixing='identity'),
   'kronecker': lambda: mhc.MHC(DIM, N, 1, mixing='kronecker'),
-  'static': lambda: mhc.MHC(DIM, N, 1, pre='static', post='off'),
+  'static': lambda: mhc.MHC(
+    DIM, N, 1, pre='static', post='off', sinkhorn_iters=ITERS
+  ),
 }
 
 

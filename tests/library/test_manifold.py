@@ -115,7 +115,7 @@ def test_rows_are_exact_and_columns_carry_the_error():
   def residuals_after(logits):
     return [
       manifold.residuals(manifold.sinkhorn_project(logits, num_iters, 0.0))
-      for num_iters in (20, 200)
+      for num_iters in (20, 60)
     ]
 
   (rows, columns), (_, later) = residuals_after(logits)
@@ -128,7 +128,7 @@ def test_implicit_is_the_gradient_of_the_limit():
   """Equal to the truncated gradient at convergence, and only there."""
   rng = np.random.default_rng(0)
   errors = {}
-  for std, num_iters in ((0.5, 100), (5.0, 20)):
+  for std, num_iters in ((0.5, 40), (5.0, 20)):
     logits = (std * rng.normal(size=(2048, 4, 4))).astype(np.float32)
     cotangent = rng.normal(size=logits.shape).astype(np.float32)
     _, want = oracle(logits, cotangent, num_iters, 0.0)

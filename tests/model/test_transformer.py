@@ -27,8 +27,10 @@ SMALL = config.ModelConfig(
 
 
 def settings(kind, **options):
+  # Few iterations, for the sake of the compiler, which unrolls them.
+  few = {'sinkhorn_iters': 3} if kind.startswith('mhc') else {}
   connection = config.ConnectionConfig(
-    kind=kind, collapse=options.pop('collapse', 'mean')
+    kind=kind, collapse=options.pop('collapse', 'mean'), **few
   )
   return dataclasses.replace(SMALL, connection=connection, **options)
 

@@ -27,7 +27,9 @@ EXPERTS = config.MoEConfig(num_experts=4, experts_per_token=2, expert_dim=16)
 def network(kind, **changes):
   """With generic parameters."""
   settings = dataclasses.replace(
-    SMALL, connection=config.ConnectionConfig(kind=kind), **changes
+    SMALL,
+    connection=config.ConnectionConfig(kind=kind, sinkhorn_iters=3),
+    **changes,
   )
   graphdef, shapes = transformer.abstract(settings)
   moved = generic_states.parameters(shapes, seed=7)
