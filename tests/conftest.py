@@ -30,6 +30,7 @@ import subprocess
 import sys
 import uuid
 
+import beartype.claw
 import bucket_server
 import float64
 import forked_mains
@@ -55,19 +56,34 @@ UNHOOKED = (
 )
 
 
-def modules() -> list[str]:
-  """Every module of ours, by its full name; a package would stand for all."""
-  return [
-    '.'.join((package, *path.relative_to(ROOT / folder).with_suffix('').parts))
+def modules() -> dict[str, str]:
+  """Every module of ours by its full name, with its source."""
+  return {
+    '.'.join(
+      (package, *path.relative_to(ROOT / folder).with_suffix('').parts)
+    ): path.read_text()
     for package, folder in (('mhc', 'mhc'), ('mhc.kernels', 'kernels'))
     for path in sorted((ROOT / folder).rglob('*.py'))
     if path.stem != '__init__'
-  ]
+  }
 
 
+# Shapes are compared within a call, which costs ten times what types do.
+checked = {
+  name: 'jaxtyping' in source
+  for name, source in modules().items()
+  if not name.startswith(UNHOOKED)
+}
 install_import_hook(
-  [name for name in modules() if not name.startswith(UNHOOKED)],
-  'beartype.beartype',
+  [name for name, shapes in checked.items() if shapes], 'beartype.beartype'
+)
+beartype.claw.beartype_packages(
+  [name for name, shapes in checked.items() if not shapes],
+  conf=beartype.BeartypeConf(
+    claw_is_pep526=False,
+    hint_overrides=beartype.FrozenDict({jax.Array: object}),
+    is_pep484_tower=True,
+  ),
 )
 
 

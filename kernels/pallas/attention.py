@@ -48,7 +48,7 @@ class Sizes(NamedTuple):
   keys: int  # numbers of a query and of a key
   values: int
   block: int
-  dtype: jnp.dtype
+  dtype: jax.typing.DTypeLike
 
   @property
   def side(self) -> int:

@@ -66,7 +66,7 @@ class ChannelsMinor(NamedTuple):
 
   leading: tuple[int, ...]
   dim: int
-  dtype: jnp.dtype
+  dtype: jax.typing.DTypeLike
 
   def shape(self, tokens: int) -> tuple[int, ...]:
     return (*self.leading, tokens, self.dim)
@@ -95,7 +95,7 @@ class TokensMinor(NamedTuple):
   """
 
   leading: tuple[int, ...]
-  dtype: jnp.dtype = jnp.float32
+  dtype: jax.typing.DTypeLike = jnp.float32
 
   def shape(self, tokens: int) -> tuple[int, ...]:
     return (*self.leading, tokens)
@@ -130,7 +130,7 @@ class Whole(NamedTuple):
   """An input that every tile reads; `value` is that of a constant."""
 
   dims: tuple[int, ...]
-  dtype: jnp.dtype
+  dtype: jax.typing.DTypeLike
   value: np.ndarray | None = None
 
   def shape(self, tokens: int) -> tuple[int, ...]:
@@ -150,7 +150,7 @@ class Summed(NamedTuple):
   """A float32 output to which every tile adds; one for each core."""
 
   dims: tuple[int, ...]
-  dtype: jnp.dtype = jnp.float32
+  dtype: jax.typing.DTypeLike = jnp.float32
 
   def shape(self, tokens: int) -> tuple[int, ...]:
     del tokens

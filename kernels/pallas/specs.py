@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,7 +54,7 @@ class Sizes:
   k: int
   writes: bool
   reads: bool
-  dtype: jnp.dtype
+  dtype: jax.typing.DTypeLike
   is_bfloat16: bool
   norm_eps: float
   padded_rows: int
@@ -69,7 +70,7 @@ def make_sizes(
   dim: int,
   k: int,
   writes: bool,
-  dtype: jnp.dtype,
+  dtype: jax.typing.DTypeLike,
   norm_eps: float = 0.0,
 ) -> Sizes:
   """Derives all sizes from those of an operation's operands."""
@@ -111,7 +112,7 @@ class Call(NamedTuple):
   sizes: Sizes
   inputs: dict[str, Input]
   outputs: dict[str, Output]
-  scratch: dict[str, tuple[tuple[int, ...], jnp.dtype]]
+  scratch: dict[str, tuple[tuple[int, ...], jax.typing.DTypeLike]]
   work: int
 
 

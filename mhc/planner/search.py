@@ -120,7 +120,9 @@ def _chip(topology) -> chips.Chip:
   return chips.CHIPS[generation]
 
 
-def _candidates(config, num_devices) -> Iterator:
+def _candidates(
+  config, num_devices
+) -> Iterator[tuple[config_lib.Config, dict]]:
   """Yields every valid config, with the overrides that make it."""
   powers = [2**i for i in range(num_devices.bit_length())]
   microbatches = (1, 2, 4, 8)
