@@ -133,8 +133,9 @@ def random_config(architecture, version=4, **changes):
   config['model_type'] = MODEL_TYPES[architecture]
   if version == 4:
     return config | {'torch_dtype': 'float32', 'transformers_version': '4.57.1'}
-  rope = {'rope_type': 'default', 'rope_theta': config.pop('rope_theta')}
-  rope |= config.pop('rope_scaling') or {}
+  rope = config.pop('rope_scaling') or {}
+  rope = {'rope_type': rope.get('type', 'default'), **rope}
+  rope['rope_theta'] = config.pop('rope_theta')
   config['rope_parameters'] = rope
   return config | {'dtype': 'float32', 'transformers_version': '5.24.0'}
 
@@ -192,9 +193,8 @@ def attention_shapes(config):
   rows = {'q': heads, 'k': shared, 'v': shared}
   found = {f'{n}_proj.weight': (m * size, width) for n, m in rows.items()}
   found['o_proj.weight'] = (width, heads * size)
-  if (
-    config['architectures'] == ['Qwen2ForCausalLM'] or config['attention_bias']
-  ):
+  biased = config['attention_bias']
+  if biased or config['architectures'] == ['Qwen2ForCausalLM']:
     found |= {f'{n}_proj.bias': (m * size,) for n, m in rows.items()}
   if biased:
     found['o_proj.bias'] = (width,)
@@ -271,8 +271,8 @@ def logits(folder, tokens):
     feed = moe if 'mlp.gate.weight' in block else mlp
     x = x + feed(normed, part(block, 'mlp'), config)
   x = rms_norm(x, tensors['model.norm.weight'], eps)
-  if not config['tie_word_embeddings']:
-    head = tensors['lm_head.weight']
+  if not config['tie_word_embeddings'] or 'lm_head.weight' in tensors:
+    head = tensors['lm_head.weight']  # transformers 5 ties none that differ
   return x @ head.T
 
 
