@@ -18,12 +18,10 @@ and with yarn rotated vectors are multiplied by m(mscale) / m(mscale_all_dim),
 logits by m(mscale_all_dim)^2, m(c) = 1 + 0.1 c log s.
 """
 
-import functools
 import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-import numpy as np
 
 from mhc import config as config_lib
 
@@ -36,7 +34,7 @@ def rotate(
   """Turns the first `config.rotated` numbers of each head, from `start` on."""
   size, dtype = config.rotated, x.dtype
   position = (start + jnp.arange(x.shape[1])).astype(jnp.float32)
-  angles = position[:, None] * jnp.asarray(rates(config), jnp.float32)[None]
+  angles = position[:, None] * rates(config)[None]
   cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
   if (length := lengthening(config)) != 1:
     cos, sin = cos * length, sin * length
@@ -47,16 +45,16 @@ def rotate(
   return jnp.concatenate([turned, rest], axis=-1) if rest.size else turned
 
 
-@functools.cache
-def rates(config: config_lib.AttentionConfig) -> Float[np.ndarray, 'i']:
+def rates(config: config_lib.AttentionConfig) -> Float[Array, 'i']:
   """The w_i of r/2 pairs, in radians a token, float32."""
-  size, scaling = config.rotated, config.rope_scaling
-  rate = config.rope_theta ** (-2 * np.arange(size // 2) / size)
+  half, scaling = config.rotated // 2, config.rope_scaling
+  pairs = jnp.arange(half, dtype=jnp.float32)
+  rate = config.rope_theta ** (-pairs / half)
   match scaling.kind:
     case 'none':
-      kept = 1.0
+      return rate
     case 'linear':
-      kept = 0.0
+      return rate / scaling.factor
     case 'llama3':
       turns = scaling.original_length * rate / (2 * math.pi)
       kept = (turns - scaling.low_freq) / (scaling.high_freq - scaling.low_freq)
@@ -64,11 +62,13 @@ def rates(config: config_lib.AttentionConfig) -> Float[np.ndarray, 'i']:
       first, last = (
         _pair(config, turns) for turns in (scaling.beta_fast, scaling.beta_slow)
       )
-      first, last = max(math.floor(first), 0), min(math.ceil(last), size - 1)
-      pairs = np.arange(size // 2)
+      first, last = (
+        max(math.floor(first), 0),
+        min(math.ceil(last), 2 * half - 1),
+      )
       kept = 1 - (pairs - first) / (last - first or 0.001)
-  kept = np.clip(kept, 0, 1)
-  return np.float32(rate * kept + rate / scaling.factor * (1 - kept))
+  kept = jnp.clip(kept, 0, 1)
+  return rate * kept + rate / scaling.factor * (1 - kept)
 
 
 def lengthening(config: config_lib.AttentionConfig) -> float:

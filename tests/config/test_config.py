@@ -110,6 +110,7 @@ model.norm_eps
 model.num_blocks
 model.recompute
 model.recompute_every
+model.tied_embeddings
 model.vocab_size
 num_steps
 optimizer.b1
