@@ -4,9 +4,10 @@ A `Config` describes one training run. Files in configs/ are short diffs against
 these defaults; `dicts` converts them to and from nested dicts.
 """
 
+from mhc.config.attention import AttentionConfig
+from mhc.config.attention import RopeScalingConfig
 from mhc.config.model import DEPTH_KINDS
 from mhc.config.model import KINDS
-from mhc.config.model import AttentionConfig
 from mhc.config.model import ConnectionConfig
 from mhc.config.model import Kind
 from mhc.config.model import ModelConfig
@@ -39,5 +40,6 @@ __all__ = [
   'ModelConfig',
   'OptimizerConfig',
   'Policy',
+  'RopeScalingConfig',
   'Schedule',
 ]

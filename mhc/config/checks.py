@@ -1,6 +1,7 @@
 """Checks of a settings dataclass; messages name the setting and its value."""
 
 from collections.abc import Iterable
+import dataclasses
 import difflib
 import functools
 import re
@@ -41,10 +42,10 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def _section(config) -> str:
-  """Returns 'optimizer.' for an OptimizerConfig, '' for a Config."""
-  return type(config).__name__.removesuffix('Config').lower() + '.' * (
-    type(config).__name__ != 'Config'
-  )
+  """Returns 'rope_scaling.' for a RopeScalingConfig, '' for a Config."""
+  name = type(config).__name__.removesuffix('Config')
+  snake = re.sub('(?<=[a-z]{2})(?=[A-Z])', '_', name).lower()
+  return snake + '.' * bool(snake)
 
 
 _hints = functools.cache(typing.get_type_hints)
@@ -104,6 +105,17 @@ def at_least(config, **bounds):
       raise ValueError(
         f'{_section(config)}{name}={getattr(config, name)} must be at least '
         f'{bound}'
+      )
+
+
+def are_default(config, why, used):
+  """Checks that settings without effect have their defaults."""
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.name not in used and value != field.default:
+      raise ValueError(
+        f'{_section(config)}{field.name}={value!r} would not be used with '
+        f'{why}: leave {field.name}={field.default!r}'
       )
 
 

@@ -1,4 +1,4 @@
-"""The settings of a model: connections, attention, experts, transformer."""
+"""The settings of a model: connections, experts, transformer."""
 
 import dataclasses
 import re
@@ -6,6 +6,7 @@ import typing
 from typing import Literal
 
 from mhc.config import checks
+from mhc.config.attention import AttentionConfig
 
 Kind = Literal[
   'residual',
@@ -187,32 +188,6 @@ class ConnectionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-  """Multi-head latent attention (DeepSeek-V2)."""
-
-  num_heads: int = 2
-  head_dim: int = 32
-  rope_dim: int = 16
-  kv_rank: int = 32
-  # Queries through a latent vector of this size (q-LoRA), 0 for directly.
-  query_rank: int = 0
-  rope_theta: float = 10_000.0
-  # 'auto': a kernel on TPUs, cuDNN's on NVIDIA GPUs, where they take the sizes;
-  # 'xla': plain JAX everywhere.
-  implementation: Literal['auto', 'xla'] = 'auto'
-
-  def __post_init__(self):
-    checks.check_types(self)
-    checks.at_least(self, num_heads=1, head_dim=1, rope_dim=2, kv_rank=1)
-    if self.rope_dim % 2:
-      raise ValueError(
-        f'attention.rope_dim={self.rope_dim} must be even: RoPE turns pairs'
-      )
-    checks.not_negative(self, 'query_rank')
-    checks.at_least(self, rope_theta=1)  # else angles grow beyond float32
-
-
-@dataclasses.dataclass(frozen=True)
 class MoEConfig:
   """Mixture of experts in place of the FFN, as in DeepSeek-V3; 0 for none."""
 
@@ -229,6 +204,14 @@ class MoEConfig:
   # token's experts depend on the tokens that its device has at a time: on
   # another mesh the same settings train another model.
   router: Literal['bias', 'sinkhorn', 'none'] = 'bias'
+  # Experts in groups of equal size: a token's experts are of the
+  # `groups_per_token` groups whose two best are best (DeepSeek-V3; 1 for none).
+  num_groups: int = 1
+  groups_per_token: int = 1
+  # Whether the gates of a token's experts are divided by their sum, and what
+  # they are multiplied by then.
+  normalize_gates: bool = True
+  gate_scale: float = 1.0
   bias_speed: float = 0.001
   # Weight of the sequence-wise auxiliary loss.
   balance_loss: float = 0.0
@@ -256,13 +239,38 @@ class MoEConfig:
       num_shared=0,
       expert_dim=1,
       num_dense_blocks=0,
+      num_groups=1,
+      groups_per_token=1,
     )
     checks.not_negative(self, 'bias_speed', 'balance_loss')
-    checks.positive(self, 'capacity_factor', 'buffer_factor')
+    checks.positive(self, 'capacity_factor', 'buffer_factor', 'gate_scale')
+    self._check_groups()
     if 0 < self.num_experts < self.experts_per_token:
       raise ValueError(
         f'moe.experts_per_token={self.experts_per_token} is more than '
         f'moe.num_experts={self.num_experts}'
+      )
+
+  def _check_groups(self):
+    groups, chosen = self.num_groups, self.groups_per_token
+    if groups == chosen:
+      return
+    size, rest = divmod(self.num_experts, groups)
+    if rest or chosen > groups or size < 2:
+      raise ValueError(
+        f'moe.num_groups={groups} and moe.groups_per_token={chosen}: '
+        f'moe.num_experts={self.num_experts} must be as many groups of two '
+        'experts or more, of which a token takes some'
+      )
+    if chosen * size < self.experts_per_token:
+      raise ValueError(
+        f'moe.groups_per_token={chosen} groups of {size} experts are fewer '
+        f'than moe.experts_per_token={self.experts_per_token}'
+      )
+    if self.router == 'sinkhorn':
+      raise ValueError(
+        f"moe.num_groups={groups} would not be used: moe.router='sinkhorn' "
+        'evens the load over all experts'
       )
 
 
@@ -276,6 +284,8 @@ class ModelConfig:
   dim: int = 64
   ffn_dim: int = 128
   norm_eps: float = 1e-20
+  # One matrix for the embedding and, transposed, the logits.
+  tied_embeddings: bool = False
   # Type of streams and activations; parameters and mappings are float32.
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   # What the backward pass recomputes, and the sub-layers between saved streams

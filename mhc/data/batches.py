@@ -99,7 +99,7 @@ class _Steps:
   """The wanted rows of every batch, int32 [slots, seq_len + 1] each."""
 
   def __init__(self, sources, order, config, slots):
-    self._sources, self._order, self._slots = sources, order, list(slots)
+    self._sources, self._order, self._slots = sources, order, slots
     self._batch_size = config.batch_size
     self._block_rows = config.block_rows
     self._blocks = _Blocks(self._read)

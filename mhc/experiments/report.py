@@ -35,6 +35,7 @@ from mhc.runtime import source
 
 TITLE = 'Residual designs compared'
 SCHEMA = 2
+ATTENTION = {'mla': 'latent', 'gqa': 'grouped-query'}
 
 
 def render(workdir: paths.Path, *, keep: bool = False) -> dict[str, Any]:
@@ -289,9 +290,10 @@ def _introduction(comparison, panels, declared, values) -> list[html.Block]:
     'unconstrained mixing of n streams), **mHC** (mixing projected onto the '
     'doubly stochastic matrices), **identity** (mHC without mixing), and '
     'residuals matched to one of them in parameters, memory or time.',
-    f'Model: width {model.dim}, {model.attention.num_heads} heads of latent '
-    f'attention, {tables.ffn(model)}, n = {n} streams; a block is two '
-    f'sub-layers. Rows of {data.seq_len} byte tokens. Optimiser: AdamW, '
+    f'Model: width {model.dim}, {model.attention.num_heads} heads of '
+    f'{ATTENTION[model.attention.kind]} attention, '
+    f'{tables.ffn(model)}, n = {n} streams; a block is two sub-layers. Rows '
+    f'of {data.seq_len} byte tokens. Optimiser: AdamW, '
     f'{first.config.optimizer.schedule} schedule.',
     f'Text: {corpus["name"]}, {corpus["num_bytes"] / 1e6:.1f} MB in '
     f'{corpus["num_documents"]} documents, of which '

@@ -33,8 +33,8 @@ BLOCK = 1024
 @parts.part(parts.ATTENTION)
 def causal_attention(
   query: Float[Array, 'b t h k'],
-  key: Float[Array, 'b s h k'] | Float[Array, 'b s k'],
-  value: Float[Array, 'b s h v'] | Float[Array, 'b s v'],
+  key: Float[Array, 'b s g k'] | Float[Array, 'b s k'],
+  value: Float[Array, 'b s g v'] | Float[Array, 'b s v'],
   scale: float,
   start: int | Int[Array, ''] = 0,
   implementation: Literal['auto', 'xla'] = 'auto',
@@ -43,7 +43,8 @@ def causal_attention(
 
   Args:
     query: of t tokens, h heads each.
-    key, value: of s tokens; without a head dimension all heads share them.
+    key, value: of s tokens, g heads for h / g queries each; without a head
+      dimension all heads share them.
     scale: of the logits.
     start: position of the first query; key s stands at position s.
     implementation: 'auto' for a kernel where there is one, 'xla' for plain JAX.
@@ -51,7 +52,8 @@ def causal_attention(
   whole = isinstance(start, int) and start == 0 and key.ndim == value.ndim == 4
   kernels = {'tpu': by_kernel, 'gpu': by_cudnn}
   attend = kernels.get(platform_lib.platform())
-  if whole and key.shape == query.shape and attend and implementation == 'auto':
+  whole = whole and key.shape[1] == query.shape[1]
+  if whole and attend and implementation == 'auto':
     try:
       return attend(query, key, value, scale)
     except NotImplementedError as reason:
@@ -61,8 +63,8 @@ def causal_attention(
 
 def by_kernel(
   query: Float[Array, 'b t h k'],
-  key: Float[Array, 'b t h k'],
-  value: Float[Array, 'b t h v'],
+  key: Float[Array, 'b t g k'],
+  value: Float[Array, 'b t g v'],
   scale: float,
 ) -> Float[Array, 'b t h v']:
   """`causal_attention` of whole rows by the TPU kernels.
@@ -70,18 +72,25 @@ def by_kernel(
   Raises:
     NotImplementedError: they do not take these sizes.
   """
-  batch, time, heads, _ = query.shape
-  query, key, value = (
-    jnp.swapaxes(x, 1, 2).reshape(batch * heads, time, -1)
-    for x in (query, key, value)
-  )
-  out = _kernel(scale, query, key, value)
-  return jnp.swapaxes(out.reshape(batch, heads, time, -1), 1, 2)
+  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+  return jnp.swapaxes(_kernel(scale, query, key, value), 1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kernel(scale, query, key, value):
-  return _pallas().forward(query, key, value, scale)[0]
+  return _kernel_forward(scale, query, key, value)[0]
+
+
+def _rows(x, heads):
+  """[b, g, t, k] as [b h, t, k], each of g heads h / g times."""
+  x = jnp.repeat(x, heads // x.shape[1], axis=1)
+  return x.reshape(-1, *x.shape[2:])
+
+
+def _summed(rows, like):
+  """The transpose of `_rows`."""
+  batch, groups, *rest = like.shape
+  return jnp.sum(rows.reshape(batch, groups, -1, *rest), axis=2)
 
 
 def _pallas():
@@ -92,14 +101,21 @@ def _pallas():
 
 
 def _kernel_forward(scale, query, key, value):
-  out, log_sum = _pallas().forward(query, key, value, scale)
+  rows = (_rows(x, query.shape[1]) for x in (query, key, value))
+  out, log_sum = _pallas().forward(*rows, scale)
   # So that recomputation keeps both, and the kernel runs once.
   out, log_sum = recompute.name_inner(out), recompute.name_inner(log_sum)
-  return out, (query, key, value, out, log_sum)
+  shape = *query.shape[:3], value.shape[-1]
+  return out.reshape(shape), (query, key, value, out, log_sum)
 
 
 def _kernel_backward(scale, kept, d_out):
-  return _pallas().backward(*kept, d_out, scale)
+  *inputs, out, log_sum = kept
+  rows = (_rows(x, inputs[0].shape[1]) for x in inputs)
+  found = _pallas().backward(
+    *rows, out, log_sum, d_out.reshape(out.shape), scale
+  )
+  return tuple(map(_summed, found, inputs))
 
 
 _kernel.defvjp(_kernel_forward, _kernel_backward)
@@ -107,8 +123,8 @@ _kernel.defvjp(_kernel_forward, _kernel_backward)
 
 def by_cudnn(
   query: Float[Array, 'b t h k'],
-  key: Float[Array, 'b t h k'],
-  value: Float[Array, 'b t h v'],
+  key: Float[Array, 'b t g k'],
+  value: Float[Array, 'b t g v'],
   scale: float,
 ) -> Float[Array, 'b t h v']:
   """`causal_attention` of whole rows by cuDNN, of 16-bit numbers.
@@ -134,8 +150,8 @@ def by_cudnn(
 
 def in_blocks(
   query: Float[Array, 'b t h k'],
-  key: Float[Array, 'b s h k'] | Float[Array, 'b s k'],
-  value: Float[Array, 'b s h v'] | Float[Array, 'b s v'],
+  key: Float[Array, 'b s g k'] | Float[Array, 'b s k'],
+  value: Float[Array, 'b s g v'] | Float[Array, 'b s v'],
   scale: float,
   start: int | Int[Array, ''] = 0,
 ) -> Float[Array, 'b t h v']:
@@ -159,17 +175,28 @@ def in_blocks(
 
 
 def _block(query, key, value, scale, start):
-  keys = 'bshk' if key.ndim == 4 else 'bsk'
-  values = 'bshk' if value.ndim == 4 else 'bsk'
+  shape = *query.shape[:3], value.shape[-1]
+  heads = 'h' if key.ndim == 4 else ''
+  if heads and key.shape[2] != query.shape[2]:  # heads of g groups
+    heads, query = (
+      'g',
+      query.reshape(*shape[:2], key.shape[2], -1, key.shape[3]),
+    )
+  each = {'h': 'h', '': 'h', 'g': 'gh'}[heads]
   logits = jnp.einsum(
-    f'bqhk,{keys}->bhqs', query, key, preferred_element_type=jnp.float32
+    f'bq{each}k,bs{heads}k->b{each}qs',
+    query,
+    key,
+    preferred_element_type=jnp.float32,
   )
   logits = precision.mark('attention_logits', logits * scale)
   position = start + jnp.arange(query.shape[1])
   seen = jnp.arange(key.shape[1])[None] <= position[:, None]
-  logits = jnp.where(seen[None, None], logits, -jnp.inf)
+  seen = jnp.expand_dims(seen, range(logits.ndim - 2))
+  logits = jnp.where(seen, logits, -jnp.inf)
   weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  return jnp.einsum(f'bhqs,{values}->bqhk', weights, value)
+  mixed = jnp.einsum(f'b{each}qs,bs{heads}k->bq{each}k', weights, value)
+  return mixed.reshape(shape)
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 Parameters are float32 and are cast to the activations' dtype where they are
 used; norm statistics are float32. Matrices start as N(0, 1/fan_in), so a unit
-input gives a unit output. No layer has a bias.
+input gives a unit output. A bias is of queries, keys and values alone, where
+the settings ask for it.
 """
 
 import functools
@@ -17,14 +18,21 @@ from mhc.model import recompute
 
 
 class Linear(nnx.Module):
-  """x W."""
+  """x W, or x W + b with b = 0 at the start."""
 
-  def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
+  def __init__(
+    self, in_dim: int, out_dim: int, *, bias: bool = False, rngs: nnx.Rngs
+  ):
     weight = jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32)
     self.weight = nnx.Param(weight * in_dim**-0.5)
+    self.bias = nnx.Param(jnp.zeros(out_dim, jnp.float32)) if bias else None
 
   def __call__(self, x: Float[Array, '*b i']) -> Float[Array, '*b o']:
-    return x @ self.weight[...].astype(x.dtype)
+    y = x @ self.weight[...].astype(x.dtype)
+    if self.bias is None:
+      return y
+    bias = jnp.expand_dims(self.bias[...], range(y.ndim - 1))
+    return y + bias.astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -39,11 +47,13 @@ class RMSNorm(nnx.Module):
 
 
 class Embed(nnx.Module):
-  """Rows of a table, N(0, 1) at the start."""
+  """Rows of a table, N(0, 1) at the start; tied to the logits N(0, 1/d)."""
 
-  def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs):
+  def __init__(
+    self, vocab_size: int, dim: int, *, tied: bool = False, rngs: nnx.Rngs
+  ):
     table = jax.random.normal(rngs.params(), (vocab_size, dim), jnp.float32)
-    self.table = nnx.Param(table)
+    self.table = nnx.Param(table * dim**-0.5 if tied else table)
 
   def __call__(self, tokens: Int[Array, '*b'], dtype) -> Float[Array, '*b d']:
     return self.table[...].astype(dtype)[tokens]

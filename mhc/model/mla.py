@@ -30,6 +30,7 @@ from mhc import config as config_lib
 from mhc.model import attention
 from mhc.model import layers
 from mhc.model import recompute
+from mhc.model import rope
 
 
 class Cache(NamedTuple):
@@ -51,7 +52,7 @@ class MLA(nnx.Module):
     rngs: nnx.Rngs,
   ):
     heads, k, r = config.num_heads, config.head_dim, config.rope_dim
-    rank = config.query_rank
+    rank, norm_eps = config.query_rank, config.latent_norm_eps or norm_eps
     self.query_down = layers.Linear(dim, rank, rngs=rngs) if rank else None
     self.query_norm = layers.RMSNorm(rank, norm_eps) if rank else None
     self.query = layers.Linear(rank or dim, heads * (k + r), rngs=rngs)
@@ -59,7 +60,6 @@ class MLA(nnx.Module):
     self.norm = layers.RMSNorm(config.kv_rank, norm_eps)
     self.up = layers.Linear(config.kv_rank, heads * 2 * k, rngs=rngs)
     self.out = layers.Linear(heads * k, dim, rngs=rngs)
-    self.scale = (k + r) ** -0.5
     self.config = config
 
   def __call__(self, x: Float[Array, 'b t d']) -> Float[Array, 'b t d']:
@@ -74,7 +74,7 @@ class MLA(nnx.Module):
       jnp.concatenate([query, query_rope], axis=-1),
       jnp.concatenate([key, key_rope], axis=-1),
       value,
-      self.scale,
+      rope.logit_scale(c),
       implementation=c.implementation,
     )
     return self.out(recompute.name_inner(mixed.reshape(batch, time, -1)))
@@ -108,11 +108,19 @@ class MLA(nnx.Module):
       jnp.concatenate([query, query_rope], axis=-1),
       jnp.concatenate(cache, axis=-1),
       cache.latent,
-      self.scale,
+      rope.logit_scale(c),
       start,
     )
     mixed = jnp.einsum('bthc,chk->bthk', mixed, to_value)
     return self.out(mixed.reshape(*x.shape[:2], -1)), cache
+
+  @staticmethod
+  def empty_cache(
+    config: config_lib.AttentionConfig, shape: tuple[int, ...], dtype: str
+  ) -> Cache:
+    """A cache of zeros for tokens `shape`."""
+    sizes = config.kv_rank, config.rope_dim
+    return Cache(*(jnp.zeros((*shape, size), dtype) for size in sizes))
 
   def _project(self, x, start):
     """Query and its rotary part, normed latent, rotary key."""
@@ -126,23 +134,6 @@ class MLA(nnx.Module):
     latent, key_rope = jnp.split(
       recompute.name_inner(self.down(x)), [c.kv_rank], axis=-1
     )
-    query_rope = rotate(query_rope, c.rope_theta, start)
-    key_rope = rotate(key_rope[:, :, None], c.rope_theta, start)[:, :, 0]
+    query_rope = rope.rotate(query_rope, c, start)
+    key_rope = rope.rotate(key_rope[:, :, None], c, start)[:, :, 0]
     return query, query_rope, self.norm(latent), key_rope
-
-
-def rotate(
-  x: Float[Array, 'b t h r'], theta: float, start: int | Int[Array, ''] = 0
-) -> Float[Array, 'b t h r']:
-  """RoPE (arXiv 2104.09864): pair (i, i + r/2) turned by p theta^(-2i/r).
-
-  p is the position, from `start` on.
-  """
-  half = x.shape[-1] // 2
-  rates = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  position = (start + jnp.arange(x.shape[1])).astype(jnp.float32)
-  angles = position[:, None] * rates[None]
-  cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)

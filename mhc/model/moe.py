@@ -3,8 +3,11 @@ r"""Mixture of experts as in DeepSeek-V3 (arXiv 2412.19437, Sec. 2.1.2).
 A token x has the affinity s_i = sigmoid(w_i . x) to each of e routed experts.
 The k experts with the largest s_i + b_i are chosen; their outputs are weighed
 by s_i over the sum of the chosen s (b only selects), and shared experts, which
-every token visits, are added. Where all s underflow (logits below -88) weights
-are 0: sums that divide have 1e-20 added, as in DeepSeek's code.
+every token visits, are added. As the settings say, the weights can be the s
+themselves, times a constant, and experts can lie in groups, of which a token
+takes the few with the largest sum of their two best s_i + b_i. Where all s
+underflow (logits below -88) weights are 0: sums that divide have 1e-20 added,
+as in DeepSeek's code.
 
 Load is balanced without an auxiliary loss (arXiv 2408.15664): after each update
 b_i grows by `bias_speed` where expert i had fewer tokens than the mean and
@@ -89,7 +92,11 @@ class MoE(nnx.Module):
     scores = precision.mark('router_scores', scores)
     chosen = self._select(scores, bias)
     best = self._best(scores)
-    gates = shares(jnp.take_along_axis(scores, chosen, axis=1))
+    gates = jnp.take_along_axis(scores, chosen, axis=1)
+    if config.normalize_gates:
+      gates = shares(gates)
+    if config.gate_scale != 1:
+      gates = gates * config.gate_scale
     if is_real is not None:
       chosen, best = (
         jnp.where(is_real, one, config.num_experts) for one in (chosen, best)
@@ -137,7 +144,20 @@ class MoE(nnx.Module):
         ranking = sinkhorn_scores(scores)
       case 'none':
         ranking = scores
-    return self._best(ranking)
+    return self._best(self._in_groups(ranking))
+
+  def _in_groups(self, ranking) -> Float[Array, 's e']:
+    """-inf for experts outside a token's groups."""
+    groups, chosen = self.config.num_groups, self.config.groups_per_token
+    if groups == chosen:
+      return ranking
+    by_group = ranking.reshape(len(ranking), groups, -1)
+    value = jnp.sum(jax.lax.top_k(by_group, 2)[0], axis=-1)
+    best = jax.lax.top_k(value, chosen)[1]
+    inside = jnp.any(best[:, :, None] == jnp.arange(groups)[None, None], axis=1)
+    return jnp.where(inside[:, :, None], by_group, -jnp.inf).reshape(
+      ranking.shape
+    )
 
   def _best(self, ranking) -> Int[Array, 's k']:
     ranking = jax.lax.stop_gradient(ranking)

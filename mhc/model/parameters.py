@@ -78,6 +78,7 @@ PARAMETERS = (
   _small('*_norm/gain', export='weight'),
   _small('attention/*norm/gain', export='weight'),
   _matrix('attention/*/weight'),
+  _small('attention/*/bias'),
   _matrix('ffn/[gud]*/weight'),
   _matrix('ffn/shared/*/weight'),
   _matrix('ffn/router/weight', used_in='float32'),

@@ -20,6 +20,7 @@ from mhc import config as config_lib
 from mhc import functional
 from mhc import observation
 from mhc import precision
+from mhc.model import gqa
 from mhc.model import layers
 from mhc.model import mla
 from mhc.model import moe
@@ -31,6 +32,8 @@ from mhc.model import residual
 # whole block.
 GatherBlock = Callable[[str, nnx.Module], nnx.Module]
 States = list[residual.ResidualState]  # of the sub-batches
+Cache = mla.Cache | gqa.Cache
+ATTENTION = {'mla': mla.MLA, 'gqa': gqa.GQA}
 
 
 class BlockAux(NamedTuple):
@@ -40,7 +43,7 @@ class BlockAux(NamedTuple):
   # Their `residual.read_weights`.
   read_by: tuple[Float[Array, 'n t'] | None, Float[Array, 'n t'] | None]
   moe_stats: moe.Stats | None  # with experts
-  cache: mla.Cache | None  # in decoding
+  cache: Cache | None  # in decoding
 
 
 class StackAux(NamedTuple):
@@ -48,7 +51,7 @@ class StackAux(NamedTuple):
 
   stream_stats: observation.StreamStats | None  # [l, 2, s, ...], if asked for
   moe_stats: moe.Stats | None
-  cache: mla.Cache | None
+  cache: Cache | None
 
 
 class Block(nnx.Module):
@@ -77,7 +80,8 @@ class Block(nnx.Module):
     self.config = config.connection
     self.attention_connection = connection(0)
     self.attention_norm = layers.RMSNorm(dim, eps)
-    self.attention = mla.MLA(config.attention, dim, eps, rngs=rngs)
+    attention = ATTENTION[config.attention.kind]
+    self.attention = attention(config.attention, dim, eps, rngs=rngs)
     self.ffn_connection = connection(1)
     self.ffn_norm = layers.RMSNorm(dim, eps)
     if has_experts:
@@ -91,7 +95,7 @@ class Block(nnx.Module):
     state: residual.ResidualState,
     batch: tuple[int, int],
     router_bias: Float[Array, 'e'] | None,
-    cache: mla.Cache | None = None,
+    cache: Cache | None = None,
     start: Int[Array, ''] | None = None,
     is_real: Bool[Array, ''] | None = None,
   ) -> tuple[residual.ResidualState, BlockAux]:
@@ -148,7 +152,10 @@ class Transformer(nnx.Module):
       return jax.vmap(block)(jnp.arange(first, last), keys)
 
     num_dense = config.num_blocks - config.num_moe_blocks
-    self.embed = layers.Embed(config.vocab_size, config.dim, rngs=rngs)
+    tied = config.tied_embeddings
+    self.embed = layers.Embed(
+      config.vocab_size, config.dim, tied=tied, rngs=rngs
+    )
     self.dense_blocks = stack(0, num_dense, False) if num_dense else None
     self.moe_blocks = (
       stack(num_dense, config.num_blocks, True)
@@ -158,7 +165,9 @@ class Transformer(nnx.Module):
     self.expand = residual.make_expand(config)
     self.collapse = residual.make_collapse(config)
     self.norm = layers.RMSNorm(config.dim, config.norm_eps)
-    self.head = layers.Linear(config.dim, config.vocab_size, rngs=rngs)
+    self.head = (
+      None if tied else layers.Linear(config.dim, config.vocab_size, rngs=rngs)
+    )
     self.config = config
 
   def __call__(
@@ -193,10 +202,10 @@ class Transformer(nnx.Module):
   def decode(
     self,
     tokens: Int[Array, 'b t'],
-    cache: mla.Cache,
+    cache: Cache,
     start: Int[Array, ''],
     router_bias: Float[Array, 'l e'] | None = None,
-  ) -> tuple[Float[Array, 'b t v'], mla.Cache]:
+  ) -> tuple[Float[Array, 'b t v'], Cache]:
     """Logits of t tokens that follow `start` others, and the cache with them.
 
     Connections act on each token alone: attention's cache is all the memory.
@@ -216,13 +225,11 @@ class Transformer(nnx.Module):
     cache = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *caches)
     return self.logits(h, tokens.shape), cache
 
-  def empty_cache(self, batch_size: int, size: int) -> mla.Cache:
+  def empty_cache(self, batch_size: int, size: int) -> Cache:
     """A cache for rows of up to `size` tokens, all blocks stacked."""
     c, shape = self.config, (self.config.num_blocks, batch_size, size)
-    return mla.Cache(
-      jnp.zeros((*shape, c.attention.kv_rank), c.dtype),
-      jnp.zeros((*shape, c.attention.rope_dim), c.dtype),
-    )
+    attention = ATTENTION[c.attention.kind]
+    return attention.empty_cache(c.attention, shape, c.dtype)
 
   def stream_stats(
     self,
@@ -313,8 +320,14 @@ class Transformer(nnx.Module):
   def logits(
     self, h: Float[Array, 's d'], batch: tuple[int, int]
   ) -> Float[Array, 'b t v']:
-    logits = precision.mark('logits', layers.logits(h, self.head.weight[...]))
+    logits = precision.mark('logits', layers.logits(h, self.head_weight()))
     return logits.reshape(*batch, -1)
+
+  def head_weight(self) -> Float[Array, 'd v']:
+    """The matrix of the logits."""
+    if self.head is None:
+      return self.embed.table[...].T
+    return self.head.weight[...]
 
   @parts.part(parts.HEAD)
   def _embed(self, tokens, num_sub_batches=1):

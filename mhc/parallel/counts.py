@@ -2,7 +2,7 @@
 
 As the paper counts (reconstructed from its Table 5): total is every parameter,
 connections included; active excludes the experts that a token is not routed to
-and one of the two vocabulary matrices.
+and the embedding, unless that is the matrix of the logits too.
 """
 
 import collections
@@ -69,7 +69,9 @@ def _sizes(config):
   sizes = collections.Counter()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     row = parameters.row(path)
-    sizes[row.counted] += leaf.size
+    # A table that makes the logits too meets every token.
+    tied = config.tied_embeddings and row.counted == 'lookup'
+    sizes['token' if tied else row.counted] += leaf.size
     if row.counted == 'none':
       continue
     if 'connection' in row.path or row.path.startswith(('expand', 'collapse')):
@@ -80,7 +82,7 @@ def _sizes(config):
 def _attention_flops(config, seq_len):
   """FLOPs of scores and weighted values; a token attends to seq_len / 2."""
   c = config.attention
-  per_key = 2 * c.num_heads * (2 * c.head_dim + c.rope_dim)
+  per_key = 2 * c.num_heads * (c.key_dim + c.head_dim)
   return config.num_blocks * per_key * seq_len // 2
 
 

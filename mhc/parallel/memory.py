@@ -36,7 +36,8 @@ from mhc.pipeline import table
 
 SIZES = (
   *('vocab_size', 'num_blocks', 'dim', 'ffn_dim', 'num_heads', 'head_dim'),
-  *('rope_dim', 'kv_rank', 'query_rank', 'num_streams', 'num_experts'),
+  *('rope_dim', 'kv_rank', 'query_rank', 'num_kv_heads', 'num_streams'),
+  'num_experts',
   *('experts_per_token', 'num_shared', 'expert_dim'),
   *('seq_len', 'batch_size', 'microbatch_size'),
 )
@@ -193,6 +194,8 @@ def peak_bytes(memory) -> int:
 
 
 def _attention(c):
+  if c.kind == 'gqa':  # queries, what is mixed, keys and values
+    return 2 * (c.num_heads + c.num_kv_heads) * c.head_dim
   heads = c.num_heads * (c.head_dim + c.rope_dim)
   compressed = 2 * c.query_rank  # and its norm
   latent = 2 * c.kv_rank + c.rope_dim

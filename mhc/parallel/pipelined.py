@@ -88,11 +88,20 @@ class Stages:
 
   def score(self, shared, h, targets):
     if self.p.config.mesh.head == 'vocab':
-      weight = shared['head']['weight']
+      weight = self._head_columns(shared)
       nats = vocab_parallel.cross_entropy(h, weight, targets.reshape(-1))
       return jnp.sum(nats.reshape(targets.shape), axis=1)
     logits = self._network(shared, self.blocks).logits(h, targets.shape)
     return loss.nats_of_rows(logits, targets)
+
+  def _head_columns(self, shared):
+    """This device's columns of the matrix of the logits."""
+    if not self.p.config.model.tied_embeddings:
+      return shared['head']['weight']
+    table = shared['embed']['table']
+    size = len(table) // jax.lax.axis_size(PIPE)
+    first = jax.lax.axis_index(PIPE) * size
+    return jax.lax.dynamic_slice_in_dim(table, first, size).T
 
   def stream_stats_before(self, shared, tokens):
     """Those of the blocks before the first stage's; None if there are none."""

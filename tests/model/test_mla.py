@@ -11,6 +11,7 @@ import pytest
 from mhc import config
 from mhc.model import attention as attention_lib
 from mhc.model import mla
+from mhc.model import rope
 
 SETTINGS = config.AttentionConfig(
   num_heads=2, head_dim=8, rope_dim=4, kv_rank=6
@@ -53,8 +54,9 @@ def test_matches_a_loop_over_queries():
 
 def test_rope_depends_on_distance_only():
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+  settings = dataclasses.replace(SETTINGS, rope_dim=8, rope_theta=100.0)
   turned = [
-    mla.rotate(jnp.broadcast_to(v, (1, 10, 1, 8)), 100.0)[0, :, 0]
+    rope.rotate(jnp.broadcast_to(v, (1, 10, 1, 8)), settings)[0, :, 0]
     for v in (q, k)
   ]
   scores = turned[0] @ turned[1].T

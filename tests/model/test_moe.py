@@ -69,6 +69,49 @@ def test_the_bias_selects_and_does_not_weigh(k):
     assert jnp.abs(plain - out).max() > 1e-3
 
 
+def test_experts_are_of_the_best_groups():
+  """With gates that are not divided by their sum, but scaled."""
+  settings = dict(num_groups=3, groups_per_token=1)
+  moe_layer = layer(**settings, normalize_gates=False, gate_scale=2.5)
+  bias = jnp.array([0.3, 0, 0, -0.3, 0, 0.1])
+  tokens_ = np.asarray(tokens(), np.float64)
+  weight = np.asarray(moe_layer.router.weight[...], np.float64)
+  scores = 1 / (1 + np.exp(-tokens_ @ weight))
+  ranking = (scores + np.asarray(bias)).reshape(3, 16, 3, 2)
+  best = np.argmax(ranking.sum(-1), axis=-1)
+  load = 2 * np.bincount(best.reshape(-1), minlength=3)
+  out, stats = apply(moe_layer, tokens(), bias)
+  shares = np.asarray(stats.load).reshape(3, 2)
+  np.testing.assert_array_equal(shares.sum(1), load)
+  free, _ = apply(layer(), tokens(), bias)
+  assert jnp.abs(free - out).max() > 1e-2
+  # Without its shared expert a layer is linear in the gates.
+  one, two = (
+    layer(**settings, num_shared=0, normalize_gates=False, gate_scale=scale)
+    for scale in (1.0, 3.0)
+  )
+  one, two = (apply(each, tokens(), bias)[0] for each in (one, two))
+  np.testing.assert_allclose(3 * one, two, rtol=1e-5, atol=1e-6)
+  all_groups = layer(num_groups=2, groups_per_token=2)
+  every, _ = apply(all_groups, tokens(), bias)
+  np.testing.assert_array_equal(every, free)
+
+
+def test_groups_that_cannot_be():
+  for changes, message in (
+    (dict(num_groups=4), 'num_groups=4 and moe.groups_per_token=1'),
+    (dict(num_groups=2, groups_per_token=3), 'groups_per_token=3'),
+    (
+      dict(num_groups=3, experts_per_token=3),
+      '1 groups of 2 experts are fewer',
+    ),
+    (dict(num_groups=3, router='sinkhorn'), "router='sinkhorn' evens"),
+    (dict(gate_scale=0.0), 'moe.gate_scale=0.0 must be positive'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      dataclasses.replace(SETTINGS, **changes)
+
+
 @pytest.mark.parametrize('router', ['bias', 'sinkhorn', 'none'])
 def test_affinities_that_underflow_weigh_nothing(router):
   """All of a token's and all of an expert's, as in DeepSeek's code: 0."""

@@ -32,6 +32,10 @@ def models():
   yield dicts.replace(
     config.ModelConfig(num_blocks=2), connection=dict(expand_scale='learned')
   )
+  yield dicts.replace(
+    config.ModelConfig(num_blocks=2, tied_embeddings=True),
+    attention=dict(kind='gqa', qkv_bias=True, qk_norm=True),
+  )
   for kind in ('hc', 'mhc', 'mhc_single_pass'):
     parts = dict(pre='off', post='static', res='off', expand_scale='random')
     yield dicts.replace(

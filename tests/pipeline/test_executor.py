@@ -29,7 +29,7 @@ pytestmark = [
 
 # The rest of the grid is `python tests/slow/pipeline_grid.py`.
 CASES = (
-  grid.Case('hc', False, (4, 2, 1), 'dualpipev'),
+  grid.Case('hc', False, (4, 2, 1), 'dualpipev', 'vocab', body='gqa'),
   grid.Case('mhc_single_pass', False, (1, 4, 1), 'wave_v', 'vocab'),
   grid.Case(
     'mhc',

@@ -3,7 +3,7 @@
     python tests/slow/pipeline_grid.py              float32, within 3e-5
     python tests/slow/pipeline_grid.py --x64        float64, within 1e-11
 
-208 cases of a few seconds each, 45 minutes on two cores; one line per case,
+212 cases of a few seconds each, 45 minutes on two cores; one line per case,
 exit status 1 if one fails. `--only=TEXT` runs the cases whose line contains it.
 Buffers and idle devices are filled with NaN throughout.
 tests/pipeline/test_executor.py runs some of the cases.
@@ -51,6 +51,22 @@ MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (4, 2, 1))
 SINKHORN_ITERS = 3  # few, for the sake of the compiler, which unrolls them
 
 
+BODY = config_lib.AttentionConfig(
+  kind='gqa',
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  rope_dim=0,
+  qkv_bias=True,
+  qk_norm=True,
+  rope_scaling=config_lib.RopeScalingConfig('yarn', 4, original_length=4),
+)
+
+GROUPS = dict(
+  num_groups=4, groups_per_token=2, normalize_gates=False, gate_scale=2.5
+)
+
+
 class Case(NamedTuple):
   """One gradient; the mesh is (data, pipe, expert)."""
 
@@ -62,6 +78,7 @@ class Case(NamedTuple):
   transport: str = 'auto'
   num_sub_batches: int = 1
   keep: str = 'inputs'
+  body: str = 'mla'  # 'gqa': BODY below, and a tied head
 
 
 def cases():
@@ -84,6 +101,9 @@ def cases():
   for kind in DESIGNS:
     yield Case(kind, True, (2, 2, 2), 'interleaved', head='vocab')
     yield Case(kind, False, (4, 2, 1), '1f1b', head='vocab', keep='stages')
+  for head in ('last', 'vocab'):
+    yield Case('mhc', True, (2, 2, 2), 'interleaved', head=head, body='gqa')
+    yield Case('hc', False, (4, 2, 1), 'dualpipev', head=head, body='gqa')
 
 
 def config(
@@ -102,13 +122,17 @@ def config(
       transport=case.transport,
       # So small that there are overflow rounds.
       buffer_factor=0.75,
+      **(GROUPS if case.body == 'gqa' else {}),
     )
   model = config_lib.ModelConfig(
     num_blocks=max(5, stages + 1),
     dim=16,
     ffn_dim=16,
     recompute=recompute,
-    attention=config_lib.AttentionConfig(
+    tied_embeddings=case.body == 'gqa',
+    attention=BODY
+    if case.body == 'gqa'
+    else config_lib.AttentionConfig(
       num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
     ),
     connection=_connection(case.kind),

@@ -36,6 +36,7 @@ def no_time_limit():
     'slow/workers.py',
     'slow/prepare.py',
     'slow/colab.py',
+    'slow/huggingface.py',
   ],
 )
 def test_proof(command):

@@ -1,0 +1,100 @@
+"""Causal grouped-query attention (GQA, arXiv 2305.13245).
+
+h query heads of k numbers share the keys and values of g heads, h / g queries
+each; g = h is multi-head attention, g = 1 multi-query. A layer has
+
+    d h k  queries,   2 d g k  keys and values,   h k d  output,
+
+with `qkv_bias` (h + 2 g) k biases and with `qk_norm` 2 k gains of norms that
+queries and keys pass, a head at a time, before RoPE turns them. Decoding keeps
+2 g k numbers a token.
+"""
+
+from typing import NamedTuple
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mhc import config as config_lib
+from mhc.model import attention
+from mhc.model import layers
+from mhc.model import recompute
+from mhc.model import rope
+
+
+class Cache(NamedTuple):
+  """What decoding keeps of s tokens."""
+
+  key: Float[Array, '*l b s g k']  # rotated
+  value: Float[Array, '*l b s g k']
+
+
+class GQA(nnx.Module):
+  """Grouped-query attention over [b, t, d]."""
+
+  def __init__(
+    self,
+    config: config_lib.AttentionConfig,
+    dim: int,
+    norm_eps: float,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    k, bias = config.head_dim, config.qkv_bias
+    wide, narrow = config.num_heads * k, config.num_kv_heads * k
+    self.query = layers.Linear(dim, wide, bias=bias, rngs=rngs)
+    self.key = layers.Linear(dim, narrow, bias=bias, rngs=rngs)
+    self.value = layers.Linear(dim, narrow, bias=bias, rngs=rngs)
+    self.query_norm = layers.RMSNorm(k, norm_eps) if config.qk_norm else None
+    self.key_norm = layers.RMSNorm(k, norm_eps) if config.qk_norm else None
+    self.out = layers.Linear(wide, dim, rngs=rngs)
+    self.config = config
+
+  def __call__(self, x: Float[Array, 'b t d']) -> Float[Array, 'b t d']:
+    mixed = attention.causal_attention(
+      *self._project(x, 0),
+      rope.logit_scale(self.config),
+      implementation=self.config.implementation,
+    )
+    return self.out(recompute.name_inner(mixed.reshape(*x.shape[:2], -1)))
+
+  def decode(
+    self, x: Float[Array, 'b t d'], cache: Cache, start: Int[Array, '']
+  ) -> tuple[Float[Array, 'b t d'], Cache]:
+    """As `MLA.decode`."""
+    query, *new = self._project(x, start)
+    cache = Cache(
+      *(
+        jax.lax.dynamic_update_slice_in_dim(old, each, start, axis=1)
+        for old, each in zip(cache, new, strict=True)
+      )
+    )
+    mixed = attention.causal_attention(
+      query, *cache, rope.logit_scale(self.config), start
+    )
+    return self.out(mixed.reshape(*x.shape[:2], -1)), cache
+
+  @staticmethod
+  def empty_cache(
+    config: config_lib.AttentionConfig, shape: tuple[int, ...], dtype: str
+  ) -> Cache:
+    """A cache of zeros for tokens `shape`."""
+    empty = jnp.zeros((*shape, config.num_kv_heads, config.head_dim), dtype)
+    return Cache(empty, empty)
+
+  def _project(self, x, start):
+    """Rotated queries and keys, and values, by heads."""
+    query, key, value = (
+      recompute.name_inner(project(x)).reshape(
+        *x.shape[:2], -1, self.config.head_dim
+      )
+      for project in (self.query, self.key, self.value)
+    )
+    if self.query_norm is not None:
+      query, key = self.query_norm(query), self.key_norm(key)
+    query, key = (
+      rope.rotate(each, self.config, start) for each in (query, key)
+    )
+    return query, key, value
