@@ -31,17 +31,22 @@ class Tensor(NamedTuple):
   shape: tuple[int, ...]  # of the tensor
   transposed: bool = False  # the part is a matrix, the tensor its transpose
   streams: int = 0  # n, where rows are [pre | post | comb]
+  rows: tuple[int, ...] = ()  # which of the part's rows each row is; () for all
 
   def write(self, leaf: Array | np.ndarray) -> np.ndarray:
     part = np.asarray(leaf)[self.index]
     tensor = part.T if self.transposed else part
     check({self.name: tensor}, [self])
     # safetensors writes memory as it lies and ignores the strides.
-    return np.ascontiguousarray(tensor[_comb_order(self.streams)])
+    return np.ascontiguousarray(tensor[self._order()])
 
   def read(self, tensor: np.ndarray, leaf: np.ndarray):
-    tensor = tensor[_comb_order(self.streams)]
-    leaf[self.index] = tensor.T if self.transposed else tensor
+    part = np.empty(tensor.shape, np.float32)
+    part[self._order()] = tensor
+    leaf[self.index] = part.T if self.transposed else part
+
+  def _order(self):
+    return list(self.rows) or _comb_order(self.streams)
 
 
 def abstract(config: config_lib.ModelConfig) -> dict:
@@ -149,15 +154,17 @@ def written(parts: Iterable[Tensor], tree) -> dict[str, np.ndarray]:
   return {part.name: part.write(at(tree, part.path)) for part in parts}
 
 
-def check(found, parts, model=''):
+def check(found, parts, model='', dtypes=('F32',)):
   """Checks that `found`, arrays or slices of a file, are exactly `parts`.
+
+  `dtypes` are those of a file that are taken.
 
   Raises:
     ValueError: one is missing, unknown, of another shape or type.
   """
   wanted = {part.name: f'float32 {list(part.shape)}' for part in parts}
   for name, tensor in found.items():
-    kind = _kind(tensor)
+    kind = _kind(tensor, dtypes)
     if name not in wanted:
       raise ValueError(f'{name}, {kind}, is an unknown tensor{model}')
     if kind != wanted[name]:
@@ -167,11 +174,12 @@ def check(found, parts, model=''):
       raise ValueError(f'{name}, {kind}, is missing{model}')
 
 
-def _kind(tensor):
-  if isinstance(tensor, np.ndarray):
+def _kind(tensor, dtypes):
+  if isinstance(tensor, np.ndarray | jax.Array):
     return f'{tensor.dtype.name} {list(tensor.shape)}'
   dtype = tensor.get_dtype()  # as F32, BF16
-  return f'{dtype.replace("F32", "float32")} {list(tensor.get_shape())}'
+  dtype = 'float32' if dtype in dtypes else dtype
+  return f'{dtype} {list(tensor.get_shape())}'
 
 
 def describe(config: config_lib.ModelConfig) -> str:

@@ -60,19 +60,26 @@ def export(
   config, out = workdir_lib.read_config(workdir), paths.absolute(out)
   names.check_model(config.model)
   tokenizer = vocabulary.required(workdir, given)
-  if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-    raise ValueError(f'{out} is not an empty folder: choose another --out')
+  check_empty(out)
   state = checkpoint.restore_model(workdir, jax.local_devices(backend='cpu')[0])
-  with _made(out) as partial:
+  with made(out) as partial:
     (partial / CONFIG).write_bytes((workdir / CONFIG).read_bytes())
     if tokenizer.name != 'bytes':
       (partial / vocabulary.TOKENIZER).write_text(tokenizer.description)
-    _write(partial, state, config.model, max_bytes)
+    tree = state.params | {'router_bias': state.router_bias}
+    parts = names.tensors(config.model)
+    write(partial, tree, parts, max_bytes, int(state.step))
   return int(state.step)
 
 
+def check_empty(out: paths.Path):
+  """Raises ValueError unless `out` is an empty folder or not there."""
+  if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    raise ValueError(f'{out} is not an empty folder: choose another --out')
+
+
 @contextlib.contextmanager
-def _made(out) -> Iterator[pathlib.Path]:
+def made(out) -> Iterator[pathlib.Path]:
   """A folder of this machine, which becomes `out` when it is complete.
 
   In a bucket that is said by the config, which is the last to be uploaded.
@@ -105,26 +112,36 @@ def load(
     ValueError: the folder holds other tensors, or not all of them.
   """
   config = workdir_lib.read_config(folder)
+  with opened(folder) as where:
+    parts = names.tensors(config.model)
+    slices = {name: file.get_slice(name) for name, file in where.items()}
+    names.check(slices, parts, names.describe(config.model))
+    tree = read(where, parts, config.model)
+  return config, tree, tree.pop('router_bias', None)
+
+
+@contextlib.contextmanager
+def opened(folder: paths.Path) -> Iterator[dict[str, safetensors.safe_open]]:
+  """The tensors of a folder by name, and the open file that has each."""
   files_ = [folder / 'model.safetensors']
   if (folder / INDEX).exists():
     files_ = [folder / name for name in _files_of(folder / INDEX)]
   with contextlib.ExitStack() as stack:
     where = {}
     for file in files_:
-      opened = stack.enter_context(_open(stack.enter_context(files.here(file))))
-      where |= dict.fromkeys(opened.keys(), opened)
-    parts = names.tensors(config.model)
-    slices = {name: file.get_slice(name) for name, file in where.items()}
-    names.check(slices, parts, names.describe(config.model))
-    tree = jax.tree.map(
-      lambda leaf: np.empty(leaf.shape, leaf.dtype),
-      names.abstract(config.model),
-    )
-    for part in parts:
-      part.read(
-        where[part.name].get_tensor(part.name), names.at(tree, part.path)
-      )
-  return config, tree, tree.pop('router_bias', None)
+      one = stack.enter_context(_open(stack.enter_context(files.here(file))))
+      where |= dict.fromkeys(one.keys(), one)
+    yield where
+
+
+def read(where, parts: list[names.Tensor], model) -> Params:
+  """The tree of a model, from the tensors of `opened`."""
+  tree = jax.tree.map(
+    lambda leaf: np.empty(leaf.shape, leaf.dtype), names.abstract(model)
+  )
+  for part in parts:
+    part.read(where[part.name].get_tensor(part.name), names.at(tree, part.path))
+  return tree
 
 
 def _files_of(index: paths.Path) -> list[str]:
@@ -148,10 +165,16 @@ def _open(file):
     raise ValueError(f'{file} is not a safetensors file: {error}') from None
 
 
-def _write(folder, state, config, max_bytes):
-  tree = state.params | {'router_bias': state.router_bias}
+def write(
+  folder: pathlib.Path,
+  tree: Params,
+  parts: list[names.Tensor],
+  max_bytes: int,
+  step: int,
+):
+  """Writes the tensors `parts` of a tree, in files of at most `max_bytes`."""
   groups, size = [[]], 0
-  for part in names.tensors(config):
+  for part in parts:
     num_bytes = 4 * math.prod(part.shape)
     if groups[-1] and size + num_bytes > max_bytes:
       groups.append([])
@@ -159,18 +182,18 @@ def _write(folder, state, config, max_bytes):
     groups[-1].append(part)
     size += num_bytes
   weight_map = {}
-  for number, parts in enumerate(groups, 1):
+  for number, group in enumerate(groups, 1):
     name = f'model-{number:05}-of-{len(groups):05}.safetensors'
     if len(groups) == 1:
       name = 'model.safetensors'
     # 'pt': matrices are [out, in], as in PyTorch.
-    metadata = {'format': 'pt', 'step': str(int(state.step))}
+    metadata = {'format': 'pt', 'step': str(step)}
     safetensors_numpy.save_file(
-      names.written(parts, tree), folder / name, metadata
+      names.written(group, tree), folder / name, metadata
     )
     shutil.copymode(folder / CONFIG, folder / name)  # readable by others
-    weight_map |= dict.fromkeys((part.name for part in parts), name)
+    weight_map |= dict.fromkeys((part.name for part in group), name)
   if len(groups) > 1:
-    total = sum(4 * math.prod(part.shape) for part in names.tensors(config))
+    total = sum(4 * math.prod(part.shape) for part in parts)
     index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
     files.replace(folder / INDEX, json.dumps(index, indent=2) + '\n')
