@@ -60,6 +60,7 @@ WORDS = {
   'data.mixture': [f'{ROOT}/tests/*.py=1', f'{ROOT}/kernels/*.py=2', 'a=b'],
   'data.text_field': ['text', 'content'],
   'wandb': [''],
+  'start_from': [''],
   'model.connection.kind': config_lib.KINDS,
   'kinds': config_lib.KINDS,
   'title': ['', 'Depth'],

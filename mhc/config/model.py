@@ -293,6 +293,9 @@ class ModelConfig:
   # also saves time on a CPU, whose limit is the cache.
   recompute: Literal['none', 'mhc', 'mhc+block', 'full'] = 'full'
   recompute_every: int = 2
+  # Low-rank adapters (LoRA, arXiv 2106.09685) of this rank beside the matrices
+  # of attention and of dense feed-forward, 0 for none. They start as nothing.
+  adapter_rank: int = 0
   attention: AttentionConfig = AttentionConfig()
   connection: ConnectionConfig = ConnectionConfig()
   moe: MoEConfig = MoEConfig()
@@ -305,7 +308,7 @@ class ModelConfig:
         f'with experts: model.num_blocks={self.num_blocks}'
       )
     checks.at_least(self, vocab_size=258, num_blocks=1, dim=1, ffn_dim=1)
-    checks.not_negative(self, 'norm_eps', 'recompute_every')
+    checks.not_negative(self, 'norm_eps', 'recompute_every', 'adapter_rank')
     self._place_slots()
     if self.recompute_every % 2:
       raise ValueError(

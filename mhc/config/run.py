@@ -38,6 +38,11 @@ class OptimizerConfig:
   weight_decay: float = 0.1
   # Nesterov momentum, for name='muon'.
   muon_momentum: float = 0.95
+  # What is trained: all, or the connections and adapters alone, and the rest
+  # stays as it starts.
+  trained: Literal['all', 'connections'] = 'all'
+  # Multiplies the rate of the connections.
+  connection_rate: float = 1.0
   # Bound on the global gradient norm, 0 for none. The paper gives none.
   clip_norm: float = 1.0
 
@@ -49,7 +54,7 @@ class OptimizerConfig:
         f"optimizer.name={self.name!r} is no Muon; set optimizer.name='muon' "
         'too'
       )
-    checks.positive(self, 'learning_rate', 'eps')
+    checks.positive(self, 'learning_rate', 'eps', 'connection_rate')
     checks.not_negative(self, 'warmup_steps', 'weight_decay', 'clip_norm')
     for name in ('b1', 'b2', 'muon_momentum'):
       # Numbers nearer to 1 are 1 in float32.
@@ -266,6 +271,9 @@ class Config:
   # The order of the data alone, to vary it and the parameters apart; -1 for
   # `seed`.
   data_seed: int = -1
+  # A folder whose weights a new run starts from: a run's, an export's or one of
+  # Hugging Face (training/start.py); '' for random ones.
+  start_from: str = ''
   num_steps: int = 400
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   optimizer: OptimizerConfig = OptimizerConfig()

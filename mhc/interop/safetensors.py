@@ -29,13 +29,14 @@ from mhc.training import checkpoint
 from mhc.training import vocabulary
 from mhc.training import workdir as workdir_lib
 
+MAX_BYTES = 5 * 10**9  # of a file, unless another is asked for
 CONFIG, INDEX = workdir_lib.CONFIG, 'model.safetensors.index.json'
 
 
 def export(
   workdir: paths.Path,
   out: paths.Path,
-  max_bytes: int = 5 * 10**9,
+  max_bytes: int = MAX_BYTES,
   given: str | None = None,
 ) -> int:
   """Writes a run's newest checkpoint, without the optimiser, for other code.

@@ -10,6 +10,7 @@ queries and keys pass, a head at a time, before RoPE turns them. Decoding keeps
 2 g k numbers a token.
 """
 
+import functools
 from typing import NamedTuple
 
 from flax import nnx
@@ -40,16 +41,21 @@ class GQA(nnx.Module):
     dim: int,
     norm_eps: float,
     *,
+    adapter_rank: int = 0,
     rngs: nnx.Rngs,
   ):
-    k, bias = config.head_dim, config.qkv_bias
+    k = config.head_dim
+    linear = functools.partial(
+      layers.Linear, adapter_rank=adapter_rank, rngs=rngs
+    )
+    project = functools.partial(linear, bias=config.qkv_bias)
     wide, narrow = config.num_heads * k, config.num_kv_heads * k
-    self.query = layers.Linear(dim, wide, bias=bias, rngs=rngs)
-    self.key = layers.Linear(dim, narrow, bias=bias, rngs=rngs)
-    self.value = layers.Linear(dim, narrow, bias=bias, rngs=rngs)
+    self.query = project(dim, wide)
+    self.key = project(dim, narrow)
+    self.value = project(dim, narrow)
     self.query_norm = layers.RMSNorm(k, norm_eps) if config.qk_norm else None
     self.key_norm = layers.RMSNorm(k, norm_eps) if config.qk_norm else None
-    self.out = layers.Linear(wide, dim, rngs=rngs)
+    self.out = linear(wide, dim)
     self.config = config
 
   def __call__(self, x: Float[Array, 'b t d']) -> Float[Array, 'b t d']:

@@ -18,17 +18,40 @@ from mhc.model import recompute
 
 
 class Linear(nnx.Module):
-  """x W, or x W + b with b = 0 at the start."""
+  """x W; with an adapter x (W + A B), with a bias + b. B and b start as 0."""
 
   def __init__(
-    self, in_dim: int, out_dim: int, *, bias: bool = False, rngs: nnx.Rngs
+    self,
+    in_dim: int,
+    out_dim: int,
+    *,
+    bias: bool = False,
+    adapter_rank: int = 0,
+    rngs: nnx.Rngs,
   ):
     weight = jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32)
     self.weight = nnx.Param(weight * in_dim**-0.5)
     self.bias = nnx.Param(jnp.zeros(out_dim, jnp.float32)) if bias else None
+    self.adapter_in = self.adapter_out = None
+    if adapter_rank:
+      shape = in_dim, adapter_rank
+      narrow = jax.random.normal(rngs.params(), shape, jnp.float32)
+      self.adapter_in = nnx.Param(narrow * in_dim**-0.5)
+      wide = jnp.zeros((adapter_rank, out_dim), jnp.float32)
+      self.adapter_out = nnx.Param(wide)
+
+  def matrix(self, dtype) -> Float[Array, 'i o']:
+    """W, or W + A B."""
+    weight = self.weight[...]
+    if self.adapter_in is not None:
+      weight = weight + self.adapter_in[...] @ self.adapter_out[...]
+    return weight.astype(dtype)
 
   def __call__(self, x: Float[Array, '*b i']) -> Float[Array, '*b o']:
     y = x @ self.weight[...].astype(x.dtype)
+    if self.adapter_in is not None:
+      low = x @ self.adapter_in[...].astype(x.dtype)
+      y = y + low @ self.adapter_out[...].astype(x.dtype)
     if self.bias is None:
       return y
     bias = jnp.expand_dims(self.bias[...], range(y.ndim - 1))
@@ -62,10 +85,13 @@ class Embed(nnx.Module):
 class SwiGLU(nnx.Module):
   """(silu(x W_gate) * x W_up) W_down."""
 
-  def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
-    self.gate = Linear(dim, hidden_dim, rngs=rngs)
-    self.up = Linear(dim, hidden_dim, rngs=rngs)
-    self.down = Linear(hidden_dim, dim, rngs=rngs)
+  def __init__(
+    self, dim: int, hidden_dim: int, *, adapter_rank: int = 0, rngs: nnx.Rngs
+  ):
+    rank = adapter_rank
+    self.gate = Linear(dim, hidden_dim, adapter_rank=rank, rngs=rngs)
+    self.up = Linear(dim, hidden_dim, adapter_rank=rank, rngs=rngs)
+    self.down = Linear(hidden_dim, dim, adapter_rank=rank, rngs=rngs)
 
   def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
     gate, up = (

@@ -19,6 +19,7 @@ each. The expansion is linear, so it is applied to queries and results instead:
     sum_s a_s W_value latent_s = W_value sum_s a_s latent_s.
 """
 
+import functools
 from typing import NamedTuple
 
 from flax import nnx
@@ -49,17 +50,21 @@ class MLA(nnx.Module):
     dim: int,
     norm_eps: float,
     *,
+    adapter_rank: int = 0,
     rngs: nnx.Rngs,
   ):
     heads, k, r = config.num_heads, config.head_dim, config.rope_dim
     rank, norm_eps = config.query_rank, config.latent_norm_eps or norm_eps
-    self.query_down = layers.Linear(dim, rank, rngs=rngs) if rank else None
+    linear = functools.partial(
+      layers.Linear, adapter_rank=adapter_rank, rngs=rngs
+    )
+    self.query_down = linear(dim, rank) if rank else None
     self.query_norm = layers.RMSNorm(rank, norm_eps) if rank else None
-    self.query = layers.Linear(rank or dim, heads * (k + r), rngs=rngs)
-    self.down = layers.Linear(dim, config.kv_rank + r, rngs=rngs)
+    self.query = linear(rank or dim, heads * (k + r))
+    self.down = linear(dim, config.kv_rank + r)
     self.norm = layers.RMSNorm(config.kv_rank, norm_eps)
-    self.up = layers.Linear(config.kv_rank, heads * 2 * k, rngs=rngs)
-    self.out = layers.Linear(heads * k, dim, rngs=rngs)
+    self.up = linear(config.kv_rank, heads * 2 * k)
+    self.out = linear(heads * k, dim)
     self.config = config
 
   def __call__(self, x: Float[Array, 'b t d']) -> Float[Array, 'b t d']:
@@ -100,7 +105,7 @@ class MLA(nnx.Module):
         for old, new in zip(cache, (latent, key_rope), strict=True)
       )
     )
-    up = self.up.weight[...].astype(x.dtype)
+    up = self.up.matrix(x.dtype)
     up = up.reshape(c.kv_rank, c.num_heads, -1)
     to_key, to_value = jnp.split(up, 2, axis=-1)
     query = jnp.einsum('bthk,chk->bthc', query, to_key)

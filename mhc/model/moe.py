@@ -48,7 +48,14 @@ class Stats(NamedTuple):
 class MoE(nnx.Module):
   """Router, routed experts and shared experts in place of an FFN."""
 
-  def __init__(self, config: config_lib.MoEConfig, dim: int, *, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    config: config_lib.MoEConfig,
+    dim: int,
+    *,
+    adapter_rank: int = 0,
+    rngs: nnx.Rngs,
+  ):
     num, hidden = config.num_experts, config.expert_dim
 
     def stack(rows, columns):
@@ -62,7 +69,9 @@ class MoE(nnx.Module):
     self.up = stack(dim, hidden)
     self.down = stack(hidden, dim)
     self.shared = (
-      layers.SwiGLU(dim, config.num_shared * hidden, rngs=rngs)
+      layers.SwiGLU(
+        dim, config.num_shared * hidden, adapter_rank=adapter_rank, rngs=rngs
+      )
       if config.num_shared
       else None
     )

@@ -43,6 +43,14 @@ class Row(NamedTuple):
   counted: Literal['token', 'routed', 'lookup', 'none']
   export: Literal['as_is', 'weight', 'transposed', 'experts', 'deepseek']
 
+  @property
+  def part(self) -> Literal['base', 'connection', 'adapter']:
+    """What it belongs to: the plain network, or what is added to it."""
+    if 'adapter' in self.path:
+      return 'adapter'
+    of_streams = self.path.startswith(('*_connection', 'expand', 'collapse'))
+    return 'connection' if of_streams else 'base'
+
 
 def _matrix(path, used_in='activation', optimizer='muon'):
   return Row(path, True, optimizer, used_in, (DATA,), 'token', 'transposed')
@@ -79,6 +87,9 @@ PARAMETERS = (
   _small('attention/*norm/gain', export='weight'),
   _matrix('attention/*/weight'),
   _small('attention/*/bias'),
+  _matrix('attention/*/adapter_*'),
+  _matrix('ffn/*/adapter_*'),
+  _matrix('ffn/shared/*/adapter_*'),
   _matrix('ffn/[gud]*/weight'),
   _matrix('ffn/shared/*/weight'),
   _matrix('ffn/router/weight', used_in='float32'),

@@ -81,13 +81,14 @@ class Block(nnx.Module):
     self.attention_connection = connection(0)
     self.attention_norm = layers.RMSNorm(dim, eps)
     attention = ATTENTION[config.attention.kind]
-    self.attention = attention(config.attention, dim, eps, rngs=rngs)
+    added = dict(adapter_rank=config.adapter_rank, rngs=rngs)
+    self.attention = attention(config.attention, dim, eps, **added)
     self.ffn_connection = connection(1)
     self.ffn_norm = layers.RMSNorm(dim, eps)
     if has_experts:
-      self.ffn = moe.MoE(config.moe, dim, rngs=rngs)
+      self.ffn = moe.MoE(config.moe, dim, **added)
     else:
-      self.ffn = layers.SwiGLU(dim, config.ffn_dim, rngs=rngs)
+      self.ffn = layers.SwiGLU(dim, config.ffn_dim, **added)
 
   @parts.part(parts.DENSE)
   def __call__(

@@ -74,7 +74,7 @@ def _sizes(config):
     sizes['token' if tied else row.counted] += leaf.size
     if row.counted == 'none':
       continue
-    if 'connection' in row.path or row.path.startswith(('expand', 'collapse')):
+    if row.part == 'connection':
       sizes['connections'] += leaf.size
   return sizes
 

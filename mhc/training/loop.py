@@ -29,6 +29,7 @@ from mhc.training import evaluate
 from mhc.training import guards as guards_lib
 from mhc.training import profile
 from mhc.training import records
+from mhc.training import start
 from mhc.training import step as step_lib
 from mhc.training import timeline
 from mhc.training import workdir as workdir_lib
@@ -326,7 +327,7 @@ class Loop:
     with phases.phase('restoring the state'):
       saved = self._checkpoints.restore(compiled.saved_state)
       if saved is None:
-        self._state = compiled.init(self._config.seed)
+        self._state = start.state(self._config, compiled)
       else:
         self._state = compiled.to_pipeline_order(saved.state)
       self._step = int(self._state.step)

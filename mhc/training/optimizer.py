@@ -75,9 +75,31 @@ def make(
       ),
     )
     update = optax.partition({'muon': muon, 'adamw': update}, labels)
+  if config.connection_rate != 1:
+    faster = optax.scale(config.connection_rate)
+    update = optax.chain(update, optax.masked(faster, in_connections))
   if config.clip_norm:
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    update = optax.chain(clip, update)
+  if config.trained == 'connections':
+    # The norm that is bounded is of what is trained.
+    parts = {True: update, False: optax.set_to_zero()}
+    update = optax.partition(parts, trained)
   return update
+
+
+def in_connections(params) -> dict:
+  """The mask of what is of the connections, a tree of booleans."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: parameters.row(path).part == 'connection', params
+  )
+
+
+def trained(params) -> dict:
+  """The mask of connections and adapters."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: parameters.row(path).part != 'base', params
+  )
 
 
 def labels(params) -> dict:

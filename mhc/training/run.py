@@ -35,6 +35,7 @@ from mhc.runtime import watchdog
 from mhc.training import checkpoint
 from mhc.training import loop
 from mhc.training import profile
+from mhc.training import start
 from mhc.training import step as step_lib
 from mhc.training import text
 from mhc.training import timeline
@@ -154,6 +155,7 @@ def _prepare(config) -> Data:
     )
     heldout = batches_lib.heldout_for(config, mixture)
     Placement(config, mesh)  # checks that the devices can run it
+    start.check(config)
     memory.check(config, mesh)
   if multihost.is_first():
     accelerators.tell_if_unused(mesh.devices.flat[0].platform)

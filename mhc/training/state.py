@@ -27,8 +27,7 @@ class TrainState(NamedTuple):
 def init(config: config_lib.Config, key: jax.Array) -> TrainState:
   """Initialises a state from a random key, in depth order."""
   model = config.model
-  fresh = transformer.Transformer(model, rngs=nnx.Rngs(key))
-  params = nnx.to_pure_dict(nnx.state(fresh))
+  params = initial_parameters(model, key)
   optimizer = optimizer_lib.make(config.optimizer, config.num_steps)
   router_bias = None
   if model.num_moe_blocks:
@@ -38,6 +37,12 @@ def init(config: config_lib.Config, key: jax.Array) -> TrainState:
   return TrainState(
     jnp.zeros((), jnp.int32), params, optimizer.init(params), router_bias
   )
+
+
+def initial_parameters(model: config_lib.ModelConfig, key: jax.Array) -> Params:
+  """The parameters of a new model."""
+  fresh = transformer.Transformer(model, rngs=nnx.Rngs(key))
+  return nnx.to_pure_dict(nnx.state(fresh))
 
 
 def abstract_model(

@@ -124,8 +124,13 @@ def initialize(workdir: paths.Path, config: config_lib.Config):
   check(workdir, config)
   if not paths.in_bucket(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
+  write_config(workdir, config)
+
+
+def write_config(folder: paths.Path, config: config_lib.Config):
+  """Writes the settings of a run, for `read_config`."""
   text = json.dumps(dicts.to_dict(config), indent=2) + '\n'
-  files.replace(workdir / CONFIG, text)
+  files.replace(folder / CONFIG, text)
 
 
 def read_config(workdir: paths.Path) -> config_lib.Config:

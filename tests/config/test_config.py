@@ -50,6 +50,7 @@ mesh.num_sub_batches
 mesh.overlap
 mesh.pipe
 mesh.schedule
+model.adapter_rank
 model.attention.head_dim
 model.attention.implementation
 model.attention.kind
@@ -116,6 +117,7 @@ num_steps
 optimizer.b1
 optimizer.b2
 optimizer.clip_norm
+optimizer.connection_rate
 optimizer.decay_factors
 optimizer.decay_points
 optimizer.eps
@@ -124,11 +126,13 @@ optimizer.muon
 optimizer.muon_momentum
 optimizer.name
 optimizer.schedule
+optimizer.trained
 optimizer.warmup_steps
 optimizer.weight_decay
 probe_every
 probe_sequences
 seed
+start_from
 tensorboard
 wandb
 watchdog_s

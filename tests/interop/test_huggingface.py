@@ -166,7 +166,10 @@ def test_an_unknown_tensor_and_another_head_are_refused(tmp_path):
   ('changes', 'message'),
   [
     ({'attention.num_heads': 3}, 'num_heads=3 must divide model.dim=64'),
-    ({'attention.rope_dim': 8}, 'model.attention.rope_dim=8 would be read'),
+    (
+      {'attention.rope_dim': 8},
+      'does not have model.attention.rope_dim=8, not 0',
+    ),
     (
       {'attention.qk_norm': True, 'attention.qkv_bias': True},
       'qk_norm with attention.qkv_bias',

@@ -33,6 +33,22 @@ def is_folder(folder: paths.Path) -> bool:
   return 'model_type' in values or 'architectures' in values
 
 
+def read_settings(folder: paths.Path) -> config_lib.ModelConfig:
+  """Our settings of the model in a folder.
+
+  Raises:
+    ValueError: the class is not one of `settings`, or the model has a part that
+      ours lacks.
+  """
+  file = folder / safetensors.CONFIG
+  try:
+    return settings.of_config(files.read_json(file))
+  except KeyError as error:
+    raise ValueError(f'{file} has no {error}, which a model needs') from None
+  except ValueError as error:
+    raise ValueError(f'{file}: {error}') from None
+
+
 def load(
   folder: paths.Path,
 ) -> tuple[config_lib.ModelConfig, Params, Float[np.ndarray, 'l e'] | None]:
@@ -44,15 +60,8 @@ def load(
     ValueError: the class is not one of `settings`, the model has a part that
       ours lacks, or a tensor is missing, unknown or of another shape.
   """
+  model = read_settings(folder)
   values = files.read_json(folder / safetensors.CONFIG)
-  try:
-    model = settings.of_config(values)
-  except KeyError as error:
-    raise ValueError(
-      f'{folder / safetensors.CONFIG} has no {error}, which a model needs'
-    ) from None
-  except ValueError as error:
-    raise ValueError(f'{folder / safetensors.CONFIG}: {error}') from None
   interleaved = values.get('rope_interleave', True)
   parts = tensors.tensors(model, interleaved=interleaved)
   describe = f': {folder} is a {settings.architecture(values)}'
@@ -89,7 +98,7 @@ def _known(where, model):
 def export(
   workdir: paths.Path,
   out: paths.Path,
-  max_bytes: int = 5 * 10**9,
+  max_bytes: int = safetensors.MAX_BYTES,
   given: str | None = None,
 ) -> int:
   """Writes a plain run's newest checkpoint as a folder of Hugging Face.
@@ -124,7 +133,7 @@ def write(
   model: config_lib.ModelConfig,
   tree: Params,
   values: dict[str, Any],
-  max_bytes: int = 5 * 10**9,
+  max_bytes: int = safetensors.MAX_BYTES,
   step: int = 0,
 ):
   """Writes config.json `values` and the tensors of a tree to a folder."""

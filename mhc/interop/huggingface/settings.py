@@ -15,7 +15,7 @@ import math
 from typing import Any
 
 from mhc import config as config_lib
-from mhc.config import dicts
+from mhc.interop import body
 from mhc.model import rope
 
 LLAMA, QWEN2 = 'LlamaForCausalLM', 'Qwen2ForCausalLM'
@@ -268,8 +268,10 @@ def to_config(
   values = {'architectures': [name], 'model_type': kind} | values | own
   # Only what is read back as the same model is written.
   back = of_config(values)
-  if (ours := _comparable(model)) != _comparable(back):
-    raise ValueError(f'{name} is not this model: {_first(ours, back)}')
+  eps = back.attention.latent_norm_eps
+  same = dataclasses.replace(model.attention, latent_norm_eps=eps)
+  if found := body.difference(dataclasses.replace(model, attention=same), back):
+    raise ValueError(f'{name} does not have {found}')
   return values
 
 
@@ -345,46 +347,3 @@ def _scaling(c):
       return values | both
     values['attention_factor'] = rope.lengthening(c)
   return values
-
-
-def _comparable(model):
-  """Without what a folder says by other means, or that changes no result."""
-  moe = dataclasses.replace(
-    model.moe,
-    **{
-      name: getattr(config_lib.MoEConfig(), name)
-      for name in (
-        *('router', 'bias_speed', 'balance_loss', 'dispatch'),
-        *('capacity_factor', 'transport', 'buffer_factor'),
-      )
-    },
-  )
-  if not moe.num_experts:
-    moe = config_lib.MoEConfig()
-  elif moe.num_groups == moe.groups_per_token:
-    moe = dataclasses.replace(moe, num_groups=1, groups_per_token=1)
-  attention = dataclasses.replace(
-    model.attention, implementation='auto', latent_norm_eps=0.0
-  )
-  if attention.kind == 'gqa' and attention.rotated == attention.head_dim:
-    unused = {'rope_dim': 0, 'kv_rank': config_lib.AttentionConfig().kv_rank}
-    attention = dataclasses.replace(attention, **unused)
-  plain = config_lib.ModelConfig()
-  return dataclasses.replace(
-    model,
-    dtype='float32',
-    moe=moe,
-    attention=attention,
-    connection=config_lib.ConnectionConfig('residual'),
-    recompute=plain.recompute,
-    recompute_every=plain.recompute_every,
-  )
-
-
-def _first(ours, back):
-  other = dicts.leaves(_comparable(back))
-  return next(
-    f'model.{name}={value!r} would be read back as {other[name]!r}'
-    for name, value in dicts.leaves(ours).items()
-    if other[name] != value
-  )

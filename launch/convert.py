@@ -1,0 +1,69 @@
+"""Makes a trained model another kind of residual connection.
+
+python launch/convert.py --from=runs/plain --to=mhc --out=runs/upcycled_start
+python launch/train.py --workdir=runs/upcycled \
+  --config=from_folder:runs/upcycled_start
+
+--from is a run, an export, or a folder of Hugging Face (Llama, Qwen2, Qwen3,
+DeepSeek-V3). The result starts as the same function, and by how much not is
+printed; docs/upcycling.md.
+"""
+
+import dataclasses
+import typing
+
+from absl import flags
+
+from mhc import config as config_lib
+from mhc.interop import conversion
+from mhc.runtime import cli
+from mhc.runtime import paths
+from mhc.training import start
+
+FROM = flags.DEFINE_string(
+  'from',
+  None,
+  'Folder of the model: a run, an export, or of Hugging Face.',
+  required=True,
+)
+TO = flags.DEFINE_enum(
+  'to', 'mhc', typing.get_args(config_lib.Kind), 'Kind of connection.'
+)
+OUT = flags.DEFINE_string(
+  'out', None, 'Folder to write, new or empty.', required=True
+)
+NUM_STREAMS = flags.DEFINE_integer(
+  'num_streams', 4, 'Streams of the residual.', lower_bound=1
+)
+ADAPTER_RANK = flags.DEFINE_integer(
+  'adapter_rank', 0, 'Rank of adapters to add, 0 for none.', lower_bound=0
+)
+SEED = flags.DEFINE_integer('seed', 0, 'Seed of what is new.', lower_bound=0)
+ALLOW_DIFFERENT = flags.DEFINE_bool(
+  'allow_different', False, 'Accept a kind that starts as another function.'
+)
+
+
+def main():
+  folder, out = paths.path(FROM.value), paths.path(OUT.value)
+  model = start.model_of(folder)
+  connection = model.connection
+  if connection.kind != TO.value:
+    connection = config_lib.ConnectionConfig(
+      kind=TO.value, num_streams=NUM_STREAMS.value
+    )
+  model = dataclasses.replace(
+    model, connection=connection, adapter_rank=ADAPTER_RANK.value
+  )
+  source, difference = conversion.convert(
+    folder, model, SEED.value, allow_different=ALLOW_DIFFERENT.value
+  )
+  conversion.write(source, folder, out)
+  print(
+    f'{out}: {FROM.value} as {TO.value}; logits differ by {difference:.1e} of '
+    'their size'
+  )
+
+
+if __name__ == '__main__':
+  cli.run(main)
