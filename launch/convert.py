@@ -15,6 +15,7 @@ import typing
 from absl import flags
 
 from mhc import config as config_lib
+from mhc.interop import added
 from mhc.interop import conversion
 from mhc.runtime import cli
 from mhc.runtime import paths
@@ -44,8 +45,22 @@ ALLOW_DIFFERENT = flags.DEFINE_bool(
 )
 
 
+CONNECTIONS = flags.DEFINE_string(
+  'connections',
+  None,
+  'Folder of connections alone (launch/export.py --only=connections) to put '
+  'onto the model, in place of new ones.',
+)
+
+
 def main():
   folder, out = paths.path(FROM.value), paths.path(OUT.value)
+  if CONNECTIONS.value is not None:
+    added_to = paths.path(CONNECTIONS.value)
+    source = added.attach(start.read(folder), added_to)
+    conversion.write(source, added_to, out)
+    print(f'{out}: {FROM.value} with the connections of {added_to}')
+    return
   model = start.model_of(folder)
   connection = model.connection
   if connection.kind != TO.value:

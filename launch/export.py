@@ -3,12 +3,15 @@
 python launch/export.py --workdir=runs/tiny --out=tiny
 
 Writes the newest checkpoint's parameters, with the run's config.json and, if it
-has one, tokenizer.json; docs/interop.md describes the tensors.
+has one, tokenizer.json; docs/interop.md describes the tensors. A plain model
+can be written for transformers: --format=huggingface.
 """
 
 from absl import flags
 
 from mhc import interop
+from mhc.interop import added
+from mhc.interop import huggingface
 from mhc.runtime import cli
 from mhc.runtime import paths
 
@@ -24,16 +27,34 @@ MAX_GIGABYTES = flags.DEFINE_float(
   'Largest file in GB; larger models are sharded.',
   lower_bound=0.0,
 )
+FORMAT = flags.DEFINE_enum(
+  'format',
+  'mhc',
+  ['mhc', 'huggingface'],
+  "Names of the tensors: this package's, or those of a class of Hugging Face, "
+  'which has the plain residual alone.',
+)
+ONLY = flags.DEFINE_enum(
+  'only',
+  None,
+  ['connections'],
+  'Write the connections and adapters alone, for the same base.',
+)
 TOKENIZER = cli.define_tokenizer()
 
 
 def main():
-  step = interop.export(
-    paths.path(WORKDIR.value),
-    paths.path(OUT.value),
-    int(MAX_GIGABYTES.value * 1e9),
-    TOKENIZER.value,
-  )
+  where = paths.path(WORKDIR.value), paths.path(OUT.value)
+  if ONLY.value:
+    if FORMAT.value != 'mhc':
+      raise ValueError(
+        f'--only={ONLY.value} has tensors of --format=mhc alone, not of '
+        f'{FORMAT.value}'
+      )
+    step = added.export(*where, TOKENIZER.value)
+  else:
+    write = huggingface if FORMAT.value == 'huggingface' else interop
+    step = write.export(*where, int(MAX_GIGABYTES.value * 1e9), TOKENIZER.value)
   print(f'{OUT.value}: the model after {step} updates')
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from mhc import config as config_lib
 from mhc.interop import names
 from mhc.interop import safetensors
+from mhc.model import layers
 from mhc.model import transformer
 from mhc.runtime import files
 from mhc.runtime import paths
@@ -57,20 +58,8 @@ def merged(source: start.Source) -> start.Source:
   if not source.model.adapter_rank:
     return source
 
-  def walk(tree):
-    if 'adapter_in' in tree:
-      low = np.matmul(tree['adapter_in'], tree['adapter_out'])
-      return {'weight': tree['weight'] + low} | {
-        name: leaf for name, leaf in tree.items() if name == 'bias'
-      }
-    return {
-      name: walk(leaf) if isinstance(leaf, dict) else leaf
-      for name, leaf in tree.items()
-    }
-
-  params = jax.tree.map(np.asarray, source.params)
   model = dataclasses.replace(source.model, adapter_rank=0)
-  return start.Source(model, walk(params), source.router_bias)
+  return start.Source(model, layers.merged(source.params), source.router_bias)
 
 
 def convert(

@@ -121,6 +121,11 @@ def load(
   return config, tree, tree.pop('router_bias', None)
 
 
+def is_folder(folder: paths.Path) -> bool:
+  """Whether a folder has a model's tensors."""
+  return any((folder / n).exists() for n in ('model.safetensors', INDEX))
+
+
 @contextlib.contextmanager
 def opened(folder: paths.Path) -> Iterator[dict[str, safetensors.safe_open]]:
   """The tensors of a folder by name, and the open file that has each."""
@@ -130,7 +135,7 @@ def opened(folder: paths.Path) -> Iterator[dict[str, safetensors.safe_open]]:
   with contextlib.ExitStack() as stack:
     where = {}
     for file in files_:
-      one = stack.enter_context(_open(stack.enter_context(files.here(file))))
+      one = stack.enter_context(open_(stack.enter_context(files.here(file))))
       where |= dict.fromkeys(one.keys(), one)
     yield where
 
@@ -159,7 +164,8 @@ def _files_of(index: paths.Path) -> list[str]:
   return sorted(set(names_))
 
 
-def _open(file):
+def open_(file) -> safetensors.safe_open:
+  """Opens a file; ValueError if it is none."""
   try:
     return safetensors.safe_open(file, framework='numpy')
   except safetensors.SafetensorError as error:

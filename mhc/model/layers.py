@@ -6,12 +6,15 @@ input gives a unit output. A bias is of queries, keys and values alone, where
 the settings ask for it.
 """
 
+from collections.abc import Mapping
 import functools
+from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+import numpy as np
 
 from mhc.model import parts
 from mhc.model import recompute
@@ -32,13 +35,15 @@ class Linear(nnx.Module):
     weight = jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32)
     self.weight = nnx.Param(weight * in_dim**-0.5)
     self.bias = nnx.Param(jnp.zeros(out_dim, jnp.float32)) if bias else None
-    self.adapter_in = self.adapter_out = None
-    if adapter_rank:
-      shape = in_dim, adapter_rank
-      narrow = jax.random.normal(rngs.params(), shape, jnp.float32)
-      self.adapter_in = nnx.Param(narrow * in_dim**-0.5)
-      wide = jnp.zeros((adapter_rank, out_dim), jnp.float32)
-      self.adapter_out = nnx.Param(wide)
+    if not adapter_rank:
+      self.adapter_in = self.adapter_out = None
+      return
+    shape = in_dim, adapter_rank
+    narrow = jax.random.normal(rngs.params(), shape, jnp.float32)
+    self.adapter_in = nnx.Param(narrow * in_dim**-0.5)
+    self.adapter_out = nnx.Param(
+      jnp.zeros((adapter_rank, out_dim), jnp.float32)
+    )
 
   def matrix(self, dtype) -> Float[Array, 'i o']:
     """W, or W + A B."""
@@ -56,6 +61,18 @@ class Linear(nnx.Module):
       return y
     bias = jnp.expand_dims(self.bias[...], range(y.ndim - 1))
     return y + bias.astype(x.dtype)
+
+
+def merged(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Parameters with W + A B in the place of every W with an adapter."""
+  if 'adapter_in' in tree:
+    low = np.matmul(tree['adapter_in'], tree['adapter_out'])
+    rest = {name: leaf for name, leaf in tree.items() if name == 'bias'}
+    return {'weight': np.asarray(tree['weight']) + low} | rest
+  return {
+    name: merged(leaf) if isinstance(leaf, Mapping) else leaf
+    for name, leaf in tree.items()
+  }
 
 
 class RMSNorm(nnx.Module):

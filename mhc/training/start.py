@@ -73,6 +73,12 @@ def read(folder: paths.Path) -> Source:
     state = checkpoint.restore_model(folder, cpu)
     params, bias = jax.tree.map(np.asarray, (state.params, state.router_bias))
     return Source(model, params, bias)
+  if not safetensors.is_folder(folder):
+    raise ValueError(
+      f'{folder} has no model beside its {workdir_lib.CONFIG}: no checkpoint '
+      'yet, or connections alone, which launch/convert.py puts onto their base '
+      '(--connections)'
+    )
   _, params, bias = safetensors.load(folder)
   return Source(model, params, bias)
 
@@ -173,11 +179,9 @@ def convert(
 ) -> Source:
   """A source as another model, on the host, connections from a seed."""
   check_model(model, source.model, 'the model')
-  fresh = jax.jit(
-    lambda key: state_lib.initial_parameters(model, key),
-    device=jax.local_devices(backend='cpu')[0],
-  )(jax.random.key(seed))
-  fresh = _read_whole(source, model, fresh)
+  with jax.default_device(jax.local_devices(backend='cpu')[0]):
+    make = jax.jit(lambda key: state_lib.initial_parameters(model, key))
+    fresh = _read_whole(source, model, make(jax.random.key(seed)))
   params = grafted(source, jax.tree.map(np.asarray, fresh))
   return Source(model, params, source.router_bias)
 

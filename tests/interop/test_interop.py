@@ -6,7 +6,6 @@ f'(x) = Im f(x + ih) / h, exact in float64 and independent of any backward pass.
 """
 
 import dataclasses
-import functools
 import json
 import re
 
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors
 from safetensors import numpy as safetensors_numpy
+import saved_runs
 
 from mhc import config
 from mhc import connections
@@ -27,10 +27,6 @@ from mhc.data import tokenizer
 from mhc.interop import names as names_lib
 from mhc.model import parameters
 from mhc.model import transformer
-from mhc.parallel import mesh as mesh_lib
-from mhc.parallel.placement import Placement
-from mhc.training import checkpoint
-from mhc.training import step
 from mhc.training import workdir as workdir_lib
 
 EPS, DIM, TOKENS = 1e-6, 6, 3
@@ -273,23 +269,6 @@ def same(got, want):
     np.testing.assert_array_equal(got[name], value, str(name))
 
 
-@functools.lru_cache
-def random_state(model, seed=0):
-  """Of a run of `model`, every number another."""
-  settings = config.Config(model=model, mesh=config.MeshConfig(num_devices=1))
-  mesh = mesh_lib.make_mesh(settings.mesh, settings.data)
-  abstract = step.Step(Placement(settings, mesh)).saved_state
-  rng = np.random.default_rng(seed)
-
-  def leaf(like):
-    values = (0.5 * rng.normal(size=like.shape)).astype(like.dtype)
-    return jax.device_put(values, like.sharding)
-
-  return settings, jax.tree.map(leaf, abstract)._replace(
-    step=jax.device_put(np.int32(7), abstract.step.sharding)
-  )
-
-
 def with_kind(model, kind, **changes):
   return dicts.replace(model, connection={'kind': kind, **changes})
 
@@ -306,8 +285,8 @@ def with_kind(model, kind, **changes):
   ids=['dense', 'experts', 'mean', 'single pass'],
 )
 def test_a_models_connections_travel(model, names):
-  _, state = random_state(model)
-  _, other = random_state(model, seed=1)
+  _, state = saved_runs.random_state(model)
+  _, other = saved_runs.random_state(model, seed=1)
   tensors = interop.to_deepseek(state.params, model, names)
   prefix = 'model.' if names == 'transformers' else ''
   assert all(name.startswith(f'{prefix}layers') for name in tensors) == (
@@ -332,7 +311,7 @@ def test_a_models_connections_travel(model, names):
 
 def test_names_and_blocks():
   """Blocks count over both stacks; files also mix the two ways to name them."""
-  _, state = random_state(EXPERTS)
+  _, state = saved_runs.random_state(EXPERTS)
   tensors = interop.to_deepseek(state.params, EXPERTS)
   assert len(tensors) == 3 * 2 * 3 + 3
   want = interop.connection_to_deepseek(
@@ -352,7 +331,7 @@ def test_names_and_blocks():
 
 
 def test_other_tensors_are_refused():
-  _, state = random_state(DENSE)
+  _, state = saved_runs.random_state(DENSE)
   tensors = interop.to_deepseek(state.params, DENSE)
 
   def refused(changes, *needles, model=DENSE):
@@ -413,7 +392,7 @@ def test_static_and_constant_mappings_are_tensors():
 
 
 def test_what_tensors_cannot_say_is_refused(tmp_path):
-  _, state = random_state(DENSE)
+  _, state = saved_runs.random_state(DENSE)
 
   def refused(message, functions=('to', 'from', 'export'), **changes):
     model = with_kind(DENSE, 'mhc', **changes)
@@ -442,19 +421,10 @@ def test_what_tensors_cannot_say_is_refused(tmp_path):
   assert 'layers.0.hc_attn_fn' not in names
 
 
-def save_run(workdir, model, seed=0):
-  """A run's folder with the random state as its checkpoint."""
-  settings, state = random_state(model, seed)
-  workdir_lib.initialize(workdir, settings)
-  with checkpoint.Checkpoints(workdir, settings) as checkpoints:
-    checkpoints.save(state, {})
-  return settings, state
-
-
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('runs') / 'experts'
-  settings, state = save_run(workdir, EXPERTS)
+  settings, state = saved_runs.save_run(workdir, EXPERTS)
   vocabulary = tokenizer.BPE.train([b'some words'], 258)
   (workdir / 'tokenizer.json').write_text(vocabulary.description)
   return workdir, settings, state
@@ -523,7 +493,7 @@ def test_an_export_is_read_back_exactly(run, tmp_path):
 def test_exports_of_other_kinds(kind, tmp_path):
   """What DeepSeek has no tensors for keeps our names."""
   model = with_kind(DENSE, kind, collapse='mean')
-  settings, state = save_run(tmp_path / 'run', model)
+  settings, state = saved_runs.save_run(tmp_path / 'run', model)
   interop.export(tmp_path / 'run', tmp_path / 'out')
   check_loaded(tmp_path / 'out', settings, state)
   _, tensors = read(tmp_path / 'out')

@@ -33,7 +33,8 @@ def models():
     config.ModelConfig(num_blocks=2), connection=dict(expand_scale='learned')
   )
   yield dicts.replace(
-    config.ModelConfig(num_blocks=2, tied_embeddings=True),
+    config.ModelConfig(num_blocks=2, tied_embeddings=True, adapter_rank=2),
+    moe=dict(num_experts=4),
     attention=dict(kind='gqa', qkv_bias=True, qk_norm=True),
   )
   for kind in ('hc', 'mhc', 'mhc_single_pass'):

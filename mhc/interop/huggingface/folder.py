@@ -1,5 +1,6 @@
 """Folders of Hugging Face: config.json, safetensors, tokenizer.json."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -13,6 +14,7 @@ from mhc.interop import names
 from mhc.interop import safetensors
 from mhc.interop.huggingface import settings
 from mhc.interop.huggingface import tensors
+from mhc.model import layers
 from mhc.parallel.placement import Params
 from mhc.runtime import files
 from mhc.runtime import paths
@@ -115,14 +117,16 @@ def export(
       "transformers' classes: only 'residual' is"
     )
   tokenizer = vocabulary.required(workdir, given)
+  model = dataclasses.replace(config.model, adapter_rank=0)
   values = settings.to_config(
-    config.model, config.data.seq_len, (tokenizer.start, tokenizer.stop)
+    model, config.data.seq_len, (tokenizer.start, tokenizer.stop)
   )
   safetensors.check_empty(out)
   state = checkpoint.restore_model(workdir, jax.local_devices(backend='cpu')[0])
-  tree = state.params | {'router_bias': state.router_bias}
+  params = layers.merged(state.params)
+  tree = params | {'router_bias': state.router_bias}
   with safetensors.made(out) as partial:
-    write(partial, config.model, tree, values, max_bytes, int(state.step))
+    write(partial, model, tree, values, max_bytes, int(state.step))
     if tokenizer.name != 'bytes':
       (partial / vocabulary.TOKENIZER).write_text(tokenizer.description)
   return int(state.step)
