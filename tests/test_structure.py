@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LINE = (
   *('axes', 'precision', 'config', 'runtime', 'kernels', 'library'),
   *('model', 'pipeline', 'data', 'parallel', 'training'),
-  *('planner', 'interop', 'experiments', 'configs', 'launch'),
+  *('evaluation', 'planner', 'interop', 'experiments', 'configs', 'launch'),
 )
 MODULES = sorted(ROOT.glob('mhc/**/*.py'))
 KERNELS = sorted(ROOT.glob('kernels/**/*.py'))

@@ -18,6 +18,9 @@ from mhc.data import tokenizer as tokenizer_lib
 from mhc.evaluation import buckets
 from mhc.evaluation import decoding
 from mhc.evaluation import network as network_lib
+from mhc.runtime import paths
+from mhc.training import generate
+from mhc.training import workdir as workdir_lib
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -219,6 +222,25 @@ class Scorer:
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - chosen
     return -nats, jnp.argmax(logits, axis=-1) == targets
+
+
+def of_run(
+  workdir: paths.Path, given: str | None = None, batch_size: int = 16
+) -> Scorer:
+  """The scorer of a run's newest checkpoint, as long as its rows of training.
+
+  `given` is the vocabulary of a run whose own is unknown.
+
+  Raises:
+    ValueError: as `generate.restore`.
+  """
+  model, router_bias, tokenizer = generate.restore(workdir, given)
+  return Scorer(
+    network_lib.of_model(model, router_bias),
+    tokenizer,
+    max_length=workdir_lib.read_config(workdir).data.seq_len,
+    batch_size=batch_size,
+  )
 
 
 def windows(
