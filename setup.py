@@ -84,7 +84,7 @@ setuptools.setup(
     # Folders of runs and of data in a bucket.
     'gcs': gcs,
     # Benchmarks, with launch/harness.py.
-    'eval': [*train, 'lm_eval>=0.4.13'],
+    'eval': ['lm_eval>=0.4.13'],
     'cuda12': ['jax[cuda12]'],
     'cuda13': cuda13,
     'tpu': ['jax[tpu]'],

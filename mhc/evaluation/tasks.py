@@ -15,8 +15,8 @@ of examples (shots), and read JSON lines with the columns of the same data set:
     triviaqa       5      triviaqa/{train,validation}.jsonl
 
 SUBTASK and SUBJECT are the configurations of the data sets on the hub; a group
-needs all of its own: 27, 7 and 57. The shots of bbh (with chains of thought) and
-of minerva_math are in the tasks themselves.
+needs all of its own: 27, 7 and 57. The shots of bbh (with chains of thought)
+and of minerva_math are in the tasks themselves.
 """
 
 from collections.abc import Sequence
