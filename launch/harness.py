@@ -40,15 +40,15 @@ def main():
   # An extra, which at its import asks whether there is a network.
   from mhc.evaluation import harness
 
-  rows, truncated = [], {}
+  rows, records = [], {}
   for name in WORKDIR.value:
     workdir = paths.path(name)
     scorer = scoring.of_run(workdir, TOKENIZER.value, BATCH_SIZE.value)
     found = harness.evaluate(scorer, TASKS.value, local, LIMIT.value)
     rows += summary.rows(name, found)
-    truncated[name] = vars(scorer.truncated)
-  summary.write(paths.path(OUT.value), rows, truncated, LIMIT.value)
-  print(summary.markdown(rows, truncated))
+    records[name] = scorer.record()
+  summary.write(paths.path(OUT.value), rows, records, LIMIT.value)
+  print(summary.markdown(rows, records))
 
 
 if __name__ == '__main__':

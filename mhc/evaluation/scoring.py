@@ -6,8 +6,11 @@ in float64. What differs with the batch is the order of sums inside a device.
 """
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import math
+import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +50,7 @@ class Scorer:
     tokenizer: its `start` stands before a text that has nothing before it.
     max_length: most tokens that the network is given at once.
     truncated: what did not fit, over all calls.
+    requests, seconds: how many were answered, and how long that took.
   """
 
   def __init__(
@@ -76,6 +80,7 @@ class Scorer:
       )
     self.tokenizer, self.max_length = tokenizer, max_length
     self.truncated = Truncated()
+    self.requests, self.seconds = 0, 0.0
     self._network, self._batch_size = network, batch_size
     self._scores = jax.jit(self._score)
     self._decoder = decoding.Decoder(network, tokenizer, batch_size)
@@ -110,7 +115,8 @@ class Scorer:
         self.truncated.requests += 1
         self.truncated.tokens += lost
       pairs.append((self._begun(context), continuation))
-    return self._score_pairs(pairs)
+    with self._counted(pairs):
+      return self._score_pairs(pairs)
 
   def rolling(self, texts: Sequence[Tokens]) -> list[float]:
     """The log-likelihoods of whole texts, each token scored once, in nats.
@@ -131,7 +137,8 @@ class Scorer:
     for number, text in enumerate(texts):
       self._check(text, f'text {number}')
     pairs = [(self._begun(()), text) for text in texts]
-    return [score for score, _ in self._score_pairs(pairs)]
+    with self._counted(pairs):
+      return [score for score, _ in self._score_pairs(pairs)]
 
   def generate(
     self,
@@ -177,7 +184,23 @@ class Scorer:
       self.truncated.limited += room < max_tokens
       rows.append(kept)
     sampling = decoding.Sampling(temperature, top_p, seed)
-    return self._decoder(rows, until, room, self.max_length, sampling)
+    with self._counted(rows):
+      return self._decoder(rows, until, room, self.max_length, sampling)
+
+  def record(self) -> dict[str, Any]:
+    """What was done so far and what of it did not fit, for a JSON file."""
+    return {
+      'requests': self.requests,
+      'seconds': self.seconds,
+      'truncated': dataclasses.asdict(self.truncated),
+    }
+
+  @contextlib.contextmanager
+  def _counted(self, requests):
+    start = time.monotonic()
+    yield
+    self.requests += len(requests)
+    self.seconds += time.monotonic() - start
 
   def _begun(self, context) -> list[int]:
     return [int(one) for one in context] or [int(self.tokenizer.start)]

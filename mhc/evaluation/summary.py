@@ -118,7 +118,7 @@ def best(found: Sequence[Row]) -> list[tuple[str, str, str]]:
 def write(
   out: paths.Path,
   found: Sequence[Row],
-  truncated: Mapping[str, Mapping[str, int]],
+  records: Mapping[str, Mapping[str, Any]],
   limit: int | None,
 ):
   """Writes results.json and table.md into a folder, which it makes.
@@ -126,18 +126,14 @@ def write(
   Args:
     out: the folder.
     found: the rows.
-    truncated: of each run, what `scoring.Truncated` has counted.
+    records: of each run, what `Scorer.record` has returned.
     limit: documents that a task was limited to.
   """
   out.mkdir(parents=True, exist_ok=True)
-  values = {
-    'limit': limit,
-    'truncated': dict(truncated),
-    'rows': jsonable(found),
-  }
+  values = {'limit': limit, 'runs': dict(records), 'rows': jsonable(found)}
   text = json.dumps(values, indent=2, allow_nan=False)
   files.replace(out / 'results.json', text + '\n')
-  files.replace(out / 'table.md', markdown(found, truncated))
+  files.replace(out / 'table.md', markdown(found, records))
 
 
 def jsonable(found: Sequence[Row]) -> list[dict[str, Any]]:
@@ -153,9 +149,9 @@ def jsonable(found: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def markdown(
-  found: Sequence[Row], truncated: Mapping[str, Mapping[str, int]]
+  found: Sequence[Row], records: Mapping[str, Mapping[str, Any]]
 ) -> str:
-  """The rows as a table; the best of several runs; what did not fit."""
+  """The rows as a table; the best of several runs; what was done."""
   lines = [
     '| run | task | metric | documents | value | standard error | chance | |',
     '|---|---|---|---:|---:|---:|---:|---|',
@@ -172,13 +168,19 @@ def markdown(
   if ranked := best(found):
     lines += ['', '| task | metric | of the runs |', '|---|---|---|']
     lines += [f'| {" | ".join(three)} |' for three in ranked]
-  for run, of in truncated.items():
-    if any(of.values()):
-      lines += [
-        '',
-        f'{run}: {of["requests"]} contexts lost {of["tokens"]} tokens at their '
-        f'left, {of["limited"]} continuations had less room than asked for.',
-      ]
+  for run, of in records.items():
+    rate = of['requests'] / max(of['seconds'], 1e-9)
+    lines += [
+      '',
+      f'{run}: {of["requests"]:,} requests in {of["seconds"]:.1f} s with '
+      f'compilation, {rate:.0f} a second.',
+    ]
+    cut = of['truncated']
+    if any(cut.values()):
+      lines[-1] += (
+        f' {cut["requests"]:,} contexts lost {cut["tokens"]:,} tokens at their '
+        f'left, {cut["limited"]:,} continuations had less room than asked for.'
+      )
   return '\n'.join([*lines, ''])
 
 

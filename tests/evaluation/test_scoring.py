@@ -174,6 +174,10 @@ def test_generation_stops():
   (short,) = scorer.generate([[64] * 50], max_tokens=100)
   assert len(short) == 40
   assert scorer.truncated == scoring.Truncated(1, 9, 1)
+  record = scorer.record()
+  assert record['requests'] == 9
+  assert record['seconds'] > 0
+  assert record['truncated'] == {'requests': 1, 'tokens': 9, 'limited': 1}
 
 
 def test_what_does_not_fit_is_counted(network):

@@ -36,6 +36,7 @@ def no_time_limit():
     'slow/workers.py',
     'slow/prepare.py',
     'slow/colab.py',
+    'slow/harness.py',
   ],
 )
 def test_proof(command):
