@@ -114,7 +114,7 @@ def generation(asked: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
 def evaluate(
   scorer: scoring.Scorer,
   names: Sequence[str],
-  local: tasks_lib.Local | None = None,
+  local: tasks_lib.Local,
   limit: int | None = None,
 ) -> dict[str, Any]:
   """Runs tasks; returns what the harness does, every sample included.
@@ -122,15 +122,15 @@ def evaluate(
   Args:
     scorer: of the run.
     names: tasks or groups of tasks.
-    local: tasks that were written for files of this machine, see `local_tasks`.
+    local: definitions that stand before lm_eval's own, see `local_tasks`.
     limit: documents a task, None for all.
 
   Raises:
     ValueError: there is no such task.
   """
   manager = lm_tasks.TaskManager(
-    include_path=local and str(local.folder),
-    include_defaults=local is None or bool({*names} - {*local.names}),
+    include_path=str(local.folder),
+    include_defaults=bool({*names} - {*local.names}),
   )
   for name in names:
     if name not in manager.all_tasks:

@@ -1,8 +1,9 @@
-"""The mHC paper's eight benchmarks, read from files of this machine.
+"""The mHC paper's eight benchmarks, from the hub or from files of this machine.
 
 `lm_eval` ships each task as a file that says where its data is on the Hugging
-Face hub. Here are files that include those, all else unchanged but the number
-of examples (shots), and read JSON lines with the columns of the same data set:
+Face hub. Here are files that include those and change the number of examples
+(shots) to the paper's. With a data folder they read JSON lines in its place,
+which have the columns of the same data set:
 
     task           shots  files of the data folder
     bbh            3      bbh/SUBTASK.jsonl, such as bbh/navigate.jsonl
@@ -98,7 +99,7 @@ BENCHMARKS = {
 
 
 class Local(NamedTuple):
-  """Tasks that read local files.
+  """Tasks that are defined here, on this machine.
 
   Attributes:
     folder: where their definitions lie.
@@ -121,34 +122,33 @@ def shipped() -> pathlib.Path:
   return pathlib.Path(spec.submodule_search_locations[0]) / 'tasks'
 
 
-def prepare(names: Sequence[str], data: str | None, out: str) -> Local | None:
-  """Makes local tasks of those of `names` that are among the eight.
+def prepare(names: Sequence[str], data: str | None, out: str) -> Local:
+  """Defines those of `names` that are among the eight, see `local_tasks`.
 
-  Where they are all, libraries that are imported after this do not look for a
-  network.
+  Where all are read from local files, libraries that are imported after this do
+  not look for a network.
 
   Args:
     names: tasks.
-    data: folder of their files; None for no local tasks.
+    data: folder of their files, None for the hub.
     out: folder of the results, in which tasks/ becomes that of definitions.
 
   Raises:
     ValueError: lm_eval is not installed, or see `local_tasks`.
   """
-  folder = shipped()
-  if data is None:
-    return None
-  data_folder = pathlib.Path(paths.local(data, '--data'))
+  folder, data_folder = shipped(), None
+  if data is not None:
+    data_folder = pathlib.Path(paths.local(data, '--data'))
   out_folder = pathlib.Path(paths.local(out, '--out')) / 'tasks'
   local = local_tasks(names, data_folder, out_folder, folder)
-  if {*names} == {*local.names}:
+  if data is not None and {*names} == {*local.names}:
     os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_DATASETS_OFFLINE': '1'}
   return local
 
 
 def local_tasks(
   names: Sequence[str],
-  data_folder: pathlib.Path,
+  data_folder: pathlib.Path | None,
   out_folder: pathlib.Path,
   shipped_folder: pathlib.Path,
 ) -> Local:
@@ -156,7 +156,7 @@ def local_tasks(
 
   Args:
     names: tasks; others are left to lm_eval and the hub.
-    data_folder: holds the files above.
+    data_folder: holds the files above; None to read the hub.
     out_folder: is made, and filled with one file a task.
     shipped_folder: see `shipped`.
 
@@ -174,7 +174,7 @@ def local_tasks(
 
 
 def definitions(
-  name: str, data_folder: pathlib.Path, shipped_folder: pathlib.Path
+  name: str, data_folder: pathlib.Path | None, shipped_folder: pathlib.Path
 ) -> list[tuple[str, dict[str, Any]]]:
   """The tasks of one benchmark, with the group of them where it is one."""
   benchmark = BENCHMARKS[name]
@@ -200,6 +200,13 @@ def definitions(
 
 
 def _definition(task, part, source, benchmark, data_folder):
+  definition = {
+    'include': str(source.resolve()),
+    'task': task,
+    'num_fewshot': benchmark.shots,
+  }
+  if data_folder is None:
+    return definition
   files = {
     split: (data_folder / file.format(part)).resolve()
     for split, file in benchmark.files.items()
@@ -211,9 +218,7 @@ def _definition(task, part, source, benchmark, data_folder):
         'the columns of its data set; or leave the task out of --tasks'
       )
   return {
-    'include': str(source.resolve()),
-    'task': task,
-    'num_fewshot': benchmark.shots,
+    **definition,
     'dataset_path': 'json',
     'dataset_name': None,
     'dataset_kwargs': {

@@ -106,14 +106,24 @@ def test_the_network_is_off_where_all_is_local(folders, tmp_path, monkeypatch):
     monkeypatch.setenv(name, '0')
   monkeypatch.delitem(sys.modules, 'lm_eval', raising=False)
   monkeypatch.syspath_prepend(str(tmp_path))
-  for names, expected in (
-    (['piqa', 'arc_easy'], '0'),
-    (['piqa', 'mmlu'], '1'),
+  for names, there, expected in (
+    (['piqa', 'arc_easy'], str(data), '0'),
+    (['piqa', 'mmlu'], None, '0'),
+    (['piqa', 'mmlu'], str(data), '1'),
   ):
-    local = tasks.prepare(names, str(data), str(tmp_path / 'out'))
+    local = tasks.prepare(names, there, str(tmp_path / 'out'))
     assert local.folder == tmp_path / 'out' / 'tasks'
     assert [os.environ[name] for name in variables] == [expected] * 2
-  assert tasks.prepare(['piqa'], None, str(tmp_path / 'out')) is None
+
+
+def test_tasks_of_the_hub_have_the_shots_of_the_paper(folders, tmp_path):
+  _, shipped = folders
+  local = tasks.local_tasks(['gsm8k'], None, tmp_path / 'out', shipped)
+  assert json.loads((local.folder / 'gsm8k.yaml').read_text()) == {
+    'include': str(shipped / 'gsm8k' / 'gsm8k.yaml'),
+    'task': 'gsm8k',
+    'num_fewshot': 8,
+  }
 
 
 def test_without_the_harness_the_way_out_is_said(monkeypatch):

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,6 @@ ANSWER = {
 FEW = {
   'bbh': {'input': 'not True is', 'target': 'False'},
   'drop': {
-    'query_id': 'a',
     'passage': 'There are 3.',
     'question': 'How many?',
     'answer': ANSWER,
@@ -260,6 +260,7 @@ def check_groups(python, folder, run):
     ('bbh', 'drop', 'minerva_math', 'mmlu', 'triviaqa'),
     folder / 'few',
   )
+  shutil.rmtree(data, ignore_errors=True)
   while True:
     try:
       tasks.local_tasks(names, data, folder / 'definitions', shipped)
@@ -270,7 +271,8 @@ def check_groups(python, folder, run):
         raise
       file.parent.mkdir(parents=True, exist_ok=True)
       document = FEW[file.relative_to(data).parts[0]]
-      lines = [json.dumps(document | {'id': number}) for number in range(8)]
+      names_of = [{'id': n, 'query_id': str(n)} for n in range(8)]
+      lines = [json.dumps(document | one) for one in names_of]
       file.write_text('\n'.join(lines))
   call(
     python,
