@@ -83,6 +83,8 @@ setuptools.setup(
     'wandb': wandb,
     # Folders of runs and of data in a bucket.
     'gcs': gcs,
+    # Benchmarks, for launch/harness.py; `math` is what compares formulas.
+    'eval': ['lm_eval[math]>=0.4.13'],
     'cuda12': ['jax[cuda12]'],
     'cuda13': cuda13,
     'tpu': ['jax[tpu]'],

@@ -220,7 +220,9 @@ def _guarded(main, computes):
   try:
     for name in FOLDERS:
       if name in flags.FLAGS and (given := flags.FLAGS[name].value):
-        flags.FLAGS[name].value = paths.given(given, f'--{name}')
+        every = [given] if isinstance(given, str) else given
+        found = [paths.given(one, f'--{name}') for one in every]
+        flags.FLAGS[name].value = found if given is every else found[0]
     with signals.Handlers(_stop_status(), multihost.count):
       retry.as_os_error(main, 'a bucket')
   except (Exception, KeyboardInterrupt) as error:

@@ -1,6 +1,7 @@
 """The mains as a user runs them: one line and exit code 2 on a mistake."""
 
 import contextlib
+import importlib.util
 import json
 import pathlib
 import re
@@ -276,6 +277,11 @@ def test_the_other_mains_refuse_alike(launch, tmp_path):
   refused(launch('aot.py'), '--count')
   refused(launch('aot.py', '--topology=v5p:2x'), "'v5p:2x'", 'v6e:4x4')
   refused(launch('sample.py', empty), 'holds no run')
+  out = f'--out={tmp_path}/out'
+  is_there = importlib.util.find_spec('lm_eval')
+  why = 'holds no run' if is_there else "pip install 'mhc-jax[eval]'"
+  refused(launch('harness.py', empty, out), why)
+  refused(launch('harness.py', '--workdir=a,gs:///b', out), '=gs:///b names no')
   refused(
     launch('prepare_data.py', '--path=/nowhere', f'--out={tmp_path}/new'),
     '/nowhere',

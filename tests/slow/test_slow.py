@@ -37,6 +37,7 @@ def no_time_limit():
     'slow/prepare.py',
     'slow/colab.py',
     'slow/huggingface.py',
+    'slow/harness.py',
   ],
 )
 def test_proof(command):

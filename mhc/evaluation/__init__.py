@@ -1,0 +1,1 @@
+"""Scores and continuations of texts, and the benchmarks that ask for them."""
