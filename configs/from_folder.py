@@ -1,23 +1,31 @@
-"""Training that starts from a model in a folder, as launch/convert.py writes.
+"""Training that starts from the model in a folder of ours.
 
     python launch/train.py --workdir=runs/mine --config=from_folder:FOLDER
 
-The model is that of the folder: a run's, an export's or one of Hugging Face.
---config.model.connection.kind=mhc gives a plain one connections at once.
+The folder is a run's, or was written by launch/convert.py or launch/export.py.
+--config.model.connection.kind=mhc gives a plain model connections. Models of
+Hugging Face go through launch/convert.py first.
 """
+
+import json
+import pathlib
 
 import ml_collections
 
 from mhc import config
 from mhc.config import dicts
-from mhc.runtime import paths
-from mhc.training import start
 
 
 def get_config(folder: str = '') -> ml_collections.ConfigDict:
   if not folder:
     raise ValueError('give the folder: --config=from_folder:FOLDER')
-  settings = config.Config(
-    start_from=folder, model=start.model_of(paths.path(folder))
-  )
+  file = pathlib.Path(folder) / 'config.json'
+  values = json.loads(file.read_text())
+  if 'model' not in values:
+    raise ValueError(
+      f'{file} is not of this package: launch/convert.py --from={folder} '
+      '--to=residual --out=ANOTHER makes it so'
+    )
+  model = dicts.from_dict(config.ModelConfig, values['model'], 'model.')
+  settings = config.Config(start_from=folder, model=model)
   return ml_collections.ConfigDict(dicts.to_dict(settings))

@@ -15,10 +15,10 @@ import typing
 from absl import flags
 
 from mhc import config as config_lib
-from mhc.interop import added
-from mhc.interop import conversion
 from mhc.runtime import cli
 from mhc.runtime import paths
+from mhc.training import added
+from mhc.training import conversion
 from mhc.training import start
 
 FROM = flags.DEFINE_string(

@@ -9,11 +9,10 @@ can be written for transformers: --format=huggingface.
 
 from absl import flags
 
-from mhc import interop
-from mhc.interop import added
-from mhc.interop import huggingface
 from mhc.runtime import cli
 from mhc.runtime import paths
+from mhc.training import added
+from mhc.training import export
 
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True
@@ -53,8 +52,8 @@ def main():
       )
     step = added.export(*where, TOKENIZER.value)
   else:
-    write = huggingface if FORMAT.value == 'huggingface' else interop
-    step = write.export(*where, int(MAX_GIGABYTES.value * 1e9), TOKENIZER.value)
+    size = int(MAX_GIGABYTES.value * 1e9)
+    step = export.export(*where, size, TOKENIZER.value, FORMAT.value)
   print(f'{OUT.value}: the model after {step} updates')
 
 

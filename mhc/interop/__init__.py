@@ -1,11 +1,10 @@
-"""Import and export of models: safetensors, DeepSeek's connections."""
+"""Models in the forms of others: safetensors, DeepSeek's, Hugging Face's."""
 
 try:
   from mhc.interop.deepseek import connection_from_deepseek
   from mhc.interop.deepseek import connection_to_deepseek
   from mhc.interop.deepseek import from_deepseek
   from mhc.interop.deepseek import to_deepseek
-  from mhc.interop.safetensors import export
   from mhc.interop.safetensors import load
 except ModuleNotFoundError as error:
   if (error.name or 'mhc').split('.')[0] == 'mhc':
@@ -17,7 +16,6 @@ except ModuleNotFoundError as error:
 __all__ = [
   'connection_from_deepseek',
   'connection_to_deepseek',
-  'export',
   'from_deepseek',
   'load',
   'to_deepseek',

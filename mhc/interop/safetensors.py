@@ -1,6 +1,6 @@
-"""Models as safetensors: `export` writes a run's, `load` reads it back.
+"""Models as safetensors, one tensor per block and expert: read and written.
 
-One tensor per block and expert, under the names of docs/interop.md.
+The names are those of docs/interop.md, or of what others read.
 """
 
 from collections.abc import Iterator
@@ -22,55 +22,13 @@ from safetensors import numpy as safetensors_numpy
 from mhc import config as config_lib
 from mhc.interop import names
 from mhc.parallel.placement import Params
+from mhc.runtime import config_file
 from mhc.runtime import files
 from mhc.runtime import paths
 from mhc.runtime import retry
-from mhc.training import checkpoint
-from mhc.training import vocabulary
-from mhc.training import workdir as workdir_lib
 
 MAX_BYTES = 5 * 10**9  # of a file, unless another is asked for
-CONFIG, INDEX = workdir_lib.CONFIG, 'model.safetensors.index.json'
-
-
-def export(
-  workdir: paths.Path,
-  out: paths.Path,
-  max_bytes: int = MAX_BYTES,
-  given: str | None = None,
-) -> int:
-  """Writes a run's newest checkpoint, without the optimiser, for other code.
-
-  Besides the state this takes the memory of one file. The folder `out`, which
-  must not exist or be empty, appears once it is complete.
-
-  Args:
-    workdir: the run's folder.
-    out: as for `load`.
-    max_bytes: largest file; larger models are sharded. A tensor is never split.
-    given: the vocabulary of a run whose own is unknown, a tokenizer.json or
-      'bytes'.
-
-  Returns:
-    the number of updates of the checkpoint.
-
-  Raises:
-    ValueError: no run, no checkpoint, no known vocabulary, a model that its
-      tensors do not define, or `out` is not empty.
-  """
-  config, out = workdir_lib.read_config(workdir), paths.absolute(out)
-  names.check_model(config.model)
-  tokenizer = vocabulary.required(workdir, given)
-  check_empty(out)
-  state = checkpoint.restore_model(workdir, jax.local_devices(backend='cpu')[0])
-  with made(out) as partial:
-    (partial / CONFIG).write_bytes((workdir / CONFIG).read_bytes())
-    if tokenizer.name != 'bytes':
-      (partial / vocabulary.TOKENIZER).write_text(tokenizer.description)
-    tree = state.params | {'router_bias': state.router_bias}
-    parts = names.tensors(config.model)
-    write(partial, tree, parts, max_bytes, int(state.step))
-  return int(state.step)
+CONFIG, INDEX = config_file.NAME, 'model.safetensors.index.json'
 
 
 def check_empty(out: paths.Path):
@@ -107,12 +65,15 @@ def made(out) -> Iterator[pathlib.Path]:
 def load(
   folder: paths.Path,
 ) -> tuple[config_lib.Config, Params, Float[np.ndarray, 'l e'] | None]:
-  """Reads what `export` wrote, bit for bit: config, parameters, router's bias.
+  """Reads what `training.export` wrote, bit for bit.
+
+  Returns:
+    config, parameters, router's bias.
 
   Raises:
     ValueError: the folder holds other tensors, or not all of them.
   """
-  config = workdir_lib.read_config(folder)
+  config = config_file.read(folder)
   with opened(folder) as where:
     parts = names.tensors(config.model)
     slices = {name: file.get_slice(name) for name, file in where.items()}

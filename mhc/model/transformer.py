@@ -153,10 +153,8 @@ class Transformer(nnx.Module):
       return jax.vmap(block)(jnp.arange(first, last), keys)
 
     num_dense = config.num_blocks - config.num_moe_blocks
-    tied = config.tied_embeddings
-    self.embed = layers.Embed(
-      config.vocab_size, config.dim, tied=tied, rngs=rngs
-    )
+    sizes, tied = (config.vocab_size, config.dim), config.tied_embeddings
+    self.embed = layers.Embed(*sizes, tied=tied, rngs=rngs)
     self.dense_blocks = stack(0, num_dense, False) if num_dense else None
     self.moe_blocks = (
       stack(num_dense, config.num_blocks, True)

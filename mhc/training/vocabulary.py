@@ -39,6 +39,12 @@ def keep(workdir: paths.Path, tokenizer: tokenizer_lib.Tokenizer | None):
   )
 
 
+def write(folder: paths.Path, tokenizer: tokenizer_lib.Tokenizer):
+  """Writes a known vocabulary to a new folder."""
+  if tokenizer.name != 'bytes':
+    files.replace(folder / TOKENIZER, tokenizer.description)
+
+
 def of(
   workdir: paths.Path, given: str | None = None
 ) -> tokenizer_lib.Tokenizer | None:

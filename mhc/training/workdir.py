@@ -21,16 +21,17 @@ This module reads everything but the parameters, which are read by
 """
 
 from collections.abc import Mapping, Sequence
-import json
 import os
 from typing import Any
 
 from mhc import config as config_lib
 from mhc.config import aliases, dicts
+from mhc.runtime import config_file
 from mhc.runtime import files
 from mhc.runtime import paths
 
-CONFIG, SUMMARY = 'config.json', 'summary.json'
+CONFIG, SUMMARY = config_file.NAME, 'summary.json'
+read_config = config_file.read
 HELDOUT = 'heldout.npy'
 METRICS, PROBES, EVENTS = 'metrics.jsonl', 'probes.jsonl', 'events.jsonl'
 CHECKPOINTS, DAMAGED = 'checkpoints', 'damaged'
@@ -124,30 +125,7 @@ def initialize(workdir: paths.Path, config: config_lib.Config):
   check(workdir, config)
   if not paths.in_bucket(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-  write_config(workdir, config)
-
-
-def write_config(folder: paths.Path, config: config_lib.Config):
-  """Writes the settings of a run, for `read_config`."""
-  text = json.dumps(dicts.to_dict(config), indent=2) + '\n'
-  files.replace(folder / CONFIG, text)
-
-
-def read_config(workdir: paths.Path) -> config_lib.Config:
-  """Reads the settings of the run in `workdir`.
-
-  Raises:
-    ValueError: there is no run, or it is from another version.
-  """
-  file = workdir / CONFIG
-  try:
-    values = files.read_json(file)
-  except FileNotFoundError:
-    raise ValueError(f'{workdir} holds no run: no {file}') from None
-  try:
-    return dicts.from_dict(config_lib.Config, values)
-  except (ValueError, TypeError, RecursionError) as error:
-    raise ValueError(f'{file} is not a readable config: {error}') from None
+  config_file.write(workdir, config)
 
 
 def read_summary(

@@ -15,10 +15,10 @@ import saved_runs
 from mhc import config
 from mhc.config import dicts
 from mhc.interop import huggingface
-from mhc.interop.huggingface import folder as folder_lib
 from mhc.interop.huggingface import settings
 from mhc.interop.huggingface import tensors
 from mhc.model import transformer
+from mhc.training import export
 
 LLAMA3 = {
   'rope_type': 'llama3',
@@ -90,7 +90,7 @@ def test_its_logits_are_those_of_the_folder_and_it_goes_back(case, tmp_path):
   (again := tmp_path / 'again').mkdir()
   values = settings.to_config(model, 512, (0, 1))
   tree = params | ({} if bias is None else {'router_bias': bias})
-  folder_lib.write(again, model, tree, values)
+  huggingface.write(again, model, tree, values)
   back = huggingface.load(again)
   assert back[0] == model
   np.testing.assert_allclose(
@@ -205,7 +205,7 @@ def test_a_run_is_exported(tmp_path):
   out, plain_run = tmp_path / 'out', tmp_path / 'run'
   own = dataclasses.replace(config.ModelConfig().plain, adapter_rank=2)
   _, state = saved_runs.save_run(plain_run, own)
-  step = huggingface.export(plain_run, out)
+  step = export.export(plain_run, out, names_of='huggingface')
   assert huggingface.is_folder(out)
   assert step > 0
   values = json.loads((out / 'config.json').read_text())
@@ -220,4 +220,4 @@ def test_a_run_is_exported(tmp_path):
     reference.logits(out, np.asarray(tokens)), got, rtol=1e-4, atol=1e-3
   )
   with pytest.raises(ValueError, match='is not an empty folder'):
-    huggingface.export(plain_run, out)
+    export.export(plain_run, out, names_of='huggingface')

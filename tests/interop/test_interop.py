@@ -27,6 +27,7 @@ from mhc.data import tokenizer
 from mhc.interop import names as names_lib
 from mhc.model import parameters
 from mhc.model import transformer
+from mhc.training import export as export_lib
 from mhc.training import workdir as workdir_lib
 
 EPS, DIM, TOKENS = 1e-6, 6, 3
@@ -399,7 +400,7 @@ def test_what_tensors_cannot_say_is_refused(tmp_path):
     calls = {
       'to': lambda: interop.to_deepseek(state.params, model),
       'from': lambda: interop.from_deepseek({}, state.params, model),
-      'export': lambda: interop.export(tmp_path / 'run', tmp_path / 'out'),
+      'export': lambda: export_lib.export(tmp_path / 'run', tmp_path / 'out'),
     }
     if 'export' in functions:
       workdir_lib.initialize(tmp_path / 'run', config.Config(model=model))
@@ -449,7 +450,7 @@ def check_loaded(out, settings, state):
 
 def test_an_export_is_read_back_exactly(run, tmp_path):
   workdir, settings, state = run
-  assert interop.export(workdir, tmp_path / 'whole') == 7
+  assert export_lib.export(workdir, tmp_path / 'whole') == 7
   check_loaded(tmp_path / 'whole', settings, state)
   assert sorted(p.name for p in tmp_path.iterdir()) == ['whole']
   files, whole = read(tmp_path / 'whole')
@@ -467,7 +468,7 @@ def test_an_export_is_read_back_exactly(run, tmp_path):
 
   # In several files.
   out = tmp_path / 'parts'
-  interop.export(workdir, out, max_bytes=4000)
+  export_lib.export(workdir, out, max_bytes=4000)
   check_loaded(out, settings, state)
   files, parts = read(out)
   same(parts, whole)
@@ -494,7 +495,7 @@ def test_exports_of_other_kinds(kind, tmp_path):
   """What DeepSeek has no tensors for keeps our names."""
   model = with_kind(DENSE, kind, collapse='mean')
   settings, state = saved_runs.save_run(tmp_path / 'run', model)
-  interop.export(tmp_path / 'run', tmp_path / 'out')
+  export_lib.export(tmp_path / 'run', tmp_path / 'out')
   check_loaded(tmp_path / 'out', settings, state)
   _, tensors = read(tmp_path / 'out')
   assert ('layers.0.hc_attn_fn' in tensors) == (kind == 'mhc_single_pass')
@@ -506,9 +507,9 @@ def test_exports_of_other_kinds(kind, tmp_path):
 def test_other_files_are_refused(run, tmp_path):
   workdir, _, _ = run
   with pytest.raises(ValueError, match='not an empty folder: choose another'):
-    interop.export(workdir, workdir)
+    export_lib.export(workdir, workdir)
   with pytest.raises(ValueError, match='holds no run'):
-    interop.export(tmp_path, tmp_path / 'x')
+    export_lib.export(tmp_path, tmp_path / 'x')
   with pytest.raises(ValueError, match='holds no run'):
     interop.load(tmp_path)
   # What is there by any other name is somebody's, and stays.
@@ -516,7 +517,7 @@ def test_other_files_are_refused(run, tmp_path):
   mine.parent.mkdir()
   mine.write_text("a user's own")
   out = tmp_path / 'out'
-  interop.export(workdir, out)
+  export_lib.export(workdir, out)
   assert mine.read_text() == "a user's own"
   assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'out.partial']
   index = out / 'model.safetensors.index.json'

@@ -254,7 +254,15 @@ def test_parameters_are_counted_to_the_digit(kind, own):
   assert found['connection_params'] == own
 
 
-@pytest.mark.parametrize('kind', config_lib.DEPTH_KINDS)
+@pytest.mark.parametrize(
+  'kind',
+  [
+    kind
+    if kind in ('mhar', 'x0')
+    else pytest.param(kind, marks=pytest.mark.slow)
+    for kind in config_lib.DEPTH_KINDS
+  ],
+)
 def test_tokens_see_the_past_alone(kind):
   """By gradients of the logits, and by decoding one token after the other."""
   from flax import nnx

@@ -154,7 +154,7 @@ def test_rank_and_entropy_against_numpy():
 @pytest.mark.parametrize(
   'options', [{}, {'num_iters': 1}, {'method': 'newton'}]
 )
-@pytest.mark.parametrize('n', [2, 4])
+@pytest.mark.parametrize('n', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_products_of_sinkhorn_matrices_contract_by_what_their_logits_say(
   n, options
 ):

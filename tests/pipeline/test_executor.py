@@ -164,6 +164,7 @@ def test_one_permute_a_channel_and_none_in_a_branch():
   assert not branches & set(permutes)
 
 
+@pytest.mark.slow
 def test_transfers_between_stages_are_overlapped_on_a_tpu():
   """A whole branch, F or B, is between the start and the end of each."""
   devices = targets.devices('v5p:2x2x1')

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from mhc.planner import attention_cost
 
 
+@pytest.mark.slow
 def test_the_schedule_on_v5p(launch):
   done = launch('bench.py', 'attention', '--json', '--generations=v5p')
   assert done.returncode == 0, done.stderr

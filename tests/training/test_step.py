@@ -62,6 +62,7 @@ def test_eight_devices_compute_what_one_does():
   assert one[0].step == 3
 
 
+@pytest.mark.slow
 def test_experts_over_devices():
   """Loads are counted, and biases updated, over the whole batch.
 

@@ -13,8 +13,8 @@ from mhc import config as config_lib
 from mhc.data import corpus as corpus_lib
 from mhc.data import tokenize_corpus
 from mhc.data import tokenizer as tokenizer_lib
-from mhc.interop import safetensors
 from mhc.training import evaluate
+from mhc.training import export
 from mhc.training import generate
 from mhc.training import run
 from mhc.training import vocabulary
@@ -88,10 +88,10 @@ def test_without_a_vocabulary_there_is_no_text(tmp_path, monkeypatch, prepared):
   with pytest.raises(ValueError, match=r'vocabulary of .* is unknown'):
     generate.restore(tmp_path)
   monkeypatch.setattr(
-    safetensors.workdir_lib, 'read_config', lambda _: config_lib.Config()
+    export.workdir_lib, 'read_config', lambda _: config_lib.Config()
   )
   with pytest.raises(ValueError, match=r'is unknown.*--tokenizer='):
-    safetensors.export(tmp_path, tmp_path / 'out')
+    export.export(tmp_path, tmp_path / 'out')
   with pytest.raises(ValueError, match=r'is unknown.*--tokenizer='):
     evaluate.evaluate_checkpoint(tmp_path, str(prepared / 'text.jsonl'), 1)
 

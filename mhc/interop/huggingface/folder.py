@@ -1,11 +1,9 @@
 """Folders of Hugging Face: config.json, safetensors, tokenizer.json."""
 
-import dataclasses
 import json
 import pathlib
 from typing import Any
 
-import jax
 from jaxtyping import Float
 import numpy as np
 
@@ -14,13 +12,9 @@ from mhc.interop import names
 from mhc.interop import safetensors
 from mhc.interop.huggingface import settings
 from mhc.interop.huggingface import tensors
-from mhc.model import layers
 from mhc.parallel.placement import Params
 from mhc.runtime import files
 from mhc.runtime import paths
-from mhc.training import checkpoint
-from mhc.training import vocabulary
-from mhc.training import workdir as workdir_lib
 
 # Tensors that a class can make itself, or that it does not use.
 IGNORED = 'rotary_emb.inv_freq'
@@ -95,41 +89,6 @@ def _known(where, model):
       )
     del kept['lm_head.weight']
   return kept
-
-
-def export(
-  workdir: paths.Path,
-  out: paths.Path,
-  max_bytes: int = safetensors.MAX_BYTES,
-  given: str | None = None,
-) -> int:
-  """Writes a plain run's newest checkpoint as a folder of Hugging Face.
-
-  Arguments and result are those of `interop.export`.
-
-  Raises:
-    ValueError: as there, or the model is none of the classes of `settings`.
-  """
-  config, out = workdir_lib.read_config(workdir), paths.absolute(out)
-  if config.model.connection.kind != 'residual':
-    raise ValueError(
-      f'connection.kind={config.model.connection.kind!r} is in none of '
-      "transformers' classes: only 'residual' is"
-    )
-  tokenizer = vocabulary.required(workdir, given)
-  model = dataclasses.replace(config.model, adapter_rank=0)
-  values = settings.to_config(
-    model, config.data.seq_len, (tokenizer.start, tokenizer.stop)
-  )
-  safetensors.check_empty(out)
-  state = checkpoint.restore_model(workdir, jax.local_devices(backend='cpu')[0])
-  params = layers.merged(state.params)
-  tree = params | {'router_bias': state.router_bias}
-  with safetensors.made(out) as partial:
-    write(partial, model, tree, values, max_bytes, int(state.step))
-    if tokenizer.name != 'bytes':
-      (partial / vocabulary.TOKENIZER).write_text(tokenizer.description)
-  return int(state.step)
 
 
 def write(

@@ -237,6 +237,11 @@ def to_config(
   Raises:
     ValueError: none of the classes is this model.
   """
+  if model.connection.kind != 'residual':
+    raise ValueError(
+      f'connection.kind={model.connection.kind!r} is in none of the classes of '
+      "transformers: only 'residual' is"
+    )
   c, moe = model.attention, model.moe
   values: dict[str, Any] = {
     'vocab_size': model.vocab_size,

@@ -16,6 +16,7 @@ from safetensors import numpy as safetensors_numpy
 from mhc.interop import names
 from mhc.interop import safetensors
 from mhc.model import parameters
+from mhc.runtime import config_file
 from mhc.runtime import files
 from mhc.runtime import paths
 from mhc.training import checkpoint
@@ -31,7 +32,7 @@ def export(
 ) -> int:
   """Writes the connections and adapters of a run's newest checkpoint.
 
-  Arguments, result and errors are those of `interop.export`.
+  Arguments, result and errors are those of `export.export`.
   """
   config, out = workdir_lib.read_config(workdir), paths.absolute(out)
   names.check_model(config.model)
@@ -47,9 +48,8 @@ def export(
     )
   metadata = {BASE: _fingerprint(base, tree), 'step': str(int(state.step))}
   with safetensors.made(out) as partial:
-    workdir_lib.write_config(partial, config)
-    if tokenizer.name != 'bytes':
-      (partial / vocabulary.TOKENIZER).write_text(tokenizer.description)
+    config_file.write(partial, config)
+    vocabulary.write(partial, tokenizer)
     tensors = names.written(added, tree)
     safetensors_numpy.save_file(tensors, partial / FILE, metadata)
   return int(state.step)

@@ -10,11 +10,11 @@ import saved_runs
 
 from mhc import config
 from mhc.config import dicts
-from mhc.interop import added
-from mhc.interop import conversion
 from mhc.interop import safetensors
 from mhc.model import parameters
+from mhc.training import added
 from mhc.training import checkpoint
+from mhc.training import conversion
 from mhc.training import run
 from mhc.training import start
 from mhc.training import step as step_lib

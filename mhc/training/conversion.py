@@ -17,11 +17,11 @@ from mhc.interop import names
 from mhc.interop import safetensors
 from mhc.model import layers
 from mhc.model import transformer
+from mhc.runtime import config_file
 from mhc.runtime import files
 from mhc.runtime import paths
 from mhc.training import start
 from mhc.training import vocabulary
-from mhc.training import workdir as workdir_lib
 
 # Of the logits' root mean square, what float32 may do to a deep network.
 TOLERANCE = 1e-5
@@ -100,7 +100,7 @@ def convert(
 
 
 def write(source: start.Source, folder: paths.Path, out: paths.Path):
-  """Writes a model as `interop.export` does, with the vocabulary of `folder`.
+  """Writes a model as `export.export` does, with the vocabulary of `folder`.
 
   Raises:
     ValueError: its tensors do not say all that it computes.
@@ -109,7 +109,7 @@ def write(source: start.Source, folder: paths.Path, out: paths.Path):
   safetensors.check_empty(out)
   config = config_lib.Config(model=source.model)
   with safetensors.made(paths.absolute(out)) as partial:
-    workdir_lib.write_config(partial, config)
+    config_file.write(partial, config)
     for name in (vocabulary.TOKENIZER, vocabulary.UNKNOWN):
       if (folder / name).exists():
         files.replace(partial / name, (folder / name).read_text())
