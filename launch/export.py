@@ -3,8 +3,9 @@
 python launch/export.py --workdir=runs/tiny --out=tiny
 
 Writes the newest checkpoint's parameters, with the run's config.json and, if it
-has one, tokenizer.json; docs/interop.md describes the tensors. A plain model
-can be written for transformers: --format=huggingface.
+has one, tokenizer.json; docs/interop.md describes the tensors. Models
+of kind residual, mhc and identity can be written for transformers:
+--format=huggingface.
 """
 
 from absl import flags
@@ -30,8 +31,8 @@ FORMAT = flags.DEFINE_enum(
   'format',
   'mhc',
   ['mhc', 'huggingface'],
-  "Names of the tensors: this package's, or those of a class of Hugging Face, "
-  'which has the plain residual alone.',
+  "Names of the tensors: this package's, or those of a class of transformers; "
+  'mHC brings its own along.',
 )
 ONLY = flags.DEFINE_enum(
   'only',

@@ -186,7 +186,7 @@ def test_every_module_has_a_test():
   inside = (
     *('config.attention', 'config.checks', 'config.model', 'config.run'),
     *('data.batches', 'interop.body', 'interop.huggingface.folder'),
-    'runtime.config_file',
+    *('interop.huggingface.modeling_mhc', 'runtime.config_file'),
     *('experiments.plots', 'experiments.sections', 'experiments.tables'),
     'interop.deepseek',
     *('connections.hc', 'connections.mapped', 'connections.mhc'),

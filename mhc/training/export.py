@@ -1,7 +1,8 @@
 """A run's model for other code: a folder of safetensors.
 
 'mhc'           under our own names, with the run's config.json
-'huggingface'   as a class of transformers: the plain residual alone
+'huggingface'   for transformers: as a class that it has, or with the file
+                that defines one
 """
 
 import dataclasses

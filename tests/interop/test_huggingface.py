@@ -5,6 +5,7 @@ import json
 
 from flax import nnx
 import huggingface_reference as reference
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -185,6 +186,45 @@ def test_what_no_class_is_cannot_be_written(changes, message):
   )
   with pytest.raises(ValueError, match=message):
     settings.to_config(dicts.override(grouped, changes), 64, None)
+
+
+@pytest.mark.parametrize('kind', ['mhc', 'identity'])
+def test_models_with_streams_bring_their_code(kind, tmp_path):
+  """tests/slow/huggingface.py runs it."""
+  own, (_, state) = (
+    tmp_path / 'own',
+    saved_runs.save_run(
+      tmp_path / 'run',
+      dicts.replace(
+        config.ModelConfig(),
+        connection={'kind': kind, 'collapse': 'learned'},
+        moe={'num_experts': 4, 'expert_dim': 8},
+      ),
+    ),
+  )
+  export.export(tmp_path / 'run', own, names_of='huggingface')
+  assert (own / settings.CODE).read_text().startswith('"""Transformers with')
+  model, params, bias = huggingface.load(own)
+  assert model.connection.kind == kind
+  jax.tree.map(np.testing.assert_array_equal, params, state.params)
+  np.testing.assert_array_equal(bias, state.router_bias)
+  found = read(own)
+  assert 'layers.1.ffn.experts.3.down.weight' in found
+  assert all(not name.startswith('layers.0.hc_') for name in found)
+  # Modules of torch have these names.
+  code = (own / settings.CODE).read_text()
+  for name in {part for key in found for part in key.split('.')}:
+    assert name.isdigit() or f'self.{name} ' in code or name == 'weight', name
+
+
+def test_other_kinds_have_no_code():
+  for changes, message in (
+    ({'kind': 'hc'}, r"kind='hc' is in none of transformers' classes"),
+    ({'post': 'static'}, "connection.post='static' is not in modeling_mhc.py"),
+  ):
+    model = dicts.replace(config.ModelConfig(), connection=changes)
+    with pytest.raises(ValueError, match=message):
+      settings.to_config(model, 64, None)
 
 
 def test_rows_are_a_permutation():

@@ -11,6 +11,9 @@ in it, for random folders of all four models,
 * its logits of 512 tokens, in float32 on the CPU, must be those of
   tests/interop/huggingface_reference.py within 1e-4, with every argmax.
 
+Our own models with mHC and identity are written as well, and their logits must
+be those of the models here, by the modeling_mhc.py that their folders have.
+
 Prints a line a folder, with three logits, which are pinned here for
 tests/interop/test_huggingface_reference.py; ends with status 1 if one differs.
 
@@ -35,6 +38,7 @@ import numpy as np
 
 PACKAGES = ('torch', 'transformers', 'safetensors', 'numpy')
 LENGTH, TOLERANCE = 512, 1e-4
+LOGITS = 'expected_logits.npy'
 PINNED = 63  # the token whose last three logits are pinned
 LLAMA, QWEN2, QWEN3, DEEPSEEK = reference.MODEL_TYPES
 LINEAR = {'rope_type': 'linear', 'factor': 4.0}
@@ -145,15 +149,24 @@ def main():
   parser.add_argument(
     '--folder', action='append', default=[], help='Compare this one instead.'
   )
+  parser.add_argument(
+    '--ours', action='append', default=[], help=argparse.SUPPRESS
+  )
   parser.add_argument('--inside', action='store_true', help=argparse.SUPPRESS)
   flags = parser.parse_args()
   folders = [pathlib.Path(folder).resolve() for folder in flags.folder]
   if flags.inside:
-    sys.exit(not compare_all(folders))
+    ours = [pathlib.Path(folder) for folder in flags.ours]
+    sys.exit(not compare_all(folders, ours))
   with tempfile.TemporaryDirectory() as temporary:
     python = environment(pathlib.Path(flags.env or temporary).resolve())
     command = [python, __file__, '--inside']
     command += [f'--folder={folder}' for folder in folders]
+    if not folders:
+      from slow import huggingface_ours
+
+      ours = huggingface_ours.write(pathlib.Path(temporary) / 'ours')
+      command += [f'--ours={folder}' for folder in ours]
     offline = {'HF_HUB_OFFLINE': '1', 'TOKENIZERS_PARALLELISM': 'false'}
     sys.exit(
       subprocess.run(command, env=os.environ | offline, check=False).returncode
@@ -173,7 +186,7 @@ def environment(folder: pathlib.Path) -> pathlib.Path:
   return python
 
 
-def compare_all(folders: list[pathlib.Path]) -> bool:
+def compare_all(folders: list[pathlib.Path], ours: list[pathlib.Path]) -> bool:
   """Compares folders, or else all cases; whether all agree."""
   import torch
   import transformers
@@ -183,7 +196,7 @@ def compare_all(folders: list[pathlib.Path]) -> bool:
   print(f'torch {torch.__version__}, transformers {transformers.__version__}')
   if folders:
     return all([compare(str(folder), folder) for folder in folders])
-  good = []
+  good = [compare(folder.name, folder) for folder in ours]
   for name, case in CASES.items():
     with tempfile.TemporaryDirectory() as folder:
       write(case, folder)
@@ -207,7 +220,7 @@ def compare(name: str, folder: pathlib.Path, pinned=()) -> bool:
   """Compares one folder's logits, in a line; whether they agree."""
   model, problems = loaded(folder)
   given = tokens(model.config.vocab_size)
-  theirs, ours = logits(model, given), reference.logits(folder, given)
+  theirs, ours = logits(model, given), expected(folder, given)
   three = theirs[0, PINNED, -3:]
   worst = np.max(np.abs(theirs - ours))
   same = np.mean(np.argmax(theirs, -1) == np.argmax(ours, -1))
@@ -227,6 +240,12 @@ def compare(name: str, folder: pathlib.Path, pinned=()) -> bool:
   return not problems
 
 
+def expected(folder: pathlib.Path, given: np.ndarray) -> np.ndarray:
+  """The logits that came with a folder, or those of the reference."""
+  file = folder / LOGITS
+  return np.load(file) if file.exists() else reference.logits(folder, given)
+
+
 def loaded(folder: pathlib.Path):
   """The model of a folder by transformers, and what is wrong with it."""
   import torch
@@ -235,6 +254,7 @@ def loaded(folder: pathlib.Path):
   model, found = transformers.AutoModelForCausalLM.from_pretrained(
     folder,
     dtype=torch.float32,
+    trust_remote_code=(folder / 'modeling_mhc.py').exists(),
     attn_implementation='eager',
     output_loading_info=True,
   )

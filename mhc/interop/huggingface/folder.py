@@ -102,5 +102,9 @@ def write(
   """Writes config.json `values` and the tensors of a tree to a folder."""
   text = json.dumps(values, indent=2) + '\n'
   files.replace(folder / safetensors.CONFIG, text)
+  if model.connection.kind != 'residual':
+    names.check_model(model)
+    source = pathlib.Path(__file__).with_name(settings.CODE)
+    (folder / settings.CODE).write_bytes(source.read_bytes())
   parts = tensors.tensors(model)
   safetensors.write(folder, tree, parts, max_bytes, step)

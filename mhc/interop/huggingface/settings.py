@@ -5,7 +5,12 @@
     Qwen3ForCausalLM        kind='gqa', qk_norm
     DeepseekV3ForCausalLM   kind='mla', experts or none
 
-around the plain residual. What a config asks for and our model does not have is
+around the plain residual, and a class of our own, which folders bring along in
+modeling_mhc.py:
+
+    MhcForCausalLM          kind='mhc' or 'identity'
+
+What a config asks for and our model does not have is
 refused by its name. The defaults are those of the classes in transformers 5.24.
 """
 
@@ -15,16 +20,20 @@ import math
 from typing import Any
 
 from mhc import config as config_lib
+from mhc.config import dicts
 from mhc.interop import body
 from mhc.model import rope
 
 LLAMA, QWEN2 = 'LlamaForCausalLM', 'Qwen2ForCausalLM'
 QWEN3, DEEPSEEK = 'Qwen3ForCausalLM', 'DeepseekV3ForCausalLM'
+OWN = 'MhcForCausalLM'
+CODE = 'modeling_mhc.py'  # beside this file, and in folders of OWN
 TYPES = {
   'llama': LLAMA,
   'qwen2': QWEN2,
   'qwen3': QWEN3,
   'deepseek_v3': DEEPSEEK,
+  'mhc': OWN,
 }
 DEFAULTS = {
   **dict(hidden_act='silu', rms_norm_eps=1e-6, tie_word_embeddings=False),
@@ -32,6 +41,7 @@ DEFAULTS = {
   **dict(max_position_embeddings=2048, use_sliding_window=False),
 }
 OF_CLASS = {
+  OWN: {},
   LLAMA: {},
   QWEN2: dict(num_key_value_heads=32),
   QWEN3: dict(num_key_value_heads=32, head_dim=128),
@@ -82,6 +92,8 @@ def of_config(values: Mapping[str, Any]) -> config_lib.ModelConfig:
     ValueError: the model is of another class, or has a part that ours lacks.
   """
   name = architecture(values)
+  if name == OWN:
+    return dicts.from_dict(config_lib.ModelConfig, values['model'], 'model.')
   given = DEFAULTS | OF_CLASS[name] | dict(values)
   for key, ours in REQUIRED.items():
     if key in given and given[key] != ours:
@@ -230,36 +242,35 @@ def to_config(
   """The config.json of a plain model, in the form that versions 4 and 5 read.
 
   Args:
-    model: of kind='residual'.
+    model: of kind='residual', 'mhc' or 'identity', without adapters.
     length: tokens of the rows that it was trained on.
     ends: the tokens that begin and end a document, if they are known.
 
   Raises:
     ValueError: none of the classes is this model.
   """
-  if model.connection.kind != 'residual':
-    raise ValueError(
-      f'connection.kind={model.connection.kind!r} is in none of the classes of '
-      "transformers: only 'residual' is"
-    )
   c, moe = model.attention, model.moe
   values: dict[str, Any] = {
     'vocab_size': model.vocab_size,
     'num_hidden_layers': model.num_blocks,
     'hidden_size': model.dim,
-    'intermediate_size': model.ffn_dim,
-    'rms_norm_eps': model.norm_eps,
-    'tie_word_embeddings': model.tied_embeddings,
-    'hidden_act': 'silu',
     'max_position_embeddings': length,
-    'num_attention_heads': c.num_heads,
-    'rope_theta': c.rope_theta,
-    'rope_scaling': _scaling(c),
-    'attention_bias': False,
     'torch_dtype': 'float32',
   }
   if ends is not None:
     values |= {'bos_token_id': ends[0], 'eos_token_id': ends[1]}
+  if model.connection.kind != 'residual':
+    return _own_values(model) | values
+  values |= {
+    'intermediate_size': model.ffn_dim,
+    'rms_norm_eps': model.norm_eps,
+    'tie_word_embeddings': model.tied_embeddings,
+    'hidden_act': 'silu',
+    'num_attention_heads': c.num_heads,
+    'rope_theta': c.rope_theta,
+    'rope_scaling': _scaling(c),
+    'attention_bias': False,
+  }
   if c.kind == 'mla':
     name, own = DEEPSEEK, _latent_values(model)
   else:
@@ -278,6 +289,31 @@ def to_config(
   if found := body.difference(dataclasses.replace(model, attention=same), back):
     raise ValueError(f'{name} does not have {found}')
   return values
+
+
+def _own_values(model):
+  c = model.connection
+  parts = {name: getattr(c, name) for name in ('pre', 'post', 'res')}
+  if c.kind not in ('mhc', 'identity'):
+    raise ValueError(
+      f"connection.kind={c.kind!r} is in none of transformers' classes, nor in "
+      f"{CODE}: only 'residual', 'mhc' and 'identity' are"
+    )
+  for name, part in parts.items():
+    if part != 'dynamic':
+      raise ValueError(
+        f"connection.{name}={part!r} is not in {CODE}: only 'dynamic' is"
+      )
+  module = CODE.removesuffix('.py')
+  return {
+    'architectures': [OWN],
+    'model_type': 'mhc',
+    'auto_map': {
+      'AutoConfig': f'{module}.MhcConfig',
+      'AutoModelForCausalLM': f'{module}.{OWN}',
+    },
+    'model': dicts.to_dict(model),
+  }
 
 
 def _grouped_class(c):

@@ -36,18 +36,23 @@ LATENT = {
   'up': 'kv_b_proj',
   'out': 'o_proj',
 }
+SITES = {'attn': 'attention', 'ffn': 'ffn'}
 ROUTER = {'weight': 'gate.weight', 'bias': 'gate.e_score_correction_bias'}
 
 
 def tensors(
   model: config_lib.ModelConfig, *, interleaved: bool = True
 ) -> list[names.Tensor]:
-  """All tensors of a plain model.
+  """All tensors of a model.
 
   Args:
-    model: of kind='residual'.
+    model: of kind='residual', or one that modeling_mhc.py computes.
     interleaved: whether latent attention's rotated pairs are neighbours.
   """
+  if model.connection.kind != 'residual':
+    return [
+      part._replace(name=_own(part.name)) for part in names.tensors(model)
+    ]
   return [
     part._replace(
       name=_name(part.name, model.attention),
@@ -55,6 +60,11 @@ def tensors(
     )
     for part in names.tensors(model)
   ]
+
+
+def _own(ours):
+  ours = re.sub(r'hc_(attn|ffn)_', lambda m: f'{SITES[m[1]]}_connection.', ours)
+  return ours.replace('hc_head_', 'collapse.')
 
 
 def _name(ours, attention):
