@@ -274,6 +274,8 @@ class Config:
   # A folder whose weights a new run starts from: a run's, an export's or one of
   # Hugging Face (training/start.py); '' for random ones.
   start_from: str = ''
+  # Whether the optimiser's moments come along, of a run; else they start at 0.
+  start_moments: bool = False
   num_steps: int = 400
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -320,6 +322,10 @@ class Config:
       'final_sequences',
       'watchdog_s',
     )
+    if self.start_moments and not self.start_from:
+      raise ValueError(
+        'start_moments=True would not be used: start_from names no run'
+      )
     if self.probe_sequences > self.eval_sequences:
       raise ValueError(
         f'probe_sequences={self.probe_sequences} are more than the '

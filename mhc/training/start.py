@@ -12,6 +12,7 @@ where from scratch b = 3 and the sum is 1.095 for n = 4. A norm without an eps
 would not see it; trained models have norms with one.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from mhc.interop import body
 from mhc.interop import huggingface
 from mhc.interop import safetensors
 from mhc.model import parameters
-from mhc.parallel.placement import Params
+from mhc.parallel.placement import Params, Placement
 from mhc.runtime import paths
 from mhc.training import checkpoint
 from mhc.training import state as state_lib
@@ -89,9 +90,25 @@ def check(config: config_lib.Config):
   Raises:
     ValueError: there is no such model, or it is another.
   """
-  if config.start_from:
-    theirs = model_of(paths.path(config.start_from))
-    check_model(config.model, theirs, config.start_from)
+  if not config.start_from:
+    return
+  folder = paths.path(config.start_from)
+  check_model(config.model, model_of(folder), config.start_from)
+  if not config.start_moments:
+    return
+  if not (folder / workdir_lib.CHECKPOINTS).is_dir():
+    raise ValueError(
+      f'start_moments=True takes the moments of a run: {folder} is none, or '
+      'has no checkpoint yet'
+    )
+  theirs = workdir_lib.read_config(folder).optimizer
+  for name in ('name', 'muon', 'trained'):
+    ours, before = (getattr(one, name) for one in (config.optimizer, theirs))
+    if ours != before:
+      raise ValueError(
+        f'start_moments=True, but the moments of {folder} are of '
+        f'optimizer.{name}={before!r}, this run has {ours!r}'
+      )
 
 
 def check_model(
@@ -171,7 +188,29 @@ def state(
   if source.router_bias is not None:
     bias = _like(source.router_bias, bias)
   params = grafted(source, _read_whole(source, config.model, fresh.params))
-  return step.to_pipeline_order(fresh._replace(params=params, router_bias=bias))
+  moments = fresh.opt_state
+  if config.start_moments:
+    moments = _with_moments(config, step, moments)
+  return step.to_pipeline_order(
+    fresh._replace(params=params, opt_state=moments, router_bias=bias)
+  )
+
+
+def _with_moments(config, step, fresh):
+  """A fresh optimiser's state, with what the run's before has in its place."""
+  folder = paths.path(config.start_from)
+  theirs = dataclasses.replace(
+    workdir_lib.read_config(folder), mesh=config.mesh, data=config.data
+  )
+  abstract = state_lib.abstract_saved(Placement(theirs, step.mesh))
+  saved = checkpoint.restore(folder, abstract).opt_state
+  found = {
+    parameters.path_names(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(saved)
+  }
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: found.get(parameters.path_names(path), leaf), fresh
+  )
 
 
 def convert(

@@ -133,6 +133,7 @@ probe_every
 probe_sequences
 seed
 start_from
+start_moments
 tensorboard
 wandb
 watchdog_s

@@ -1,6 +1,6 @@
 """The reference of Hugging Face's models stays what transformers agreed to."""
 
-from interop import huggingface_reference as reference
+import huggingface_reference as reference
 import numpy as np
 import pytest
 from slow import huggingface as proof

@@ -9,7 +9,7 @@ in it, for random folders of all four models,
 * transformers loads the folder: no tensor may be missing, unknown or of another
   shape, and what it saves must be the same tensors, bit for bit;
 * its logits of 512 tokens, in float32 on the CPU, must be those of
-  tests/interop/huggingface_reference.py within 1e-4, with every argmax.
+  tests/huggingface_reference.py within 1e-4, with every argmax.
 
 Our own models with mHC and identity are written as well, and their logits must
 be those of the models here, by the modeling_mhc.py that their folders have.
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 if __name__ == '__main__':
   sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from interop import huggingface_reference as reference
+import huggingface_reference as reference
 import numpy as np
 
 PACKAGES = ('torch', 'transformers', 'safetensors', 'numpy')

@@ -167,6 +167,35 @@ def test_its_own_kind_gives_all(tmp_path, optax_promotion):
   np.testing.assert_array_equal(restored.router_bias, state.router_bias)
 
 
+def test_moments_come_along_where_asked_for(tmp_path, optax_promotion):
+  """Of a plain run's parameters; those of new connections are 0."""
+  plain = config.ModelConfig(num_blocks=2).plain
+  one, saved = saved_runs.save_run(tmp_path / 'run', plain)
+  model = dataclasses.replace(plain, connection=config.ConnectionConfig('mhc'))
+  other = dataclasses.replace(
+    one, model=model, start_from=str(tmp_path / 'run'), start_moments=True
+  )
+  start.check(other)
+  state = start.state(other, step_lib.build(other))
+  before = {
+    parameters.path_names(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(saved.opt_state)
+  }
+  kept = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state):
+    names = parameters.path_names(path)
+    np.testing.assert_array_equal(leaf, before.get(names, 0))
+    kept += names in before
+  assert kept == len(before)
+  muon = dataclasses.replace(one.optimizer, name='muon')
+  for changes, message in (
+    ({'optimizer': muon}, "are of optimizer.name='adamw', this run has 'muon'"),
+    ({'start_from': ''}, 'start_moments=True would not be used'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      start.check(dataclasses.replace(other, **changes))
+
+
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
