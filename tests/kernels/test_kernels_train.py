@@ -16,7 +16,7 @@ TINY = config.Config(
   num_steps=10,
   mesh=config.MeshConfig(num_devices=2),
   model=config.ModelConfig(
-    num_blocks=2,
+    num_blocks=1,
     dim=128,
     ffn_dim=32,
     recompute='none',
@@ -45,14 +45,14 @@ def losses(implementation, moe):
   return found
 
 
-EXPERTS = config.MoEConfig(num_experts=4, expert_dim=16, num_dense_blocks=1)
+EXPERTS = config.MoEConfig(num_experts=4, expert_dim=16, num_dense_blocks=0)
 
 
 @pytest.mark.parametrize(
   'moe', [config.MoEConfig(), pytest.param(EXPERTS, marks=pytest.mark.slow)]
 )
 def test_interpreted_kernels_train_as_plain_jax_does(moe, monkeypatch):
-  """Dense blocks, or one and one of experts, on two devices."""
+  """A dense block, or one of experts, on two devices."""
   monkeypatch.setattr(launch, 'TOKENS', (16,))
   plain, kernels = losses('xla', moe), losses('pallas', moe)
   assert len(set(plain)) == 3

@@ -257,9 +257,7 @@ def test_parameters_are_counted_to_the_digit(kind, own):
 @pytest.mark.parametrize(
   'kind',
   [
-    kind
-    if kind in ('mhar', 'x0')
-    else pytest.param(kind, marks=pytest.mark.slow)
+    kind if kind == 'x0' else pytest.param(kind, marks=pytest.mark.slow)
     for kind in config_lib.DEPTH_KINDS
   ],
 )

@@ -109,12 +109,13 @@ def compare(both, given, want, spec, kind):
 
 OFTEN = [
   ('mhc', 'batch and time'),
-  *(
-    (kind, 'batch and features') for kind in ('residual', 'hc', 'mhc', 'static')
-  ),
+  *((kind, 'batch and features') for kind in ('residual', 'hc', 'static')),
 ]
 SELDOM = [
-  *(('mhc', split) for split in ('batch', 'time', 'features')),
+  *(
+    ('mhc', split)
+    for split in ('batch', 'time', 'features', 'batch and features')
+  ),
   *((kind, 'batch') for kind in ('residual', 'hc', 'identity')),
   *(
     (kind, 'batch and features') for kind in ('hc off', 'identity', 'kronecker')
