@@ -36,6 +36,12 @@ OUT = flags.DEFINE_string(
 NUM_STREAMS = flags.DEFINE_integer(
   'num_streams', 4, 'Streams of the residual.', lower_bound=1
 )
+CONNECTIONS = flags.DEFINE_string(
+  'connections',
+  None,
+  'Folder of connections alone (launch/export.py --only=connections) to put '
+  'onto the model, in place of new ones.',
+)
 ADAPTER_RANK = flags.DEFINE_integer(
   'adapter_rank', 0, 'Rank of adapters to add, 0 for none.', lower_bound=0
 )
@@ -45,17 +51,15 @@ ALLOW_DIFFERENT = flags.DEFINE_bool(
 )
 
 
-CONNECTIONS = flags.DEFINE_string(
-  'connections',
-  None,
-  'Folder of connections alone (launch/export.py --only=connections) to put '
-  'onto the model, in place of new ones.',
-)
-
-
 def main():
   folder, out = paths.path(FROM.value), paths.path(OUT.value)
   if CONNECTIONS.value is not None:
+    for name in ('to', 'num_streams', 'adapter_rank', 'seed'):
+      if flags.FLAGS[name].present:
+        raise ValueError(
+          f'--{name}={flags.FLAGS[name].value} would not be used: the folder '
+          'of --connections says what the model becomes'
+        )
     added_to = paths.path(CONNECTIONS.value)
     source = added.attach(start.read(folder), added_to)
     conversion.write(source, added_to, out)
@@ -63,6 +67,14 @@ def main():
     return
   model = start.model_of(folder)
   connection = model.connection
+  if connection.kind == TO.value and flags.FLAGS.num_streams not in (
+    connection.num_streams,
+    flags.FLAGS['num_streams'].default,
+  ):
+    raise ValueError(
+      f'--num_streams={NUM_STREAMS.value} would not be used: {folder} has '
+      f'connection.kind={TO.value!r} already, of {connection.num_streams}'
+    )
   if connection.kind != TO.value:
     connection = config_lib.ConnectionConfig(
       kind=TO.value, num_streams=NUM_STREAMS.value

@@ -93,7 +93,8 @@ def check(config: config_lib.Config):
   if not config.start_from:
     return
   folder = paths.path(config.start_from)
-  check_model(config.model, model_of(folder), config.start_from)
+  name = f'start_from={config.start_from}'
+  check_model(config.model, model_of(folder), name)
   if not config.start_moments:
     return
   if not (folder / workdir_lib.CHECKPOINTS).is_dir():
@@ -117,14 +118,14 @@ def check_model(
   """Checks that a model can take the weights of another.
 
   Raises:
-    ValueError: it has another body or other connections; `name` is of whom.
+    ValueError: it has another body or other connections; `name` says whose.
   """
   if found := body.difference(ours, theirs):
-    raise ValueError(f'start_from={name} does not fit: this model has {found}')
+    raise ValueError(f'{name} does not fit: this model has {found}')
   kind, before = ours.connection.kind, theirs.connection.kind
   if before not in (kind, 'residual'):
     raise ValueError(
-      f'start_from={name} has connection.kind={before!r}, this model {kind!r}: '
+      f'{name} has connection.kind={before!r}, this model {kind!r}: '
       "it can start from its own kind or from 'residual'"
     )
   if before == kind:
@@ -132,12 +133,12 @@ def check_model(
     for setting, value in dicts.leaves(ours.connection).items():
       if setting != 'implementation' and value != other[setting]:
         raise ValueError(
-          f'start_from={name} has connection.{setting}={other[setting]!r}, '
+          f'{name} has connection.{setting}={other[setting]!r}, '
           f'this model {value!r}'
         )
   if theirs.adapter_rank and theirs.adapter_rank != ours.adapter_rank:
     raise ValueError(
-      f'start_from={name} has model.adapter_rank={theirs.adapter_rank}, this '
+      f'{name} has model.adapter_rank={theirs.adapter_rank}, this '
       f'model {ours.adapter_rank}: merge the adapters by launch/convert.py'
     )
 
