@@ -26,6 +26,7 @@ os.environ['TRITON_INTERPRET'] = '1'
 
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import uuid
@@ -40,6 +41,10 @@ import numpy as np
 import pytest
 
 float64.set_up()
+
+# Tests send it; `nohup make test` starts with it ignored.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
