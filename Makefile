@@ -20,7 +20,7 @@ compare: .venv/installed
 	$(BIN)/python launch/compare.py --workers=0 --workdir=$(WORKDIR) $(FLAGS)
 
 test: .venv/dev $(VERSIONS:%=.venv/versions/%/installed)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
