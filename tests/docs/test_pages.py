@@ -64,4 +64,5 @@ def test_comments_that_the_site_fills_in_are_known():
           if what == 'include':
             assert (documents.DOCS / 'fragments' / argument).exists()
           if what == 'settings':
-            assert (documents.ROOT / 'mhc' / 'config' / argument).exists()
+            file = documents.ROOT / 'mhc' / 'config' / argument
+            assert f'\nclass {line.split()[3]}:' in file.read_text(), line
