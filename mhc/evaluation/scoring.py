@@ -8,7 +8,6 @@ in float64. What differs with the batch is the order of sums inside a device.
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
-import math
 import time
 from typing import Any
 
@@ -164,10 +163,7 @@ class Scorer:
     """
     if max_tokens < 1:
       raise ValueError(f'max_tokens={max_tokens} must be at least 1')
-    if not 0 <= temperature < math.inf:
-      raise ValueError(f'temperature={temperature} must be 0 or more')
-    if not 0 < top_p <= 1:
-      raise ValueError(f'top_p={top_p} must be above 0 and at most 1')
+    generate.check_sampling(temperature, top_p)
     if '' in until:
       raise ValueError(
         "a stop string is '', which every text has: leave it out"

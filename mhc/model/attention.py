@@ -199,6 +199,17 @@ def _block(query, key, value, scale, start):
   return mixed.reshape(shape)
 
 
+def extended[Cache](cache: Cache, new: Cache, start: Int[Array, '']) -> Cache:
+  """A decoding cache [b, s, ...] with new tokens from place `start` on."""
+  return jax.tree.map(
+    lambda old, one: jax.lax.dynamic_update_slice_in_dim(
+      old, one, start, axis=1
+    ),
+    cache,
+    new,
+  )
+
+
 @functools.cache
 def _warn_once(message):
   logging.warning(message)

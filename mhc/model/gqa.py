@@ -14,7 +14,6 @@ import functools
 from typing import NamedTuple
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -71,12 +70,7 @@ class GQA(nnx.Module):
   ) -> tuple[Float[Array, 'b t d'], Cache]:
     """As `MLA.decode`."""
     query, *new = self._project(x, start)
-    cache = Cache(
-      *(
-        jax.lax.dynamic_update_slice_in_dim(old, each, start, axis=1)
-        for old, each in zip(cache, new, strict=True)
-      )
-    )
+    cache = attention.extended(cache, Cache(*new), start)
     mixed = attention.causal_attention(
       query, *cache, rope.logit_scale(self.config), start
     )

@@ -23,7 +23,6 @@ import functools
 from typing import NamedTuple
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -99,12 +98,7 @@ class MLA(nnx.Module):
     """
     c = self.config
     query, query_rope, latent, key_rope = self._project(x, start)
-    cache = Cache(
-      *(
-        jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)
-        for old, new in zip(cache, (latent, key_rope), strict=True)
-      )
-    )
+    cache = attention.extended(cache, Cache(latent, key_rope), start)
     up = self.up.matrix(x.dtype)
     up = up.reshape(c.kv_rank, c.num_heads, -1)
     to_key, to_value = jnp.split(up, 2, axis=-1)

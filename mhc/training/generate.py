@@ -40,6 +40,14 @@ def sample_token(
   return jax.random.categorical(key, logits)
 
 
+def check_sampling(temperature: float, top_p: float):
+  """Raises ValueError for a value out of its range."""
+  if not 0 <= temperature < math.inf:
+    raise ValueError(f'temperature={temperature} must be 0 or more')
+  if not 0 < top_p <= 1:
+    raise ValueError(f'top_p={top_p} must be above 0 and at most 1')
+
+
 def generate(
   model: transformer.Transformer,
   router_bias: Float[Array, 'l e'] | None,
@@ -68,12 +76,9 @@ def generate(
   Raises:
     ValueError: a value is out of its range.
   """
-  if not 0 <= temperature < math.inf:
-    raise ValueError(f'temperature={temperature} must be 0 or more')
+  check_sampling(temperature, top_p)
   if not 0 <= seed < 2**31:
     raise ValueError(f'seed={seed} must be from 0 to 2**31 - 1')
-  if not 0 < top_p <= 1:
-    raise ValueError(f'top_p={top_p} must be above 0 and at most 1')
   if len(prompt) == 0:
     raise ValueError('the prompt must have at least one token')
   graphdef, params = nnx.split(model)
