@@ -261,12 +261,9 @@ def test_slow_reads_are_waited_for_side_by_side(folder, monkeypatch):
 
 def test_a_block_is_one_read_of_its_own_process(folder, monkeypatch):
   slow = Slow(monkeypatch, 0)
-  reads = {}
   for slots in ((0, 1, 2), (3, 4, 5)):
-    slow.reads.clear()
-    mixed = load(folder)
     batches = batches_lib.train_batches(
-      mixed,
+      load(folder),
       settings(seq_len=64, block_rows=8, read_ahead=3),
       0,
       258,
@@ -274,10 +271,9 @@ def test_a_block_is_one_read_of_its_own_process(folder, monkeypatch):
     )
     for _ in range(32):
       next(batches)
-    reads[slots] = len(slow.reads)
-  # 32 steps of 3 rows are 12 blocks, 3 more that were begun in the middle, and
-  # those of the steps that were read ahead.
-  assert all(15 <= number <= 15 + 3 for number in reads.values())
+  # For each process, 32 steps of 3 rows are 12 blocks, 3 more that were begun
+  # in the middle, and those of the steps that are read ahead.
+  assert 2 * 15 <= len(slow.reads) <= 2 * (15 + 3)
 
 
 def test_a_row_beyond_a_damaged_block_stays(folder):
