@@ -22,6 +22,7 @@ from mhc.config.run import MeshConfig
 from mhc.config.run import OptimizerConfig
 from mhc.config.run import Policy
 from mhc.config.run import Schedule
+from mhc.config.task import TaskConfig
 
 __all__ = [
   'DEPTH_KINDS',
@@ -42,4 +43,5 @@ __all__ = [
   'Policy',
   'RopeScalingConfig',
   'Schedule',
+  'TaskConfig',
 ]

@@ -5,6 +5,7 @@ from typing import Literal
 
 from mhc.config import checks
 from mhc.config.model import ModelConfig
+from mhc.config.task import TaskConfig
 
 Schedule = Literal['gpipe', '1f1b', 'interleaved', 'wave_v', 'dualpipev']
 Head = Literal['last', 'vocab']
@@ -92,6 +93,8 @@ class DataConfig:
   # training, that share of the sum of weights is from it. Each has its own
   # held-out text. Copies are dropped within each path only.
   mixture: tuple[str, ...] = ()
+  # Questions with levels of difficulty in place of text, see TaskConfig.
+  task: TaskConfig = TaskConfig()
   # The field of JSON or column of Parquet that holds the text.
   text_field: str = 'text'
   # Of token files of others without a header; '' for uint16, refused where it
@@ -129,6 +132,27 @@ class DataConfig:
         f'most {MOST_AHEAD}'
       )
     self.sources()
+    if self.task.name:
+      self._check_task()
+
+  def _check_task(self):
+    name = self.task.name
+    if self.path or self.mixture:
+      raise ValueError(
+        f'data.task.name={name!r} and text, data.path={self.path!r} and '
+        f'data.mixture={self.mixture}, exclude each other: give one of them'
+      )
+    if self.seq_len <= self.task.num_bytes:
+      raise ValueError(
+        f'data.seq_len={self.seq_len} is too short for the '
+        f'{self.task.num_bytes} bytes of data.task: set it to '
+        f'{self.task.num_bytes + 1} or more, or ask less in a row'
+      )
+
+  @property
+  def targets_per_row(self) -> int:
+    """The tokens of a row that are predicted."""
+    return self.task.num_answer_bytes if self.task.name else self.seq_len
 
   def sources(self) -> tuple[tuple[str, float], ...]:
     """The paths of text and their weights: `mixture`, or `path` alone.

@@ -10,9 +10,11 @@ import os
 
 import numpy as np
 
+from mhc.config.task import TaskConfig
 from mhc.data import corpus_files
 from mhc.data import corruption
 from mhc.data import documents as documents_lib
+from mhc.data import questions
 from mhc.data import sources
 from mhc.data import token_dataset
 from mhc.data import token_file
@@ -26,8 +28,8 @@ class Corpus:
   """The token streams of both sides, in shards, and their origin."""
 
   name: str
-  train: tuple[token_file.Tokens, ...]
-  heldout: tuple[token_file.Tokens, ...]
+  train: tuple[token_file.Tokens | questions.Rows, ...]
+  heldout: tuple[token_file.Tokens | questions.Rows, ...]
   tokenizer: tokenizer_lib.Tokenizer | None  # None if unknown
   num_documents: int
   num_heldout_documents: int
@@ -35,6 +37,7 @@ class Corpus:
   sha256: str  # of all documents, in the order of the source
   num_skipped_before: int = 0  # when it was tokenised
   left_out: str = ''  # one line of the files that are not read, and why
+  made: str = ''  # what its rows are, which are made and not read
   log: corruption.SkipLog = dataclasses.field(
     default_factory=corruption.SkipLog
   )
@@ -63,6 +66,8 @@ class Corpus:
 
   def line(self) -> str:
     """What was found, in a line for the start of a run."""
+    if self.made:
+      return f'{self.name}: {self.made}'
     documents = 'token files of others'
     if self.num_documents:
       documents = (
@@ -129,6 +134,25 @@ def load(
       f'data.path={path!r} cannot be read ({error}): give a file, a folder or '
       'a pattern'
     ) from error
+
+
+def of_task(task: TaskConfig, seq_len: int) -> Corpus:
+  """The rows of a task, as if they were text that is kept somewhere."""
+  train, heldout = questions.NUM_TRAIN, questions.NUM_HELDOUT
+  return Corpus(
+    name=task.name,
+    train=(questions.Rows(task, 'train', seq_len),),
+    heldout=(questions.Rows(task, 'heldout', seq_len),),
+    tokenizer=tokenizer_lib.Bytes(),
+    num_documents=train + heldout,
+    num_heldout_documents=heldout,
+    num_bytes=(train + heldout) * task.num_bytes,
+    sha256=questions.sha256(task, seq_len),
+    made=(
+      f'rows of {task.num_bytes} bytes, {task.num_answer_bytes} of them '
+      f'answers; levels {", ".join(map(str, task.ladder))}, size {task.symbols}'
+    ),
+  )
 
 
 def is_tokens(path: str) -> bool:

@@ -114,7 +114,8 @@ def epochs_line(mixture: Mixture, tokens: int) -> str:
 def check_given(config: config_lib.Config):
   """Raises ValueError if the default text is not meant for the model."""
   data, vocab_size = config.data, config.model.vocab_size
-  if not data.path and not data.mixture and vocab_size > MOST_FOR_BYTES:
+  given = data.path or data.mixture or data.task.name
+  if not given and vocab_size > MOST_FOR_BYTES:
     raise ValueError(
       "data.path is empty, which means the bytes of Python's standard library; "
       f'a model of {vocab_size:,} tokens is for another text: give data.path '
@@ -133,9 +134,16 @@ def load(
   """
   check_given(config)
   data = config.data
-  found = _load(
-    data.sources(), data.on_damage, data.text_field, data.token_dtype, tokenizer
-  )
+  if data.task.name:
+    found = Mixture.of(corpus_lib.of_task(data.task, data.seq_len))
+  else:
+    found = _load(
+      data.sources(),
+      data.on_damage,
+      data.text_field,
+      data.token_dtype,
+      tokenizer,
+    )
   for corpus in found.corpora:
     corpus_lib.check_vocabulary(corpus, config.model.vocab_size)
   return found

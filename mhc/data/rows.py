@@ -13,6 +13,7 @@ from jaxtyping import Integer
 import numpy as np
 
 from mhc.data import corruption
+from mhc.data import questions
 from mhc.data import token_file
 
 # Replacements tried for a corrupted row.
@@ -29,7 +30,7 @@ class Rows:
 
   def __init__(
     self,
-    shards: Sequence[token_file.Tokens],
+    shards: Sequence[token_file.Tokens | questions.Rows],
     seq_len: int,
     name: str,
     num_tokens: int,

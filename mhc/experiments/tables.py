@@ -56,7 +56,7 @@ def panel(
       f'({summary["epochs"]:.2g} epochs), '
       f'{f"gradients clipped at {clip:g}" if clip else "no clipping"}, '
       f'seeds {", ".join(seeds)}; held-out loss over '
-      f'{summary["heldout_rows"] * config.data.seq_len:,} tokens.'
+      f'{summary["heldout_rows"] * config.data.targets_per_row:,} tokens.'
     ]
     selected = comparison_lib.rows_at(rows, setting)
     inner.append(_table(selected))

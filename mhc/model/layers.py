@@ -87,7 +87,10 @@ class RMSNorm(nnx.Module):
 
 
 class Embed(nnx.Module):
-  """Rows of a table, N(0, 1) at the start; tied to the logits N(0, 1/d)."""
+  """Rows of a table, N(0, 1) at the start; tied to the logits N(0, 1/d).
+
+  Tokens below 0 stand for ~token: they are read, and not predicted.
+  """
 
   def __init__(
     self, vocab_size: int, dim: int, *, tied: bool = False, rngs: nnx.Rngs
@@ -96,6 +99,7 @@ class Embed(nnx.Module):
     self.table = nnx.Param(table * dim**-0.5 if tied else table)
 
   def __call__(self, tokens: Int[Array, '*b'], dtype) -> Float[Array, '*b d']:
+    tokens = jnp.where(tokens < 0, ~tokens, tokens)
     return self.table[...].astype(dtype)[tokens]
 
 

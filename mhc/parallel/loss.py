@@ -11,6 +11,8 @@ have these functions of a `Placement` p and of the device's parts:
       assignments [l], None without experts
     token_losses(p, params, router_bias, tokens)     tokens int32 [b, t + 1]
       the summed loss of every row, [b]
+    are_likeliest(p, params, router_bias, tokens)    tokens int32 [b, t + 1]
+      whether each target's logit is the largest, 1 or 0, [b, t]
     stream_stats(p, params, router_bias, tokens)     tokens int32 [b, t]
       `residual.StreamStats` [l, 2, b t, ...] of the blocks that a pipeline is
       cut from, in its order, and of those before; None if there are none
@@ -36,23 +38,36 @@ from mhc.model import parts
 
 @parts.part(parts.HEAD)
 def nats_of_rows(logits, targets):
-  """The summed negative log-likelihood of each row's targets, float32 [b]."""
-  nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  """The summed negative log-likelihood of each row's targets, float32 [b].
+
+  Targets below 0 are not predicted.
+  """
+  nats = optax.softmax_cross_entropy_with_integer_labels(
+    logits, jnp.maximum(targets, 0)
+  )
+  nats = jnp.where(targets >= 0, nats, 0)
   return precision.mark('loss', jnp.sum(nats, axis=1))
 
 
-def balance_loss(model, stats, num_rows, seq_len):
+def are_likeliest(logits, targets):
+  """Whether each target's logit is the largest: 1 or 0, float32 [b, t]."""
+  own = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=2)
+  return (own[..., 0] >= jnp.max(logits, axis=2)).astype(jnp.float32)
+
+
+def balance_loss(p, stats, num_rows):
   """The term that a microbatch adds to the summed loss."""
-  if not model.moe.balance_loss:
+  weight = p.config.model.moe.balance_loss
+  if not weight:
     return jnp.zeros((), jnp.float32)
-  weight = model.moe.balance_loss * num_rows * seq_len
+  weight *= num_rows * p.config.data.targets_per_row
   return weight * jnp.sum(stats.balance_loss)
 
 
 def over_devices(p, nats, grads, stats):
   """Means from a device's sums; the gradients are summed already."""
   data = p.config.data
-  scale = 1 / (data.batch_size * data.seq_len)
+  scale = 1 / (data.batch_size * data.targets_per_row)
   grads = jax.tree.map(functools.partial(jnp.multiply, scale), grads)
   load = None
   if stats is not None:

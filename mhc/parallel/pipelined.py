@@ -5,6 +5,7 @@ blocks of the device's own stages. The functions are described in `loss`.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +33,11 @@ def loss_and_grads(p, params, router_bias, tokens):
 
 
 def token_losses(p, params, router_bias, tokens):
-  microbatches = mesh_lib.microbatches(tokens, p.config.data)
-  stages, parts = _cut(p, params, router_bias, microbatches)
-  schedule = _forward_schedule(p, len(microbatches))
-  nats, _ = executor.forward(schedule, stages, parts)
-  return loss.agreed(nats.reshape(-1), (PIPE,))
+  return _scored('nats', p, params, router_bias, tokens)
+
+
+def are_likeliest(p, params, router_bias, tokens):
+  return _scored('likeliest', p, params, router_bias, tokens)
 
 
 def stream_stats(p, params, router_bias, tokens):
@@ -60,6 +61,7 @@ class Stages:
   shared: placement.Params  # this device's, for what does not look at them
   blocks: placement.Params
   collect: bool = False  # statistics of the streams, not of experts
+  scores: Literal['nats', 'likeliest'] = 'nats'  # of `loss`
 
   def embed(self, shared, tokens):
     return self._network(shared, self.blocks).embed_and_expand(
@@ -75,8 +77,7 @@ class Stages:
     )
     extra = jnp.zeros((), jnp.float32)
     if aux.moe_stats is not None:
-      model = self.p.config.model
-      extra = loss.balance_loss(model, aux.moe_stats, *self.batch)
+      extra = loss.balance_loss(self.p, aux.moe_stats, self.batch[0])
     extra = axes.cast_varying(extra, axes.varying_axes(state))
     return state, extra, aux.stream_stats if self.collect else aux.moe_stats
 
@@ -88,11 +89,18 @@ class Stages:
 
   def score(self, shared, h, targets):
     if self.p.config.mesh.head == 'vocab':
-      weight = self._head_columns(shared)
-      nats = vocab_parallel.cross_entropy(h, weight, targets.reshape(-1))
-      return jnp.sum(nats.reshape(targets.shape), axis=1)
-    logits = self._network(shared, self.blocks).logits(h, targets.shape)
-    return loss.nats_of_rows(logits, targets)
+      score = {
+        'nats': vocab_parallel.nats_of_rows,
+        'likeliest': vocab_parallel.are_likeliest,
+      }[self.scores]
+      return score(h, self._head_columns(shared), targets)
+    score = {
+      'nats': loss.nats_of_rows,
+      'likeliest': loss.are_likeliest,
+    }[self.scores]
+    return score(
+      self._network(shared, self.blocks).logits(h, targets.shape), targets
+    )
 
   def _head_columns(self, shared):
     """This device's columns of the matrix of the logits."""
@@ -120,6 +128,16 @@ class Stages:
 
   def _network(self, shared, blocks):
     return self.p.merge(shared | {self.p.config.model.stack: blocks})
+
+
+def _scored(scores, p, params, router_bias, tokens):
+  """A score of every row."""
+  microbatches = mesh_lib.microbatches(tokens, p.config.data)
+  stages, parts = _cut(p, params, router_bias, microbatches)
+  stages = dataclasses.replace(stages, scores=scores)
+  schedule = _forward_schedule(p, len(microbatches))
+  found, _ = executor.forward(schedule, stages, parts)
+  return loss.agreed(found.reshape(-1, *found.shape[2:]), (PIPE,))
 
 
 def _cut(p, params, router_bias, microbatches, collect=False):

@@ -47,16 +47,11 @@ def loss_and_grads(p, params, router_bias, tokens):
 
 
 def token_losses(p, params, router_bias, tokens):
-  params, router_bias, tokens = axes.cast_varying_everywhere(
-    (params, router_bias, tokens)
-  )
-  score = functools.partial(_nats_of_rows, p, params, router_bias)
-  microbatches = mesh_lib.microbatches(tokens, p.config.data)
-  if len(microbatches) == 1:
-    nats = score(tokens)
-  else:
-    nats = jax.lax.map(score, microbatches).reshape(-1)
-  return loss.agreed(nats, (PIPE,))
+  return _scored(loss.nats_of_rows, p, params, router_bias, tokens)
+
+
+def are_likeliest(p, params, router_bias, tokens):
+  return _scored(loss.are_likeliest, p, params, router_bias, tokens)
 
 
 def stream_stats(p, params, router_bias, tokens):
@@ -74,15 +69,25 @@ def _objective(p, params, router_bias, tokens):
   rows = loss.nats_of_rows(logits, tokens[:, 1:])
   nats = total = jnp.sum(rows)
   if stats is not None:
-    total += loss.balance_loss(
-      p.config.model, stats, rows.size, p.config.data.seq_len
-    )
+    total += loss.balance_loss(p, stats, rows.size)
   return total, (nats, stats)
 
 
-def _nats_of_rows(p, params, router_bias, tokens):
-  logits, _ = _forward(p, params)(tokens[:, :-1], router_bias)
-  return loss.nats_of_rows(logits, tokens[:, 1:])
+def _scored(score, p, params, router_bias, tokens):
+  """A score of logits and targets, of every row."""
+  params, router_bias, tokens = axes.cast_varying_everywhere(
+    (params, router_bias, tokens)
+  )
+
+  def score_rows(rows):
+    logits, _ = _forward(p, params)(rows[:, :-1], router_bias)
+    return score(logits, rows[:, 1:])
+
+  microbatches = mesh_lib.microbatches(tokens, p.config.data)
+  if len(microbatches) == 1:
+    return loss.agreed(score_rows(tokens), (PIPE,))
+  scores = jax.lax.map(score_rows, microbatches)
+  return loss.agreed(scores.reshape(-1, *scores.shape[2:]), (PIPE,))
 
 
 def _forward(p, params):

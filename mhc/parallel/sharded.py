@@ -24,6 +24,11 @@ def token_losses(p: Placement) -> Callable:
   return _shard_map(p, 'token_losses', BATCH, BATCH)
 
 
+def are_likeliest(p: Placement) -> Callable:
+  """(params, router_bias, tokens int32 [b, t + 1]) -> 1 or 0 [b, t]."""
+  return _shard_map(p, 'are_likeliest', BATCH, BATCH)
+
+
 def stream_stats(p: Placement) -> Callable:
   """(params, router_bias, tokens int32 [b, t]) -> `StreamStats` twice."""
   return _shard_map(p, 'stream_stats', REPLICATED, (LAYERS, REPLICATED))

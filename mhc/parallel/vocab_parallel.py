@@ -22,6 +22,30 @@ from mhc.model import layers
 from mhc.model import parts
 
 
+def nats_of_rows(
+  h: Float[Array, 's d'],
+  weight: Float[Array, 'd v'],
+  targets: Int[Array, 'b t'],
+) -> Float[Array, 'b']:
+  """`loss.nats_of_rows`, of s = b t hidden states."""
+  nats = cross_entropy(h, weight, targets.reshape(-1)).reshape(targets.shape)
+  return jnp.sum(jnp.where(targets >= 0, nats, 0), axis=1)
+
+
+def are_likeliest(
+  h: Float[Array, 's d'],
+  weight: Float[Array, 'd v'],
+  targets: Int[Array, 'b t'],
+) -> Float[Array, 'b t']:
+  """`loss.are_likeliest`, of s = b t hidden states."""
+  logits = layers.logits(h, weight)
+  top = jax.lax.pmax(jnp.max(logits, axis=1), PIPE)
+  own = _of_targets(logits, targets.reshape(-1))
+  found = jax.lax.psum(own, PIPE) >= top
+  found = found.astype(jnp.float32).reshape(targets.shape)
+  return axes.cast_varying(found, axes.varying_axes((h, weight, targets)))
+
+
 @jax.custom_vjp
 def cross_entropy(
   h: Float[Array, 's d'],
@@ -33,7 +57,7 @@ def cross_entropy(
   Args:
     h: hidden states, the same on all devices of the axis PIPE.
     weight: the device's columns, v of v p; cast to the dtype of h.
-    targets: numbers in the whole vocabulary.
+    targets: numbers in the whole vocabulary, or below 0.
   """
   return _forward(h, weight, targets)[0]
 
@@ -43,9 +67,7 @@ def _forward(h, weight, targets):
   logits = layers.logits(h, weight)
   top = jax.lax.pmax(jnp.max(logits, axis=1), PIPE)
   total = jnp.sum(jnp.exp(logits - top[:, None]), axis=1)
-  column, here = _columns(targets, weight.shape[1])
-  value = jnp.take_along_axis(logits, column[:, None], axis=1)[:, 0]
-  total, value = jax.lax.psum((total, jnp.where(here, value, 0)), PIPE)
+  total, value = jax.lax.psum((total, _of_targets(logits, targets)), PIPE)
   nats = jnp.log(total) + top - value
   over = axes.varying_axes((h, weight, targets))
   kept = axes.cast_varying((top, total), over)
@@ -69,6 +91,13 @@ def _backward(kept, g):
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def _of_targets(logits, targets):
+  """The logits of targets that are on this device, 0 of others, [s]."""
+  column, here = _columns(targets, logits.shape[1])
+  value = jnp.take_along_axis(logits, column[:, None], axis=1)[:, 0]
+  return jnp.where(here, value, 0)
 
 
 def _columns(targets, size):

@@ -67,7 +67,7 @@ class Stages(Protocol):
     """State -> h [c t, d], what the head takes."""
 
   def score(self, shared, h, targets):
-    """The nats, float32 [c], of targets int32 [c, t].
+    """The nats, float32 [c], of targets int32 [c, t]; or another score of each.
 
     With head='vocab' of a vocabulary that is split over PIPE: called by all
     devices at once.
@@ -112,15 +112,15 @@ def gradients(
 @names.part(names.BUFFERS)
 def forward(
   schedule: table.Schedule, stages: Stages, parts: Parts
-) -> tuple[Float[Array, 'm c'], Tree]:
-  """The summed loss of every row, and the statistics of the blocks.
+) -> tuple[Float[Array, 'm c *score'], Tree]:
+  """The score of every row, and the statistics of the blocks.
 
   Args:
     schedule: of `table.build_forward`.
     stages, parts: as for `gradients`.
 
   Returns:
-    nats, on every device of PIPE; and the statistics of `stages.run` of each
+    scores, on every device of PIPE; and the statistics of `stages.run` of each
     microbatch at each block of this device, [v r, m, ...].
   """
   device = _Device(schedule, stages, parts)
@@ -129,8 +129,8 @@ def forward(
   _, hidden, stats = carry
   hidden = buffers.broadcast_from_last(hidden, schedule)
   score = functools.partial(_score, device, hidden)
-  nats = jax.lax.map(score, jnp.arange(schedule.num_microbatches))
-  return nats, jax.tree.map(_by_layer, stats)
+  scores = jax.lax.map(score, jnp.arange(schedule.num_microbatches))
+  return scores, jax.tree.map(_by_layer, stats)
 
 
 class _Device:
@@ -198,7 +198,7 @@ class _Device:
 
 
 def _score(device, hidden, index):
-  """The nats of a microbatch's rows."""
+  """The score of a microbatch's rows."""
   return device.score(buffers.index(hidden, index), index)
 
 

@@ -103,6 +103,9 @@ def _text(config) -> Iterator[Check]:
   except ValueError as error:
     yield Check('text', str(error), True)
     return
+  if config.data.task.name:
+    yield Check('text', f'the task {config.data.task.name}: rows are made')
+    return
   for path, _ in config.data.sources():
     if not path:
       yield Check('text', "the bytes of Python's standard library")

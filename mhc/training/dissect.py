@@ -179,12 +179,13 @@ def dissect(
     batch_size: rows to score at a time.
   """
   parts = [*_parts(rows, batch_size)]
+  num_targets = np.sum(rows[:, 1:] >= 0, axis=1)
   model = (state.params, state.router_bias)
   mean = _of_rows(jax.jit(functools.partial(_mean_res, graphdef)), model, parts)
   score = jax.jit(functools.partial(_nats, graphdef))
   changes = interventions(jnp.asarray(mean.mean(axis=0), jnp.float32))
   return {
-    name: _of_rows(score, model, parts, change) / (rows.shape[1] - 1)
+    name: _of_rows(score, model, parts, change) / num_targets
     for name, change in changes
   }
 

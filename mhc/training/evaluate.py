@@ -1,13 +1,16 @@
 """Held-out loss, in nats a token and in bits per byte of text."""
 
+import collections
 import dataclasses
 import math
 
 import jax
 import numpy as np
 
+from mhc import config as config_lib
 from mhc.data import batches
 from mhc.data import mixture as mixture_lib
+from mhc.data import questions
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.parallel import partition
 from mhc.runtime import paths
@@ -19,6 +22,7 @@ from mhc.training import workdir as workdir_lib
 
 # Rows are scored in batches this many times the training batch.
 BATCHES = 4
+ACCURACY = 'accuracy'
 
 
 def row_nats(
@@ -31,15 +35,41 @@ def row_nats(
 
   `batch_size` is the training batch, whose multiples the devices divide.
   """
-  nats, size = [], BATCHES * batch_size
+  return _by_batches(step.token_losses, step.mesh, state, rows, batch_size)
+
+
+def right_answers(
+  step: step_lib.Step,
+  state: state_lib.TrainState,
+  rows: np.ndarray,
+  config: config_lib.DataConfig,
+) -> dict[str, float]:
+  """The share of questions of each level whose answer is the likeliest text.
+
+  That is, of whose bytes each has the largest logit after the right ones.
+  """
+  found = _by_batches(
+    step.are_likeliest, step.mesh, state, rows, config.batch_size
+  )
+  shares = collections.defaultdict(list)
+  for level, targets in questions.levels(config.task):
+    shares[level].append(found[:, targets].min(axis=1))
+  return {
+    f'{ACCURACY}/{level}': float(np.mean(right))
+    for level, right in shares.items()
+  }
+
+
+def _by_batches(program, mesh, state, rows, batch_size):
+  """What a program of a state and tokens gives for each row."""
+  found, size = [], BATCHES * batch_size
   for start in range(0, len(rows), size):
     batch = rows[start : start + size]
     missing = size - len(batch)
     padded = np.pad(batch, ((0, missing), (0, 0)))
-    tokens = partition.put(padded, step.mesh, partition.BATCH)
-    scores = jax.device_get(step.token_losses(state, tokens))
-    nats.append(scores[: len(batch)])
-  return np.concatenate(nats)
+    tokens = partition.put(padded, mesh, partition.BATCH)
+    found.append(jax.device_get(program(state, tokens))[: len(batch)])
+  return np.concatenate(found)
 
 
 def losses(
@@ -50,9 +80,11 @@ def losses(
   """Held-out loss from the `row_nats` of `rows`.
 
   Bits per byte are all nats, those of document marks included, over the number
-  of target bytes: comparable between tokenizers, nan without a known one.
+  of target bytes: comparable between tokenizers, nan without a known one. The
+  targets of a task are the bytes of its answers alone.
   """
   targets, total = rows[:, 1:], float(nats.sum(dtype=np.float64))
+  targets = targets[targets >= 0]
   bits = math.nan
   if tokenizer is not None:
     bits = total / math.log(2) / tokenizer.num_bytes(targets)
@@ -85,7 +117,10 @@ def evaluate_checkpoint(
   tokenizer = vocabulary.of(workdir, given)
   if path is not None:
     config = dataclasses.replace(
-      config, data=dataclasses.replace(config.data, path=path, mixture=())
+      config,
+      data=dataclasses.replace(
+        config.data, path=path, mixture=(), task=config_lib.TaskConfig()
+      ),
     )
   mixture = mixture_lib.load(config, tokenizer)
   if tokenizer is None and mixture.tokenizer is not None:
@@ -97,9 +132,13 @@ def evaluate_checkpoint(
   abstract = step.saved_state._replace(opt_state=None)
   state = step.to_pipeline_order(checkpoint.restore(workdir, abstract))
   nats = row_nats(step, state, rows, config.data.batch_size)
+  accuracy = {}
+  if config.data.task.name:
+    accuracy = right_answers(step, state, rows, config.data)
   return {
     'step': int(state.step),
     **losses(nats, rows, tokenizer or mixture.tokenizer),
+    **accuracy,
     'rows': len(rows),
     'corpus': ', '.join(corpus.name for corpus in mixture.corpora),
     'corpus_sha256': mixture.sha256,

@@ -251,6 +251,11 @@ class Loop:
       mine = sources == index
       of = evaluate.losses(nats[mine], rows[mine], self._mixture.tokenizer)
       found |= {f'{key}/{name}': value for key, value in of.items()}
+    if self._config.data.task.name:
+      with phases.phase('evaluating'):
+        found |= evaluate.right_answers(
+          self._compiled, self._state, rows, self._config.data
+        )
     return found
 
   def _run_probe(self, values) -> list[guards_lib.Event]:

@@ -114,6 +114,13 @@ def token_losses(
   return sharded.token_losses(p)(state.params, state.router_bias, tokens)
 
 
+def are_likeliest(
+  p: Placement, state: TrainState, tokens: jax.Array
+) -> jax.Array:
+  """Whether each row's t targets have the largest logits: 1 or 0 [b, t]."""
+  return sharded.are_likeliest(p)(state.params, state.router_bias, tokens)
+
+
 def probe(
   p: Placement, state: TrainState, tokens: jax.Array
 ) -> dict[str, jax.Array]:
@@ -250,6 +257,10 @@ class Step:
   @functools.cached_property
   def token_losses(self) -> Callable:
     return self._compiled(token_losses)
+
+  @functools.cached_property
+  def are_likeliest(self) -> Callable:
+    return self._compiled(are_likeliest)
 
   @functools.cached_property
   def probe(self) -> Callable:

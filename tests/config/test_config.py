@@ -19,6 +19,10 @@ data.on_damage
 data.path
 data.read_ahead
 data.seq_len
+data.task.levels
+data.task.name
+data.task.questions
+data.task.size
 data.text_field
 data.token_dtype
 data_seed
