@@ -130,7 +130,10 @@ def proper(hint, default, words=()) -> st.SearchStrategy:
     return st.sampled_from(typing.get_args(hint))
   if typing.get_origin(hint) is tuple:
     entry = st.one_of(
-      [proper(typing.get_args(hint)[0], one, words) for one in default or ('',)]
+      [
+        proper(typing.get_args(hint)[0], one, words)
+        for one in default or (typing.get_args(hint)[0](),)
+      ]
     )
     lists = st.lists(entry, max_size=3)
     return (lists | lists.map(sorted)).map(tuple)
@@ -156,7 +159,7 @@ def improper(hint, default, words=()) -> st.SearchStrategy:
     )
   if typing.get_origin(hint) is tuple:
     entry = typing.get_args(hint)[0]
-    first = default[0] if default else ''
+    first = default[0] if default else entry()
     entries = proper(entry, first, words) | improper(entry, first)
     lists = st.lists(entries, min_size=1, max_size=3)
     return others | lists | lists.map(tuple) | entries

@@ -96,7 +96,9 @@ def override[T](config: T, changes: Mapping[str, Any]) -> T:
     if not isinstance(group, dict) or last not in group:
       raise ValueError(checks.unknown_name(name, list(leaves(config))))
     if isinstance(group[last], dict):
-      raise ValueError(f'{name} is a group of settings: name one of them')
+      raise ValueError(
+        f'{name}={value!r}: {name} is a group of settings, name one of them'
+      )
     group[last] = value
   return from_dict(type(config), values)
 

@@ -145,7 +145,7 @@ class DataConfig:
     if self.seq_len <= self.task.num_bytes:
       raise ValueError(
         f'data.seq_len={self.seq_len} is too short for the '
-        f'{self.task.num_bytes} bytes of data.task: set it to '
+        f'{self.task.num_bytes} bytes of data.task.name={name!r}: set it to '
         f'{self.task.num_bytes + 1} or more, or ask less in a row'
       )
 

@@ -53,7 +53,8 @@ class TaskConfig:
     low, high = limits.sizes
     if self.size and not low <= self.size <= high:
       raise ValueError(
-        f'task.size={self.size} of {self.name!r} must be in [{low}, {high}]'
+        f'task.size={self.size} of task.name={self.name!r} must be in '
+        f'[{low}, {high}]'
       )
     ladder = self.ladder
     most = limits.most_level
@@ -64,8 +65,10 @@ class TaskConfig:
       most = min(most, self.symbols)
     if [*ladder] != sorted({*ladder}) or ladder[0] < 1 or ladder[-1] > most:
       raise ValueError(
-        f'task.levels={ladder} of {self.name!r} must rise within [1, {most}]'
-        + f' with task.size={self.symbols}' * (most < limits.most_level)
+        f'task.levels={ladder} of task.name={self.name!r} must rise within '
+        f'[1, {most}]'
+        + f' with task.size={self.symbols}'
+        * (most < limits.most_level)
       )
 
   @property

@@ -133,7 +133,7 @@ TUNE = comparison_lib.Panel(
       dict(axes={'model.num_blokcs': (1,)}),
       "'model.num_blokcs'; did you mean 'model.num_blocks'",
     ),
-    (dict(axes={'model': (1,)}), 'model is a group of settings'),
+    (dict(axes={'model': (1,)}), 'model=1: model is a group of settings'),
     (dict(axes={N: 4}), 'num_streams=4 must be a tuple'),
     (dict(axes={N: ('four',)}), "num_streams='four' must be of type int"),
     (dict(axes={'ladder': ('2m',)}), "'2m' must be one of"),

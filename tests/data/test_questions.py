@@ -239,7 +239,7 @@ def test_a_run_learns_to_copy(tmp_path, optax_promotion):
     ({'task.levels': (1,)}, r"task.levels=\(1,\) would not be used.*name=''"),
     (
       {'task.name': 'hops', 'task.levels': (2, 1)},
-      r'task.levels=\(2, 1\).*must rise within \[1, 9\]',
+      r'task.levels=\(2, 1\) of task.name=.hops. must rise within \[1, 9\]',
     ),
     (
       {'task.name': 'hops', 'task.levels': (4,), 'task.size': 4},

@@ -23,6 +23,7 @@ for `--minutes`. tests/config/test_fuzz_config.py does less.
 import argparse
 import collections
 import contextlib
+import itertools
 import os
 import pathlib
 import random
@@ -110,7 +111,9 @@ def unclear(message: str, changes: dict[str, Any]) -> str:
   unknown = re.match(r"unknown setting '(?:base\.|config\.)?(.*?)';", message)
   if unknown and any(name.startswith(unknown[1]) for name in changes):
     return ''
-  for name, value in changes.items():
+  # Axes and settings of a panel hold changes of their own.
+  inner = [value.items() for value in changes.values() if type(value) is dict]
+  for name, value in itertools.chain(changes.items(), *inner):
     if name.rpartition('.')[2] in message and (
       name not in strategies.hints()
       or any(text in message for text in spellings(value))
