@@ -30,6 +30,7 @@ MODEL = (
   '--config.model.attention.rope_dim=4',
   '--config.model.attention.kv_rank=8',
   '--config.model.connection.sinkhorn_iters=3',
+  '--config.model.recompute=none',
 )
 RUN = (
   *MODEL,
