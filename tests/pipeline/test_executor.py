@@ -44,7 +44,7 @@ CASES = (
   grid.Case('mhc_single_pass', False, (1, 4, 1), 'wave_v', 'vocab'),
   # Of few streams, for the sake of the compiler: below are those of mHC.
   EXPERTS,
-  # A pipeline is the same for all kinds but that of a single pass.
+  # HC takes the way of mHC; that of a single pass is another.
   pytest.param(DENSE._replace(kind='hc'), marks=pytest.mark.slow),
   pytest.param(EXPERTS._replace(kind='mhc'), marks=pytest.mark.slow),
 )
