@@ -12,8 +12,9 @@ TINY_RUN = config.Config(
     attention=config.AttentionConfig(
       num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
     ),
-    # Few iterations, for the sake of the compiler, which unrolls them.
+    # For the sake of the compiler, which unrolls iterations.
     connection=config.ConnectionConfig(sinkhorn_iters=3),
+    recompute='none',
   ),
   optimizer=config.OptimizerConfig(warmup_steps=2),
   data=config.DataConfig(seq_len=16, batch_size=4),

@@ -39,12 +39,18 @@ class Mains:
     with self._forker:
       self._forker.stdin.close()
 
-  def run(self, command, cwd=None) -> subprocess.CompletedProcess:
-    """As `subprocess.run([sys.executable, *command])` with captured text."""
+  def run(
+    self, command, cwd=None, environment=None
+  ) -> subprocess.CompletedProcess:
+    """As `subprocess.run([sys.executable, *command])` with captured text.
+
+    `environment` adds variables that are read after the imports.
+    """
     command = list(map(str, command))
     with tempfile.TemporaryDirectory() as folder:
       files = [pathlib.Path(folder, name) for name in ('out', 'error')]
-      request = [command, *map(str, files), str(cwd or pathlib.Path.cwd())]
+      cwd = str(cwd or pathlib.Path.cwd())
+      request = [command, *map(str, files), cwd, environment or {}]
       print(json.dumps(request), file=self._forker.stdin, flush=True)
       status = int(self._forker.stdout.readline())
       texts = [file.read_text() for file in files]
@@ -63,9 +69,10 @@ def make_imports(folder: pathlib.Path):
 def wait_for_a_request() -> list[str]:
   """Forks for each request; returns its command in the forked process."""
   for line in sys.stdin:
-    command, *files, cwd = json.loads(line)
+    command, *files, cwd, environment = json.loads(line)
     child = os.fork()
     if not child:
+      os.environ.update(environment)
       for number, file in enumerate([os.devnull, *files]):
         flags = os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY
         os.dup2(os.open(file, flags), number)

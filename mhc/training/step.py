@@ -299,7 +299,7 @@ class Step:
 
 def build(config: config_lib.Config) -> Step:
   """The step of a run, shared by configs that compile to the same programs."""
-  data = dataclasses.replace(config.data, path='', on_damage='stop')
+  data = dataclasses.replace(config.data, path='', mixture=(), on_damage='stop')
   guards = config_lib.GuardsConfig(
     nonfinite=_skips(config.guards.nonfinite),
     loss_spike=_skips(config.guards.loss_spike),

@@ -12,6 +12,27 @@ pytestmark = pytest.mark.long
 STEPS = 6 * harness.SAVE_EVERY
 
 
+@pytest.fixture
+def forked(mains, compiled, tmp_path, monkeypatch):
+  """Runs that end by themselves are forked, with what others compiled."""
+  forked, environment = mains
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  (tmp_path / 'trials').mkdir()
+  compiled.mkdir(exist_ok=True)
+  (tmp_path / 'trials' / 'compiled').symlink_to(compiled)
+
+  def finish(run):
+    done = forked.run(run.command[1:])
+    run.log += done.stderr
+    assert 'Traceback' not in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert (run.workdir / 'summary.json').exists()
+
+  monkeypatch.setattr(harness.Run, 'finish', finish)
+
+
+@pytest.mark.usefixtures('forked')
 def test_a_run_survives(tmp_path, monkeypatch):
   """A SIGKILL, and bits flipped in its newest checkpoint; of a short run."""
   monkeypatch.setattr(kinds, 'STEPS', STEPS)

@@ -9,7 +9,6 @@ import sys
 import time
 
 import bucket_server
-import forked_mains
 import pytest
 import quick_compilation
 
@@ -31,6 +30,7 @@ MODEL = (
   '--config.model.attention.rope_dim=4',
   '--config.model.attention.kv_rank=8',
   '--config.model.connection.sinkhorn_iters=3',
+  '--config.model.recompute=none',
 )
 RUN = (
   *MODEL,
@@ -92,18 +92,19 @@ def environment(store, compiled):
 
 
 @pytest.fixture(scope='module')
-def run(environment, tmp_path_factory):
+def run(mains, store, tmp_path_factory):
   """Runs a main to its end, and returns what it printed."""
-  with forked_mains.Mains(environment) as mains:
+  forked, _ = mains
 
-    def one(main, *arguments):
-      empty = tmp_path_factory.mktemp('cwd')
-      result = mains.run([ROOT / 'launch' / main, *arguments], empty)
-      assert result.returncode == 0, result.stderr
-      assert not [*empty.iterdir()]  # such as one named gs:
-      return result.stdout + result.stderr
+  def one(main, *arguments):
+    empty = tmp_path_factory.mktemp('cwd')
+    command = [ROOT / 'launch' / main, *arguments]
+    result = forked.run(command, empty, store.settings)
+    assert result.returncode == 0, result.stderr
+    assert not [*empty.iterdir()]  # such as one named gs:
+    return result.stdout + result.stderr
 
-    yield one
+  return one
 
 
 def train(folder, name, data='texts'):

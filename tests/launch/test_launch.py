@@ -57,7 +57,7 @@ def test_train_then_evaluate(launch, text, tmp_path):
   assert 'bits per byte' in result.stdout
   assert '100%' in result.stderr
   assert 'checkpoint' not in result.stderr  # no log lines of libraries
-  result = launch('evaluate.py', workdir, cold=True)
+  result = launch('evaluate.py', workdir)
   assert result.returncode == 0, result.stderr
   assert json.loads(result.stdout)['step'] == 4
   other = launch('evaluate.py', workdir, f'--path={text / "0.txt"}')

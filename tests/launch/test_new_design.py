@@ -14,6 +14,7 @@ SMALLER = (
   ('num_steps=40', 'num_steps=6'),
   ('num_blocks=(2,)', 'num_blocks=(1,)'),
   ('warmup_steps=5', 'warmup_steps=2'),
+  ('ffn_dim=64)', 'ffn_dim=64, recompute="none")'),
 )
 
 

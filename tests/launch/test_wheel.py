@@ -20,6 +20,7 @@ SMALL = (
   '--config.model.num_blocks=1',
   '--config.model.dim=16',
   '--config.model.ffn_dim=16',
+  '--config.model.connection.sinkhorn_iters=3',
   '--config.data.seq_len=16',
   '--config.data.batch_size=2',
   '--config.eval_sequences=2',

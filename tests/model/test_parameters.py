@@ -17,18 +17,12 @@ EXPERTS, RANKS, COLLAPSES = (0, 4), (0, 8), ('mean', 'learned')
 
 
 def models():
-  for kind, experts, rank, collapse in itertools.product(
-    config.KINDS, EXPERTS, RANKS, COLLAPSES
-  ):
+  """Every kind with all parts, and every choice of parts of one kind."""
+  for kind in config.KINDS:
     own = kind in ('mhc_single_pass', 'frac', *config.DEPTH_KINDS)
-    if own and collapse == 'learned':
-      continue
-    yield dicts.replace(
-      config.ModelConfig(num_blocks=2),
-      connection=dict(kind=kind, collapse=collapse),
-      attention=dict(query_rank=rank),
-      moe=dict(num_experts=experts),
-    )
+    yield with_parts(kind, 4, 8, 'mean' if own else 'learned')
+  for parts in itertools.product(EXPERTS, RANKS, COLLAPSES):
+    yield with_parts('mhc', *parts)
   yield dicts.replace(
     config.ModelConfig(num_blocks=2), connection=dict(expand_scale='learned')
   )
@@ -42,6 +36,16 @@ def models():
     yield dicts.replace(
       config.ModelConfig(num_blocks=2), connection=dict(kind=kind, **parts)
     )
+
+
+def with_parts(kind, experts, rank, collapse):
+  """Two blocks; with experts, the first one is dense."""
+  return dicts.replace(
+    config.ModelConfig(num_blocks=2),
+    connection=dict(kind=kind, collapse=collapse),
+    attention=dict(query_rank=rank),
+    moe=dict(num_experts=experts),
+  )
 
 
 def leaves(model):

@@ -20,6 +20,7 @@ SMALL = config.ModelConfig(
   num_blocks=3,
   dim=32,
   ffn_dim=48,
+  recompute='none',
   attention=config.AttentionConfig(
     num_heads=2, head_dim=8, rope_dim=4, kv_rank=12
   ),

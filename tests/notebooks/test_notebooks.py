@@ -26,6 +26,7 @@ def _load(path):
 
 
 build = _load(ROOT / 'notebooks' / 'build.py')
+FEW_ITERATIONS = 'connection=config.ConnectionConfig(sinkhorn_iters=3)'
 SOURCES = {source.stem: source for source in build.sources()}
 
 
@@ -108,7 +109,12 @@ def test_notebooks_are_built_from_their_sources(name):
 
 
 def test_sinkhorn(execute):
-  assert pictures(execute('sinkhorn')) == 5
+  book = execute(
+    'sinkhorn',
+    ('(1, 2, 3, 5, 8, 12, 20, 32)', '(1, 3, 20)'),
+    ('DEPTH, TOKENS = 64, 256', 'DEPTH, TOKENS = 64, 16'),
+  )
+  assert pictures(book) == 5
 
 
 def test_own_model(execute):
@@ -126,6 +132,7 @@ def test_gains(execute):
     ('DEPTH, TOKENS, N = 96, 256, 4', 'DEPTH, TOKENS, N = 24, 32, 4'),
     ('num_steps=20', 'num_steps=8'),
     ('num_blocks=8', 'num_blocks=1'),
+    ('Config(kind=kind)', 'Config(kind=kind, sinkhorn_iters=3)'),
   )
   assert pictures(book) == 6
 
@@ -156,6 +163,7 @@ def test_a_comparison_is_interrupted_saves_and_goes_on(execute, text, tmp_path):
     'compare',
     ('num_steps=20', 'num_steps=10'),
     ('num_blocks=(2,)', 'num_blocks=(1,)'),
+    ('dim=32, ', f'dim=32, {FEW_ITERATIONS}, '),
     ('DataConfig(seq_len=32)', f'DataConfig(seq_len=32, path={text!r})'),
     before_cell=before_cell,
   )

@@ -5,9 +5,7 @@ import pathlib
 import re
 import shlex
 
-import forked_mains
 import pytest
-import quick_compilation
 
 from mhc.config import presets
 from mhc.planner import preflight
@@ -108,17 +106,19 @@ def commands():
         yield 'h100:32', words[words.index('launch/slurm.sbatch') + 1 :]
 
 
-def test_the_commands_of_the_documentation_pass(object_store, compiled):
+def test_the_commands_of_the_documentation_pass(object_store, mains):
   """With a store that does not have their buckets: the pod's may."""
   found = list(commands())
   assert len(found) >= 5
-  environment = object_store.environment
-  environment = environment | quick_compilation.environment(compiled)
-  with forked_mains.Mains(environment) as mains:
-    run = lambda *words: mains.run([ROOT / 'launch/preflight.py', *words], None)
-    for slice_, flags in found:
-      result = run(f'--topology={slice_}', *flags)
-      assert result.returncode == 0, f'{flags}: {result.stdout}{result.stderr}'
-    result = run('--topology=v5p-1024', '--config=paper_27b')
+  forked, _ = mains
+
+  def run(*words):
+    command = [ROOT / 'launch/preflight.py', *words]
+    return forked.run(command, environment=object_store.settings)
+
+  for slice_, flags in found:
+    result = run(f'--topology={slice_}', *flags)
+    assert result.returncode == 0, f'{flags}: {result.stdout}{result.stderr}'
+  result = run('--topology=v5p-1024', '--config=paper_27b')
   assert result.returncode == 2
   assert 'CANNOT WORK' in result.stdout

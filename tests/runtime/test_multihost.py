@@ -21,7 +21,7 @@ pytestmark = [
 STEPS, SAVED = 6, 3
 CHANGES = dict(
   num_steps=STEPS,
-  model=dict(connection=dict(kind='residual')),
+  model=dict(connection=dict(kind='residual'), recompute='none'),
   mesh=dict(num_devices=4, pipe=2, schedule='1f1b'),
   eval_every=0,
   probe_every=0,

@@ -181,6 +181,9 @@ FLAGS = (
   '--config.model.num_blocks=1',
   '--config.model.dim=16',
   '--config.model.ffn_dim=16',
+  '--config.model.attention.num_heads=1',
+  '--config.model.connection.sinkhorn_iters=3',
+  '--config.model.recompute=none',
   '--config.data.seq_len=16',
   '--config.data.batch_size=4',
   '--config.eval_sequences=4',
@@ -196,11 +199,13 @@ def steps(workdir):
   ]
 
 
-def test_a_run_that_is_told_to_end(launch, text, tmp_path):
-  workdir = tmp_path / 'run'
+def test_a_run_that_is_told_to_end(launch, mains, text, tmp_path):
+  (_, environment), workdir = mains, tmp_path / 'run'
   flags = (f'--workdir={workdir}', f'--config.data.path={text}', *FLAGS)
   command = [sys.executable, 'launch/train.py', *flags]
-  run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+  run = subprocess.Popen(
+    command, stderr=subprocess.PIPE, text=True, env=environment
+  )
   deadline = time.monotonic() + 120
   while len(steps(workdir)) < 20:
     assert time.monotonic() < deadline
