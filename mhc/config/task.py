@@ -6,6 +6,9 @@ from typing import Literal, NamedTuple
 
 from mhc.config import checks
 
+# Metrics accuracy/LEVEL: the share of right answers.
+ACCURACY = 'accuracy'
+
 
 class Limits(NamedTuple):
   """What a task takes: its defaults, and the largest of each."""

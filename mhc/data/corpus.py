@@ -95,6 +95,7 @@ class Corpus:
       'tokenizer': self.tokenizer.name if self.tokenizer else 'unknown',
       'train_tokens': self.num_train_tokens,
       'heldout_tokens': self.num_heldout_tokens,
+      **({'made': self.made} if self.made else {}),
     }
 
 

@@ -23,6 +23,7 @@ from mhc.experiments import html
 from mhc.experiments import plots
 from mhc.experiments import results
 from mhc.experiments import sections
+from mhc.experiments import solved
 from mhc.experiments import statistics
 from mhc.experiments import tables
 from mhc.experiments import timing
@@ -133,6 +134,7 @@ def _parts(workdir, comparison, panels, rows, choices, judged, values):
   ]
   for name, runs in panels.items():
     parts += tables.panel(workdir, comparison, name, runs, rows, judged)
+    parts += solved.section(workdir, name, rows)
     if comparison.panels[name].role != 'tune':
       parts += sections.contraction(workdir, name, values['profiles'][name])
   parts += [
@@ -295,10 +297,7 @@ def _introduction(comparison, panels, declared, values) -> list[html.Block]:
     f'{tables.ffn(model)}, n = {n} streams; a block is two sub-layers. Rows '
     f'of {data.seq_len} byte tokens. Optimiser: AdamW, '
     f'{first.config.optimizer.schedule} schedule.',
-    f'Text: {corpus["name"]}, {corpus["num_bytes"] / 1e6:.1f} MB in '
-    f'{corpus["num_documents"]} documents, of which '
-    f'{corpus["num_heldout_documents"]} are held out whole; sha256 '
-    f'{corpus["sha256"][:16]}. Device: {first.summary["num_devices"]} x '
+    f'{_text(corpus)} Device: {first.summary["num_devices"]} x '
     f'{first.summary["device"]}, jax {first.summary["jax"]}. Trained at commit '
     f'{", ".join(values["trained_at"]) or "unknown"}, reported at '
     f'{values["commit"] or "unknown"}.',
@@ -332,6 +331,17 @@ def _introduction(comparison, panels, declared, values) -> list[html.Block]:
       f'{"; ".join(values["damaged"])}.'
     )
   return parts
+
+
+def _text(corpus) -> str:
+  if corpus.get('made'):
+    return f'Task: {corpus["name"]}, {corpus["made"]}.'
+  return (
+    f'Text: {corpus["name"]}, {corpus["num_bytes"] / 1e6:.1f} MB in '
+    f'{corpus["num_documents"]} documents, of which '
+    f'{corpus["num_heldout_documents"]} are held out whole; sha256 '
+    f'{corpus["sha256"][:16]}.'
+  )
 
 
 def _added_seeds(comparison) -> list[html.Block]:

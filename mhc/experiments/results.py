@@ -27,6 +27,7 @@ import numpy as np
 from mhc import config as config_lib
 from mhc import gains
 from mhc.config import comparison as comparison_lib
+from mhc.config import task as task_lib
 from mhc.experiments import declared
 from mhc.experiments import events as events_lib
 from mhc.runtime import json_lines
@@ -36,6 +37,8 @@ from mhc.training import workdir as workdir_lib
 
 WINDOW = 25
 GRAD_SPIKE_FACTOR = 3.0
+# The share of questions of a level that are right where it is solved.
+SOLVED = 0.9
 LOSS_SPIKE_NATS = 1.0
 # Entries of a summary without which there is no row.
 NEEDED = (
@@ -73,7 +76,8 @@ class Run:
     if self.row_nats is None or len(self.row_nats) < 2 * BLOCKS:
       return None
     parts = np.array_split(self.row_nats.astype(np.float64), BLOCKS)
-    return tuple(float(p.mean()) / self.config.data.seq_len for p in parts)
+    targets = self.config.data.targets_per_row
+    return tuple(float(p.mean()) / targets for p in parts)
 
   def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of a metric where it was recorded; null becomes inf."""
@@ -84,6 +88,17 @@ class Run:
   def probe(self, name: str) -> np.ndarray:
     """[probes, ...] of a quantity of `gains.profile`."""
     return _array([probe[name] for probe in self.probes])
+
+  @property
+  def solved(self) -> dict[str, int | None]:
+    """The step at which a level of a task is solved; None if it never is."""
+    found: dict[str, int | None] = {}
+    for line in self.metrics:
+      for name, value in line.items():
+        kind, _, level = name.partition('/')
+        if kind == task_lib.ACCURACY and found.setdefault(level, None) is None:
+          found[level] = line['step'] if value >= SOLVED else None
+    return found
 
   @functools.cached_property
   def grad_spikes(self) -> int:
@@ -281,6 +296,7 @@ def _row(panel, run, baseline):
     'heldout_nats': _finite(run.summary['heldout_nats']),
     'heldout_blocks': run.blocks,
     'bits_per_byte': run.summary['heldout_bits_per_byte'],
+    'solved': run.solved,
     'gap_nats': gap,
     'gain_fwd_max': forward,
     'gain_bwd_max': backward,

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from mhc import config as config_lib
+from mhc.config import task as task_lib
 from mhc.data import batches
 from mhc.data import mixture as mixture_lib
 from mhc.data import questions
@@ -22,7 +23,6 @@ from mhc.training import workdir as workdir_lib
 
 # Rows are scored in batches this many times the training batch.
 BATCHES = 4
-ACCURACY = 'accuracy'
 
 
 def row_nats(
@@ -55,7 +55,7 @@ def right_answers(
   for level, targets in questions.levels(config.task):
     shares[level].append(found[:, targets].min(axis=1))
   return {
-    f'{ACCURACY}/{level}': float(np.mean(right))
+    f'{task_lib.ACCURACY}/{level}': float(np.mean(right))
     for level, right in shares.items()
   }
 
