@@ -152,13 +152,14 @@ def model_config(config: config_lib.Config) -> config_lib.ModelConfig:
   """The run's model in plain JAX, whose blocks hand on written streams.
 
   Raises:
-    ValueError: it is the plain residual.
+    ValueError: it has no n streams that an n x n matrix mixes.
   """
   connection = config.model.connection
-  if connection.kind == 'residual':
+  others = ('residual', 'frac', 'wide_residual', *config_lib.DEPTH_KINDS)
+  if connection.kind in others or connection.is_own:
     raise ValueError(
-      "connection.kind='residual' has one stream and no mappings to replace: "
-      'give the --workdir of a run of another kind'
+      f'connection.kind={connection.kind!r} has no n x n mappings of n streams '
+      'to replace: give the --workdir of a run of another kind, such as mhc'
     )
   connection = dataclasses.replace(connection, implementation='xla')
   return dataclasses.replace(config.model, connection=connection)

@@ -89,8 +89,12 @@ def test_single_pass_and_experts():
   np.testing.assert_allclose(trained, want, rtol=1e-5)
 
 
-def test_the_plain_residual_is_refused():
-  connection = config.ConnectionConfig(kind='residual')
+@pytest.mark.parametrize(
+  'kind', ['residual', 'frac', 'wide_residual', 'x0', 'attn_res', 'a.b:Mine']
+)
+def test_kinds_without_matrices_of_streams_are_refused(kind):
+  connection = config.ConnectionConfig(kind=kind)
   model = dataclasses.replace(TINY_RUN.model, connection=connection)
-  with pytest.raises(ValueError, match="kind='residual' has one stream"):
+  message = f"kind='{kind}' has no n x n mappings.*such as mhc"
+  with pytest.raises(ValueError, match=message):
     dissect.model_config(dataclasses.replace(TINY_RUN, model=model))
