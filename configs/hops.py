@@ -15,7 +15,7 @@ from mhc import config as config_lib
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts, presets
 
-SIZE = 5
+SIZE = 4
 KINDS = ('residual', 'hc', 'mhc', 'identity')
 
 
@@ -30,8 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
       seeds=(0, 1, 2, 3, 4),
       num_blocks=num_blocks,
       learning_rates=(5e-3,),
-      num_steps=1000,
-      batch_size=64,
+      num_steps=600,
+      batch_size=128,
       role='explore',
       settings=(
         *((f'data.task.{name}', value) for name, value in task.items()),
@@ -42,6 +42,10 @@ def get_config() -> ml_collections.ConfigDict:
         ('eval_every', 50),
         ('eval_sequences', 128),
         ('model.ffn_dim', 256),
+        ('model.attention.num_heads', 4),
+        ('model.attention.head_dim', 16),
+        ('model.attention.rope_dim', 8),
+        ('model.recompute', 'none'),
       ),
     )
 
@@ -51,11 +55,11 @@ def get_config() -> ml_collections.ConfigDict:
       (2, 4, 8),
       name='hops',
       size=SIZE,
-      levels=(1, 2, 3, 4),
-      questions=3,
+      levels=(1, 2, 3),
+      questions=4,
     ),
     'recall': panel(
-      'Control: values of keys', (4,), name='recall', size=8, levels=(2, 4)
+      'Control: values of keys', (4,), name='recall', size=4, levels=(2, 4)
     ),
   }
   return ml_collections.ConfigDict(
