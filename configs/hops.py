@@ -15,7 +15,7 @@ from mhc import config as config_lib
 from mhc.config import comparison as comparison_lib
 from mhc.config import dicts, presets
 
-SIZE = 4
+SIZE = 5
 KINDS = ('residual', 'hc', 'mhc', 'identity')
 
 
@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
       seeds=(0, 1, 2, 3, 4),
       num_blocks=num_blocks,
       learning_rates=(5e-3,),
-      num_steps=600,
+      num_steps=800,
       batch_size=128,
       role='explore',
       settings=(

@@ -89,7 +89,7 @@ def curves(rows: Rows, designs: Sequence[str] = ()) -> Figure | None:
           axis.step(
             x, y + shift, where='post', color=look.color, linestyle=look.line
           )
-      style.label(axis, f'{setting}: level {level}', 'step', 'seeds')
+      style.label(axis, f'{setting}: level {level}', 'step', 'share of seeds')
       axis.set_ylim(-0.08, 1.08)
   style.legend(
     figure, [style.handle(look, marker='') for look in looks.values()]
