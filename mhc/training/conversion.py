@@ -5,6 +5,7 @@ the plain residual. Most kinds start as the same function; how near is measured.
 """
 
 import dataclasses
+import functools
 import math
 
 from flax import nnx
@@ -43,14 +44,20 @@ def difference(ours: start.Source, theirs: start.Source) -> float:
 
 def logits(source: start.Source, tokens: jax.Array) -> np.ndarray:
   """float32 [b, t, v] of tokens [b, t]."""
-  model = dataclasses.replace(source.model, dtype='float32')
+  run = _network(dataclasses.replace(source.model, dtype='float32'))
+  return np.asarray(run(source.params, source.router_bias, tokens))
+
+
+@functools.lru_cache(maxsize=8)
+def _network(model):
+  """A program that is compiled once, however many weights it is run with."""
   graphdef, _ = transformer.abstract(model)
 
   @jax.jit
-  def run(params, bias):
+  def run(params, bias, tokens):
     return nnx.merge(graphdef, nnx.State(params))(tokens, bias)
 
-  return np.asarray(run(source.params, source.router_bias))
+  return run
 
 
 def merged(source: start.Source) -> start.Source:

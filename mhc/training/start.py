@@ -13,6 +13,7 @@ would not see it; trained models have norms with one.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -220,10 +221,15 @@ def convert(
   """A source as another model, on the host, connections from a seed."""
   check_model(model, source.model, 'the model')
   with jax.default_device(jax.local_devices(backend='cpu')[0]):
-    make = jax.jit(lambda key: state_lib.initial_parameters(model, key))
-    fresh = _read_whole(source, model, make(jax.random.key(seed)))
+    fresh = _read_whole(source, model, _drawn(model)(jax.random.key(seed)))
   params = grafted(source, jax.tree.map(np.asarray, fresh))
   return Source(model, params, source.router_bias)
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(model):
+  """A program that draws parameters, compiled once for all seeds."""
+  return jax.jit(lambda key: state_lib.initial_parameters(model, key))
 
 
 def _read_whole(source, model, params):

@@ -118,7 +118,7 @@ def test_order_batch_and_padding_do_not_matter(network, scorer):
 
 
 def test_cached_generation_is_greedy_decoding_of_whole_rows():
-  config = dataclasses.replace(TINY_RUN.model, moe=EXPERTS)
+  config = dataclasses.replace(TINY_RUN.model.plain, moe=EXPERTS)
   network = random_network(config, jnp.linspace(-0.2, 0.2, 4)[None])
   scorer = scoring.Scorer(network, BYTES, max_length=24, batch_size=3)
   contexts = [*texts(4, 7, 12, seed=5), []]

@@ -314,6 +314,7 @@ def test_a_training_step_for_a_tpu_calls_the_kernels(optax_promotion):
       ffn_dim=128,
       dtype='bfloat16',
       recompute='mhc',
+      connection=config.ConnectionConfig(sinkhorn_iters=3),
       attention=config.AttentionConfig(
         num_heads=1, head_dim=64, rope_dim=64, kv_rank=64
       ),

@@ -1,13 +1,16 @@
 """Training with the kernels in place of plain JAX."""
 
 import dataclasses
+import functools
 
+import jax
 import numpy as np
 import pytest
 
 from mhc import config
 from mhc.kernels.pallas import launch
 from mhc.parallel import partition
+from mhc.training import state as state_lib
 from mhc.training import step
 
 pytestmark = pytest.mark.usefixtures('optax_promotion')
@@ -29,13 +32,25 @@ TINY = config.Config(
 )
 
 
-def losses(implementation, moe):
+def built(implementation, moe):
   connection = config.ConnectionConfig(
     implementation=implementation, sinkhorn_iters=3
   )
   model = dataclasses.replace(TINY.model, connection=connection, moe=moe)
-  programs = step.build(dataclasses.replace(TINY, model=model))
-  state = programs.init(0)
+  return step.build(dataclasses.replace(TINY, model=model))
+
+
+@functools.cache
+def initial(moe):
+  """The state before the first step, on the host: of both implementations."""
+  return jax.device_get(built('xla', moe).init(0))
+
+
+def losses(implementation, moe):
+  programs = built(implementation, moe)
+  state = jax.device_put(
+    initial(moe), state_lib.shardings(programs.abstract_state)
+  )
   found = []
   for seed in range(3):
     tokens = np.random.default_rng(seed).integers(0, 256, (4, 13), np.int32)

@@ -34,7 +34,10 @@ def numbers() -> dict[str, float]:
 
 
 def _connection_loss(x):
-  first, second = (mhc.MHC(128, num_streams=4, index=index) for index in (0, 1))
+  first, second = (  # few iterations, for the sake of the compiler
+    mhc.MHC(128, num_streams=4, index=index, sinkhorn_iters=3)
+    for index in (0, 1)
+  )
   h, context = first.pre(x)
   h, context = second.advance(jnp.tanh(h), context)
   return jnp.sum(jnp.sin(second.post(jnp.tanh(h), context)))

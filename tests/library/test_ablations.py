@@ -265,7 +265,7 @@ def output(settings, sublayers, x):
   return unit(residual.collapse_streams(settings, state, collapse))
 
 
-def initial(settings, dim=DIM, depth=3):
+def initial(settings, dim=DIM, depth=2):
   """Sub-layers with initial connections."""
   return [
     (

@@ -107,6 +107,7 @@ def value_and_pullback(function, parameters, x, cotangent):
 def reference_site(kind, params, x):
   """Eq. 3 with Eq. 5 (HC) or Eq. 7-9 (mHC), token by token, as printed."""
   n, dim = x.shape[-2:]
+  columns, rows = (lambda h, i=i: h / h.sum(i, keepdims=True) for i in (0, 1))
 
   def rms_norm(v, axis):
     return v / jnp.sqrt(jnp.mean(v * v, axis=axis, keepdims=True))
@@ -141,9 +142,9 @@ def reference_site(kind, params, x):
       h_res = jnp.eye(n)
       if kind == 'mhc':
         h_res = jnp.exp(logits[2 * n :].reshape(n, n))
-        for _ in range(20):
-          h_res = h_res / h_res.sum(0, keepdims=True)
-          h_res = h_res / h_res.sum(1, keepdims=True)
+        h_res = jax.lax.scan(
+          lambda h, _: (rows(columns(h)), None), h_res, length=20
+        )[0]
       elif len(sizes) == 3:
         h_res = reference_mixing(kind, logits[2 * n :], n)
     h = h_pre @ x
@@ -247,16 +248,21 @@ def test_mixing_is_doubly_stochastic_and_the_gates_are_positive(eps):
   assert (mappings.post > 0).all()
 
 
+@jax.jit
+def seen_by_a_probe(connection, x):
+  h, context = connection.pre(x)
+  assert residual.read_weights(connection, x, context) is (
+    context.mappings and context.mappings.pre
+  )
+  return h, observation.stream_stats(*context)
+
+
 def test_what_a_probe_sees_of_every_kind():
   for kind in KINDS:
-    connection = make(kind)
     n = 1 if kind == 'residual' else 4
     x = random_streams(n)
-    h, context = connection.pre(x)
-    assert residual.read_weights(connection, x, context) is (
-      context.mappings and context.mappings.pre
-    )
-    matrices, pre, post, cosine, rms = observation.stream_stats(*context)
+    h, stats = seen_by_a_probe(make(kind), x)
+    matrices, pre, post, cosine, rms = stats
     want = np.einsum('tj,tjd->td', np.float64(pre), x.reshape(10, n, -1))
     np.testing.assert_allclose(h.reshape(10, -1), want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(post, np.ones((10, n)), rtol=1e-6)

@@ -2,7 +2,9 @@
 
 import functools
 
+from flax import nnx
 import float64
+import generic_states
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -263,45 +265,34 @@ def test_parameters_are_counted_to_the_digit(kind, own):
 )
 def test_tokens_see_the_past_alone(kind):
   """By gradients of the logits, and by decoding one token after the other."""
-  from flax import nnx
-
-  model = transformer.Transformer(
-    config_lib.ModelConfig(
-      num_blocks=2,
-      dim=16,
-      ffn_dim=16,
-      connection=config_lib.ConnectionConfig(kind=kind, num_streams=3),
-    ),
-    rngs=nnx.Rngs(0),
+  settings = config_lib.ModelConfig(
+    num_blocks=2,
+    dim=16,
+    ffn_dim=16,
+    recompute='none',
+    connection=config_lib.ConnectionConfig(kind=kind, num_streams=3),
   )
-  graph, state = nnx.split(model)
-  keys = iter(jax.random.split(jax.random.key(1), 200))
-  state = jax.tree.map(
-    lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), state
-  )
-  for stack in (state['dense_blocks'],):
-    for name in ('attention_connection', 'ffn_connection'):
-      if name in stack and 'place' in stack[name]:
-        stack[name]['place'] = nnx.split(model)[1]['dense_blocks'][name][
-          'place'
-        ]
+  graph, _ = transformer.abstract(settings)
+  state = generic_states.of_model(settings, seed=1, moved=0.3)
+  state = jax.tree.map(jnp.asarray, state)
   tokens = jax.random.randint(jax.random.key(2), (1, 6), 0, 300)
-  embedded = state['embed']['table'][...]
+  embedded = state['embed']['table']
 
   @jax.jit
-  def at(rows, position):
-    table = state['embed']['table'].replace(rows)
-    own = {**state, 'embed': {'table': table}}
+  @jax.grad
+  def gradient_at(rows, position):
+    own = {**state, 'embed': {'table': rows}}
     return nnx.merge(graph, nnx.State(own))(tokens)[0, position].sum()
 
   for position in (0, 3):
-    gradient = jax.grad(at)(embedded, position)
+    gradient = gradient_at(embedded, position)
     for later in tokens[0, position + 1 :]:
       if later not in tokens[0, : position + 1]:
         assert not np.any(gradient[later])
-  model = nnx.merge(graph, state)
-  whole, cache = model(tokens), model.empty_cache(1, 6)
-  decode = jax.jit(lambda t, c, s: nnx.merge(graph, state).decode(t, c, s))
+  model = nnx.merge(graph, nnx.State(state))
+  cache = model.empty_cache(1, 6)
+  whole = jax.jit(lambda model: model(tokens))(model)
+  decode = jax.jit(lambda *given: model.decode(*given))
   for at_ in range(6):
     logits, cache = decode(tokens[:, at_ : at_ + 1], cache, jnp.int32(at_))
     np.testing.assert_allclose(logits[:, 0], whole[:, at_], atol=1e-4)

@@ -1,5 +1,6 @@
 """Invariants of each parameterisation, far from and near its initial value."""
 
+import functools
 import itertools
 
 import float64
@@ -17,10 +18,16 @@ from mhc import mixing
 TOKENS = 500
 
 
+matrices = jax.jit(mixing.matrices, static_argnums=(0, 2))
+
+
 def random_matrices(kind, n, std=3.0):
   size = mixing.initial_logits(kind, n).size
-  logits = std * jax.random.normal(jax.random.key(n), (size, TOKENS))
-  out = mixing.matrices(kind, logits, n)
+  rng = np.random.default_rng(n)
+  logits = (std * rng.normal(size=(size, TOKENS))).astype(np.float32)
+  # One program, but where it would be of hundreds of steps.
+  run = matrices if n < 16 else mixing.matrices
+  out = run(kind, jnp.asarray(logits), n)
   assert out.shape == (n, n, TOKENS)
   return np.moveaxis(np.asarray(out), -1, 0)
 
@@ -43,6 +50,15 @@ def test_cayley_matrices_are_rotations(n):
   eye = np.broadcast_to(np.eye(n), h.shape)
   np.testing.assert_allclose(h @ h.swapaxes(1, 2), eye, atol=4e-6)
   np.testing.assert_allclose(np.linalg.det(h), 1, atol=4e-6)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cayley(n, logits, d_logits, g):
+  """The matrices, their change and the gradient."""
+  run = lambda logits: mixing.cayley(logits, n)
+  got, pull_back = jax.vjp(run, logits)
+  _, d_got = jax.jvp(run, (logits,), (d_logits,))
+  return got, d_got, pull_back(g)[0]
 
 
 @pytest.mark.parametrize('std', [1.0, 5.0, 20.0])
@@ -70,13 +86,11 @@ def test_cayley_and_its_gradient_are_exact_at_large_logits(n, std):
   )
   g_want = -2 * (g_skew - g_skew.swapaxes(1, 2))[:, *above].T
 
-  cayley = jax.jit(lambda logits: mixing.cayley(logits, n))
-  got, pull_back = jax.vjp(cayley, jnp.asarray(logits))
-  _, d_got = jax.jvp(cayley, (jnp.asarray(logits),), (jnp.asarray(d_logits),))
+  got, d_got, gradient = cayley(n, logits, d_logits, g)
   for a, b, scale in (
     (got, want.transpose(1, 2, 0), 1),
     (d_got, d_want.transpose(1, 2, 0), np.abs(d_want).max(initial=1)),
-    (pull_back(jnp.asarray(g))[0], g_want, np.abs(g_want).max(initial=1)),
+    (gradient, g_want, np.abs(g_want).max(initial=1)),
   ):
     np.testing.assert_allclose(a, b, rtol=0, atol=4e-6 * scale)
   h = np.asarray(got).transpose(2, 0, 1)
@@ -165,6 +179,11 @@ CASES = [('go', 4, 2), ('go', 3, 1), ('go', 2, 3), ('cyclic', 5, 0)]
 CASES += [('tbp', 4, 0), ('tbp', 2, 0)]
 
 
+@functools.cache
+def compiled(kind, n, s):
+  return jax.jit(lambda x: mixing.matrices(kind, x, n, go_size=s))
+
+
 @pytest.mark.parametrize('std', [0.3, 5.0])
 @pytest.mark.parametrize(('kind', 'n', 's'), CASES)
 def test_the_formula(kind, n, s, std):
@@ -173,8 +192,7 @@ def test_the_formula(kind, n, s, std):
   rng = np.random.default_rng(0)
   logits = std * rng.normal(size=(size, 6))
   g = rng.normal(size=(n, n, 6))
-  run = lambda x: mixing.matrices(kind, x, n, go_size=s)
-  got, back = jax.vjp(jax.jit(run), jnp.asarray(logits, jnp.float32))
+  got, back = jax.vjp(compiled(kind, n, s), jnp.asarray(logits, jnp.float32))
   logits = np.float64(float64.DTYPE(logits))
   (gradient,) = back(jnp.asarray(g, jnp.float32))
   for token in range(6):
@@ -230,9 +248,10 @@ SHARES_OF_VERTICES = 100 * np.float32(
 
 def test_go_has_a_gradient_where_it_starts():
   logits = mixing.initial_logits('go', 4)[:, None]
-  gradient = jax.grad(lambda x: mixing.go(x, 4)[0, 1, 0])(logits)
+  of = jax.jit(jax.grad(lambda x: mixing.go(x, 4)[0, 1, 0]))
+  gradient = of(logits)
   assert np.abs(gradient).max() > 1e-3
-  gradient = jax.grad(lambda x: mixing.go(x, 4)[0, 1, 0])(0 * logits)
+  gradient = of(0 * logits)
   assert not gradient.any()
 
 

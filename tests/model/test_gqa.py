@@ -51,6 +51,10 @@ def inputs(batch=2):
   return jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
 
 
+whole = jax.jit(lambda module, x: module(x))
+decode = jax.jit(lambda module, *given: module.decode(*given))
+
+
 def by_hand(module, x):
   """A head and a query at a time, in float64; pairs are complex numbers."""
   c, wide = module.config, np.float64(x)
@@ -102,11 +106,11 @@ def by_hand(module, x):
 )
 def test_it_is_the_formula_and_decodes_alike(settings):
   module, x = layer(settings), inputs()
-  got = module(x)
+  got = whole(module, x)
   np.testing.assert_allclose(got, by_hand(module, x), atol=2e-5)
   cache = module.empty_cache(settings, (2, TIME + 2), 'float32')
-  first, cache = module.decode(x[:, :4], cache, jnp.asarray(0))
-  then, _ = module.decode(x[:, 4:], cache, jnp.asarray(4))
+  first, cache = decode(module, x[:, :4], cache, jnp.asarray(0))
+  then, _ = decode(module, x[:, 4:], cache, jnp.asarray(4))
   decoded = jnp.concatenate([first, then], axis=1)
   np.testing.assert_allclose(decoded, got, atol=1e-5)
 

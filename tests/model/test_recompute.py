@@ -34,7 +34,8 @@ def temporary_units(policy, every=4, kind='mhc'):
     BASE,
     recompute=policy,
     recompute_every=every,
-    connection=config.ConnectionConfig(kind=kind),
+    # What is kept does not depend on the iterations, which are compiled.
+    connection=config.ConnectionConfig(kind=kind, sinkhorn_iters=3),
   )
   compiled = memory.compile_gradient(settings, *TOKENS)
   unit = math.prod(TOKENS) * BASE.dim * 4

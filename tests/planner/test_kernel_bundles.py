@@ -27,6 +27,8 @@ TINY = config.Config(
     attention=config.AttentionConfig(
       num_heads=1, head_dim=64, rope_dim=64, kv_rank=64
     ),
+    # For the sake of the compiler, which unrolls iterations.
+    connection=config.ConnectionConfig(sinkhorn_iters=3),
   ),
   data=config.DataConfig(seq_len=128, batch_size=4),
 )

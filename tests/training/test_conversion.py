@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from example_configs import TINY_RUN
 import huggingface_reference as reference
 import jax
 import numpy as np
@@ -33,7 +34,9 @@ def with_kind(folder, kind, **changes):
   if kind in ('mhc', 'mhc_single_pass'):
     changes['sinkhorn_iters'] = 3
   connection = config.ConnectionConfig(kind, **changes)
-  return dataclasses.replace(start.model_of(folder), connection=connection)
+  return dataclasses.replace(
+    start.model_of(folder), connection=connection, recompute='none'
+  )
 
 
 EVERY = [
@@ -152,8 +155,10 @@ def test_a_run_starts_as_the_model_is_converted(llama, text, optax_promotion):
 
 def test_its_own_kind_gives_all(tmp_path, optax_promotion):
   """A run's checkpoint, without its optimiser."""
-  model = config.ModelConfig(
-    num_blocks=2, moe=config.MoEConfig(num_experts=4, expert_dim=8)
+  model = dataclasses.replace(
+    TINY_RUN.model,
+    num_blocks=2,
+    moe=config.MoEConfig(num_experts=4, expert_dim=8, num_dense_blocks=0),
   )
   one, saved = saved_runs.save_run(tmp_path / 'run', model)
   other = dataclasses.replace(one, start_from=str(tmp_path / 'run'))
@@ -169,9 +174,8 @@ def test_its_own_kind_gives_all(tmp_path, optax_promotion):
 
 def test_moments_come_along_where_asked_for(tmp_path, optax_promotion):
   """Of a plain run's parameters; those of new connections are 0."""
-  plain = config.ModelConfig(num_blocks=2).plain
-  one, saved = saved_runs.save_run(tmp_path / 'run', plain)
-  model = dataclasses.replace(plain, connection=config.ConnectionConfig('mhc'))
+  model = dataclasses.replace(TINY_RUN.model, num_blocks=2)
+  one, saved = saved_runs.save_run(tmp_path / 'run', model.plain)
   other = dataclasses.replace(
     one, model=model, start_from=str(tmp_path / 'run'), start_moments=True
   )

@@ -199,17 +199,29 @@ def run(text, workdir, monkeypatch, bad=(), **settings):
   return events, lines, seen
 
 
-def test_a_step_is_skipped_on_the_device(text):
-  """A refused update counts and changes nothing."""
-  policies = dict(nonfinite='skip_step', loss_spike='skip_step')
-  config = dicts.replace(TINY, data=dict(path=text), guards=policies)
+@pytest.fixture(scope='module')
+def skipping(text):
+  """The programs of a run whose guards skip steps, its settings and a batch."""
+  config = dicts.replace(
+    TINY,
+    data=dict(path=text),
+    guards=dict(
+      nonfinite='skip_step', loss_spike='skip_step', rollback_rate=0.5
+    ),
+    optimizer=dict(name='muon', muon='deepseek_v4', warmup_steps=9),
+  )
   programs = step.build(config)
   batch = next(
     batches.train_batches(
       mixture_lib.load(config), config.data, 0, config.model.vocab_size
     )
   )
-  tokens = partition.put(batch, programs.mesh, partition.BATCH)
+  return programs, config, partition.put(batch, programs.mesh, partition.BATCH)
+
+
+def test_a_step_is_skipped_on_the_device(skipping):
+  """A refused update counts and changes nothing."""
+  programs, _, tokens = skipping
   for factor, limit in ((math.nan, math.inf), (1.0, 1.0)):
     state = generic_states.state(programs)
     state.params['norm']['gain'] *= factor
@@ -231,25 +243,13 @@ def test_a_step_is_skipped_on_the_device(text):
   assert newer.params['norm']['gain'][0] != before.params['norm']['gain'][0]
 
 
-def test_the_rate_is_that_of_the_step_after_skips_and_rollbacks(text):
+def test_the_rate_is_that_of_the_step_after_skips_and_rollbacks(skipping):
   """Updates by it, and the metric tells it; Adam's moments know no skips."""
-  config = dicts.replace(
-    TINY,
-    data=dict(path=text),
-    guards=dict(loss_spike='skip_step', rollback_rate=0.5),
-    optimizer=dict(name='muon', muon='deepseek_v4', warmup_steps=9),
-  )
-  programs = step.build(config)
-  batch = next(
-    batches.train_batches(
-      mixture_lib.load(config), config.data, 0, config.model.vocab_size
-    )
-  )
-  tokens = partition.put(batch, programs.mesh, partition.BATCH)
+  programs, config, tokens = skipping
 
   def moved(num_skipped, rate):
     """The change of the parameters by the first update that is made."""
-    state = programs.init(0)
+    state = generic_states.state(programs)
     before = jax.device_get(state.params)
     for _ in range(num_skipped):
       state, _ = programs.train(state, tokens, programs.inputs(loss_limit=-1.0))

@@ -117,6 +117,8 @@ def test_a_run_on_tokens_scores_its_own_text_as_its_held_out_text(
   settings = dataclasses.replace(
     TINY_RUN,
     num_steps=2,
+    model=TINY_RUN.model.plain,
+    probe_every=0,
     optimizer=config_lib.OptimizerConfig(warmup_steps=1),
     final_sequences=0,
     data=dataclasses.replace(TINY_RUN.data, path=str(prepared / '268')),
