@@ -202,7 +202,9 @@ def transport(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
   these row and column sums has H_ij in [lo, hi], so all are reached. The last
   column and row are what is left.
   """
-  shares = jax.nn.sigmoid(logits).reshape(n - 1, n - 1, logits.shape[1])
+  # Not reshaped to [n - 1, n - 1, t]: of slices [i, j] of that, XLA's gradient
+  # was wrong on a CPU (jaxlib 0.11.2), by up to half of its largest entry.
+  shares = jax.nn.sigmoid(logits)
   # Varies as the logits do also where there are none, for one stream.
   full = jnp.ones(logits.shape[1:], logits.dtype)
   full = axes.cast_varying(full, axes.varying_axes(logits))
@@ -212,7 +214,7 @@ def transport(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
     for j in range(n - 1):
       low = jax.nn.relu(left - sum(columns[j + 1 :]))
       high = jnp.minimum(left, columns[j])
-      row.append(low + shares[i, j] * jax.nn.relu(high - low))
+      row.append(low + shares[i * (n - 1) + j] * jax.nn.relu(high - low))
       left = jax.nn.relu(left - row[-1])
     rows.append([*row, left])
     columns = [
