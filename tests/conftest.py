@@ -42,9 +42,13 @@ import pytest
 
 float64.set_up()
 
-# Tests send it; `nohup make test` starts with it ignored.
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-  signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Tests send them; `nohup make test` and `make test &` start with one ignored.
+for number, handler in (
+  (signal.SIGHUP, signal.SIG_DFL),
+  (signal.SIGINT, signal.default_int_handler),
+):
+  if signal.getsignal(number) is signal.SIG_IGN:
+    signal.signal(number, handler)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
