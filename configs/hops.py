@@ -7,6 +7,8 @@ Each row shows a random cycle of SIZE letters as pairs (from, to) and asks where
 1, 2, ... steps lead from some letter (mhc/data/questions.py). `recall`, which
 asks for values of keys, is the control: two layers are enough. What is counted
 is the share of seeds that come to answer a level right (docs/evaluation.md).
+The whole is some ten hours of one CPU core, as `--list` predicts: begin with
+fewer depths and seeds.
 """
 
 import ml_collections

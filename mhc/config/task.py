@@ -69,9 +69,7 @@ class TaskConfig:
     if [*ladder] != sorted({*ladder}) or ladder[0] < 1 or ladder[-1] > most:
       raise ValueError(
         f'task.levels={ladder} of task.name={self.name!r} must rise within '
-        f'[1, {most}]'
-        + f' with task.size={self.symbols}'
-        * (most < limits.most_level)
+        f'[1, {most}] with task.size={self.symbols}'
       )
 
   @property

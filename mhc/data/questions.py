@@ -3,16 +3,16 @@
 A row is a function of its side and its number alone. It is the bytes of its
 questions, each level of difficulty in turn, after a line's end:
 
-    hops          AcBaCb2AB    a random cycle as pairs (from, to), then how many
+    hops          ACCBBA2AB    a random cycle as pairs (from, to), then how many
                                steps, from where, and where they lead
-    permutations  ba_ c        elements of S_n, applied from left to right, and
+    permutations  "! &         elements of S_n, applied from left to right, and
                                their product
-    brackets      ([](_ )])    a start of brackets, and what closes it
-    copy          abc_ abc
-    recall        kvlw_ lwkv   pairs (key, value), then each key and its value
+    brackets      ([]( )])     a start of brackets, and what closes it
+    copy          ABC ABC
+    recall        KVLW LWKV    pairs (key, value), then each key and its value
 
-(here _ is a space that the row has and the next space is not). The bytes of
-answers alone are predicted: the others are kept as ~byte, which is negative.
+The bytes of answers alone are predicted: the others are kept as ~byte, which is
+negative.
 """
 
 from collections.abc import Callable, Iterator

@@ -297,6 +297,9 @@ def _row(panel, run, baseline):
     'heldout_blocks': run.blocks,
     'bits_per_byte': run.summary['heldout_bits_per_byte'],
     'solved': run.solved,
+    'chance': {
+      level: run.config.data.task.chance(int(level)) for level in run.solved
+    },
     'gap_nats': gap,
     'gain_fwd_max': forward,
     'gain_bwd_max': backward,

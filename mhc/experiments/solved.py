@@ -41,7 +41,7 @@ def section(workdir: paths.Path, name: str, rows: Rows) -> list[html.Block]:
     'at some evaluation, with the interval of Clopper and Pearson; '
     'below, after how many steps (the middle one of those that do).',
     html.Table(
-      ['setting', 'design', *(f'level {level}' for level in levels)],
+      ['setting', 'design', *(_header(rows[0], level) for level in levels)],
       lines,
       numeric=False,
     ),
@@ -52,6 +52,10 @@ def section(workdir: paths.Path, name: str, rows: Rows) -> list[html.Block]:
       'The share of seeds that have solved a level, over the steps.',
     ),
   ]
+
+
+def _header(row, level) -> str:
+  return f'level {level} ({row["chance"][level]:.2g} by chance)'
 
 
 def _cell(group, level) -> str:

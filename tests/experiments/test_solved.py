@@ -34,6 +34,7 @@ def rows():
       'setting': {'model.num_blocks': 4},
       'steps': 80,
       'solved': {'1': 20, '4': step},
+      'chance': {'1': 0.25, '4': 1e-3},
     }
     for design, found in steps.items()
     for step in found
@@ -43,6 +44,7 @@ def rows():
 def test_seeds_are_counted_with_their_interval(tmp_path):
   parts = solved.section(tmp_path, 'hops', rows())
   text = html.markdown(parts)
+  assert '| level 1 (0.25 by chance) | level 4 (0.001 by chance) |' in text
   assert '4 of 4 [40%, 100%], 20 steps' in text
   assert '3 of 4 [19%, 99%], 40 steps' in text
   assert '0 of 4 [0%, 60%] |' in text
