@@ -6,15 +6,12 @@ python launch/cloze.py --workdir=runs/residual,runs/mhc --out=runs/cloze
 from absl import flags
 
 from mhc.evaluation import cloze
-from mhc.evaluation import scoring
-from mhc.evaluation import summary
+from mhc.evaluation import runs
 from mhc.runtime import cli
 from mhc.runtime import paths
 from mhc.training import workdir as workdir_lib
 
-WORKDIR = flags.DEFINE_list(
-  'workdir', None, 'Folders of the runs, separated by commas.', required=True
-)
+runs.define_flags()
 PATH = flags.DEFINE_string(
   'path',
   None,
@@ -22,28 +19,18 @@ PATH = flags.DEFINE_string(
 )
 ITEMS = flags.DEFINE_integer('items', 500, 'Items to ask.', lower_bound=2)
 SEED = flags.DEFINE_integer('seed', 0, 'Which items are asked.', lower_bound=0)
-BATCH_SIZE = flags.DEFINE_integer(
-  'batch_size', 16, 'Rows that are computed at once.', lower_bound=1
-)
-OUT = flags.DEFINE_string(
-  'out', None, 'Folder for results.json and table.md.', required=True
-)
-TOKENIZER = cli.define_tokenizer()
 
 
 def main():
-  workdirs = {name: paths.path(name) for name in WORKDIR.value}
-  first = workdir_lib.read_config(next(iter(workdirs.values())))
+  first = workdir_lib.read_config(paths.path(flags.FLAGS.workdir[0]))
   documents = cloze.heldout_documents(first.data, PATH.value)
-  asked = cloze.items(documents, ITEMS.value, SEED.value)
-  rows, records, found = [], {}, {}
-  for name, workdir in workdirs.items():
-    scorer = scoring.of_run(workdir, TOKENIZER.value, BATCH_SIZE.value)
+  asked, found = cloze.items(documents, ITEMS.value, SEED.value), {}
+
+  def rows_of(name, scorer):
     found[name] = cloze.answers(scorer, asked)
-    rows += cloze.rows(name, found[name])
-    records[name] = scorer.record()
-  summary.write(paths.path(OUT.value), rows, records, ITEMS.value)
-  print(summary.markdown(rows, records))
+    return cloze.rows(name, found[name])
+
+  runs.score(rows_of, ITEMS.value)
   for line in cloze.lines(cloze.differences(found)):
     print(line)
 

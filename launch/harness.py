@@ -6,15 +6,12 @@ python launch/harness.py --workdir=runs/mine --tasks=piqa,hellaswag \
 
 from absl import flags
 
-from mhc.evaluation import scoring
+from mhc.evaluation import runs
 from mhc.evaluation import summary
 from mhc.evaluation import tasks as tasks_lib
 from mhc.runtime import cli
-from mhc.runtime import paths
 
-WORKDIR = flags.DEFINE_list(
-  'workdir', None, 'Folders of the runs, separated by commas.', required=True
-)
+runs.define_flags()
 TASKS = flags.DEFINE_list(
   'tasks', list(tasks_lib.BENCHMARKS), 'Tasks of lm_eval, separated by commas.'
 )
@@ -26,29 +23,18 @@ DATA = flags.DEFINE_string(
 LIMIT = flags.DEFINE_integer(
   'limit', None, 'Documents a task; all by default.', lower_bound=1
 )
-BATCH_SIZE = flags.DEFINE_integer(
-  'batch_size', 16, 'Rows that are computed at once.', lower_bound=1
-)
-OUT = flags.DEFINE_string(
-  'out', None, 'Folder for results.json and table.md.', required=True
-)
-TOKENIZER = cli.define_tokenizer()
 
 
 def main():
-  local = tasks_lib.prepare(TASKS.value, DATA.value, OUT.value)
+  local = tasks_lib.prepare(TASKS.value, DATA.value, flags.FLAGS.out)
   # An extra, which at its import asks whether there is a network.
   from mhc.evaluation import harness
 
-  rows, records = [], {}
-  for name in WORKDIR.value:
-    workdir = paths.path(name)
-    scorer = scoring.of_run(workdir, TOKENIZER.value, BATCH_SIZE.value)
+  def rows_of(name, scorer):
     found = harness.evaluate(scorer, TASKS.value, local, LIMIT.value)
-    rows += summary.rows(name, found)
-    records[name] = scorer.record()
-  summary.write(paths.path(OUT.value), rows, records, LIMIT.value)
-  print(summary.markdown(rows, records))
+    return summary.rows(name, found)
+
+  runs.score(rows_of, LIMIT.value)
 
 
 if __name__ == '__main__':

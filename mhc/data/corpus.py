@@ -162,16 +162,19 @@ def is_tokens(path: str) -> bool:
   return bool(path) and token_dataset.holds(paths.path(path))
 
 
+def documents_at(
+  path: str, log: corruption.SkipLog, text_field: str = documents_lib.TEXT
+) -> tuple[list[documents_lib.Document], str]:
+  """The distinct documents at a path, '' for Python's, and what is left out."""
+  if not path:
+    return documents_lib.distinct(documents_lib.standard_library()), ''
+  files = corpus_files.find(path)
+  found = list(documents_lib.read_all(files, log, text_field))
+  return documents_lib.distinct(found), files.summary()
+
+
 def _from_text(path, log, text_field, tokenizer) -> Corpus:
-  if path:
-    files = corpus_files.find(path)
-    left_out = files.summary()
-    name = path
-    documents = list(documents_lib.read_all(files, log, text_field))
-  else:
-    name, left_out = "Python's standard library", ''
-    documents = documents_lib.standard_library()
-  documents = documents_lib.distinct(documents)
+  documents, left_out = documents_at(path, log, text_field)
   if not documents:
     why = log.summary() or 'every file is empty'
     raise ValueError(f'data.path={path!r} holds no text: {why}')
@@ -185,7 +188,7 @@ def _from_text(path, log, text_field, tokenizer) -> Corpus:
   for document in documents:
     digest.update(document.text)
   return Corpus(
-    name=name,
+    name=path or "Python's standard library",
     train=(train,),
     heldout=(heldout,),
     tokenizer=tokenizer,

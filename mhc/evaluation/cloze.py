@@ -18,7 +18,7 @@ import numpy as np
 
 from mhc import config as config_lib
 from mhc.data import corpus as corpus_lib
-from mhc.data import corpus_files
+from mhc.data import corruption
 from mhc.data import documents as documents_lib
 from mhc.evaluation import scoring
 from mhc.evaluation import summary
@@ -69,13 +69,11 @@ def heldout_documents(
       f'data.task.name={data.task.name!r}: the run has not one text of '
       'documents to ask about, give such by --path'
     )
-  path = data.path if path is None else path
-  if not path:
-    found = documents_lib.standard_library()
-  else:
-    files = corpus_files.find(paths.given(path, '--path'))
-    found = list(documents_lib.read_all(files, text_field=data.text_field))
-  return documents_lib.split(documents_lib.distinct(found))[1]
+  path = paths.given(data.path if path is None else path, '--path')
+  found, _ = corpus_lib.documents_at(
+    path, corruption.SkipLog(), data.text_field
+  )
+  return documents_lib.split(found)[1]
 
 
 def items(

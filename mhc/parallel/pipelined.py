@@ -33,11 +33,11 @@ def loss_and_grads(p, params, router_bias, tokens):
 
 
 def token_losses(p, params, router_bias, tokens):
-  return _scored('nats', p, params, router_bias, tokens)
+  return _scored('nats_of_rows', p, params, router_bias, tokens)
 
 
 def are_likeliest(p, params, router_bias, tokens):
-  return _scored('likeliest', p, params, router_bias, tokens)
+  return _scored('are_likeliest', p, params, router_bias, tokens)
 
 
 def stream_stats(p, params, router_bias, tokens):
@@ -61,7 +61,8 @@ class Stages:
   shared: placement.Params  # this device's, for what does not look at them
   blocks: placement.Params
   collect: bool = False  # statistics of the streams, not of experts
-  scores: Literal['nats', 'likeliest'] = 'nats'  # of `loss`
+  # What `score` is, of `loss` or `vocab_parallel`.
+  scores: Literal['nats_of_rows', 'are_likeliest'] = 'nats_of_rows'
 
   def embed(self, shared, tokens):
     return self._network(shared, self.blocks).embed_and_expand(
@@ -89,18 +90,10 @@ class Stages:
 
   def score(self, shared, h, targets):
     if self.p.config.mesh.head == 'vocab':
-      score = {
-        'nats': vocab_parallel.nats_of_rows,
-        'likeliest': vocab_parallel.are_likeliest,
-      }[self.scores]
+      score = getattr(vocab_parallel, self.scores)
       return score(h, self._head_columns(shared), targets)
-    score = {
-      'nats': loss.nats_of_rows,
-      'likeliest': loss.are_likeliest,
-    }[self.scores]
-    return score(
-      self._network(shared, self.blocks).logits(h, targets.shape), targets
-    )
+    logits = self._network(shared, self.blocks).logits(h, targets.shape)
+    return getattr(loss, self.scores)(logits, targets)
 
   def _head_columns(self, shared):
     """This device's columns of the matrix of the logits."""

@@ -46,8 +46,11 @@ def right_answers(
 ) -> dict[str, float]:
   """The share of questions of each level whose answer is the likeliest text.
 
-  That is, of whose bytes each has the largest logit after the right ones.
+  That is, of whose bytes each has the largest logit after the right ones. Text
+  asks no questions: then there is none.
   """
+  if not config.task.name:
+    return {}
   found = _by_batches(
     step.are_likeliest, step.mesh, state, rows, config.batch_size
   )
@@ -132,13 +135,10 @@ def evaluate_checkpoint(
   abstract = step.saved_state._replace(opt_state=None)
   state = step.to_pipeline_order(checkpoint.restore(workdir, abstract))
   nats = row_nats(step, state, rows, config.data.batch_size)
-  accuracy = {}
-  if config.data.task.name:
-    accuracy = right_answers(step, state, rows, config.data)
   return {
     'step': int(state.step),
     **losses(nats, rows, tokenizer or mixture.tokenizer),
-    **accuracy,
+    **right_answers(step, state, rows, config.data),
     'rows': len(rows),
     'corpus': ', '.join(corpus.name for corpus in mixture.corpora),
     'corpus_sha256': mixture.sha256,

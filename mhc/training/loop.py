@@ -240,6 +240,9 @@ class Loop:
       nats = evaluate.row_nats(
         self._compiled, self._state, rows, self._config.data.batch_size
       )
+      right = evaluate.right_answers(
+        self._compiled, self._state, rows, self._config.data
+      )
     if last and multihost.is_first():
       files.replace_array(self._workdir / workdir_lib.HELDOUT, nats)
     found = evaluate.losses(nats, rows, self._mixture.tokenizer)
@@ -251,12 +254,7 @@ class Loop:
       mine = sources == index
       of = evaluate.losses(nats[mine], rows[mine], self._mixture.tokenizer)
       found |= {f'{key}/{name}': value for key, value in of.items()}
-    if self._config.data.task.name:
-      with phases.phase('evaluating'):
-        found |= evaluate.right_answers(
-          self._compiled, self._state, rows, self._config.data
-        )
-    return found
+    return found | right
 
   def _run_probe(self, values) -> list[guards_lib.Event]:
     """Adds the numbers of a probe to the metrics; returns its events."""

@@ -1,6 +1,7 @@
 """Lines of held-out functions: what is asked, and who answers how."""
 
 import json
+import types
 import zlib
 
 from example_configs import TINY_RUN
@@ -12,6 +13,7 @@ from mhc import config as config_lib
 from mhc.data import documents
 from mhc.data import tokenizer as tokenizer_lib
 from mhc.evaluation import cloze
+from mhc.evaluation import runs
 from mhc.evaluation import scoring
 
 MODULE = b"""
@@ -138,6 +140,26 @@ def test_runs_on_no_one_text_need_a_path(settings, message, tmp_path):
   (tmp_path / 'a.py').write_bytes(MODULE)
   (found,) = cloze.heldout_documents(data, str(tmp_path / 'a.py'))
   assert MODULE.endswith(found.text)
+
+
+def test_each_run_is_scored_and_recorded(monkeypatch, tmp_path, capsys):
+  given = types.SimpleNamespace(
+    workdir=['a', 'b'], tokenizer=None, batch_size=4, out=str(tmp_path)
+  )
+  monkeypatch.setattr(runs, 'flags', types.SimpleNamespace(FLAGS=given))
+  record = dict(requests=1, seconds=1.0, truncated={})
+  scorer = types.SimpleNamespace(record=lambda: record)
+  monkeypatch.setattr(runs.scoring, 'of_run', lambda *_: scorer)
+
+  def rows_of(name, scorer):
+    return cloze.rows(name, {'acc': np.array([0.0, 1.0])})
+
+  runs.score(rows_of, 2)
+  found = json.loads((tmp_path / 'results.json').read_text())
+  assert [row['run'] for row in found['rows']] == ['a', 'b']
+  assert found['runs'] == {'a': record, 'b': record}
+  assert found['limit'] == 2
+  assert (tmp_path / 'table.md').read_text() in capsys.readouterr().out
 
 
 def test_the_main_compares_runs(launch, tmp_path):
