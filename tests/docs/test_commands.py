@@ -16,17 +16,10 @@ from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
 
 ROOT = documents.ROOT
-CLI = (ROOT / 'mhc' / 'runtime' / 'cli.py').read_text()
 MAINS = (*(ROOT / 'launch').glob('*.py'),)
 DEFINED = re.compile(r"DEFINE_\w+\(\s*'(\w+)'")
-# What cli.py gives to every main, and to those that call a function of it.
+# What cli.py gives to every main.
 SHARED = {'traceback', 'verbosity'}
-BY_CALL = {
-  name: {*DEFINED.findall(body)}
-  for name, body in re.findall(
-    r'^def (define_\w+)\(.*?\n(.*?)(?=^def |\Z)', CLI, re.M | re.S
-  )
-}
 # Settings have these names in prose, without the groups that they lie in.
 SHORT = {
   'connection': 'model.connection',
@@ -52,6 +45,21 @@ def commands(page):
       yield words
 
 
+def flags_by_calls(text: str) -> set[str]:
+  """The flags that code defines by `module.define_...()` of other modules."""
+  found = set()
+  for module, call in re.findall(r'(\w+)\.(define_\w+)\(', text):
+    package = re.search(rf'^from (mhc\S*) import {module}$', text, re.M)[1]
+    path = ROOT / package.replace('.', '/') / f'{module}.py'
+    body = re.search(
+      rf'^def {call}\(.*?\n(.*?)(?=^def |\Z)', path.read_text(), re.M | re.S
+    )[1]
+    found |= {*DEFINED.findall(body)}
+    imports = re.findall(r'^from mhc.*$', path.read_text(), re.M)
+    found |= flags_by_calls('\n'.join([*imports, body]))
+  return found
+
+
 @functools.cache
 def flags_of(main: pathlib.Path) -> set[str]:
   """The flags of a program, read off its source."""
@@ -60,9 +68,7 @@ def flags_of(main: pathlib.Path) -> set[str]:
     return {*re.findall(r'--([a-z][\w-]*)', text)}
   found = {*DEFINED.findall(text)}
   found |= {*re.findall(r"add_argument\(\s*'--([\w-]+)'", text)}
-  for call, names in BY_CALL.items():
-    if f'cli.{call}(' in text:
-      found |= names | ({'config'} if call == 'define_config' else set())
+  found |= flags_by_calls(text)
   return found | SHARED
 
 
