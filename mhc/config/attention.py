@@ -76,6 +76,9 @@ class AttentionConfig:
   qkv_bias: bool = False
   # Norms of each head's query and key before RoPE (Qwen3): 'gqa' alone.
   qk_norm: bool = False
+  # Adds a learned share of the first block's values to those of every other
+  # (model/value_residual.py).
+  value_residual: bool = False
   rope_theta: float = 10_000.0
   rope_scaling: RopeScalingConfig = RopeScalingConfig()
   # 'auto': a kernel on TPUs, cuDNN's on NVIDIA GPUs, where they take the sizes;
@@ -124,6 +127,15 @@ class AttentionConfig:
     if self.kind == 'gqa':
       return self.rope_dim or self.head_dim
     return self.rope_dim
+
+  @property
+  def num_value_heads(self) -> int:
+    return self.num_heads if self.kind == 'mla' else self.num_kv_heads
+
+  @property
+  def carried_values(self) -> int:
+    """The numbers a token that travel beside the streams."""
+    return self.value_residual * self.num_value_heads * self.head_dim
 
   @property
   def key_dim(self) -> int:

@@ -9,7 +9,7 @@ from mhc.config import dicts
 FREE = frozenset(
   (
     *('dtype', 'recompute', 'recompute_every', 'adapter_rank'),
-    'attention.implementation',
+    *('attention.implementation', 'attention.value_residual'),
     *(
       f'moe.{name}'
       for name in (

@@ -44,7 +44,7 @@ def causal_attention(
   Args:
     query: of t tokens, h heads each.
     key, value: of s tokens, g heads for h / g queries each; without a head
-      dimension all heads share them.
+      dimension all heads share them, as they may the keys alone.
     scale: of the logits.
     start: position of the first query; key s stands at position s.
     implementation: 'auto' for a kernel where there is one, 'xla' for plain JAX.
@@ -176,7 +176,7 @@ def in_blocks(
 
 def _block(query, key, value, scale, start):
   shape = *query.shape[:3], value.shape[-1]
-  heads = 'h' if key.ndim == 4 else ''
+  heads, of_value = ('h' if x.ndim == 4 else '' for x in (key, value))
   if heads and key.shape[2] != query.shape[2]:  # heads of g groups
     heads, query = (
       'g',
@@ -195,7 +195,8 @@ def _block(query, key, value, scale, start):
   seen = jnp.expand_dims(seen, range(logits.ndim - 2))
   logits = jnp.where(seen, logits, -jnp.inf)
   weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  mixed = jnp.einsum(f'b{each}qs,bs{heads}k->bq{each}k', weights, value)
+  of_value = 'g' if heads == 'g' else of_value
+  mixed = jnp.einsum(f'b{each}qs,bs{of_value}k->bq{each}k', weights, value)
   return mixed.reshape(shape)
 
 

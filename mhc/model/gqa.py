@@ -22,6 +22,7 @@ from mhc.model import attention
 from mhc.model import layers
 from mhc.model import recompute
 from mhc.model import rope
+from mhc.model import value_residual
 
 
 class Cache(NamedTuple):
@@ -55,26 +56,40 @@ class GQA(nnx.Module):
     self.query_norm = layers.RMSNorm(k, norm_eps) if config.qk_norm else None
     self.key_norm = layers.RMSNorm(k, norm_eps) if config.qk_norm else None
     self.out = linear(wide, dim)
+    self.value_residual = value_residual.make(config)
     self.config = config
 
-  def __call__(self, x: Float[Array, 'b t d']) -> Float[Array, 'b t d']:
+  def __call__(
+    self,
+    x: Float[Array, 'b t d'],
+    first: value_residual.FirstValues | None = None,
+  ) -> tuple[Float[Array, 'b t d'], value_residual.FirstValues | None]:
+    """As `MLA`."""
+    query, key, value, first = self._project(x, 0, first)
     mixed = attention.causal_attention(
-      *self._project(x, 0),
+      query,
+      key,
+      value,
       rope.logit_scale(self.config),
       implementation=self.config.implementation,
     )
-    return self.out(recompute.name_inner(mixed.reshape(*x.shape[:2], -1)))
+    mixed = recompute.name_inner(mixed.reshape(*x.shape[:2], -1))
+    return self.out(mixed), first
 
   def decode(
-    self, x: Float[Array, 'b t d'], cache: Cache, start: Int[Array, '']
-  ) -> tuple[Float[Array, 'b t d'], Cache]:
+    self,
+    x: Float[Array, 'b t d'],
+    cache: Cache,
+    start: Int[Array, ''],
+    first: value_residual.FirstValues | None = None,
+  ) -> tuple[Float[Array, 'b t d'], Cache, value_residual.FirstValues | None]:
     """As `MLA.decode`."""
-    query, *new = self._project(x, start)
-    cache = attention.extended(cache, Cache(*new), start)
+    query, key, value, first = self._project(x, start, first)
+    cache = attention.extended(cache, Cache(key, value), start)
     mixed = attention.causal_attention(
       query, *cache, rope.logit_scale(self.config), start
     )
-    return self.out(mixed.reshape(*x.shape[:2], -1)), cache
+    return self.out(mixed.reshape(*x.shape[:2], -1)), cache, first
 
   @staticmethod
   def empty_cache(
@@ -84,8 +99,8 @@ class GQA(nnx.Module):
     empty = jnp.zeros((*shape, config.num_kv_heads, config.head_dim), dtype)
     return Cache(empty, empty)
 
-  def _project(self, x, start):
-    """Rotated queries and keys, and values, by heads."""
+  def _project(self, x, start, first):
+    """Rotated queries and keys, and values, by heads; `first` of the next."""
     query, key, value = (
       recompute.name_inner(project(x)).reshape(
         *x.shape[:2], -1, self.config.head_dim
@@ -97,4 +112,6 @@ class GQA(nnx.Module):
     query, key = (
       rope.rotate(each, self.config, start) for each in (query, key)
     )
-    return query, key, value
+    if first is not None:
+      value, first = self.value_residual(value, first)
+    return query, key, value, first

@@ -17,6 +17,9 @@ each. The expansion is linear, so it is applied to queries and results instead:
 
     q . (W_key latent_s) = (W_key^T q) . latent_s,
     sum_s a_s W_value latent_s = W_value sum_s a_s latent_s.
+
+With a value residual the values of all tokens are kept too: they are more than
+the latent vectors say.
 """
 
 import functools
@@ -31,6 +34,7 @@ from mhc.model import attention
 from mhc.model import layers
 from mhc.model import recompute
 from mhc.model import rope
+from mhc.model import value_residual
 
 
 class Cache(NamedTuple):
@@ -38,6 +42,7 @@ class Cache(NamedTuple):
 
   latent: Float[Array, '*l b s c']  # normed
   key_rope: Float[Array, '*l b s r']  # rotated
+  value: Float[Array, '*l b s h k'] | None  # with a value residual
 
 
 class MLA(nnx.Module):
@@ -64,15 +69,23 @@ class MLA(nnx.Module):
     self.norm = layers.RMSNorm(config.kv_rank, norm_eps)
     self.up = linear(config.kv_rank, heads * 2 * k)
     self.out = linear(heads * k, dim)
+    self.value_residual = value_residual.make(config)
     self.config = config
 
-  def __call__(self, x: Float[Array, 'b t d']) -> Float[Array, 'b t d']:
+  def __call__(
+    self,
+    x: Float[Array, 'b t d'],
+    first: value_residual.FirstValues | None = None,
+  ) -> tuple[Float[Array, 'b t d'], value_residual.FirstValues | None]:
+    """The output, and the first block's values for the next, if asked for."""
     c = self.config
     batch, time, _ = x.shape
     query, query_rope, latent, key_rope = self._project(x, 0)
     up = recompute.name_inner(self.up(latent))
     up = up.reshape(batch, time, c.num_heads, -1)
     key, value = jnp.split(up, 2, axis=-1)
+    if first is not None:
+      value, first = self.value_residual(value, first)
     key_rope = jnp.broadcast_to(key_rope[:, :, None], query_rope.shape)
     mixed = attention.causal_attention(
       jnp.concatenate([query, query_rope], axis=-1),
@@ -81,45 +94,63 @@ class MLA(nnx.Module):
       rope.logit_scale(c),
       implementation=c.implementation,
     )
-    return self.out(recompute.name_inner(mixed.reshape(batch, time, -1)))
+    mixed = recompute.name_inner(mixed.reshape(batch, time, -1))
+    return self.out(mixed), first
 
   def decode(
-    self, x: Float[Array, 'b t d'], cache: Cache, start: Int[Array, '']
-  ) -> tuple[Float[Array, 'b t d'], Cache]:
+    self,
+    x: Float[Array, 'b t d'],
+    cache: Cache,
+    start: Int[Array, ''],
+    first: value_residual.FirstValues | None = None,
+  ) -> tuple[Float[Array, 'b t d'], Cache, value_residual.FirstValues | None]:
     """As a call on all tokens so far, of which x has the last t.
 
     Args:
       x: tokens at positions start, ..., start + t - 1.
       cache: of the tokens before in its first `start` places.
       start: how many those are; start + t must not exceed the cache's size.
+      first: the first block's values, of the tokens of x.
 
     Returns:
-      the output for x, and the cache with the t tokens added.
+      the output for x, the cache with the t tokens added, and `first` for the
+      next block.
     """
     c = self.config
     query, query_rope, latent, key_rope = self._project(x, start)
-    cache = attention.extended(cache, Cache(latent, key_rope), start)
     up = self.up.matrix(x.dtype)
     up = up.reshape(c.kv_rank, c.num_heads, -1)
     to_key, to_value = jnp.split(up, 2, axis=-1)
+    value = None
+    if first is not None:
+      value = jnp.einsum('btc,chk->bthk', latent, to_value)
+      value, first = self.value_residual(value, first)
+    cache = attention.extended(cache, Cache(latent, key_rope, value), start)
     query = jnp.einsum('bthk,chk->bthc', query, to_key)
     mixed = attention.causal_attention(
       jnp.concatenate([query, query_rope], axis=-1),
-      jnp.concatenate(cache, axis=-1),
-      cache.latent,
+      jnp.concatenate([cache.latent, cache.key_rope], axis=-1),
+      cache.latent if cache.value is None else cache.value,
       rope.logit_scale(c),
       start,
     )
-    mixed = jnp.einsum('bthc,chk->bthk', mixed, to_value)
-    return self.out(mixed.reshape(*x.shape[:2], -1)), cache
+    if cache.value is None:
+      mixed = jnp.einsum('bthc,chk->bthk', mixed, to_value)
+    return self.out(mixed.reshape(*x.shape[:2], -1)), cache, first
 
   @staticmethod
   def empty_cache(
     config: config_lib.AttentionConfig, shape: tuple[int, ...], dtype: str
   ) -> Cache:
     """A cache of zeros for tokens `shape`."""
-    sizes = config.kv_rank, config.rope_dim
-    return Cache(*(jnp.zeros((*shape, size), dtype) for size in sizes))
+    latent, rotary = (
+      jnp.zeros((*shape, size), dtype)
+      for size in (config.kv_rank, config.rope_dim)
+    )
+    value = None
+    if config.value_residual:
+      value = jnp.zeros((*shape, config.num_heads, config.head_dim), dtype)
+    return Cache(latent, rotary, value)
 
   def _project(self, x, start):
     """Query and its rotary part, normed latent, rotary key."""

@@ -29,6 +29,8 @@ import jax
 from mhc.axes import DATA, EXPERT
 
 BLOCKS = ('dense_blocks', 'moe_blocks')
+# What the parameters of connections, and of other residuals, begin with.
+ADDED = ('*_connection', 'expand', 'collapse', 'attention/value_residual')
 ROOTS = (*BLOCKS, 'embed', 'expand', 'collapse', 'norm', 'head')
 
 
@@ -48,7 +50,7 @@ class Row(NamedTuple):
     """What it belongs to: the plain network, or what is added to it."""
     if 'adapter' in self.path:
       return 'adapter'
-    of_streams = self.path.startswith(('*_connection', 'expand', 'collapse'))
+    of_streams = self.path.startswith(ADDED)
     return 'connection' if of_streams else 'base'
 
 
@@ -85,6 +87,7 @@ PARAMETERS = (
   _small('norm/gain', export='weight'),
   _small('*_norm/gain', export='weight'),
   _small('attention/*norm/gain', export='weight'),
+  _small('attention/value_residual/gain'),
   _matrix('attention/*/weight'),
   _small('attention/*/bias'),
   _matrix('attention/*/adapter_*'),

@@ -1,14 +1,13 @@
 """A pre-norm transformer whose residual is n streams wide.
 
-embed -> expand to n streams -> blocks -> collapse -> norm -> logits. A block is
-two sub-layers, attention and feed-forward (dense or a mixture of experts), each
-with a norm in front and a connection around it. Blocks of one shape are stacked
-along a leading dimension and run by `jax.lax.scan`, so the program's size does
-not depend on the depth; with experts there are two stacks, the leading dense
-blocks and the others.
+embed -> expand to n streams -> blocks -> collapse -> norm -> logits. Blocks of
+one shape (`block.Block`) are stacked along a leading dimension and run by
+`jax.lax.scan`, so the program's size does not depend on the depth; with experts
+there are two stacks, the leading dense blocks and the others.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -17,33 +16,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mhc import config as config_lib
-from mhc import functional
 from mhc import observation
 from mhc import precision
-from mhc.model import gqa
+from mhc.model import block as block_lib
 from mhc.model import layers
-from mhc.model import mla
 from mhc.model import moe
 from mhc.model import parts
 from mhc.model import recompute
 from mhc.model import residual
+from mhc.model import value_residual
 
 # From the name of a stack and the part of a block that the device keeps to the
 # whole block.
 GatherBlock = Callable[[str, nnx.Module], nnx.Module]
-States = list[residual.ResidualState]  # of the sub-batches
-Cache = mla.Cache | gqa.Cache
-ATTENTION = {'mla': mla.MLA, 'gqa': gqa.GQA}
-
-
-class BlockAux(NamedTuple):
-  """The outputs of a block beside the streams."""
-
-  contexts: tuple[functional.Context, functional.Context]
-  # Their `residual.read_weights`.
-  read_by: tuple[Float[Array, 'n t'] | None, Float[Array, 'n t'] | None]
-  moe_stats: moe.Stats | None  # with experts
-  cache: Cache | None  # in decoding
+States = list[value_residual.State]  # of the sub-batches
 
 
 class StackAux(NamedTuple):
@@ -51,90 +37,7 @@ class StackAux(NamedTuple):
 
   stream_stats: observation.StreamStats | None  # [l, 2, s, ...], if asked for
   moe_stats: moe.Stats | None
-  cache: Cache | None
-
-
-class Block(nnx.Module):
-  """Attention and feed-forward, each inside its connection."""
-
-  def __init__(
-    self,
-    config: config_lib.ModelConfig,
-    index,
-    *,
-    has_experts: bool,
-    rngs: nnx.Rngs,
-  ):
-    dim, eps = config.dim, config.norm_eps
-
-    def connection(sublayer):
-      return residual.make_connection(
-        config.connection,
-        dim,
-        2 * index + sublayer,
-        norm_eps=eps,
-        depth=2 * config.num_blocks,
-        is_first=sublayer == 0,
-      )
-
-    self.config = config.connection
-    self.attention_connection = connection(0)
-    self.attention_norm = layers.RMSNorm(dim, eps)
-    attention = ATTENTION[config.attention.kind]
-    added = dict(adapter_rank=config.adapter_rank, rngs=rngs)
-    self.attention = attention(config.attention, dim, eps, **added)
-    self.ffn_connection = connection(1)
-    self.ffn_norm = layers.RMSNorm(dim, eps)
-    if has_experts:
-      self.ffn = moe.MoE(config.moe, dim, **added)
-    else:
-      self.ffn = layers.SwiGLU(dim, config.ffn_dim, **added)
-
-  @parts.part(parts.DENSE)
-  def __call__(
-    self,
-    state: residual.ResidualState,
-    batch: tuple[int, int],
-    router_bias: Float[Array, 'e'] | None,
-    cache: Cache | None = None,
-    start: Int[Array, ''] | None = None,
-    is_real: Bool[Array, ''] | None = None,
-  ) -> tuple[residual.ResidualState, BlockAux]:
-    """One block on the streams [s, n, d] of s = b t tokens, batch = (b, t).
-
-    With a cache, the tokens follow the `start` ones that it holds. A block that
-    is not real, but fills a stage of a pipeline, leaves the streams as they
-    are.
-    """
-    h, first = residual.begin_sublayer(
-      self.attention_connection, state, is_real
-    )
-    normed = self.attention_norm(h).reshape(*batch, -1)
-    if cache is None:
-      y = self.attention(normed)
-    else:
-      y, cache = self.attention.decode(normed, cache, start)
-    y = recompute.name_output(y.reshape(h.shape))
-    between = residual.between_sublayers(
-      self.attention_connection, residual.PendingOutput(y, first)
-    )
-    h, second = residual.begin_sublayer(self.ffn_connection, between, is_real)
-    read_by = (
-      residual.read_weights(self.attention_connection, state, first),
-      residual.read_weights(self.ffn_connection, between, second),
-    )
-    stats = None
-    normed = self.ffn_norm(h).reshape(*batch, -1)
-    if router_bias is None:
-      y = self.ffn(normed)
-    else:
-      y, stats = self.ffn(normed, router_bias, is_real)
-    y = recompute.name_output(y.reshape(h.shape))
-    last = residual.PendingOutput(y, second)
-    state = residual.end_block(
-      self.config, self.ffn_connection, last, state, is_real
-    )
-    return state, BlockAux((first, second), read_by, stats, cache)
+  cache: block_lib.Cache | None
 
 
 class Transformer(nnx.Module):
@@ -147,7 +50,9 @@ class Transformer(nnx.Module):
   def __init__(self, config: config_lib.ModelConfig, *, rngs: nnx.Rngs):
     def stack(first, last, has_experts):
       def block(index, key):
-        return Block(config, index, has_experts=has_experts, rngs=nnx.Rngs(key))
+        return block_lib.Block(
+          config, index, has_experts=has_experts, rngs=nnx.Rngs(key)
+        )
 
       keys = jax.random.split(rngs.params(), last - first)
       return jax.vmap(block)(jnp.arange(first, last), keys)
@@ -201,10 +106,10 @@ class Transformer(nnx.Module):
   def decode(
     self,
     tokens: Int[Array, 'b t'],
-    cache: Cache,
+    cache: block_lib.Cache,
     start: Int[Array, ''],
     router_bias: Float[Array, 'l e'] | None = None,
-  ) -> tuple[Float[Array, 'b t v'], Cache]:
+  ) -> tuple[Float[Array, 'b t v'], block_lib.Cache]:
     """Logits of t tokens that follow `start` others, and the cache with them.
 
     Connections act on each token alone: attention's cache is all the memory.
@@ -224,10 +129,10 @@ class Transformer(nnx.Module):
     cache = jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *caches)
     return self.logits(h, tokens.shape), cache
 
-  def empty_cache(self, batch_size: int, size: int) -> Cache:
+  def empty_cache(self, batch_size: int, size: int) -> block_lib.Cache:
     """A cache for rows of up to `size` tokens, all blocks stacked."""
     c, shape = self.config, (self.config.num_blocks, batch_size, size)
-    attention = ATTENTION[c.attention.kind]
+    attention = block_lib.ATTENTION[c.attention.kind]
     return attention.empty_cache(c.attention, shape, c.dtype)
 
   def stream_stats(
@@ -272,8 +177,7 @@ class Transformer(nnx.Module):
 
   def enter_stage(self, states: States) -> States:
     """What the blocks of a stage take, of what the stage before has left."""
-    connection = self.config.connection
-    return [residual.with_empty_pending_output(connection, s) for s in states]
+    return self._on_streams(residual.with_empty_pending_output, states)
 
   def run_blocks(
     self,
@@ -303,15 +207,23 @@ class Transformer(nnx.Module):
 
   def leave_stage(self, states: States) -> States:
     """Plain streams, which travel to the next stage."""
-    connection = self.config.connection
-    return [residual.flush_pending_output(connection, s) for s in states]
+    return self._on_streams(residual.flush_pending_output, states)
+
+  def _on_streams(self, function, states):
+    function = functools.partial(function, self.config.connection)
+    return [value_residual.on_streams(function, state) for state in states]
 
   @parts.part(parts.HEAD)
   def collapse_and_norm(self, states: States) -> Float[Array, 's d']:
     """The streams as one, normed: what the head reads."""
     connection = self.config.connection
     h = jnp.concatenate(
-      [residual.collapse_streams(connection, s, self.collapse) for s in states]
+      [
+        residual.collapse_streams(
+          connection, value_residual.split(state)[0], self.collapse
+        )
+        for state in states
+      ]
     )
     return self.norm(h)
 
@@ -333,8 +245,14 @@ class Transformer(nnx.Module):
     x = self.embed(tokens, jnp.dtype(self.config.dtype))
     # Tokens in one dimension: connections reshape to that, and what keeps its
     # shape is kept once for the backward pass.
+    batch = (tokens.shape[0] // num_sub_batches, tokens.shape[1])
     return [
-      residual.expand_streams(self.config.connection, part, self.expand)
+      value_residual.opened(
+        self.config.attention,
+        residual.expand_streams(self.config.connection, part, self.expand),
+        part,
+        batch,
+      )
       for part in jnp.split(x.reshape(-1, self.config.dim), num_sub_batches)
     ]
 

@@ -96,7 +96,9 @@ def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
     number = mesh_lib.num_microbatches(mesh, data, dp_size)
     schedule = table.for_mesh(mesh, number)
     size = 2 if model.dtype == 'bfloat16' else 4
-    state = size * model.connection.streams * model.dim
+    state = size * (
+      model.connection.streams * model.dim + model.attention.carried_values
+    )
     kinds['stages'] = table.peak_states(schedule) * state
     if mesh.keep == 'stages':
       each = kinds['streams'] + kinds['outputs'] + kinds['inner'] + state
@@ -194,13 +196,14 @@ def peak_bytes(memory) -> int:
 
 
 def _attention(c):
+  carried = c.carried_values
   if c.kind == 'gqa':  # queries, what is mixed, keys and values
-    return 2 * (c.num_heads + c.num_kv_heads) * c.head_dim
+    return carried + 2 * (c.num_heads + c.num_kv_heads) * c.head_dim
   heads = c.num_heads * (c.head_dim + c.rope_dim)
   compressed = 2 * c.query_rank  # and its norm
   latent = 2 * c.kv_rank + c.rope_dim
   expanded = 3 * c.num_heads * c.head_dim  # keys, values, what is mixed
-  return compressed + heads + latent + expanded
+  return carried + compressed + heads + latent + expanded
 
 
 def _hidden(model):

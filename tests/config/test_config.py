@@ -76,6 +76,7 @@ model.attention.rope_scaling.mscale
 model.attention.rope_scaling.mscale_all_dim
 model.attention.rope_scaling.original_length
 model.attention.rope_theta
+model.attention.value_residual
 model.connection.collapse
 model.connection.depth_heads
 model.connection.expand_scale

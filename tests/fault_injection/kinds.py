@@ -86,11 +86,7 @@ def _damaged(damage):
     run.reaches(chance.randrange(2 * SAVE_EVERY + 4, STEPS - 4), process)
     process.kill()
     run.wait(process)
-    while len(run.saved()) < 2:  # saves in the background lag behind
-      process = run.start()
-      run.reaches(run.steps() + SAVE_EVERY, process)
-      process.kill()
-      run.wait(process)
+    _until_saved(run, 2)
     newest = run.newest()
     files = [p for p in newest.rglob('*') if p.is_file() and p.stat().st_size]
     some = chance.choice([faults.largest(newest), *files])
@@ -263,8 +259,16 @@ def _stopped(run, chance):
   run.reaches(chance.randrange(SAVE_EVERY + 4, STEPS - 60), process)
   process.send_signal(chance.choice([signal.SIGTERM, signal.SIGKILL]))
   run.wait(process)
-  if not run.saved():
-    raise Failure(f'no state after step {run.steps()}: {run.log}')
+  _until_saved(run, 1)
+
+
+def _until_saved(run, number):
+  """Starts a run until it has as many states: saves lag behind its steps."""
+  while len(run.saved()) < number:
+    process = run.start()
+    run.reaches(run.steps() + SAVE_EVERY, process)
+    process.kill()
+    run.wait(process)
 
 
 def lost_records(run: Run, chance: random.Random) -> str:

@@ -21,7 +21,7 @@ SETTINGS = config.AttentionConfig(
 def test_matches_a_loop_over_queries():
   layer = mla.MLA(SETTINGS, 16, 1e-20, rngs=nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(1), (1, 7, 16))
-  got = np.asarray(layer(x))[0]
+  got = np.asarray(layer(x)[0])[0]
 
   def weight(linear):
     return np.asarray(linear.weight[...], np.float64)
@@ -109,12 +109,13 @@ def test_decoding_keeps_the_latent_and_gives_the_same(query_rank):
   settings = dataclasses.replace(SETTINGS, query_rank=query_rank)
   layer = mla.MLA(settings, 16, 1e-20, rngs=nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(1), (2, 7, 16))
-  want = layer(x)
-  cache = mla.Cache(jnp.zeros((2, 9, 6)), jnp.zeros((2, 9, 4)))
+  want, _ = layer(x)
+  cache = mla.MLA.empty_cache(settings, (2, 9), 'float32')
+  assert cache.latent.shape[-1] + cache.key_rope.shape[-1] == 6 + 4
   decode = nnx.jit(mla.MLA.decode)
   start, got = 0, []
   for size in (3, 1, 1, 2):
-    y, cache = decode(layer, x[:, start : start + size], cache, start)
+    y, cache, _ = decode(layer, x[:, start : start + size], cache, start)
     got.append(y)
     start += size
   np.testing.assert_allclose(jnp.concatenate(got, 1), want, rtol=0, atol=1e-5)

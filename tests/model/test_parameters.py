@@ -29,7 +29,9 @@ def models():
   yield dicts.replace(
     config.ModelConfig(num_blocks=2, tied_embeddings=True, adapter_rank=2),
     moe=dict(num_experts=4),
-    attention=dict(kind='gqa', qkv_bias=True, qk_norm=True),
+    attention=dict(
+      kind='gqa', qkv_bias=True, qk_norm=True, value_residual=True
+    ),
   )
   for kind in ('hc', 'mhc', 'mhc_single_pass'):
     parts = dict(pre='off', post='static', res='off', expand_scale='random')

@@ -37,6 +37,7 @@ EXPERTS = grid.Case(
   'all_gather',
   num_sub_batches=2,
   keep='stages',
+  body='values',
 )
 DENSE = grid.Case('mhc', False, (4, 2, 1), 'dualpipev', 'vocab', body='gqa')
 CASES = (

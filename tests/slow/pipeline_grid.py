@@ -3,7 +3,7 @@
     python tests/slow/pipeline_grid.py              float32, within 3e-5
     python tests/slow/pipeline_grid.py --x64        float64, within 1e-11
 
-212 cases of a few seconds each, 45 minutes on two cores; one line per case,
+216 cases of a few seconds each, 45 minutes on two cores; one line per case,
 exit status 1 if one fails. `--only=TEXT` runs the cases whose line contains it.
 Buffers and idle devices are filled with NaN throughout.
 tests/pipeline/test_executor.py runs some of the cases.
@@ -78,7 +78,8 @@ class Case(NamedTuple):
   transport: str = 'auto'
   num_sub_batches: int = 1
   keep: str = 'inputs'
-  body: str = 'mla'  # 'gqa': BODY below, and a tied head
+  # 'gqa': BODY, and a tied head; 'values': latent, and a value residual.
+  body: str = 'mla'
 
 
 def cases():
@@ -104,6 +105,13 @@ def cases():
   for head in ('last', 'vocab'):
     yield Case('mhc', True, (2, 2, 2), 'interleaved', head=head, body='gqa')
     yield Case('hc', False, (4, 2, 1), 'dualpipev', head=head, body='gqa')
+    yield Case('mhc', True, (2, 2, 2), 'wave_v', head=head, body='values')
+    yield Case(
+      *('residual', False, (4, 2, 1), '1f1b'),
+      head=head,
+      keep='stages' if head == 'vocab' else 'inputs',
+      body='values',
+    )
 
 
 def config(
@@ -133,7 +141,11 @@ def config(
     attention=BODY
     if case.body == 'gqa'
     else config_lib.AttentionConfig(
-      num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
+      num_heads=1,
+      head_dim=8,
+      rope_dim=4,
+      kv_rank=8,
+      value_residual=case.body == 'values',
     ),
     connection=_connection(case.kind),
     moe=moe,
@@ -272,7 +284,7 @@ def main():
     if arguments.only not in str(case):
       continue
     settings = config(case, dtype)
-    key = (case.kind, case.experts, settings.model.num_blocks)
+    key = (case.kind, case.experts, case.body, settings.model.num_blocks)
     if key not in known:
       known[key] = reference(case, dtype)
     error, where = worst(gradient(settings), known[key])

@@ -12,6 +12,7 @@ import saved_runs
 from mhc import config
 from mhc.config import dicts
 from mhc.interop import safetensors
+from mhc.interop.huggingface import settings as hf_settings
 from mhc.model import parameters
 from mhc.training import added
 from mhc.training import checkpoint
@@ -70,6 +71,20 @@ def test_kinds_that_start_as_another_function_say_so(llama):
     conversion.convert(llama, model)
   _, difference = conversion.convert(llama, model, allow_different=True)
   assert 1e-5 < difference < 1e-3
+
+
+def test_a_value_residual_starts_as_nothing_and_has_no_class_of_theirs(llama):
+  plain = start.model_of(llama)
+  model = dicts.replace(plain, attention={'value_residual': True})
+  source, difference = conversion.convert(llama, model)
+  assert difference == 0
+  gains = [names for part, names, _ in leaves(source.params) if part != 'base']
+  assert gains == [('dense_blocks', 'attention', 'value_residual', 'gain')]
+  with pytest.raises(ValueError, match='value_residual=True is in none of'):
+    hf_settings.to_config(model, 64, None)
+  kind = dataclasses.replace(model, connection=config.ConnectionConfig('mhc'))
+  with pytest.raises(ValueError, match='value_residual=True is in none of'):
+    hf_settings.to_config(kind, 64, None)
 
 
 def settings(folder, text):

@@ -250,6 +250,11 @@ def to_config(
     ValueError: none of the classes is this model.
   """
   c, moe = model.attention, model.moe
+  if c.value_residual:
+    raise ValueError(
+      "attention.value_residual=True is in none of transformers' classes, nor "
+      f'in {CODE}'
+    )
   values: dict[str, Any] = {
     'vocab_size': model.vocab_size,
     'num_hidden_layers': model.num_blocks,
