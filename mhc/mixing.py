@@ -160,7 +160,7 @@ def matrices(
 
 def permutations(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
   """sum_k softmax(logits)_k P_k; P_k in lexicographic order, P_0 = I."""
-  every = np.eye(n, dtype=np.float32)[list(itertools.permutations(range(n)))]
+  every = np.eye(n, dtype=logits.dtype)[list(itertools.permutations(range(n)))]
   weights = jax.nn.softmax(logits, axis=0)
   return jnp.einsum(
     'kij,kt->ijt', every, weights, precision=jax.lax.Precision.HIGHEST
@@ -208,19 +208,26 @@ def transport(logits: Float[Array, 'k t'], n: int) -> Float[Array, 'n n t']:
   # Varies as the logits do also where there are none, for one stream.
   full = jnp.ones(logits.shape[1:], logits.dtype)
   full = axes.cast_varying(full, axes.varying_axes(logits))
+  # All later entries use an entry: a compiler that fused them would compute it
+  # again for each, and for what is used by those, a number of times that grows
+  # exponentially (on CPUs n = 8 did not end).
+  once = jax.lax.optimization_barrier
   columns, rows = [full] * n, []
   for i in range(n - 1):
     row, left = [], full
     for j in range(n - 1):
       low = jax.nn.relu(left - sum(columns[j + 1 :]))
       high = jnp.minimum(left, columns[j])
-      row.append(low + shares[i * (n - 1) + j] * jax.nn.relu(high - low))
-      left = jax.nn.relu(left - row[-1])
+      taken = low + shares[i * (n - 1) + j] * jax.nn.relu(high - low)
+      taken, left = once((taken, jax.nn.relu(left - taken)))
+      row.append(taken)
     rows.append([*row, left])
-    columns = [
-      jax.nn.relu(column - taken)
-      for column, taken in zip(columns, rows[-1], strict=True)
-    ]
+    columns = once(
+      [
+        jax.nn.relu(column - taken)
+        for column, taken in zip(columns, rows[-1], strict=True)
+      ]
+    )
   return jnp.stack([jnp.stack(row) for row in [*rows, columns]])
 
 

@@ -5,6 +5,7 @@ import itertools
 
 import double_precision
 from flax import nnx
+import float64
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,15 +158,17 @@ def reference_site(kind, params, x):
 @pytest.mark.parametrize(
   ('kind', 'num_streams'),
   [
-    *((kind, 4) for kind in ('hc', 'mhc', 'identity', *EXACT)),
+    *((kind, 4) for kind in ('hc', 'mhc', 'identity', *EXACT[:3])),
     ('mhc', 1),
     *(
       pytest.param(kind, 1, marks=pytest.mark.slow)
       for kind in ('hc', 'identity', *EXACT)
     ),
+    # Their matrices are tested by themselves.
+    *(pytest.param(kind, 4, marks=pytest.mark.slow) for kind in EXACT[3:]),
   ],
 )
-def test_site_and_all_gradients_match_the_papers_formulas(kind, num_streams):
+def test_the_formula_and_all_gradients(kind, num_streams):
   connection = perturbed(make(kind, num_streams))
   params = nnx.to_pure_dict(nnx.state(connection))
   x = random_streams(num_streams)
@@ -185,13 +188,14 @@ def test_site_and_all_gradients_match_the_papers_formulas(kind, num_streams):
         wide(cotangent),
       ),
     )
-  np.testing.assert_allclose(out, want, rtol=0, atol=5e-6)
-  np.testing.assert_allclose(d_x, want_d_x, rtol=0, atol=2e-5)
+  near, rtol = float64.tolerance(2e-5), float64.tolerance(1e-5)
+  np.testing.assert_allclose(out, want, rtol=0, atol=float64.tolerance(5e-6))
+  np.testing.assert_allclose(d_x, want_d_x, rtol=0, atol=near)
   got = nnx.to_pure_dict(nnx.state(grads))
   assert got.keys() == want_grads.keys()
   for name, value in got.items():
     np.testing.assert_allclose(
-      value, want_grads[name], rtol=1e-5, atol=2e-5, err_msg=name
+      value, want_grads[name], rtol=rtol, atol=near, err_msg=name
     )
 
 
