@@ -1,4 +1,4 @@
-r"""Converts connections to and from the tensors of DeepSeek-V4.
+r"""Converts connections to and from the tensors of DeepSeek-V4 and Hy4.
 
 For n streams of width d, DeepSeek-V4 has three float32 tensors a
 connection, with k = 2 n + n^2 numbers in the order [pre | post | comb]:
@@ -22,16 +22,22 @@ except for the eps that DeepSeek adds to pre. A learned `Collapse` is its head,
 without comb: fn = phi^T [n, n d], base [n], scale [1]. Single-pass mHC
 (DeepSeek-V4.1) has the same tensors and no head.
 
+Tencent's Hy4 has identity connections: the same without comb, fn [2 n, n d],
+base [2 n], scale [2], post + eps as well, y_i = x_i + post_i F(h). Its eps,
+1e-6, is in no formula of ours.
+
 Names. Block l has hc_attn_* and hc_ffn_*:
 
     layers.3.hc_attn_fn         hc_head_fn              DeepSeek
     model.layers.3.attn_hc.fn   model.hc_head.hc_fn     transformers
+    model.layers.3.hc_attn_layer.hc_pre.hc_fn           Tencent, with hc_mlp_
+    model.hc_head.hc_head_fn                            and its head
 
 The former are of the code released with DeepSeek-V4, inference/model.py
 (`Block`, `Transformer`), with the formulas in its kernel.py
 (`hc_split_sinkhorn`); the latter of transformers, models/deepseek_v4, which its
-glm5_next reuses with a mean for the head. Files also mix them, as in
-model.layers.3.hc_attn_fn; all of these are accepted.
+glm5_next reuses with a mean for the head, and hy_v4 without comb. Files also
+mix them, as in model.layers.3.hc_attn_fn; all of these are accepted.
 """
 
 from collections.abc import Mapping
@@ -47,8 +53,9 @@ from mhc.parallel.placement import Params
 
 NAMES = re.compile(
   r'(model\.(language_model\.)?)?'
-  r'((?P<block>layers\.\d+\.)(hc_(?P<a>attn|ffn)_|(?P<b>attn|ffn)_hc\.)'
-  r'|hc_head(_|\.hc_))(?P<role>fn|base|scale)'
+  r'((?P<block>layers\.\d+\.)(hc_(?P<a>attn|ffn)_|(?P<b>attn|ffn)_hc\.'
+  r'|hc_(?P<c>attn|mlp)_layer\.(hc_pre\.)?hc_)'
+  r'|hc_head(_|\.hc_(head_)?))(?P<role>fn|base|scale)'
 )
 
 
@@ -58,23 +65,28 @@ def connection_to_deepseek(
   """Converts phi, alpha, bias of an `MHC` or `Collapse` to fn, base, scale.
 
   Raises:
-    ValueError: H_res is not by Sinkhorn, or of another number of streams.
+    ValueError: H_res is neither by Sinkhorn nor I, or of another number of
+      streams.
   """
-  width, head = np.shape(params['phi'])[0], np.shape(params['alpha']) == (1,)
-  return names_lib.written(names_lib.triple(num_streams, width, head), params)
+  width, scales = np.shape(params['phi'])[0], np.shape(params['alpha'])
+  parts = _triple(num_streams, width, scales)
+  return names_lib.written(parts, params)
 
 
 def connection_from_deepseek(
-  tensors: Mapping[str, np.ndarray], num_streams: int
+  tensors: Mapping[str, np.ndarray | jax.Array], num_streams: int
 ) -> dict[str, np.ndarray]:
-  """Converts fn, base, scale to phi, alpha, bias; scale [1] for a `Collapse`.
+  """Converts fn, base, scale to phi, alpha, bias.
+
+  scale is [3], [2] where H_res is I, [1] for a `Collapse`.
 
   Raises:
-    ValueError: one is missing or unknown, of another shape or not float32.
+    ValueError: one is missing or unknown, of another shape, or neither float32
+      nor of 16 bits.
   """
-  fn, scale = (np.shape(tensors.get(name, ())) for name in ('fn', 'scale'))
-  parts = names_lib.triple(num_streams, fn[-1] if fn else 0, head=scale == (1,))
-  names_lib.check(tensors, parts)
+  fn, scales = (np.shape(tensors.get(name, ())) for name in ('fn', 'scale'))
+  parts = _triple(num_streams, fn[-1] if fn else 0, scales)
+  names_lib.check(tensors, parts, halves=True)
   params = {}
   for part in parts:
     shape = part.shape[::-1] if part.transposed else part.shape
@@ -86,26 +98,38 @@ def connection_from_deepseek(
 def to_deepseek(
   params: Params,
   config: config_lib.ModelConfig,
-  names: Literal['deepseek', 'transformers'] = 'deepseek',
+  names: Literal['deepseek', 'transformers', 'tencent'] = 'deepseek',
 ) -> dict[str, np.ndarray]:
   """Converts a model's connections, and its head's if that is learned.
 
   Raises:
-    ValueError: DeepSeek has no tensors for the model's kind of connection, or
-      for its expansion.
+    ValueError: nobody has tensors for the model's kind of connection, or for
+      its expansion; or Tencent has not.
   """
   tensors = names_lib.written(_connections(config), params)
+  kind = config.connection.kind
+  if names == 'tencent' and kind != 'identity':
+    raise ValueError(
+      f"names='tencent' are of connection.kind='identity', not {kind!r}"
+    )
+  return {_renamed(name, names): tensor for name, tensor in tensors.items()}
+
+
+def _renamed(name, names):
   if names == 'deepseek':
-    return tensors
-  return {
-    'model.'
-    + re.sub('hc_(attn|ffn)_', r'\1_hc.', name).replace('head_', 'head.hc_'): t
-    for name, t in tensors.items()
-  }
+    return name
+  block, head = {
+    'transformers': (r'\1_hc.', 'head.hc_'),
+    'tencent': (r'hc_\1_layer.hc_pre.hc_', 'head.hc_head_'),
+  }[names]
+  if names == 'tencent':
+    name = name.replace('hc_ffn_', 'hc_mlp_')
+  name = re.sub('hc_(attn|ffn|mlp)_', block, name)
+  return 'model.' + name.replace('head_', head)
 
 
 def from_deepseek(
-  tensors: Mapping[str, np.ndarray],
+  tensors: Mapping[str, np.ndarray | jax.Array],
   params: Params,
   config: config_lib.ModelConfig,
 ) -> Params:
@@ -113,14 +137,14 @@ def from_deepseek(
 
   Args:
     tensors: all of the model's connections, under any of the names above, and
-      nothing else; float32.
+      nothing else; arrays of NumPy or JAX, float32 or of 16 bits.
     params: not modified; leaves other than the connections' are shared.
     config: of the model.
 
   Raises:
-    ValueError: a tensor is missing or unknown, of another shape or not float32,
-      DeepSeek has no tensors for the model's kind of connection or expansion,
-      or a mapping of it is not dynamic.
+    ValueError: a tensor is missing or unknown, of another shape, neither
+      float32 nor of 16 bits, nobody has tensors for the model's kind of
+      connection or expansion, or a mapping of it is not dynamic.
   """
   parts, found, connection = _connections(config), {}, config.connection
   for name in ('pre', 'post', 'res'):
@@ -132,12 +156,13 @@ def from_deepseek(
   for name, tensor in tensors.items():
     known = NAMES.fullmatch(name)
     if known:
-      site = known['a'] or known['b'] or 'head'
+      site = known['a'] or known['b'] or known['c'] or 'head'
+      site = 'ffn' if site == 'mlp' else site
       name = f'{known["block"] or ""}hc_{site}_{known["role"]}'
     if name in found:
       raise ValueError(f'{name} is given twice, under two names: remove one')
     found[name] = tensor
-  names_lib.check(found, parts, names_lib.describe(config))
+  names_lib.check(found, parts, names_lib.describe(config), halves=True)
   abstract, params = (
     names_lib.abstract(config),
     jax.tree.map(lambda leaf: leaf, params),
@@ -152,14 +177,20 @@ def from_deepseek(
   return params
 
 
+def _triple(num_streams, width, scales):
+  return names_lib.triple(
+    num_streams, width, head=scales == (1,), mixes=scales != (2,)
+  )
+
+
 def _connections(config):
   kind = config.connection.kind
   if kind not in names_lib.KINDS:
     raise ValueError(
       f'connection.kind={kind!r} must be one of {names_lib.KINDS}: DeepSeek '
-      'has no tensors for others'
+      'and Tencent have no tensors for others'
     )
-  if not config.connection.mixes_streams:
+  if not names_lib.is_deepseek(config.connection):
     raise ValueError(
       f'connection.res={config.connection.res!r} leaves no logits of H_res, '
       "which DeepSeek's tensors have: only 'dynamic' and 'static' do"

@@ -18,7 +18,8 @@ from mhc import config as config_lib
 from mhc.model import parameters
 from mhc.model import transformer
 
-KINDS = ('mhc', 'mhc_single_pass')  # for which DeepSeek has tensors
+# For which DeepSeek has tensors, or Tencent.
+KINDS = ('mhc', 'mhc_single_pass', 'identity')
 SITES = dict(attention_connection='attn', ffn_connection='ffn', collapse='head')
 
 
@@ -40,7 +41,7 @@ class Tensor(NamedTuple):
     # safetensors writes memory as it lies and ignores the strides.
     return np.ascontiguousarray(tensor[self._order()])
 
-  def read(self, tensor: np.ndarray, leaf: np.ndarray):
+  def read(self, tensor: np.ndarray | jax.Array, leaf: np.ndarray):
     part = np.empty(tensor.shape, np.float32)
     part[self._order()] = tensor
     leaf[self.index] = part.T if self.transposed else part
@@ -78,8 +79,9 @@ def check_model(config: config_lib.ModelConfig):
 
 
 def is_deepseek(connection: config_lib.ConnectionConfig) -> bool:
-  """Whether DeepSeek has tensors for the connection."""
-  return connection.kind in KINDS and connection.mixes_streams
+  """Whether DeepSeek has tensors for the connection, or Tencent without res."""
+  whole = connection.mixes_streams or connection.kind == 'identity'
+  return connection.kind in KINDS and whole
 
 
 @functools.lru_cache(maxsize=8)
@@ -111,9 +113,10 @@ def _named(names, path, shape, config):
   match row.export:
     case 'deepseek' if names[0] == 'collapse' or is_deepseek(config.connection):
       site, role = names[0], names[-1]
-      by_role = {
-        t.path[0]: t for t in triple(n, n * config.dim, site == 'collapse')
-      }
+      found = triple(
+        n, n * config.dim, site == 'collapse', config.connection.mixes_streams
+      )
+      by_role = {t.path[0]: t for t in found}
       name = f'hc_{SITES[site]}_{by_role[role].name}'
       return [by_role[role]._replace(name=name, path=path)]
     case 'experts':
@@ -129,14 +132,17 @@ def _named(names, path, shape, config):
   return [Tensor(name, path, (), shape)]
 
 
-def triple(num_streams, width, head=False):
-  """fn, base, scale of streams with `width` numbers in total."""
-  streams = 0 if head else num_streams
-  k = num_streams if head else 2 * num_streams + num_streams**2
+def triple(num_streams, width, head=False, mixes=True):
+  """fn, base, scale of streams with `width` numbers in total.
+
+  Of a connection that mixes them, or not, or of the head.
+  """
+  n, streams = num_streams, num_streams if mixes and not head else 0
+  k, scales = (n, 1) if head else (2 * n + n * n, 3) if mixes else (2 * n, 2)
   return [
     Tensor('fn', ('phi',), (), (k, width), True, streams),
     Tensor('base', ('bias',), (), (k,), False, streams),
-    Tensor('scale', ('alpha',), (), (1 if head else 3,)),
+    Tensor('scale', ('alpha',), (), (scales,)),
   ]
 
 
@@ -154,17 +160,21 @@ def written(parts: Iterable[Tensor], tree) -> dict[str, np.ndarray]:
   return {part.name: part.write(at(tree, part.path)) for part in parts}
 
 
-def check(found, parts, model='', dtypes=('F32',)):
+# Types that become float32, by the names of files and of arrays.
+HALVES = ('BF16', 'F16', 'bfloat16', 'float16')
+
+
+def check(found, parts, model='', *, halves=False):
   """Checks that `found`, arrays or slices of a file, are exactly `parts`.
 
-  `dtypes` are those of a file that are taken.
+  `halves` says whether numbers of 16 bits are taken.
 
   Raises:
     ValueError: one is missing, unknown, of another shape or type.
   """
   wanted = {part.name: f'float32 {list(part.shape)}' for part in parts}
   for name, tensor in found.items():
-    kind = _kind(tensor, dtypes)
+    kind = _kind(tensor, halves)
     if name not in wanted:
       raise ValueError(f'{name}, {kind}, is an unknown tensor{model}')
     if kind != wanted[name]:
@@ -174,12 +184,14 @@ def check(found, parts, model='', dtypes=('F32',)):
       raise ValueError(f'{name}, {kind}, is missing{model}')
 
 
-def _kind(tensor, dtypes):
+def _kind(tensor, halves):
   if isinstance(tensor, np.ndarray | jax.Array):
-    return f'{tensor.dtype.name} {list(tensor.shape)}'
-  dtype = tensor.get_dtype()  # as F32, BF16
-  dtype = 'float32' if dtype in dtypes else dtype
-  return f'{dtype} {list(tensor.get_shape())}'
+    dtype, shape = tensor.dtype.name, tensor.shape
+  else:
+    dtype, shape = tensor.get_dtype(), tensor.get_shape()
+  if dtype == 'F32' or (halves and dtype in HALVES):
+    dtype = 'float32'
+  return f'{dtype} {list(shape)}'
 
 
 def describe(config: config_lib.ModelConfig) -> str:

@@ -89,6 +89,16 @@ def deepseek_layer(x, f, fn, base, scale):
   return h, post[..., None] * f[..., None, :] + mixed
 
 
+def tencent_layer(x, f, fn, base, scale):
+  """The same of Hy4, which does not mix the streams."""
+  n = x.shape[-2]
+  mixes = normed(x.reshape(*x.shape[:-2], -1)) @ fn.T
+  pre = sigmoid(mixes[..., :n] * scale[0] + base[:n]) + EPS
+  post = 2 * sigmoid(mixes[..., n:] * scale[1] + base[n:]) + EPS
+  h = np.sum(pre[..., None] * x, axis=-2)
+  return h, x + post[..., None] * f[..., None, :]
+
+
 def deepseek_head(x, fn, base, scale):
   mixes = normed(x.reshape(*x.shape[:-2], -1)) @ np.swapaxes(fn, -1, -2)
   weights = sigmoid(mixes * scale[..., None, :] + base[..., None, :]) + EPS
@@ -202,6 +212,23 @@ def test_without_the_transposition_it_is_another_layer(n):
   assert errors[1] > 0.1
 
 
+@pytest.mark.parametrize('n', [1, 4])
+def test_an_identity_layer_is_tencents(n):
+  """Its tensors being arrays of JAX, of 16 bits."""
+  tensors = triple(n, 0, k=2 * n, scales=2)
+  x, f = normals(1, (TOKENS, n, DIM), (TOKENS, DIM))
+  halves = {name: jnp.asarray(t, jnp.bfloat16) for name, t in tensors.items()}
+  tensors = {name: np.asarray(t, np.float32) for name, t in halves.items()}
+  params = interop.connection_from_deepseek(halves, n)
+  same(interop.connection_to_deepseek(params, n), tensors)
+  connection = filled(connections.MHC(DIM, n, 0, mixing='identity'), params)
+  h, context = connection.pre(jnp.asarray(x))
+  got = h, connection.post(jnp.asarray(f), context)
+  wide = {name: t.astype(np.float64) for name, t in tensors.items()}
+  for ours, theirs in zip(got, tencent_layer(x, f, **wide), strict=True):
+    close(ours, theirs)
+
+
 def test_the_head_is_deepseeks():
   n = 4
   tensors = triple(n, 2, k=n, scales=1)
@@ -274,7 +301,7 @@ def with_kind(model, kind, **changes):
   return dicts.replace(model, connection={'kind': kind, **changes})
 
 
-@pytest.mark.parametrize('names', ['deepseek', 'transformers'])
+@pytest.mark.parametrize('names', ['deepseek', 'transformers', 'tencent'])
 @pytest.mark.parametrize(
   'model',
   [
@@ -282,14 +309,19 @@ def with_kind(model, kind, **changes):
     EXPERTS,
     with_kind(EXPERTS, 'mhc', collapse='mean'),
     with_kind(DENSE, 'mhc_single_pass', collapse='sum'),
+    with_kind(EXPERTS, 'identity'),
   ],
-  ids=['dense', 'experts', 'mean', 'single pass'],
+  ids=['dense', 'experts', 'mean', 'single pass', 'identity'],
 )
 def test_a_models_connections_travel(model, names):
   _, state = saved_runs.random_state(model)
+  if names == 'tencent' and model.connection.kind != 'identity':
+    with pytest.raises(ValueError, match="'tencent' are of connection"):
+      interop.to_deepseek(state.params, model, names)
+    return
   _, other = saved_runs.random_state(model, seed=1)
   tensors = interop.to_deepseek(state.params, model, names)
-  prefix = 'model.' if names == 'transformers' else ''
+  prefix = '' if names == 'deepseek' else 'model.'
   assert all(name.startswith(f'{prefix}layers') for name in tensors) == (
     model.connection.collapse != 'learned'
   )
@@ -324,6 +356,14 @@ def test_names_and_blocks():
   same({role: tensors[f'layers.2.hc_ffn_{role}'] for role in want}, want)
   names = interop.to_deepseek(state.params, EXPERTS, 'transformers')
   assert {'model.layers.0.attn_hc.scale', 'model.hc_head.hc_fn'} <= set(names)
+  other = with_kind(EXPERTS, 'identity')
+  _, own = saved_runs.random_state(other)
+  names = interop.to_deepseek(own.params, other, 'tencent')
+  assert {
+    'model.layers.2.hc_attn_layer.hc_pre.hc_scale',
+    'model.layers.0.hc_mlp_layer.hc_pre.hc_fn',
+    'model.hc_head.hc_head_base',
+  } <= set(names)
   mixed = {
     f'model.{name}' if name.startswith('layers.1') else name: tensor
     for name, tensor in tensors.items()
@@ -344,7 +384,7 @@ def test_other_tensors_are_refused():
   fn, name = tensors['layers.1.hc_attn_fn'], 'layers.1.hc_attn_fn'
   refused({name: None}, f'{name}, float32 [15, 24], is missing', '3 blocks')
   refused({name: fn.T}, f'{name} is float32 [24, 15], must be float32 [15, 24]')
-  refused({name: fn.astype(np.float16)}, 'is float16 [15, 24], must be float32')
+  refused({name: fn.astype(np.float64)}, 'is float64 [15, 24], must be float32')
   refused({'layers.3.hc_attn_fn': fn}, 'layers.3.hc_attn_fn', '3 blocks')
   refused({'layers.0.attn.wkv.weight': fn}, 'wkv.weight', 'unknown tensor')
   refused({f'model.{name}': fn}, f'{name} is given twice')
@@ -363,14 +403,15 @@ def test_other_layers_are_refused():
   tensors = triple(4, 0)
   for change, message in (
     ({'fn': tensors['fn'][:8]}, r'fn is float32 \[8, 24\], must be'),
-    ({'scale': tensors['scale'][:2]}, r'scale is .* must be float32 \[3\]'),
+    ({'scale': tensors['scale'][:2]}, r'fn is .* must be float32 \[8, 24\]'),
+    ({'scale': tensors['scale'][:0]}, r'scale is .* must be float32 \[3\]'),
     ({'norm': tensors['base']}, 'norm, .* unknown tensor'),
   ):
     with pytest.raises(ValueError, match=message):
       interop.connection_from_deepseek(tensors | change, 4)
   with pytest.raises(ValueError, match=r'fn, float32 .* is missing'):
     interop.connection_from_deepseek({'base': tensors['base']}, 4)
-  for mixing in ('identity', 'permutations', 'kronecker', 'cayley'):
+  for mixing in ('permutations', 'kronecker', 'cayley'):
     module = connections.MHC(DIM, 4, 0, mixing=mixing)
     params = nnx.to_pure_dict(nnx.state(module))
     with pytest.raises(ValueError, match=r'fn is float32 .* must be'):

@@ -12,7 +12,8 @@ in it, for random folders of all four models,
   tests/huggingface_reference.py within 1e-4, with every argmax.
 
 Our own models with mHC and identity are written as well, and their logits must
-be those of the models here, by the modeling_mhc.py that their folders have.
+be those of the models here, by the modeling_mhc.py that their folders have;
+identity's connections must be those of transformers' Hy4 but for its eps.
 
 Prints a line a folder, with three logits, which are pinned here for
 tests/interop/test_huggingface_reference.py; ends with status 1 if one differs.
@@ -28,6 +29,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 from typing import Any, NamedTuple
 
 if __name__ == '__main__':
@@ -39,6 +41,7 @@ import numpy as np
 PACKAGES = ('torch', 'transformers', 'safetensors', 'numpy')
 LENGTH, TOLERANCE = 512, 1e-4
 LOGITS = 'expected_logits.npy'
+HY4 = 'hy4.npz'
 PINNED = 63  # the token whose last three logits are pinned
 LLAMA, QWEN2, QWEN3, DEEPSEEK = reference.MODEL_TYPES
 LINEAR = {'rope_type': 'linear', 'factor': 4.0}
@@ -197,6 +200,7 @@ def compare_all(folders: list[pathlib.Path], ours: list[pathlib.Path]) -> bool:
   if folders:
     return all([compare(str(folder), folder) for folder in folders])
   good = [compare(folder.name, folder) for folder in ours]
+  good.append(compare_hy4(ours[0].parent / HY4))
   for name, case in CASES.items():
     with tempfile.TemporaryDirectory() as folder:
       write(case, folder)
@@ -238,6 +242,39 @@ def compare(name: str, folder: pathlib.Path, pinned=()) -> bool:
     flush=True,
   )
   return not problems
+
+
+def compare_hy4(file: pathlib.Path) -> bool:
+  """Compares identity connections with those of Hy4, of which eps is 1e-6."""
+  import torch
+  from transformers.models.hy_v4 import modeling_hy_v4 as theirs
+
+  found = {name: torch.tensor(a) for name, a in np.load(file).items()}
+  _, streams, dim = found['x'].shape
+  config = types.SimpleNamespace(
+    hc_mult=streams,
+    hidden_size=dim,
+    hc_eps=0.0,
+    hc_magnitude=2.0,
+    rms_norm_eps=float(found['eps']),
+  )
+  layer = theirs.HYV4HyperConnection(config)
+  head = theirs.HYV4HyperHead(config)
+  for module, prefix in (
+    (layer, 'model.layers.0.attn_hc.'),
+    (head, 'model.hc_head.'),
+  ):
+    names = {name.removeprefix(prefix): name for name in found}
+    module.load_state_dict({n: found[names[n]] for n in module.state_dict()})
+  with torch.no_grad():
+    post, h = layer(found['x'][None])
+    closed = head(found['x'][None])
+  worst = max(
+    float((a[0] - found[name]).abs().max())
+    for a, name in ((post, 'post'), (h, 'h'), (closed, 'head'))
+  )
+  print(f'connections of Hy4: difference {worst:.1e}')
+  return worst < 1e-5
 
 
 def expected(folder: pathlib.Path, given: np.ndarray) -> np.ndarray:

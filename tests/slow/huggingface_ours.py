@@ -9,6 +9,8 @@ import numpy as np
 from slow import huggingface as proof
 
 from mhc import config as config_lib
+from mhc import interop
+from mhc.config import dicts
 from mhc.interop import huggingface
 from mhc.model import transformer
 
@@ -50,7 +52,9 @@ MODELS = {
 
 
 def write(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Writes all of them below a folder."""
+  """Writes all of them below a folder, and beside them what `hy4` does."""
+  folder.mkdir(parents=True)
+  hy4(folder / proof.HY4)
   return [one(model, folder / name) for name, model in MODELS.items()]
 
 
@@ -73,6 +77,30 @@ def one(model: config_lib.ModelConfig, folder: pathlib.Path) -> pathlib.Path:
   logits = nnx.jit(type(merged).__call__)(merged, tokens, bias)
   np.save(folder / proof.LOGITS, np.float64(logits))
   return folder
+
+
+def hy4(file: pathlib.Path):
+  """Writes an identity model's connections by transformers' names.
+
+  With streams x, what the first connection reads of them and by which weights
+  it writes; and what the head makes of them.
+  """
+  model = dicts.replace(MODELS['identity'], connection={'collapse': 'learned'})
+  graphdef, shapes = transformer.abstract(model)
+  params = jax.tree_util.tree_map_with_path(
+    _scaled, generic_states.parameters(shapes, seed=3, moved=1.0)
+  )
+  tensors = interop.to_deepseek(params, model, 'transformers')
+  merged = nnx.merge(graphdef, nnx.State(params))
+  graph, state = nnx.split(merged.dense_blocks.attention_connection)
+  first = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], state))
+  shape = (3, model.connection.num_streams, model.dim)
+  x = np.random.default_rng(4).normal(size=shape).astype(np.float32)
+  h, context = first.pre(x)
+  found = {'x': x, 'h': h, 'post': context.mappings.post.T}
+  np.savez(
+    file, **found, head=merged.collapse(x), eps=model.norm_eps, **tensors
+  )
 
 
 def _scaled(path, leaf):

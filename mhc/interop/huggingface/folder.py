@@ -64,7 +64,7 @@ def load(
   with safetensors.opened(folder) as where:
     where = _known(where, model)
     slices = {name: file.get_slice(name) for name, file in where.items()}
-    names.check(slices, parts, describe, dtypes=('F32', 'BF16', 'F16'))
+    names.check(slices, parts, describe, halves=True)
     tree = safetensors.read(where, parts, model)
   return model, tree, tree.pop('router_bias', None)
 

@@ -13,9 +13,9 @@ root mean square of all n d numbers,
     x_i <- sum_j H_ij x_j + 2 sigmoid(post_i) F(norm(h))
 
 where H is the Sinkhorn projection of res (mHC, arXiv 2512.24880, Eq. 7-9), or I
-(kind 'identity'). Tensors of mHC are DeepSeek-V4's: fn = phi^T, base = bias,
-scale = alpha, with res transposed. There is no cache of keys and values:
-generation computes the whole row for each token.
+(kind 'identity'). Tensors are those of DeepSeek-V4, and of Hy4: fn = phi^T,
+base = bias, scale = alpha, with res transposed. There is no cache of keys and
+values: generation computes the whole row for each token.
 """
 
 import math
@@ -62,23 +62,15 @@ class Connection(nn.Module):
     self.n, self.eps, self.settings = n, model['norm_eps'], c
     self.has_res = c['kind'] == 'mhc'
     width = 2 * n + (n * n if self.has_res else 0)
-    if self.has_res:
-      self.fn = nn.Parameter(torch.zeros(width, n * model['dim']))
-      self.base = nn.Parameter(torch.zeros(width))
-      self.scale = nn.Parameter(torch.zeros(3))
-    else:
-      self.phi = nn.Parameter(torch.zeros(n * model['dim'], width))
-      self.bias = nn.Parameter(torch.zeros(width))
-      self.alpha = nn.Parameter(torch.zeros(2))
+    self.fn = nn.Parameter(torch.zeros(width, n * model['dim']))
+    self.base = nn.Parameter(torch.zeros(width))
+    self.scale = nn.Parameter(torch.zeros(3 if self.has_res else 2))
 
   def forward(self, x, sublayer):
     n, wide = self.n, x.flatten(-2).float()
     r = torch.sqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-    if self.has_res:
-      fn, base, scale = self.fn.float().T, self.base.float(), self.scale.float()
-    else:
-      fn, base, scale = self.phi.float(), self.bias.float(), self.alpha.float()
-    raw = (wide @ fn) / r
+    base, scale = self.base.float(), self.scale.float()
+    raw = (wide @ self.fn.float().T) / r
     pre = torch.sigmoid(scale[0] * raw[..., :n] + base[:n])
     post = 2 * torch.sigmoid(scale[1] * raw[..., n : 2 * n] + base[n : 2 * n])
     h = torch.einsum('...n,...nd->...d', pre, x.float()).to(x.dtype)
