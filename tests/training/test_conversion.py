@@ -5,6 +5,7 @@ import dataclasses
 from example_configs import TINY_RUN
 import huggingface_reference as reference
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import saved_runs
@@ -29,6 +30,20 @@ def llama(tmp_path_factory):
   folder.mkdir()
   reference.random_folder(folder, 'LlamaForCausalLM', num_hidden_layers=2)
   return folder
+
+
+@pytest.fixture(scope='module')
+def error(llama):
+  """How far a model's logits are from those of the folder in float64."""
+  size = start.model_of(llama).vocab_size
+  tokens = np.random.default_rng(0).integers(size, size=(2, 32))
+  want = reference.logits(llama, tokens)
+
+  def of(source):
+    got = conversion.logits(source, jnp.asarray(tokens, jnp.int32))
+    return np.abs(got - want).max()
+
+  return of
 
 
 def with_kind(folder, kind, **changes):
@@ -57,11 +72,13 @@ FEW = ('mhc', 8), ('hc', 2), ('cyclic', 4), ('mhc_single_pass', 4), ('frac', 4)
     for kind, n in EVERY
   ],
 )
-def test_they_start_as_the_same_function(kind, n, llama):
+def test_they_start_as_the_same_function(kind, n, llama, error):
   """Up to rounding, though norms with an eps see how streams are read."""
   model = with_kind(llama, kind, num_streams=n)
-  _, difference = conversion.convert(llama, model)
+  ours, difference = conversion.convert(llama, model)
   assert difference < 8e-6
+  # As near to what float64 computes as the plain model is.
+  assert 0 < error(ours) < 2.5 * error(start.read(llama))
 
 
 def test_kinds_that_start_as_another_function_say_so(llama):
