@@ -16,12 +16,20 @@ from mhc.config import comparison as comparison_lib
 from mhc.config import dicts
 
 GROUPS = {
-  'depth': ('attn_res_block', 'attn_res', 'mhar', 'dense_former', 'x0'),
+  'depth': (
+    *('attn_res_block', 'attn_res', 'mhar', 'dense_former', 'x0'),
+    'value_residual',
+  ),
   'width': (
     *('wide_residual', 'frac', 'hc', 'identity', 'mhc', 'mhc_single_pass'),
   ),
   'mixing': ('mhc', 'mhc_lite', 'kromhc', 'cyclic', 'tbp', 'go', 'orthogonal'),
 }
+# No kind of connection, but a setting of attention.
+VALUES = (
+  ('model.connection.kind', 'residual'),
+  ('model.attention.value_residual', True),
+)
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -30,6 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
       title=f'The family: {name}',
       kinds=('residual', *kinds),
       seeds=(0, 1, 2, 3),
+      designs=(('value_residual', VALUES),) * (name == 'depth'),
       num_blocks=(4,),
       learning_rates=(7e-3,),
       num_steps=200,
