@@ -120,7 +120,7 @@ def test_the_first_values_reach_every_block(settings):
   assert float(jnp.std(got)) > 0.1
 
 
-@BOTH
+@pytest.mark.parametrize('settings', [LATENT], ids=['mla'])
 def test_it_starts_as_the_network_without(settings):
   config = model_config(settings, 'mhc')
   plain = dicts.replace(config, attention=dict(value_residual=False))
@@ -133,7 +133,11 @@ def test_it_starts_as_the_network_without(settings):
   assert count[0] - count[1] == config.num_blocks
 
 
-@BOTH
+@pytest.mark.parametrize(
+  'settings',
+  [LATENT, pytest.param(GROUPED, marks=pytest.mark.slow)],
+  ids=['mla', 'gqa'],
+)
 def test_decoding_agrees_with_the_whole_row(settings):
   model = network(model_config(settings, 'mhc'))
   whole = jax.jit(lambda model: model(jnp.asarray(ROWS)))(model)
@@ -146,6 +150,7 @@ def test_decoding_agrees_with_the_whole_row(settings):
     at += size
 
 
+@pytest.mark.slow
 def test_recompute_changes_no_gradient():
   def gradient(**changes):
     config = model_config(LATENT)
