@@ -67,9 +67,10 @@ def main():
     return
   model = start.model_of(folder)
   connection = model.connection
-  if connection.kind == TO.value and flags.FLAGS.num_streams not in (
-    connection.num_streams,
-    flags.FLAGS['num_streams'].default,
+  if (
+    connection.kind == TO.value
+    and flags.FLAGS['num_streams'].present
+    and connection.num_streams != NUM_STREAMS.value
   ):
     raise ValueError(
       f'--num_streams={NUM_STREAMS.value} would not be used: {folder} has '

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import warnings
 
 import numpy as np
+from scipy import special
 
 from mhc import config as config_lib
 from mhc.data import corpus as corpus_lib
@@ -184,12 +185,13 @@ def rows(run: str, found: Mapping[str, np.ndarray]) -> list[summary.Row]:
 def differences(
   found: Mapping[str, Mapping[str, np.ndarray]], metric: str = 'acc_norm'
 ) -> list[Difference]:
-  """Each run against the first, with 95 % intervals over the items."""
+  """Each run against the first, with 95 % intervals by t over the items."""
   (first, base), *others = found.items()
   result = []
   for run, right in others:
     each = right[metric] - base[metric]
-    half = 1.96 * _error(each)
+    # The quantile of Student's t: items may be few.
+    half = float(special.stdtrit(len(each) - 1, 0.975)) * _error(each)
     mean = float(each.mean())
     result.append(Difference(run, first, mean, mean - half, mean + half))
   return result

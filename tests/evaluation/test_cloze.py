@@ -115,6 +115,14 @@ def test_who_knows_is_right_and_who_does_not_is_at_chance():
   assert 'guesses - knows: -0.' in cloze.lines([difference])[0]
 
 
+def test_an_interval_of_few_items_is_as_wide_as_they_are_few():
+  first, other = np.array([1.0, 0.0, 1.0]), np.array([0.0, 0.0, 1.0])
+  found = {'a': {'acc_norm': first}, 'b': {'acc_norm': other}}
+  (difference,) = cloze.differences(found)
+  # t of two degrees of freedom, by the standard error of a third.
+  np.testing.assert_allclose(difference.high + 1 / 3, 4.3027 / 3, rtol=1e-4)
+
+
 def test_a_line_is_weighed_by_its_bytes():
   (item,) = cloze.items([document(MODULE)], 1)
   found = cloze.answers(Scorer(lambda _, line: -float(len(line))), [item])

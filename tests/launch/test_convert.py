@@ -19,7 +19,8 @@ def test_a_model_gets_connections_and_is_trained(launch, text, tmp_path):
   llama, start = tmp_path / 'llama', tmp_path / 'start'
   llama.mkdir()
   reference.random_folder(llama, 'LlamaForCausalLM', num_hidden_layers=1)
-  made = launch('convert.py', f'--from={llama}', '--to=mhc', f'--out={start}')
+  to = '--to=mhc', '--num_streams=2', f'--out={start}'
+  made = launch('convert.py', f'--from={llama}', *to)
   assert made.returncode == 0, made.stderr
   assert 'as mhc; logits differ by' in made.stdout
   done = launch(
@@ -44,6 +45,11 @@ def test_a_model_gets_connections_and_is_trained(launch, text, tmp_path):
   assert f'with the connections of {alone}' in done.stdout, done.stderr
   for flags, message in (
     ((*back, '--num_streams=2'), '--num_streams=2 would not be used'),
+    (
+      # The default, but asked for.
+      (f'--from={tmp_path / "run"}', '--num_streams=4', f'--out={tmp_path}/x'),
+      "kind='mhc' already, of 2",
+    ),
     (
       (f'--from={tmp_path / "run"}', '--to=hc', f'--out={tmp_path / "x"}'),
       "connection.kind='mhc', this model 'hc'",

@@ -228,6 +228,15 @@ def test_many_streams():
     )
 
 
+def test_nothing_is_scattered_for_one_stream():
+  """A training step on two devices crashed the compiler by it."""
+  logits = jnp.zeros((0, 5))
+  run = jax.value_and_grad(lambda x: jnp.sum(mixing.cayley(x, 1)))
+  assert 'scatter' not in str(jax.make_jaxpr(run)(logits))
+  value, gradient = jax.jit(run)(logits)
+  assert (value, gradient.shape) == (5, (0, 5))
+
+
 def test_a_compiler_computes_each_entry_of_tbp_once():
   """Fused, n = 8 took a time that nobody waited for."""
   n, tokens = 8, 4

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 from flax import nnx
+import float64
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +51,9 @@ def network(config):
   model = transformer.Transformer(config, rngs=nnx.Rngs(0))
   rng = np.random.default_rng(1)
   moved = jax.tree.map(
-    lambda p: p + np.float32(0.2) * rng.normal(size=p.shape).astype('float32'),
+    lambda p: (
+      p + float64.DTYPE(0.2) * rng.normal(size=p.shape).astype(float64.DTYPE)
+    ),
     nnx.state(model),
   )
   nnx.update(model, moved)
@@ -69,7 +72,7 @@ def nothing_yet(settings, batch):
 
 
 @BOTH
-def test_attention_is_linear_in_the_values(settings):
+def test_the_formula_of_attention_is_linear(settings):
   """By other values under the same queries and keys: out + a other."""
   model = network(model_config(settings))
   layer, other = (one_of(model, index).attention for index in (0, 1))
@@ -91,7 +94,8 @@ def test_attention_is_linear_in_the_values(settings):
   gain = float(layer.value_residual.gain[0])
   assert abs(gain) > 0.05
   assert float(jnp.max(jnp.abs(first.values - own.values))) > 0.5
-  np.testing.assert_allclose(got, plain + gain * theirs, atol=1e-5)
+  within = float64.tolerance(1e-5)
+  np.testing.assert_allclose(got, plain + gain * theirs, atol=within)
   np.testing.assert_array_equal(after.values, first.values)
   assert own.are_there == first.are_there == after.are_there == 1
 
