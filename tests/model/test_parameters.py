@@ -1,7 +1,5 @@
 """The table of parameters: every leaf of every kind of model has one row."""
 
-import itertools
-
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -13,15 +11,15 @@ from mhc.config import dicts
 from mhc.model import parameters
 from mhc.model import transformer
 
-EXPERTS, RANKS, COLLAPSES = (0, 4), (0, 8), ('mean', 'learned')
+PARTS = (0, 0, 'mean'), (4, 0, 'mean'), (0, 8, 'learned')
 
 
 def models():
-  """Every kind with all parts, and every choice of parts of one kind."""
+  """Every kind with all parts, and one with fewer."""
   for kind in config.KINDS:
     own = kind in ('mhc_single_pass', 'frac', *config.DEPTH_KINDS)
     yield with_parts(kind, 4, 8, 'mean' if own else 'learned')
-  for parts in itertools.product(EXPERTS, RANKS, COLLAPSES):
+  for parts in PARTS:
     yield with_parts('mhc', *parts)
   yield dicts.replace(
     config.ModelConfig(num_blocks=2), connection=dict(expand_scale='learned')
