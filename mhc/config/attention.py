@@ -41,7 +41,12 @@ class RopeScalingConfig:
     }[self.kind]
     checks.are_default(self, f'kind={self.kind!r}', {'kind', *used})
     checks.at_least(self, factor=1)
-    checks.at_least(self, original_length=int('original_length' in used))
+    checks.at_least(self, original_length=0)
+    if 'original_length' in used and not self.original_length:
+      raise ValueError(
+        f'rope_scaling.kind={self.kind!r} wants rope_scaling.original_length: '
+        'the tokens of the rows before'
+      )
     checks.positive(self, 'low_freq', 'beta_slow')
     checks.not_negative(self, 'mscale', 'mscale_all_dim')
     for low, high in (('low_freq', 'high_freq'), ('beta_slow', 'beta_fast')):
@@ -103,7 +108,7 @@ class AttentionConfig:
     checks.are_default(self, f'attention.kind={self.kind!r}', every - unused)
     if self.kind == 'mla' and not self.rope_dim:
       raise ValueError(
-        'attention.rope_dim=0 leaves latent attention without positions: it '
+        "attention.rope_dim=0 leaves kind='mla' without positions: it "
         'must be at least 2'
       )
     if self.kind == 'gqa':

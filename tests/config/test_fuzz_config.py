@@ -1,6 +1,7 @@
 """Random settings (`fuzz_config`), and what they have found."""
 
 import re
+import typing
 
 import hypothesis
 import jax
@@ -39,6 +40,38 @@ def test_settings_are_accepted_or_refused_in_one_line():
 
   check()
   assert outcomes == {'built', 'refused'}
+
+
+BODIES = {
+  'default': {},
+  'apart': strategies.TINY | strategies.APART,
+  'all axes': strategies.TINY
+  | strategies.EXPERTS
+  | strategies.PIPE
+  | strategies.SPLIT,
+  'gqa': {'model.attention.kind': 'gqa', 'model.attention.rope_dim': 0},
+  'yarn': {
+    'model.attention.rope_scaling.kind': 'yarn',
+    'model.attention.rope_scaling.original_length': 64,
+  },
+}
+
+
+@pytest.mark.parametrize('base', BODIES.values(), ids=BODIES)
+def test_a_choice_that_is_refused_alone_is_named(base):
+  """Whatever else is then wrong, it is what was changed that people know."""
+  usual, refused = dicts.leaves(config.Config()) | base, {}
+  for name, hint in strategies.hints().items():
+    hint = getattr(hint, '__value__', hint)
+    for value in (True, False) if hint is bool else typing.get_args(hint):
+      changed = runner_lib.nested(usual | {name: value})
+      try:
+        dicts.from_dict(config.Config, changed)
+      except ValueError as error:
+        refused[name, value] = str(error)
+  assert len(refused) > 10
+  for (name, value), message in refused.items():
+    assert name.rpartition('.')[2] in message, (name, value, message)
 
 
 @EXAMPLES
