@@ -3,6 +3,7 @@
 import dataclasses
 
 from example_configs import TINY_RUN
+import folders
 import huggingface_reference as reference
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from mhc.config import dicts
 from mhc.interop import safetensors
 from mhc.interop.huggingface import settings as hf_settings
 from mhc.model import parameters
+from mhc.runtime import files
 from mhc.training import added
 from mhc.training import checkpoint
 from mhc.training import conversion
@@ -24,20 +26,27 @@ from mhc.training import step as step_lib
 
 
 @pytest.fixture(scope='module')
-def llama(tmp_path_factory):
-  """A folder of Hugging Face: norms have an eps."""
-  folder = tmp_path_factory.mktemp('models') / 'llama'
-  folder.mkdir()
+def here(tmp_path_factory):
+  """A folder of Hugging Face on this machine: norms have an eps."""
+  folder = tmp_path_factory.getbasetemp() / 'llama-here'
   reference.random_folder(folder, 'LlamaForCausalLM', num_hidden_layers=2)
   return folder
 
 
 @pytest.fixture(scope='module')
-def error(llama):
+def llama(here, tmp_path_factory):
+  """The same, in a bucket if the tests are there."""
+  folder = tmp_path_factory.mktemp('models') / 'llama'
+  folders.copy(here, folder)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def error(here):
   """How far a model's logits are from those of the folder in float64."""
-  size = start.model_of(llama).vocab_size
+  size = start.model_of(here).vocab_size
   tokens = np.random.default_rng(0).integers(size, size=(2, 32))
-  want = reference.logits(llama, tokens)
+  want = reference.logits(here, tokens)
 
   def of(source):
     got = conversion.logits(source, jnp.asarray(tokens, jnp.int32))
@@ -129,7 +138,7 @@ def leaves(params):
 
 
 def test_a_frozen_base_stays_and_what_was_added_is_saved_alone(
-  llama, text, tmp_path, optax_promotion
+  here, llama, text, tmp_path, optax_promotion
 ):
   workdir, alone = tmp_path / 'run', tmp_path / 'alone'
   one = settings(llama, text)
@@ -150,8 +159,8 @@ def test_a_frozen_base_stays_and_what_was_added_is_saved_alone(
   assert added.is_folder(alone)
   again = added.attach(base, alone)
   jax.tree.map(np.testing.assert_array_equal, again.params, trained.params)
-  size = (alone / added.FILE).stat().st_size
-  whole = (llama / 'model.safetensors').stat().st_size
+  size = files.size(alone / added.FILE)
+  whole = files.size(llama / 'model.safetensors')
   assert size < 0.6 * whole  # of a tiny model; 0.02 of a large one
   with pytest.raises(ValueError, match='connections alone, which launch/conv'):
     start.read(alone)
@@ -162,8 +171,7 @@ def test_a_frozen_base_stays_and_what_was_added_is_saved_alone(
   _, params, _ = safetensors.load(tmp_path / 'merged')
   jax.tree.map(np.testing.assert_array_equal, params, merged.params)
 
-  other = tmp_path / 'other'
-  other.mkdir()
+  other = here.with_name('another-llama-here')
   reference.random_folder(
     other, 'LlamaForCausalLM', seed=1, num_hidden_layers=2
   )
