@@ -118,12 +118,11 @@ def to_deepseek(
 def _renamed(name, names):
   if names == 'deepseek':
     return name
-  block, head = {
-    'transformers': (r'\1_hc.', 'head.hc_'),
-    'tencent': (r'hc_\1_layer.hc_pre.hc_', 'head.hc_head_'),
-  }[names]
-  if names == 'tencent':
+  if names == 'transformers':
+    block, head = r'\1_hc.', 'head.hc_'
+  else:
     name = name.replace('hc_ffn_', 'hc_mlp_')
+    block, head = r'hc_\1_layer.hc_pre.hc_', 'head.hc_head_'
   name = re.sub('hc_(attn|ffn|mlp)_', block, name)
   return 'model.' + name.replace('head_', head)
 

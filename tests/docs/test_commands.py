@@ -51,11 +51,12 @@ def flags_by_calls(text: str) -> set[str]:
   for module, call in re.findall(r'(\w+)\.(define_\w+)\(', text):
     package = re.search(rf'^from (mhc\S*) import {module}$', text, re.M)[1]
     path = ROOT / package.replace('.', '/') / f'{module}.py'
+    code = path.read_text()
     body = re.search(
-      rf'^def {call}\(.*?\n(.*?)(?=^def |\Z)', path.read_text(), re.M | re.S
+      rf'^def {call}\(.*?\n(.*?)(?=^def |\Z)', code, re.M | re.S
     )[1]
     found |= {*DEFINED.findall(body)}
-    imports = re.findall(r'^from mhc.*$', path.read_text(), re.M)
+    imports = re.findall(r'^from mhc.*$', code, re.M)
     found |= flags_by_calls('\n'.join([*imports, body]))
   return found
 

@@ -5,6 +5,7 @@ import functools
 
 from flax import nnx
 import float64
+import generic_states
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,16 +49,9 @@ def model_config(settings, kind='residual', **changes):
 @functools.cache
 def network(config):
   """With generic parameters."""
-  model = transformer.Transformer(config, rngs=nnx.Rngs(0))
-  rng = np.random.default_rng(1)
-  moved = jax.tree.map(
-    lambda p: (
-      p + float64.DTYPE(0.2) * rng.normal(size=p.shape).astype(float64.DTYPE)
-    ),
-    nnx.state(model),
-  )
-  nnx.update(model, moved)
-  return model
+  graph, _ = transformer.abstract(config)
+  params = generic_states.of_model(config, seed=1)
+  return nnx.merge(graph, nnx.State(jax.tree.map(jnp.asarray, params)))
 
 
 def one_of(model, index):
