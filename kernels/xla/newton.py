@@ -5,25 +5,36 @@ The doubly stochastic matrix that is closest to exp(L) in relative entropy is
     P_ij = exp(L_ij + u_i + v_j),   P 1 = 1,   P^T 1 = 1.
 
 Rows are normalised at once, so n - 1 unknowns v are left (one is free), in
-which the dual is convex, with gradient 1 - c and Hessian
+which the dual is convex,
 
-    diag(c) - P^T P,   c the column sums: the Laplacian of the graph P^T P.
+    D(v) = sum_i log sum_j exp(L_ij + v_j) - sum_j v_j,
 
-(Newton on this dual: Wang and Qiu, arXiv 2606.07574, for 4 x 4.) A step here is
-a column step of Sinkhorn's and then Newton's, v <- v + s d with
-s = log(1 + |d|) / |d|, so that no entry moves by more than Newton trusts. The
-first half of the steps work on tau L, with tau rising from 1/8 to 1: from cold,
-logits far apart would cost a step for each unit between them.
+with gradient c - 1 and Hessian diag(c) - P^T P, c the column sums: the
+Laplacian of the graph P^T P. (Newton on this dual: Wang and Qiu, arXiv
+2606.07574, for 4 x 4.) A step here is a column step of Sinkhorn's, and then
+that one of two Newton steps, one of which is also tried damped, after which D
+is least:
 
-What Newton loses where P is nearly a permutation is the digits of 1 - c and of
-the Laplacian, both small differences of numbers near 1. They are formed here
-from the small entries alone: with m the row in which column j is largest,
+*   Newton's for c = 1. It takes a flow that is e^-x of what it should be for
+    none, so that x such steps are needed.
+*   Newton's for the logarithms. With m the row in which column j is largest,
+    c_j = 1 says that the row gives away what the column gets from others,
 
-    1 - c_j = sum_{k != j} P_mk - sum_{i != m} P_ij,
+        out_j = sum_{k != j} P_mk  =  in_j = sum_{i != m} P_ij,
 
-the Laplacian is given by its weights P^T P off the diagonal, and eliminated
-without a subtraction. At tau = 1 the matrix itself is rescaled, not the logits,
-whose last bits are larger than what is left to be done.
+    and log out_j = log in_j is nearly linear in v where P is nearly a
+    permutation: one step takes any distance. Where no entry of a column exceeds
+    1/2, the equation is log c_j = 0.
+
+The first half of the steps work on tau L, with tau rising from 1/12 to 1.
+
+Digits are lost where P is nearly a permutation, since 1 - c and the Laplacian
+are small differences of numbers near 1. They are never formed: 1 - c is
+out - in, both systems are given by their weights off the diagonal (their rows
+sum to zero) and eliminated without a subtraction. What a sum of both signs
+leaves within its rounding error moves nothing far: streams that mix with each
+other alone would be thrown about by noise. At tau = 1 the matrix itself is
+rescaled, not the logits, whose last bits are larger than what is left to do.
 
 Where no projection exists, the zeros of exp(L) leaving no permutation, rows
 still sum to one and columns do not: `manifold.residuals` tells. Where it is a
@@ -39,7 +50,7 @@ import jax.numpy as jnp
 
 from mhc import axes
 
-COLDEST = 1 / 8  # the first tau
+COLDEST = 1 / 12  # the first tau
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -64,7 +75,8 @@ def _newton_backward(num_steps, p, g):
   leaves dL_ij = P_ij sum_k P_ik (E_ij - E_ik), E = G - 1 b^T.
   """
   del num_steps
-  b = _solve(_weights(p), jnp.sum(p * _differences(p, g), axis=0))
+  right = jnp.sum(p * _differences(p, g), axis=0)
+  b = _solve(_weights(p, p), right, jnp.zeros_like(right))
   return (p * _differences(p, g - b[None]),)
 
 
@@ -78,53 +90,93 @@ def _project(logits, num_steps):
   def at_rising_tau(step, v):
     tau = COLDEST * ratio ** jnp.asarray(step, jnp.float32)
     v = v * ratio
-    scaled = tau * logits
-    p = jax.nn.softmax(scaled + v[None], axis=1)
-    v = v - jnp.log1p(-_missing(p))
-    return v + _direction(jax.nn.softmax(scaled + v[None], axis=1))
+    return v + _step(_normalised(tau * logits + v[None]))
+
+  def at_one(_, log_p):
+    return _normalised(log_p + _step(log_p)[None])
 
   v = jnp.zeros_like(logits[0])
   v = axes.cast_varying(v, axes.varying_axes(logits))
   v = jax.lax.fori_loop(0, cold, at_rising_tau, v)
-  p = jax.nn.softmax(logits + (v * ratio)[None], axis=1)
-  return jax.lax.fori_loop(0, num_steps - cold, lambda _, p: _rescaled(p), p)
-
-
-def _rescaled(p):
-  """P after a column step and a Newton step at tau = 1."""
-  p = _normalised(p / (1 - _missing(p))[None])
-  return _normalised(p * jnp.exp(_direction(p))[None])
-
-
-def _direction(p):
-  """Newton's step for v, damped."""
-  d = _solve(_weights(p), _missing(p))
-  size = jnp.max(jnp.abs(d), axis=0, keepdims=True)
-  # log(1 + x) / x, which is 1 - x / 2 where it cannot be divided.
-  small = size < 1e-4
-  damping = jnp.log1p(size) / jnp.where(small, 1, size)
-  return d * jnp.where(small, 1 - size / 2, damping)
-
-
-def _normalised(p):
+  log_p = _normalised(logits + (v * ratio)[None])
+  p = jnp.exp(jax.lax.fori_loop(0, num_steps - cold, at_one, log_p))
   return p / jnp.sum(p, axis=1, keepdims=True)
 
 
-def _missing(p):
-  """1 - c, column by column, from the entries that are not near 1."""
-  n = len(p)
-  index = jnp.arange(n)
-  largest = (index[:, None, None] == jnp.argmax(p, axis=0)[None]).astype(
-    p.dtype
+def _step(log_p):
+  """What to add to v: a column step of Sinkhorn's and the best of Newton's."""
+  column = -_finite(jax.nn.logsumexp(log_p, axis=0))
+  log_p = _normalised(log_p + column[None])
+  far, near = _newton_steps(log_p)
+  size = jnp.max(jnp.abs(near), axis=0, keepdims=True)
+  damped = near * jnp.log1p(size) / jnp.maximum(size, 1e-4)
+  # A tie within the rounding error of D is the first one's.
+  best = far
+  least = _dual(log_p, far) - 8 * jnp.finfo(far.dtype).eps
+  for step in (near, damped):
+    value = _dual(log_p, step)
+    best = jnp.where((value < least)[None], step, best)
+    least = jnp.minimum(value, least)
+  return column + best
+
+
+def _dual(log_p, step):
+  """D after a step, less D before it.
+
+  With k_i the column that leads in row i, step_k is taken out of row i: where
+  P is nearly a permutation, large steps cancel before they are rounded.
+  """
+  columns = jnp.arange(len(step))[None, :, None]
+  leads = (columns == jnp.argmax(log_p, axis=1)[:, None]).astype(step.dtype)
+  taken_out = jnp.sum(leads * step[None], axis=1, keepdims=True)
+  rows = jax.nn.logsumexp(log_p + (step[None] - taken_out), axis=1)
+  excess = jnp.sum(leads, axis=0) - 1
+  return jnp.sum(rows, axis=0) + jnp.sum(excess * step, axis=0)
+
+
+def _newton_steps(log_p):
+  """Newton's steps for the logarithms and for the sums, of a log P."""
+  p = jnp.exp(log_p)
+  index = jnp.arange(len(p))
+  same = (index[:, None] == index[None])[..., None]
+  first = index[:, None, None] == jnp.argmax(p, axis=0)[None]  # i = m_j
+  # log P_mk of each column j, [j, k, t].
+  row = jnp.sum(jnp.where(first[:, :, None], log_p[:, None], 0), axis=0)
+  others = jnp.where(first, -jnp.inf, log_p)
+  log_out = jax.nn.logsumexp(jnp.where(same, -jnp.inf, row), axis=1)
+  log_in = jax.nn.logsumexp(others, axis=0)
+  flows = jnp.exp(log_out), jnp.exp(log_in)
+  log_out, log_in = _finite(log_out), _finite(log_in)
+  log_c = _finite(jax.nn.logsumexp(log_p, axis=0))
+  largest = jnp.max(p, axis=0)
+  leads = largest > 0.5
+
+  entries = jnp.where(leads[None], others - log_in[None], log_p - log_c[None])
+  given = jnp.where(leads, largest, 0)[:, None] * jnp.exp(
+    row - log_out[:, None]
   )
-  others = (index[:, None] != index[None]).astype(p.dtype)
-  rest = jnp.sum(p[:, :, None] * others[None, ..., None], axis=1)
-  return jnp.sum(largest * rest - (1 - largest) * p, axis=0)
+  weights = _weights(jnp.exp(entries), p) + given
+  right = jnp.where(leads, log_out - log_in, -log_c)
+  terms = jnp.where(leads, jnp.abs(log_out) + jnp.abs(log_in), jnp.abs(log_c))
+  of_logarithms = _solve(weights, right, 1 + terms)
+
+  right = jnp.where(leads, flows[0] - flows[1], -jnp.expm1(log_c))
+  terms = jnp.where(leads, flows[0] + flows[1], 1)
+  return of_logarithms, _solve(_weights(p, p), right, terms)
 
 
-def _weights(p):
-  """P^T P; what is on the diagonal is not used."""
-  return jnp.sum(p[:, :, None] * p[:, None], axis=0)
+def _normalised(log_p):
+  return log_p - jax.nn.logsumexp(log_p, axis=1, keepdims=True)
+
+
+def _finite(x):
+  """x, with 0 for what is not finite: logarithms of nothing."""
+  return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _weights(a, b):
+  """A^T B; what is on the diagonal is not used."""
+  return jnp.sum(a[:, :, None] * b[:, None], axis=0)
 
 
 def _differences(p, g):
@@ -132,22 +184,32 @@ def _differences(p, g):
   return jnp.sum(p[:, None] * (g[:, :, None] - g[:, None]), axis=2)
 
 
-def _solve(weights, right):
-  """x of Laplacian x = right, [n, t], with x_0 = 0.
+def _solve(weights, right, terms):
+  """x of M x = right, [n, t], with x_0 = 0.
 
-  The Laplacian has -weights off the diagonal and rows that sum to zero. Nodes
-  are eliminated from the last on: their weights go to their neighbours, and no
-  difference is ever formed. A node without neighbours has nothing to solve.
+  M has -weights off the diagonal and rows that sum to zero. Nodes are
+  eliminated from the last on: their weights go to their neighbours, and no
+  difference of weights is ever formed. `terms` are the sizes of what `right`
+  was summed from: a right side within their rounding error that would move x
+  by more than 1 is zero. A node without neighbours has nothing to solve.
   """
   n, eliminated = len(right), []
+  noise = jnp.finfo(right.dtype).eps
   for node in range(n - 1, 0, -1):
-    row, value = weights[node, :node], right[node]
+    row, column = weights[node, :node], weights[:node, node]
     total = jnp.sum(row, axis=0)
     inverse = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
     share = row * inverse[None]
-    eliminated.append((share, value * inverse))
-    weights = weights[:node, :node] + share[:, None] * row[None]
-    right = right[:node] + share * value[None]
+    value = right[node] * inverse
+    noisy = jnp.abs(right[node]) <= noise * terms[node]
+    # Once: a sum that cancels is another one where a fusion adds it up again.
+    value = jax.lax.optimization_barrier(
+      jnp.where(noisy & (jnp.abs(value) > 1), 0, value)
+    )
+    eliminated.append((share, value))
+    weights = weights[:node, :node] + column[:, None] * share[None]
+    right = right[:node] + column * value[None]
+    terms = terms[:node] + column * (terms[node] * inverse)[None]
   x = [0 * right[0]]
   for share, own in reversed(eliminated):
     x.append(own + jnp.sum(share * jnp.stack(x), axis=0))

@@ -55,28 +55,36 @@ def pulled_back(logits, g):
   return p, pull_back(g)[0]
 
 
-@pytest.mark.parametrize('n', [1, 2, 3, 4, 8])
-def test_eight_steps_are_ten_thousand_iterations(n):
-  logits = logits_of(n, 1.5, 60)
-  want = sinkhorn64(logits, 10_000 if n < 8 else 1000)
-  got = np.asarray(project(logits, 8))
-  np.testing.assert_allclose(want.sum(1), 1, atol=1e-9)
-  np.testing.assert_allclose(got, want, atol=1e-6)
-
-
 @pytest.mark.parametrize(
-  ('std', 'steps', 'share'),
-  [(3, 8, 0), (5, 8, 0), (10, 20, 0), (20, 20, 5e-4), (30, 20, 2e-3)],
+  ('n', 'std'),
+  [(1, 1.5), (2, 1.5), (3, 1.5), (4, 1.5), (8, 1.5), (2, 30), (4, 5), (4, 30)],
 )
-def test_rows_and_columns_sum_to_one_at_large_logits(std, steps, share):
-  got = np.asarray(project(logits_of(4, std), steps))
+def test_eight_steps_are_ten_thousand_iterations(n, std):
+  """Wherever as many have arrived: of matrices at 30, a sixth."""
+  logits = logits_of(n, std, 60)
+  want = sinkhorn64(logits, 10_000 if n < 8 else 1000)
+  arrived = np.abs(want.sum(1) - 1).max(1) < 1e-9
+  assert arrived.mean() > (0.9 if std < 10 else 0.1)
+  got = np.asarray(project(logits, 8))
+  np.testing.assert_allclose(got[arrived], want[arrived], atol=1e-6)
+
+
+@pytest.mark.parametrize('std', [1, 3, 5, 10, 20, 30])
+def test_rows_and_columns_sum_to_one_after_eight_steps(std):
+  got = np.asarray(project(logits_of(4, std), 8))
   assert (got >= 0).all()
   np.testing.assert_allclose(got.sum(2), 1, atol=1e-6)
-  off = np.abs(got.sum(1) - 1).max(1) > 1e-6
-  assert off.mean() <= share
-  truncated = np.asarray(iterated(logits_of(4, std), steps))
-  error = np.abs(truncated.sum(1) - 1).max(1)
-  assert (error > 1e-6).mean() > 0.3  # what the iteration leaves
+  np.testing.assert_allclose(got.sum(1), 1, atol=1e-6)
+  if std > 1:
+    truncated = np.asarray(iterated(logits_of(4, std), 20))
+    error = np.abs(truncated.sum(1) - 1).max(1)
+    assert (error > 1e-6).mean() > 0.3  # what the iteration leaves
+
+
+def test_eight_streams_and_large_logits():
+  for std in (10, 20, 30):
+    got = np.asarray(project(logits_of(8, std, 60), 8))
+    np.testing.assert_allclose(got.sum(1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize('std', [1, 3, 10])
