@@ -105,54 +105,79 @@ def value_and_pullback(function, parameters, x, cotangent):
   return out, vjp(cotangent)
 
 
-def reference_site(kind, params, x):
-  """Eq. 3 with Eq. 5 (HC) or Eq. 7-9 (mHC), token by token, as printed."""
-  n, dim = x.shape[-2:]
+def reference_mappings(kind, params, x):
+  """H_pre [n], H_post [n] and H_res [n, n] of one token's streams, as printed.
+
+  By Eq. 5 for HC, by Eq. 7-9 for mHC and its other mixings.
+  """
+  n, dim = x.shape
   columns, rows = (lambda h, i=i: h / h.sum(i, keepdims=True) for i in (0, 1))
 
   def rms_norm(v, axis):
     return v / jnp.sqrt(jnp.mean(v * v, axis=axis, keepdims=True))
 
-  def token(x):
-    if kind == 'hc':
-      normed = rms_norm(x, -1) * params['gain'][None]
-      width, depth = params['alpha']
-      h_pre = width * jnp.tanh(normed @ params['theta_pre'])
-      h_pre = h_pre + params['bias_pre']
-      h_post = depth * jnp.tanh(normed @ params['theta_post'])
-      h_post = h_post + params['bias_post']
-      h_res = width * jnp.tanh(params['theta_res'] @ normed.T)
-      h_res = h_res + params['bias_res']
-    else:
-      flat = rms_norm(x.reshape(n * dim), -1)
-      raw = flat @ params['phi']
-      sizes = [n, n, len(params['bias']) - 2 * n][: len(params['alpha'])]
-      scaled = jnp.concatenate(
-        [
-          alpha * part
-          for alpha, part in zip(
-            params['alpha'],
-            jnp.split(raw, np.cumsum(sizes)[:-1]),
-            strict=True,
-          )
-        ]
-      )
-      logits = scaled + params['bias']
-      h_pre = 1 / (1 + jnp.exp(-logits[:n]))
-      h_post = 2 / (1 + jnp.exp(-logits[n : 2 * n]))
-      h_res = jnp.eye(n)
-      if kind == 'mhc':
-        h_res = jnp.exp(logits[2 * n :].reshape(n, n))
-        h_res = jax.lax.scan(
-          lambda h, _: (rows(columns(h)), None), h_res, length=20
-        )[0]
-      elif len(sizes) == 3:
-        h_res = reference_mixing(kind, logits[2 * n :], n)
-    h = h_pre @ x
-    return h_res @ x + h_post[:, None] * jnp.sin(h)[None]
+  if kind == 'hc':
+    normed = rms_norm(x, -1) * params['gain'][None]
+    width, depth = params['alpha']
+    h_pre = width * jnp.tanh(normed @ params['theta_pre'])
+    h_post = depth * jnp.tanh(normed @ params['theta_post'])
+    h_res = width * jnp.tanh(params['theta_res'] @ normed.T)
+    return (
+      h_pre + params['bias_pre'],
+      h_post + params['bias_post'],
+      h_res + params['bias_res'],
+    )
+  raw = rms_norm(x.reshape(n * dim), -1) @ params['phi']
+  sizes = [n, n, len(params['bias']) - 2 * n][: len(params['alpha'])]
+  parts = jnp.split(raw, np.cumsum(sizes)[:-1])
+  scaled = [
+    alpha * part for alpha, part in zip(params['alpha'], parts, strict=True)
+  ]
+  logits = jnp.concatenate(scaled) + params['bias']
+  h_pre = 1 / (1 + jnp.exp(-logits[:n]))
+  h_post = 2 / (1 + jnp.exp(-logits[n : 2 * n]))
+  h_res = jnp.eye(n)
+  if kind == 'mhc':
+    h_res = jnp.exp(logits[2 * n :].reshape(n, n))
+    h_res = jax.lax.scan(
+      lambda h, _: (rows(columns(h)), None), h_res, length=20
+    )[0]
+  elif len(sizes) == 3:
+    h_res = reference_mixing(kind, logits[2 * n :], n)
+  return h_pre, h_post, h_res
 
-  tokens = jax.vmap(token)(x.reshape(-1, n, dim))
-  return tokens.reshape(x.shape)
+
+def reference_site(kind, params, x):
+  """Eq. 3 around the sub-layer y = sin(h), token by token."""
+
+  def token(x):
+    h_pre, h_post, h_res = reference_mappings(kind, params, x)
+    return h_res @ x + h_post[:, None] * jnp.sin(h_pre @ x)[None]
+
+  return jax.vmap(token)(x.reshape(-1, *x.shape[-2:])).reshape(x.shape)
+
+
+def reference_single_pass(params, x):
+  """x <- B_l x + C_l F(A_l-1 x) from the embedding on, closed by the last A."""
+
+  def token(x):
+    x, read_by = jnp.tile(x[None], (4, 1)), jnp.eye(4)[0]
+    for of_sublayer in params:
+      y = jnp.sin(read_by @ x)
+      read_by, h_post, h_res = reference_mappings('mhc', of_sublayer, x)
+      x = h_res @ x + h_post[:, None] * y[None]
+    return read_by @ x
+
+  return jax.vmap(token)(x.reshape(-1, DIM)).reshape(x.shape)
+
+
+def in_float64(reference, params, x, cotangent):
+  """The reference's result, and its gradients of params and x."""
+  with double_precision.x64():
+    wide = jax.tree.map(
+      lambda leaf: jnp.asarray(leaf, jnp.float64), (params, x, cotangent)
+    )
+    return jax.tree.map(np.asarray, value_and_pullback(reference, *wide))
 
 
 @pytest.mark.parametrize(
@@ -174,20 +199,9 @@ def test_the_formula_and_all_gradients(kind, num_streams):
   x = random_streams(num_streams)
   cotangent = random_streams(num_streams, seed=2)
   out, (grads, d_x) = value_and_pullback(sublayer, connection, x, cotangent)
-  with double_precision.x64():
-
-    def wide(tree):
-      return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), tree)
-
-    want, (want_grads, want_d_x) = jax.tree.map(
-      np.asarray,
-      value_and_pullback(
-        functools.partial(reference_site, kind),
-        wide(params),
-        wide(x),
-        wide(cotangent),
-      ),
-    )
+  want, (want_grads, want_d_x) = in_float64(
+    functools.partial(reference_site, kind), params, x, cotangent
+  )
   near, rtol = float64.tolerance(2e-5), float64.tolerance(1e-5)
   np.testing.assert_allclose(out, want, rtol=0, atol=float64.tolerance(5e-6))
   np.testing.assert_allclose(d_x, want_d_x, rtol=0, atol=near)
@@ -318,37 +332,40 @@ def test_bfloat16_streams_keep_float32_mappings(kind):
     assert np.isfinite(leaf).all()
 
 
-def test_single_pass_reads_by_the_weights_of_the_sublayer_before():
-  """x_l+1 = B_l x_l + C_l F(A_l-1 x_l), written out with MHC's mappings."""
+def single_pass(sublayers, x):
+  """Sub-layers one after the other, from the embedding on, and closed."""
   settings = config.ConnectionConfig(kind='mhc_single_pass')
-  sublayers = [
-    perturbed(make(settings.kind, settings.num_streams, index), seed=index)
-    for index in range(3)
-  ]
-  inputs = jax.random.normal(jax.random.key(0), (2, 5, DIM))
-  state = residual.expand_streams(settings, inputs)
-  x = np.tile(inputs.reshape(10, 1, DIM), (1, 4, 1))
-  weights = np.eye(4)[:, :1].repeat(10, 1)
+  state = residual.expand_streams(settings, x)
   for sublayer in sublayers:
     h, context = residual.begin_sublayer(sublayer, state)
-    np.testing.assert_allclose(
-      h.reshape(10, DIM), np.einsum('jt,tjc->tc', weights, x), atol=1e-4
-    )
     last = residual.PendingOutput(jnp.sin(h), context)
     state = residual.end_block(settings, sublayer, last)
-    mappings = jax.device_get(
-      sublayer.next_mhc.mappings(jnp.asarray(x, jnp.float32))
-    )
-    x = np.einsum('ijt,tjc->tic', mappings.res, x) + np.einsum(
-      'it,tc->tic', mappings.post, np.sin(h.reshape(10, DIM))
-    )
-    weights = mappings.pre
-  out = residual.collapse_streams(
+  return residual.collapse_streams(
     settings, state, streams.Collapse('mean', DIM, 4)
   )
-  np.testing.assert_allclose(
-    out.reshape(10, DIM), np.einsum('jt,tjc->tc', weights, x), atol=1e-4
+
+
+def test_the_formula_and_all_gradients_of_single_pass():
+  """A sub-layer reads by the weights of the one before."""
+  sublayers = [
+    perturbed(make('mhc_single_pass', index=index), seed=index)
+    for index in range(3)
+  ]
+  x, cotangent = (random_streams(1, seed=k)[:, :, 0] for k in (3, 4))
+  params = [nnx.to_pure_dict(nnx.state(each.next_mhc)) for each in sublayers]
+  out, (grads, d_x) = value_and_pullback(single_pass, sublayers, x, cotangent)
+  want, (want_grads, want_d_x) = in_float64(
+    reference_single_pass, params, x, cotangent
   )
+  near = float64.tolerance(1e-5)
+  np.testing.assert_allclose(out, want, rtol=0, atol=near)
+  np.testing.assert_allclose(d_x, want_d_x, rtol=0, atol=2 * near)
+  for got, wanted in zip(grads, want_grads, strict=True):
+    got = nnx.to_pure_dict(nnx.state(got.next_mhc))
+    for name, value in wanted.items():
+      np.testing.assert_allclose(
+        got[name], value, rtol=near, atol=2 * near, err_msg=name
+      )
 
 
 def test_advance_is_post_then_pre():
