@@ -100,7 +100,7 @@ OWN_DEFAULTS = {
 INNER_EPS = 1e-6
 
 
-def random_folder(folder, architecture, seed=0, version=4, **changes):
+def random_folder(folder, architecture, seed=0, version=4, std=None, **changes):
   """Writes a tiny model with random weights, as transformers would save it.
 
   Args:
@@ -109,6 +109,8 @@ def random_folder(folder, architecture, seed=0, version=4, **changes):
     seed: of the weights.
     version: 4 or 5, the transformers whose form the config has: 5 says
       rope_parameters where 4 says rope_theta and rope_scaling.
+    std: of matrices beside norms of 1, as transformers initialises a model (by
+      0.02); by default weights are larger, and norms are not 1.
     **changes: fields of the config, in the form of version 4.
   """
   config = random_config(architecture, version, **changes)
@@ -118,7 +120,7 @@ def random_folder(folder, architecture, seed=0, version=4, **changes):
   (folder / 'config.json').write_text(text)
   rng = np.random.default_rng(seed)
   tensors = {
-    name: random_tensor(name, shape, rng).astype(np.float32)
+    name: random_tensor(name, shape, rng, std).astype(np.float32)
     for name, shape in sorted(shapes(config).items())
   }
   safetensors_numpy.save_file(
@@ -140,9 +142,11 @@ def random_config(architecture, version=4, **changes):
   return config | {'dtype': 'float32', 'transformers_version': '5.24.0'}
 
 
-def random_tensor(name, shape, rng):
+def random_tensor(name, shape, rng, std=None):
   """Weights of variance 1 / fan_in, norms near 1, small biases."""
   drawn = rng.standard_normal(shape)
+  if std is not None:
+    return std * drawn if len(shape) > 1 else np.ones(shape)
   if name.endswith('e_score_correction_bias'):
     return 0.1 * drawn
   if name.endswith('bias'):

@@ -42,6 +42,17 @@ def llama(here, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
+def initialised(tmp_path_factory):
+  """A model as transformers initialises it, with tokens."""
+  folder = tmp_path_factory.mktemp('models') / 'initialised'
+  reference.random_folder(
+    folder, 'LlamaForCausalLM', std=0.02, num_hidden_layers=2
+  )
+  size = start.model_of(folder).vocab_size
+  return folder, np.random.default_rng(1).integers(size, size=(2, 32))
+
+
+@pytest.fixture(scope='module')
 def error(here):
   """How far a model's logits are from those of the folder in float64."""
   size = start.model_of(here).vocab_size
@@ -53,6 +64,12 @@ def error(here):
     return np.abs(got - want).max()
 
   return of
+
+
+def nats(logits, tokens):
+  """The mean loss of the next token."""
+  given = np.take_along_axis(logits[:, :-1], tokens[:, 1:, None], -1)
+  return np.mean(np.log(np.exp(logits[:, :-1]).sum(-1)) - given[..., 0])
 
 
 def with_kind(folder, kind, **changes):
@@ -81,13 +98,23 @@ FEW = ('mhc', 8), ('hc', 2), ('cyclic', 4), ('mhc_single_pass', 4), ('frac', 4)
     for kind, n in EVERY
   ],
 )
-def test_they_start_as_the_same_function(kind, n, llama, error):
+def test_they_start_as_the_same_function(kind, n, llama, error, initialised):
   """Up to rounding, though norms with an eps see how streams are read."""
   model = with_kind(llama, kind, num_streams=n)
   ours, difference = conversion.convert(llama, model)
   assert difference < 8e-6
   # As near to what float64 computes as the plain model is.
   assert 0 < error(ours) < 2.5 * error(start.read(llama))
+  folder, tokens = initialised
+  ours, _ = conversion.convert(folder, with_kind(folder, kind, num_streams=n))
+  logits, plain = (
+    np.float64(conversion.logits(source, jnp.asarray(tokens, jnp.int32)))
+    for source in (ours, start.read(folder))
+  )
+  np.testing.assert_allclose(logits, plain, rtol=0, atol=1e-6)
+  np.testing.assert_allclose(
+    nats(logits, tokens), nats(plain, tokens), rtol=0, atol=1e-7
+  )
 
 
 def test_kinds_that_start_as_another_function_say_so(llama):
