@@ -109,7 +109,7 @@ def _step(log_p):
   log_p = _normalised(log_p + column[None])
   far, near = _newton_steps(log_p)
   size = jnp.max(jnp.abs(near), axis=0, keepdims=True)
-  damped = near * jnp.log1p(size) / jnp.maximum(size, 1e-4)
+  damped = near * (jnp.log1p(size) / jnp.where(size > 0, size, 1))
   # A tie within the rounding error of D is the first one's.
   best = far
   least = _dual(log_p, far) - 8 * jnp.finfo(far.dtype).eps
