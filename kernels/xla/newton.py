@@ -76,6 +76,7 @@ def _newton_backward(num_steps, p, g):
   """
   del num_steps
   right = jnp.sum(p * _differences(p, g), axis=0)
+  # Without terms nothing is taken for noise: b counts times small entries only.
   b = _solve(_weights(p, p), right, jnp.zeros_like(right))
   return (p * _differences(p, g - b[None]),)
 

@@ -42,9 +42,9 @@ def llama(here, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def initialised(tmp_path_factory):
-  """A model as transformers initialises it, with tokens."""
-  folder = tmp_path_factory.mktemp('models') / 'initialised'
+def initialised(here):
+  """A model as transformers initialises it, on this machine, with tokens."""
+  folder = here.with_name('initialised-here')
   reference.random_folder(
     folder, 'LlamaForCausalLM', std=0.02, num_hidden_layers=2
   )
