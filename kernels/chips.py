@@ -22,6 +22,7 @@ class Chip(NamedTuple):
     ici_bandwidth: bytes a second of one link to a neighbour, one way.
     ici_links: of a chip, two for each dimension of its torus.
     vector_memory: bytes, of a core.
+    matrix_unit: rows, and columns, of one.
     cores: that share a program.
     topology: a small slice to compile for.
   """
@@ -34,6 +35,7 @@ class Chip(NamedTuple):
   ici_bandwidth: float
   ici_links: int
   vector_memory: int
+  matrix_unit: int
   cores: int
   topology: str
 
@@ -48,6 +50,7 @@ CHIPS = {
     ici_bandwidth=4.5e10,
     ici_links=6,
     vector_memory=16 << 20,
+    matrix_unit=128,
     cores=2,
     topology='v4:2x2x1',
   ),
@@ -60,6 +63,7 @@ CHIPS = {
     ici_bandwidth=4.5e10,
     ici_links=4,
     vector_memory=128 << 20,
+    matrix_unit=128,
     cores=1,
     topology='v5e:2x2',
   ),
@@ -72,6 +76,7 @@ CHIPS = {
     ici_bandwidth=9e10,
     ici_links=6,
     vector_memory=64 << 20,
+    matrix_unit=128,
     cores=2,
     topology='v5p:2x2x1',
   ),
@@ -84,6 +89,7 @@ CHIPS = {
     ici_bandwidth=9e10,
     ici_links=4,
     vector_memory=128 << 20,
+    matrix_unit=256,
     cores=1,
     topology='v6e:2x2',
   ),
@@ -97,6 +103,7 @@ CHIPS = {
     ici_bandwidth=9e10,
     ici_links=6,
     vector_memory=64 << 20,
+    matrix_unit=256,
     cores=1,
     topology='tpu7x:2x2x1',
   ),

@@ -188,7 +188,9 @@ _collapse.defvjp(_collapse_forward, _collapse_backward)
 def _sizes(x, k, writes, norm_eps=0.0):
   operands.check(x)
   _, n, dim = x.shape
-  return specs.make_sizes(n, dim, k, writes, x.dtype, norm_eps)
+  _, chip = launch.machine()
+  unit = chip.matrix_unit
+  return specs.make_sizes(n, dim, k, writes, x.dtype, norm_eps, unit)
 
 
 def _gate(alpha, bias):

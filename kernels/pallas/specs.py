@@ -72,11 +72,21 @@ def make_sizes(
   writes: bool,
   dtype: jax.typing.DTypeLike,
   norm_eps: float = 0.0,
+  unit: int = 128,
 ) -> Sizes:
-  """Derives all sizes from those of an operation's operands."""
+  """Derives all sizes from those of an operation's operands.
 
-  def group(lanes_of_token):
-    return 16 if 16 * lanes_of_token <= block_diagonal.LANES else 8
+  Args:
+    n, dim, k, writes, dtype, norm_eps: see `Sizes`.
+    unit: rows of the chip's matrix unit. The lanes of B are its rows.
+
+  Returns:
+    The sizes. Groups have 16 tokens, whole registers of bfloat16, where their
+    block of diagonals fits the unit; 8 elsewhere.
+  """
+
+  def group(lanes_of_token, most):
+    return 16 if 16 * lanes_of_token <= most else 8
 
   return Sizes(
     n=n,
@@ -88,10 +98,22 @@ def make_sizes(
     is_bfloat16=dtype == BF16,
     norm_eps=norm_eps,
     padded_rows=block_diagonal.round_up(k, 8),
-    channel_block=next(c for c in (512, 384, 256, 128) if dim % c == 0),
-    fwd_group=group(2 * (n + 1)),
-    bwd_group=group(n + 1),
+    channel_block=_channel_block(dim, dtype),
+    fwd_group=group(2 * (n + 1), unit),
+    bwd_group=group(n + 1, block_diagonal.LANES),
   )
+
+
+def _channel_block(dim: int, dtype: jax.typing.DTypeLike) -> int:
+  """All channels of narrow bfloat16 streams: what a step costs is paid once.
+
+  Others go in steps: more than 1,280 channels take minutes to compile, and
+  float32 products at the highest precision take memory.
+  """
+  steps = (512, 384, 256, 128)
+  if dtype == BF16:
+    steps = (dim, *steps) if dim <= 1280 else (512, 640, *steps)
+  return next(step for step in steps if dim % step == 0)
 
 
 class Call(NamedTuple):

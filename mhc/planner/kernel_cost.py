@@ -260,6 +260,7 @@ def _blocks(operation, direction, dim, generation):
   if operation == 'sinkhorn':
     elements = lower_bound(operation, direction, n, dim)
     return sinkhorn.TOKENS, elements, 4 * elements
+  chip = chips.CHIPS[generation]
   reads = operation in ('pre', 'advance')
   sizes = specs.make_sizes(
     n,
@@ -268,12 +269,12 @@ def _blocks(operation, direction, dim, generation):
     operation != 'pre',
     jnp.dtype(jnp.bfloat16),
     NORM_EPS,
+    chip.matrix_unit,
   )
   make = {
     ('collapse', 'forward'): specs.collapse,
     ('collapse', 'backward'): specs.collapse_backward,
   }.get((operation, direction), getattr(specs, direction))
-  chip = chips.CHIPS[generation]
   call = launch.largest(make, sizes, num_tokens, chip)
   return (
     call.sizes.tokens,

@@ -17,6 +17,7 @@ from mhc.kernels import chips
 from mhc.kernels import parity
 from mhc.kernels import reference
 from mhc.kernels import shapes
+from mhc.kernels.pallas import block_diagonal
 from mhc.kernels.pallas import launch
 from mhc.kernels.pallas import sinkhorn
 from mhc.kernels.pallas import specs
@@ -180,6 +181,23 @@ def test_streams_in_float64(operation, dtype, shape, monkeypatch):
   compare(operation, 'pallas', shape, jnp.dtype(dtype), tolerance)
 
 
+def test_groups_of_a_larger_matrix_unit(monkeypatch):
+  """16 tokens of four streams are mixed at once where 256 rows are."""
+  monkeypatch.setattr(launch, 'TOKENS', (32,))
+  monkeypatch.setattr(launch, 'machine', lambda: ('cpu', chips.CHIPS['v6e']))
+  groups = []
+  mix = block_diagonal.mix
+
+  def noted(matrices, rows, stream_rows, *rest):
+    groups.append(len(stream_rows[0]))
+    return mix(matrices, rows, stream_rows, *rest)
+
+  monkeypatch.setattr(block_diagonal, 'mix', noted)
+  dtype = jnp.dtype('bfloat16')
+  compare('advance', 'pallas', (4, 128, 70), dtype, 2 * 2**-8)
+  assert set(groups) == {16}
+
+
 def test_h_z_and_their_gradients_are_of_the_streams_as_written():
   """Of x' as it was rounded, both ways: what is float32 is right as such.
 
@@ -246,17 +264,22 @@ def kernels_of(lowered):
 
 
 @pytest.mark.parametrize(
-  ('generation', 'dim'),
+  ('generation', 'dim', 'dtype'),
   [
-    ('v5p', shapes.PAPER[0]),
-    pytest.param('v6e', shapes.PAPER[1], marks=pytest.mark.slow),
+    ('v5p', shapes.PAPER[2], jnp.bfloat16),
+    *(
+      pytest.param(generation, dim, dtype, marks=pytest.mark.slow)
+      for generation in ('v5p', 'v6e')
+      for dim in shapes.PAPER[:2]
+      for dtype in (jnp.bfloat16, jnp.float32)
+    ),
   ],
 )
-def test_the_kernels_compile_for_tpus(generation, dim):
+def test_the_kernels_compile_for_tpus(generation, dim, dtype):
   """All, both ways, and within the memory that `launch.memory` gives them."""
   for operation in kernel_cost.OPERATIONS:
     forward, both = kernel_cost.programs(
-      operation, kernel_cost.case(operation, dim), generation, None
+      operation, kernel_cost.case(operation, dim, dtype=dtype), generation, None
     )
     # The kernel is the same without a gradient, and is compiled once.
     (alone,) = kernels_of(forward)
