@@ -189,6 +189,30 @@ def test_text_is_prepared_there(folder, run):
 
 
 @pytest.mark.slow
+def test_machines_share_the_preparation_there(folder, run):
+  """Two, and one that is started again: the tokens of one machine alone."""
+  alone, shared = folder / 'by_one', folder / 'by_two'
+
+  def prepare(out, *arguments):
+    command = (f'--path={folder}/texts', f'--out={out}', '--tokenizer=bytes')
+    run('prepare_data.py', *command, *arguments)
+
+  prepare(alone)
+  for stage, machine in (
+    ('tokens', 1),
+    ('tokens', 0),
+    ('tokens', 0),
+    ('merge', 0),
+    ('merge', 1),
+  ):
+    assert not (shared / 'index.json').exists()
+    prepare(shared, f'--stage={stage}', f'--shard={machine}/2')
+  want, got = (files.read_json(out / 'index.json') for out in (alone, shared))
+  assert got['sha256'] == want['sha256']
+  assert got['num_documents'] == want['num_documents'] == 159
+
+
+@pytest.mark.slow
 def test_a_run_is_read_where_it_is(folder, run, undisturbed):
   where = f'--workdir={undisturbed}'
   found = json.loads(run('evaluate.py', where, '--sequences=8').split('\n')[0])
