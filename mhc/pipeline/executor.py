@@ -13,7 +13,7 @@ Every device runs the same program, a scan over the ticks of a static table
 F does not wait for the transfer of 1, nor B for that of 3: both travel while
 something is computed. B computes its stage again from the stage's input, which
 is all that is kept of a microbatch between F and B, and takes the gradient by
-`jax.vjp` under the model's recompute policy. The first stage embeds its tokens
+`jax.vjp` under the model's recompute policy (or keeps more, see `keeping`). The first stage embeds its tokens
 again instead of keeping anything; the last has its forward pass in B only.
 
 Collectives over `PIPE` stand outside the branches: a device that is idle must
@@ -100,7 +100,10 @@ def gradients(
     keep: what is kept of a stage from F to B, see `keeping`.
   """
   device = _Device(schedule, stages, parts)
-  ticking = keeping.KeepingTick if keep == 'stages' else ticks.TrainingTick
+  ticking = {
+    'inputs': keeping.RecomputingTick,
+    'stages': keeping.KeepingTick,
+  }[keep]
   tick = ticking(schedule, device)
   total = jax.lax.scan(tick, tick.start(), buffers.table_rows(schedule))[0][-1]
   return total._replace(

@@ -6,6 +6,7 @@ operands. The scopes by which the branches are found in the compiled program are
 those of `branch_frequencies`.
 """
 
+import abc
 from typing import Any, NamedTuple
 
 import jax
@@ -80,8 +81,11 @@ class ForwardTick:
     return buffers.filled(self.device.state, 0), hidden, stats
 
 
-class TrainingTick:
-  """One tick of a schedule with F and B: the step of a `jax.lax.scan`."""
+class TrainingTick(abc.ABC):
+  """One tick of a schedule with F and B: the step of a `jax.lax.scan`.
+
+  What F keeps for B is left to the subclasses, in `keeping`.
+  """
 
   def __init__(self, schedule, device):
     self.schedule, self.device = schedule, device
@@ -107,9 +111,9 @@ class TrainingTick:
       total,
     )
 
+  @abc.abstractmethod
   def kept(self):
-    """The buffer of what F keeps for B beside the input: nothing."""
-    return ()
+    """The buffers of what F keeps for B beside the input."""
 
   def __call__(self, carry, row):
     schedule = self.schedule
@@ -141,30 +145,13 @@ class TrainingTick:
     inputs = buffers.store_received(inputs, 'act', my, y, sent, schedule)
     return (inputs, grads, head_grads, kept, dx, total), None
 
+  @abc.abstractmethod
   def forward(self, my, x, kept, total):
     """F or nothing: the output, what the head takes, what is kept, sums."""
-    y, h = cond('f', my['f_chunk'] >= 0, self._forward, self._idle, my, x)
-    return y, h, kept, total
 
+  @abc.abstractmethod
   def backward(self, my, x, kept, incoming, dh, total):
     """B or nothing: the gradient of the stage's input, and sums."""
-    del kept
-    return cond(
-      'b',
-      my['b_chunk'] >= 0,
-      self._backward,
-      self.no_backward,
-      total,
-      my,
-      x,
-      incoming,
-      dh,
-    )
-
-  def _forward(self, my, x):
-    """F: the stage's output and, for a split head, what the head takes."""
-    y = self.device.run(my, 'f', x)[0]
-    return y, self.closed(my, y)
 
   def closed(self, my, y):
     """What a split head takes, of the last stage."""
@@ -173,7 +160,7 @@ class TrainingTick:
     last = my['f_last'] == 1
     return cond('f_last', last, self.device.close, self._no_hidden, y)
 
-  def _idle(self, my, x):
+  def idle(self, my, x):
     del my, x
     h = buffers.unused(self.device.hidden) if self.head_is_split else None
     return buffers.unused(self.device.state), h
@@ -195,19 +182,6 @@ class TrainingTick:
     nats = jnp.where(buffers.is_last(self.schedule), nats, 0)
     head_grads = buffers.write_slot(head_grads, row['head_slot'], dh)
     return head_grads, _plus_nats(total, nats)
-
-  def _backward(self, total, my, x, incoming, dh):
-    """B: the gradient of the stage's input; the totals with its share."""
-    device, chunk = self.device, my['b_chunk']
-    x = device.stage_input(my, 'b', x)
-    (y, extra), pull_back, stats = differentiate(
-      device.stage, device.chunk(chunk), x
-    )
-    total = total._replace(stats=add_at(total.stats, chunk, stats))
-    dy, total = self.at_the_end(my, incoming, total, y, dh)
-    d_weights, dx = pull_back((dy, jnp.ones_like(extra)))
-    blocks = add_at(total.blocks, chunk, d_weights)
-    return self.at_the_start(my, dx, total._replace(blocks=blocks))
 
   def at_the_end(self, my, incoming, total, y, dh):
     """The gradient of a stage's output, of the last one through the head."""
