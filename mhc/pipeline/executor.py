@@ -13,8 +13,9 @@ Every device runs the same program, a scan over the ticks of a static table
 F does not wait for the transfer of 1, nor B for that of 3: both travel while
 something is computed. B computes its stage again from the stage's input, which
 is all that is kept of a microbatch between F and B, and takes the gradient by
-`jax.vjp` under the model's recompute policy (or keeps more, see `keeping`). The first stage embeds its tokens
-again instead of keeping anything; the last has its forward pass in B only.
+`jax.vjp` under the model's recompute policy; or F keeps more (`keeping`). The
+first stage embeds its tokens again instead of keeping anything; the last has
+its forward pass in B only, where F does not keep more.
 
 Collectives over `PIPE` stand outside the branches: a device that is idle must
 take part. Inside a branch there are only those over other axes, whose groups
