@@ -45,7 +45,9 @@ class RecomputingTick(ticks.TrainingTick):
     )
 
   def _run(self, my, x):
-    y = self.device.run(my, 'f', x)[0]
+    stages = self.device.stages
+    state = stages.enter(self.device.stage_input(my, 'f', x))
+    y = stages.leave(self.units.forward(my['f_chunk'], state))
     return y, self.closed(my, y)
 
   def _run_and_pull(self, total, my, x, incoming, dh):

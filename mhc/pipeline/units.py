@@ -26,6 +26,17 @@ class Units:
     self._size = math.gcd(device.stages.recompute_blocks, rows)
     self.numbers = jnp.arange(rows // self._size)
 
+  def forward(self, chunk, state):
+    """A stage's output."""
+
+    def step(state, unit):
+      blocks = self._of(self._device.stack, chunk, unit)
+      state, *_ = self._device.stages.run(*blocks, state)
+      return axes.cast_varying_everywhere(state), None
+
+    state = axes.cast_varying_everywhere(state)
+    return jax.lax.scan(step, state, self.numbers)[0]
+
   def ahead(self, chunk, unit, state):
     """A unit's output, its statistics, and what is kept: a list of arrays."""
     blocks = self._of(self._device.stack, chunk, unit)
