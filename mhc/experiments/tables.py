@@ -92,7 +92,7 @@ def _figures(workdir, name, setting, runs) -> list[html.Block]:
 
 
 def _table(rows) -> html.Table:
-  """One row per kind: means over seeds, or a value a seed."""
+  """One row per kind: means over seeds, or their median and range."""
   lines = []
   for kind in dict.fromkeys(row['variant'] for row in rows):
     group = [row for row in rows if row['variant'] == kind]
@@ -101,8 +101,18 @@ def _table(rows) -> html.Table:
       values = [row[name] for row in group if row[name] is not None]
       return float(reduce(values)) if values else None
 
-    def by_seed(name, group=group):
-      return ' / '.join(claims.number(row[name]) for row in group)
+    def spread(name, group=group):
+      values = [row[name] for row in group]
+      middle = claims.number(float(np.median(values)))
+      least, largest = map(claims.number, (min(values), max(values)))
+      if least == largest:
+        return middle
+      return f'{middle} ({least} to {largest})'
+
+    def counted(name, group=group):
+      counts = [row[name] for row in group]
+      runs = sum(count > 0 for count in counts)
+      return f'{sum(counts)} in {runs} of {len(counts)}' if runs else '0'
 
     heldout = [row['heldout_nats'] for row in group]
     lines.append(
@@ -116,13 +126,13 @@ def _table(rows) -> html.Table:
         _fixed(column('bits_per_byte'), 3),
         _fixed(column('gap_nats'), 4, sign=True),
         _fixed(column('stream_cosine', np.median), 4),
-        by_seed('gain_fwd_max'),
-        by_seed('gain_bwd_max'),
+        spread('gain_fwd_max'),
+        spread('gain_bwd_max'),
         claims.number(column('grad_norm_mean')),
-        by_seed('grad_norm_cv'),
-        by_seed('grad_norm_max'),
-        ' / '.join(str(row['grad_spikes']) for row in group),
-        ' / '.join(str(row['loss_spikes']) for row in group),
+        spread('grad_norm_cv'),
+        spread('grad_norm_max'),
+        counted('grad_spikes'),
+        counted('loss_spikes'),
         _fixed(column('step_time_ratio', np.median), 2),
         _fixed(column('peak_bytes_ratio'), 2),
         _fixed(column('params_ratio'), 2),
@@ -161,16 +171,18 @@ def notes() -> list[html.Block]:
     'the Amax gain magnitudes of the mHC paper (Sec. 3.1): the largest '
     'absolute row sum (forward) or column sum (backward) of the product of '
     'all H_res, averaged over the tokens of the probe, maximum over depth and '
-    'probes, seed by seed. The cosine is of pairs of streams where a sub-layer '
-    'reads, median over depth and seeds at the end: near 1 the n streams are '
-    'one, and nothing can be said of mixing them. The gradient norm is taken '
-    'before clipping, over the steps after warm-up: its mean, and by seed its '
-    'coefficient of variation over these steps and its maximum; a spike is a '
-    f'step above {results.GRAD_SPIKE_FACTOR:g} times the median of the '
-    f'{results.WINDOW} steps before it, a loss spike one more than '
-    f'{results.LOSS_SPIKE_NATS:g} nat above that median; spikes are counted '
-    'seed by seed. Step time (median), memory (XLA: arguments, temporaries '
-    'and outputs of one update) and parameters are ratios to the residual. '
+    'probes; median and range over seeds. The cosine is of pairs of streams '
+    'where a sub-layer reads, median over depth and seeds at the end: near 1 '
+    'the n streams are one, and nothing can be said of mixing them. The '
+    'gradient norm is taken before clipping, over the steps after warm-up: its '
+    'mean, and its coefficient of variation over these steps and its maximum, '
+    'median and range over seeds; a spike is a step above '
+    f'{results.GRAD_SPIKE_FACTOR:g} times the median of the {results.WINDOW} '
+    'steps before it, a loss spike one more than '
+    f'{results.LOSS_SPIKE_NATS:g} nat above that median; "5 in 2 of 4" are '
+    'five in two of four runs. Values by seed are in results.csv. Step time '
+    '(median), memory (XLA: arguments, temporaries and outputs of one update) '
+    'and parameters are ratios to the residual. '
     'Step times come from runs one after the other on a machine that may be '
     'busy.',
     'Contrasts of losses are corrected together. Verdicts on gains, on the '

@@ -108,6 +108,9 @@ def flipped(run: Run, chance: random.Random) -> str:
 
 def full_disk(run: Run, chance: random.Random) -> str:
   """A tmpfs of 16 MB is full for a while, with TensorBoard: it goes on."""
+  before = run.workdir.with_name(run.workdir.name + '-before')
+  if run.workdir.exists():  # another fault's
+    run.workdir.rename(before)
   run.workdir.mkdir(parents=True)
   run.settings = {'tensorboard': True}
   mount = ['mount', '-t', 'tmpfs', '-o', 'size=16m', 'tmpfs', str(run.workdir)]
@@ -118,6 +121,9 @@ def full_disk(run: Run, chance: random.Random) -> str:
   try:
     if not mounted:
       raise Failure('no permission to mount a tmpfs: run as root')
+    if before.exists():
+      shutil.copytree(before, run.workdir, dirs_exist_ok=True)
+      shutil.rmtree(before)
     process = run.start()
     run.reaches(chance.randrange(5, STEPS // 2), process)
     filler = faults.fill(run.workdir)
