@@ -22,7 +22,7 @@ class Chip(NamedTuple):
     ici_bandwidth: bytes a second of one link to a neighbour, one way.
     ici_links: of a chip, two for each dimension of its torus.
     vector_memory: bytes, of a core.
-    matrix_unit: rows, and columns, of one.
+    matrix_unit: rows of a matrix unit, and columns.
     cores: that share a program.
     topology: a small slice to compile for.
   """

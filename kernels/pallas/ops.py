@@ -189,8 +189,9 @@ def _sizes(x, k, writes, norm_eps=0.0):
   operands.check(x)
   _, n, dim = x.shape
   _, chip = launch.machine()
-  unit = chip.matrix_unit
-  return specs.make_sizes(n, dim, k, writes, x.dtype, norm_eps, unit)
+  return specs.make_sizes(
+    n, dim, k, writes, x.dtype, norm_eps, chip.matrix_unit
+  )
 
 
 def _gate(alpha, bias):

@@ -78,7 +78,7 @@ def make_sizes(
 
   Args:
     n, dim, k, writes, dtype, norm_eps: see `Sizes`.
-    unit: rows of the chip's matrix unit. The lanes of B are its rows.
+    unit: rows of the chip's matrix unit, as many lanes as B has at best.
 
   Returns:
     The sizes. Groups have 16 tokens, whole registers of bfloat16, where their

@@ -102,7 +102,8 @@ def _table(rows) -> html.Table:
       return float(reduce(values)) if values else None
 
     def spread(name, group=group):
-      values = [row[name] for row in group]
+      found = [row[name] for row in group]
+      values = [v if np.isfinite(v) else np.inf for v in found]
       middle = claims.number(float(np.median(values)))
       least, largest = map(claims.number, (min(values), max(values)))
       if least == largest:

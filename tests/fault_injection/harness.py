@@ -98,6 +98,11 @@ class Run:
   processes: int = 1
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
   log: str = ''
+  begun: int = 0  # steps of an earlier process that there were at a start
+
+  @property
+  def is_finished(self) -> bool:
+    return (self.workdir / 'summary.json').exists()
 
   @property
   def command(self) -> list[str]:
@@ -117,6 +122,7 @@ class Run:
       'JAX_COMPILATION_CACHE_DIR': str(self.workdir.parents[1] / 'compiled'),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }
+    self.begun = self.steps()
     return subprocess.Popen(
       self.command,
       stdout=subprocess.DEVNULL,
@@ -142,7 +148,8 @@ class Run:
     return process.returncode
 
   def reaches(self, step: int, process: subprocess.Popen) -> bool:
-    """Waits for a step; False if the run ended before."""
+    """Waits for a step that `process` takes; False if the run ended before."""
+    step = max(step, min(self.begun + 1, STEPS))
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
       if self.steps() >= step:
@@ -172,7 +179,7 @@ class Run:
   def finish(self):
     """Starts the same command again, which must finish the run."""
     status = self.wait(self.start())
-    if status or not (self.workdir / 'summary.json').exists():
+    if status or not self.is_finished:
       raise Failure(f'restarted, it ended with status {status}: {self.log}')
 
   def outcome(self) -> tuple[list[dict], state_lib.TrainState]:
@@ -211,11 +218,15 @@ def trials(
       plain = [fault for fault in kinds if fault.like == 'plain']
       drawn = [chance.choice(plain) for _ in range(together)]
     name = '+'.join(fault.name for fault in drawn)
+    done = []
     place, like = root / f'{index:03d}-{name}', drawn[0].like
     run = Run(place / 'run', _text(root, like))
     spent = None
     try:
-      said = '; '.join(fault.do(run, chance) for fault in drawn)
+      for fault in drawn:
+        if not run.is_finished:  # another fault's run may be
+          done.append(fault.do(run, chance))
+      said = '; '.join(done)
       run.finish()
       whole = all(fault.keeps_records for fault in drawn)
       compare(run.outcome(), references[like], whole=whole)

@@ -70,7 +70,7 @@ def terminated(run: Run, chance: random.Random) -> str:
   run.reaches(chance.randrange(1, STEPS - 40), process)
   process.terminate()
   status = run.wait(process)
-  if (run.workdir / 'summary.json').exists():
+  if run.is_finished:
     return 'it was finished already'
   last = run.steps()
   if status or f'saved after step {last}.' not in run.log:
@@ -195,7 +195,7 @@ def _asked(run, chance, *numbers):
       process.send_signal(number)
     time.sleep(0.01)
   status, last = run.wait(process), run.steps()
-  if (run.workdir / 'summary.json').exists():
+  if run.is_finished:
     return 'it was finished already'
   if status or run.saved()[0] != last:
     raise Failure(f'status {status}, after {last} saved {run.saved()}')
@@ -230,7 +230,9 @@ def suspended(run: Run, chance: random.Random) -> str:
 def started_twice(run: Run, chance: random.Random) -> str:
   """A second start in the folder of a run that trains: it is refused."""
   process = run.start()
-  run.reaches(chance.randrange(1, STEPS // 2), process)
+  if not run.reaches(chance.randrange(1, STEPS // 2), process):
+    run.wait(process)
+    return 'it was finished already'
   os.kill(process.pid, signal.SIGSTOP)  # so that it is not finished meanwhile
   try:
     status = run.wait(run.start())
