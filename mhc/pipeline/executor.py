@@ -37,6 +37,7 @@ from mhc.pipeline import buffers
 from mhc.pipeline import keeping
 from mhc.pipeline import table
 from mhc.pipeline import ticks
+from mhc.pipeline import units
 
 Tree = Any
 
@@ -145,6 +146,7 @@ class _Device:
     self.stages = stages
     stack = (parts.blocks, parts.bias, parts.is_real)
     self.stack = _by_chunk(stack, schedule.num_chunks)
+    self.units = units.Units(stages, self.stack)
     self.shared = parts.shared
     self.tokens = parts.tokens
     self.state = jax.eval_shape(self.embed, self.shared, 0)
@@ -179,9 +181,10 @@ class _Device:
       my[f'{op}_mb'],
     )
 
-  def run(self, my, op, x):
-    chunk = self.chunk(my[f'{op}_chunk'])
-    return self.stage(*chunk, self.stage_input(my, op, x))
+  def run(self, my, x):
+    """The stage of the F at hand."""
+    chunk = self.chunk(my['f_chunk'])
+    return self.stage(*chunk, self.stage_input(my, 'f', x))
 
   def close(self, y):
     return self.stages.close(self.shared, y)

@@ -19,10 +19,6 @@ from mhc.pipeline import units as units_lib
 class RecomputingTick(ticks.TrainingTick):
   """One tick of a schedule, of stages of which F keeps nothing."""
 
-  def __init__(self, schedule, device):
-    super().__init__(schedule, device)
-    self.units = units_lib.Units(device)
-
   def kept(self):
     return ()
 
@@ -47,7 +43,7 @@ class RecomputingTick(ticks.TrainingTick):
   def _run(self, my, x):
     stages = self.device.stages
     state = stages.enter(self.device.stage_input(my, 'f', x))
-    y = stages.leave(self.units.forward(my['f_chunk'], state))
+    y = stages.leave(self.device.units.forward(my['f_chunk'], state))
     return y, self.closed(my, y)
 
   def _run_and_pull(self, total, my, x, incoming, dh):
@@ -57,16 +53,18 @@ class RecomputingTick(ticks.TrainingTick):
     state, enter = jax.vjp(stages.enter, x)
 
     def step(state, unit):
-      state, stats, saved = self.units.ahead(chunk, unit, state)
+      state, stats, saved = self.device.units.ahead(chunk, unit, state)
       return state, (stats, saved)
 
     state = axes.cast_varying_everywhere(state)
-    state, (stats, saved) = jax.lax.scan(step, state, self.units.numbers)
+    state, (stats, saved) = jax.lax.scan(step, state, self.device.units.numbers)
     y, leave = jax.vjp(stages.leave, state)
     stats = ticks.add_at(total.stats, chunk, units_lib.of_blocks(stats))
     total = total._replace(stats=stats)
     dy, total = self.at_the_end(my, incoming, total, y, dh)
-    d_state, blocks = self.units.back(chunk, leave(dy)[0], total.blocks, saved)
+    d_state, blocks = self.device.units.back(
+      chunk, leave(dy)[0], total.blocks, saved
+    )
     (dx,) = enter(d_state)
     return self.at_the_start(my, dx, total._replace(blocks=blocks))
 
@@ -86,16 +84,12 @@ class Kept(NamedTuple):
 class KeepingTick(ticks.TrainingTick):
   """One tick of a schedule with a split head, of stages that are kept."""
 
-  def __init__(self, schedule, device):
-    super().__init__(schedule, device)
-    self.units = units_lib.Units(device)
-
   def kept(self):
     """Slots of what a stage keeps."""
     slots = self.schedule.num_kept_slots
     units, ends = self._shapes()
     return Kept(
-      buffers.unused(units, slots, len(self.units.numbers)),
+      buffers.unused(units, slots, len(self.device.units.numbers)),
       buffers.unused(ends, slots),
     )
 
@@ -130,7 +124,7 @@ class KeepingTick(ticks.TrainingTick):
 
     def step(carry, unit):
       state, units = carry
-      state, new, one = self.units.ahead(my['f_chunk'], unit, state)
+      state, new, one = self.device.units.ahead(my['f_chunk'], unit, state)
       at = my['f_keep'], unit
       units = [
         buffers.write_at(a, at, b) for a, b in zip(units, one, strict=True)
@@ -138,7 +132,7 @@ class KeepingTick(ticks.TrainingTick):
       return (state, units), new
 
     carry = axes.cast_varying_everywhere(state), kept.units
-    (state, units), new = jax.lax.scan(step, carry, self.units.numbers)
+    (state, units), new = jax.lax.scan(step, carry, self.device.units.numbers)
     y, leave = jax.vjp(self.device.stages.leave, state)
     ends = self._flatten_ends(enter, leave, y)
     ends = [
@@ -162,7 +156,7 @@ class KeepingTick(ticks.TrainingTick):
     def read(_, unit):
       return [buffers.read_at(leaf, (slot, unit)) for leaf in kept.units]
 
-    d_state, blocks = self.units.back(
+    d_state, blocks = self.device.units.back(
       my['b_chunk'], leave(dy)[0], total.blocks, None, read
     )
     (dx,) = enter(d_state)
@@ -173,7 +167,7 @@ class KeepingTick(ticks.TrainingTick):
 
     def both(x):
       state, enter = jax.vjp(self.device.stages.enter, x)
-      state, _, unit = self.units.ahead(0, 0, state)
+      state, _, unit = self.device.units.ahead(0, 0, state)
       y, leave = jax.vjp(self.device.stages.leave, state)
       return unit, self._flatten_ends(enter, leave, y)
 

@@ -64,7 +64,7 @@ class ForwardTick:
 
   def _stage(self, my, x, hidden, stats):
     chunk, index = my['f_chunk'], my['f_mb']
-    y, _, new = self.device.run(my, 'f', x)
+    y, _, new = self.device.run(my, x)
     hidden = jax.lax.cond(
       my['f_last'] == 1, self._close, keep, hidden, index, y
     )
@@ -231,20 +231,6 @@ class TrainingTick(abc.ABC):
       lambda shared: device.embed(shared, index), device.shared
     )
     return _add(d_shared, pull_back(dx)[0])
-
-
-def differentiate(run, blocks, state):
-  """`run(*blocks, state)`: (state, extra), what pulls back, statistics.
-
-  The gradients are those of the blocks' weights and of the state.
-  """
-  weights, *rest = blocks
-
-  def outputs(weights, state):
-    state, extra, stats = run(weights, *rest, state)
-    return (state, extra), stats
-
-  return jax.vjp(outputs, weights, state, has_aux=True)
 
 
 def branch_frequencies(schedule: table.Schedule) -> dict[str, float]:

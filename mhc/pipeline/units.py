@@ -13,25 +13,25 @@ import jax.numpy as jnp
 from mhc import axes
 from mhc.model import parts
 from mhc.pipeline import buffers
-from mhc.pipeline import ticks
 
 
 class Units:
   """The units of a device's stages; `numbers` counts them in a stage."""
 
-  def __init__(self, device):
-    self._device = device
-    rows = jax.tree.leaves(device.stack[0])[0].shape[1]
+  def __init__(self, stages, stack):
+    """`stack`: weights, biases and `is_real` of the stages, [v, r, ...]."""
+    self._stages, self._stack = stages, stack
+    rows = jax.tree.leaves(stack[0])[0].shape[1]
     # A stage has whole units only.
-    self._size = math.gcd(device.stages.recompute_blocks, rows)
+    self._size = math.gcd(stages.recompute_blocks, rows)
     self.numbers = jnp.arange(rows // self._size)
 
   def forward(self, chunk, state):
     """A stage's output."""
 
     def step(state, unit):
-      blocks = self._of(self._device.stack, chunk, unit)
-      state, *_ = self._device.stages.run(*blocks, state)
+      blocks = self._of(self._stack, chunk, unit)
+      state, *_ = self._stages.run(*blocks, state)
       return axes.cast_varying_everywhere(state), None
 
     state = axes.cast_varying_everywhere(state)
@@ -39,9 +39,9 @@ class Units:
 
   def ahead(self, chunk, unit, state):
     """A unit's output, its statistics, and what is kept: a list of arrays."""
-    blocks = self._of(self._device.stack, chunk, unit)
-    (state, extra), pull_back, stats = ticks.differentiate(
-      self._device.stages.run, blocks, state
+    blocks = self._of(self._stack, chunk, unit)
+    (state, extra), pull_back, stats = _differentiate(
+      self._stages.run, blocks, state
     )
     leaves, tree = jax.tree.flatten((pull_back, extra))
     own = jax.tree.leaves(blocks[0])
@@ -78,7 +78,7 @@ class Units:
       d_state, sums = carry
       unit, saved = xs
       saved = read(saved, unit)
-      weights = jax.tree.leaves(self._of(self._device.stack[0], chunk, unit))
+      weights = jax.tree.leaves(self._of(self._stack[0], chunk, unit))
       leaves = [
         saved[place] if weight is None else weights[weight]
         for weight, place in places
@@ -114,6 +114,20 @@ class Units:
 def of_blocks(stats):
   """Statistics of units, [units, size, ...] -> [r, ...]."""
   return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), stats)
+
+
+def _differentiate(run, blocks, state):
+  """`run(*blocks, state)`: (state, extra), what pulls back, statistics.
+
+  The gradients are those of the blocks' weights and of the state.
+  """
+  weights, *rest = blocks
+
+  def outputs(weights, state):
+    state, extra, stats = run(weights, *rest, state)
+    return (state, extra), stats
+
+  return jax.vjp(outputs, weights, state, has_aux=True)
 
 
 def _position(arrays, leaf):

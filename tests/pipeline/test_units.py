@@ -26,22 +26,22 @@ def run(blocks, bias, is_real, state):
   return state, jnp.sum(extra), stats
 
 
-def device_of(recompute_blocks):
+def stages_of(recompute_blocks):
   draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
   stack = ({'w': draw(0, CHUNKS, ROWS, DIM, DIM)}, draw(1, CHUNKS, ROWS, DIM))
   stages = types.SimpleNamespace(run=run, recompute_blocks=recompute_blocks)
-  return types.SimpleNamespace(stages=stages, stack=(*stack, None))
+  return stages, (*stack, None)
 
 
 @pytest.mark.parametrize(('blocks', 'count'), [(1, 4), (2, 2), (6, 2)])
 def test_gradients_are_those_of_the_stage_as_a_whole(blocks, count):
   """Of one chunk, added to what its sum has; the other chunk's stays."""
-  device, chunk = device_of(blocks), 1
-  units = units_lib.Units(device)
+  (stages, stack), chunk = stages_of(blocks), 1
+  units = units_lib.Units(stages, stack)
   assert len(units.numbers) == count
   state = jax.random.normal(jax.random.key(2), (5, DIM))
   d_state = jax.random.normal(jax.random.key(3), (5, DIM))
-  weights, bias, _ = device.stack
+  weights, bias, _ = stack
   sums = jax.tree.map(lambda leaf: 10 + leaf, weights)
 
   def step(state, unit):
