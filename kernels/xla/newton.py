@@ -12,11 +12,15 @@ which the dual is convex,
 with gradient c - 1 and Hessian diag(c) - P^T P, c the column sums: the
 Laplacian of the graph P^T P. (Newton on this dual: Wang and Qiu, arXiv
 2606.07574, for 4 x 4.) A step here is a column step of Sinkhorn's, and then
-that one of two Newton steps, one of which is also tried damped, after which D
-is least:
+that one of these, after which D is least:
 
-*   Newton's for c = 1. It takes a flow that is e^-x of what it should be for
-    none, so that x such steps are needed.
+*   Newton's for c = 1. Of two parts of the streams that give each other a and
+    b, it moves one by s = (b - a) / (b + a), never more than 1, where
+    1/2 log(b / a) is needed: many steps for a far one. Also damped, to the
+    logarithm of its size.
+*   The same, bent: artanh(s) is what is needed. The elimination that solves the
+    system meets such an s at every node, that of the part that the node stands
+    for by then, and each is bent.
 *   Newton's for the logarithms. With m the row in which column j is largest,
     c_j = 1 says that the row gives away what the column gets from others,
 
@@ -24,9 +28,9 @@ is least:
 
     and log out_j = log in_j is nearly linear in v where P is nearly a
     permutation: one step takes any distance. Where no entry of a column exceeds
-    1/2, the equation is log c_j = 0.
+    1/2, the equation is log c_j = 0. Also twice.
 
-The first half of the steps work on tau L, with tau rising from 1/12 to 1.
+The first half of the steps work on tau L, with tau rising from 1/8 to 1.
 
 Digits are lost where P is nearly a permutation, since 1 - c and the Laplacian
 are small differences of numbers near 1. They are never formed: 1 - c is
@@ -50,7 +54,9 @@ import jax.numpy as jnp
 
 from mhc import axes
 
-COLDEST = 1 / 12  # the first tau
+COLDEST = 1 / 8  # the first tau
+# Parts that are further apart wait for the next step.
+FARTHEST = 1 - 1e-6
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -77,7 +83,8 @@ def _newton_backward(num_steps, p, g):
   del num_steps
   right = jnp.sum(p * _differences(p, g), axis=0)
   # Without terms nothing is taken for noise: b counts times small entries only.
-  b = _solve(_weights(p, p), right, jnp.zeros_like(right))
+  eliminated = _eliminate(_weights(p, p), right, jnp.zeros_like(right))
+  b = _substitute(eliminated)
   return (p * _differences(p, g - b[None]),)
 
 
@@ -108,13 +115,13 @@ def _step(log_p):
   """What to add to v: a column step of Sinkhorn's and the best of Newton's."""
   column = -_finite(jax.nn.logsumexp(log_p, axis=0))
   log_p = _normalised(log_p + column[None])
-  far, near = _newton_steps(log_p)
+  far, near, bent = _newton_steps(log_p)
   size = jnp.max(jnp.abs(near), axis=0, keepdims=True)
   damped = near * (jnp.log1p(size) / jnp.where(size > 0, size, 1))
   # A tie within the rounding error of D is the first one's.
   best = far
   least = _dual(log_p, far) - 8 * jnp.finfo(far.dtype).eps
-  for step in (near, damped):
+  for step in (2 * far, near, damped, bent):
     value = _dual(log_p, step)
     best = jnp.where((value < least)[None], step, best)
     least = jnp.minimum(value, least)
@@ -136,7 +143,7 @@ def _dual(log_p, step):
 
 
 def _newton_steps(log_p):
-  """Newton's steps for the logarithms and for the sums, of a log P."""
+  """Newton's steps: for the logarithms, for the sums, and the latter bent."""
   p = jnp.exp(log_p)
   index = jnp.arange(len(p))
   same = (index[:, None] == index[None])[..., None]
@@ -159,11 +166,17 @@ def _newton_steps(log_p):
   weights = _weights(jnp.exp(entries), p) + given
   right = jnp.where(leads, log_out - log_in, -log_c)
   terms = jnp.where(leads, jnp.abs(log_out) + jnp.abs(log_in), jnp.abs(log_c))
-  of_logarithms = _solve(weights, right, 1 + terms)
+  of_logarithms = _substitute(_eliminate(weights, right, 1 + terms))
 
   right = jnp.where(leads, flows[0] - flows[1], -jnp.expm1(log_c))
   terms = jnp.where(leads, flows[0] + flows[1], 1)
-  return of_logarithms, _solve(_weights(p, p), right, terms)
+  of_sums = _eliminate(_weights(p, p), right, terms)
+  bent = [(share, _bend(value)) for share, value in of_sums]
+  return of_logarithms, _substitute(of_sums), _substitute(bent)
+
+
+def _bend(value):
+  return jnp.arctanh(jnp.clip(value, -FARTHEST, FARTHEST))
 
 
 def _normalised(log_p):
@@ -185,18 +198,22 @@ def _differences(p, g):
   return jnp.sum(p[:, None] * (g[:, :, None] - g[:, None]), axis=2)
 
 
-def _solve(weights, right, terms):
-  """x of M x = right, [n, t], with x_0 = 0.
+def _eliminate(weights, right, terms):
+  """The nodes of M x = right, [n, t], x_0 = 0, for `_substitute`.
 
   M has -weights off the diagonal and rows that sum to zero. Nodes are
   eliminated from the last on: their weights go to their neighbours, and no
   difference of weights is ever formed. `terms` are the sizes of what `right`
   was summed from: a right side within their rounding error that would move x
   by more than 1 is zero. A node without neighbours has nothing to solve.
+
+  Returns:
+    of each node, from the last on, the shares of those before it and its own
+    value: x = value + sum_k share_k x_k.
   """
-  n, eliminated = len(right), []
+  eliminated = []
   noise = jnp.finfo(right.dtype).eps
-  for node in range(n - 1, 0, -1):
+  for node in range(len(right) - 1, 0, -1):
     row, column = weights[node, :node], weights[:node, node]
     total = jnp.sum(row, axis=0)
     inverse = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
@@ -211,7 +228,13 @@ def _solve(weights, right, terms):
     weights = weights[:node, :node] + column[:, None] * share[None]
     right = right[:node] + column * value[None]
     terms = terms[:node] + column * (terms[node] * inverse)[None]
-  x = [0 * right[0]]
-  for share, own in reversed(eliminated):
-    x.append(own + jnp.sum(share * jnp.stack(x), axis=0))
+  return [*eliminated, (weights[0, :0], jnp.zeros_like(right[0]))]
+
+
+def _substitute(eliminated):
+  """x, [n, t], from the first node on."""
+  first, *others = reversed(eliminated)
+  x = [first[1]]
+  for share, value in others:
+    x.append(value + jnp.sum(share * jnp.stack(x), axis=0))
   return jnp.stack(x)

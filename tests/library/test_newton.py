@@ -73,7 +73,8 @@ def test_eight_steps_are_ten_thousand_iterations(n, std):
   ('n', 'tokens', 'std'),
   [
     *((4, TOKENS, std) for std in (1, 3, 5, 10, 20, 30)),
-    *((8, 60, std) for std in (10, 20, 30)),
+    *((8, TOKENS, std) for std in (10, 20, 30)),
+    (16, 500, 10),
   ],
 )
 def test_rows_and_columns_sum_to_one_after_eight_steps(n, tokens, std):
@@ -94,9 +95,10 @@ def test_the_gradient_is_that_of_the_limit(n, std):
   logits = logits_of(n, std, 200)
   g = np.random.default_rng(1).normal(size=logits.shape).astype(np.float32)
   p, got = map(np.asarray, pulled_back(logits, g))
-  want = gradient64(sinkhorn64(np.log(np.float64(p)), 1000), np.float64(g))
-  # Near a permutation the dense system has nothing left to solve.
-  clear = np.linalg.svd(np.float64(p), compute_uv=False)[:, 1] < 1 - 1e-4
+  want = gradient64(sinkhorn64(np.log(np.float64(p)), 3000), np.float64(g))
+  # Near a permutation neither the iteration arrives nor has the dense system
+  # anything left to solve.
+  clear = np.linalg.svd(np.float64(p), compute_uv=False)[:, 1] < 1 - 1e-3
   assert clear.mean() > 0.3
   np.testing.assert_allclose(got[clear], want[clear], atol=1e-6)
   np.testing.assert_allclose(got.sum(1), 0, atol=5e-5)
