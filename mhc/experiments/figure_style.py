@@ -32,11 +32,11 @@ COLORS = {
   'orthogonal': '#882255',
   'mhc_single_pass': '#56B4E9',
   'wide_residual': '#6F4E37',
-  'frac': '#A0522D',
+  'frac': '#7B3FA0',
   'cyclic': '#8B8000',
   'tbp': '#5F7F00',
   'go': '#1B1B6F',
-  'attn_res_block': '#006644',
+  'attn_res_block': '#7CB518',
   'attn_res': '#2F9E9E',
   'mhar': '#3B6FB6',
   'dense_former': '#B5338A',
@@ -275,6 +275,7 @@ def legend(figure: Figure, handles: Sequence[Any]) -> None:
     ncols=columns,
     handlelength=3,
     columnspacing=1.4,
+    frameon=False,
   )
 
 

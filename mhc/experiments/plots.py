@@ -27,6 +27,8 @@ MARKS = {
   'skips': ('black', '-.'),
 }
 
+MOST_WITH_NUMBERS = 6  # streams; a larger matrix has no room for them
+
 ByKind = dict[str, list[results.Run]]
 
 
@@ -104,13 +106,11 @@ def loss(by_kind: ByKind) -> Figure:
         [baseline[run.config.seed] for run in paired], 'loss/heldout'
       )
       _band(axes[1], kind, steps, curves - base, marker='o', markersize=3)
-    axes[1].axhline(
-      0, color=looks.COLORS['residual'], linewidth=1, label='residual'
-    )
+    axes[1].axhline(0, color=looks.COLORS['residual'], linewidth=1)
     _label(
       axes[1], 'held-out loss, gap to residual', 'step', 'gap (nats / token)'
     )
-  return figure
+  return _legend(figure, axes)
 
 
 def grad_norm(by_kind: ByKind) -> Figure:
@@ -128,7 +128,7 @@ def grad_norm(by_kind: ByKind) -> Figure:
       )
   axes[0].set_yscale('log')
   _label(axes[0], 'gradient norm', 'step', 'global L2 norm')
-  return figure
+  return _legend(figure, axes)
 
 
 def gains_over_training(by_kind: ByKind) -> Figure:
@@ -152,7 +152,7 @@ def gains_over_training(by_kind: ByKind) -> Figure:
     _label(
       axis, f'{title} composite gain', 'step', 'Amax gain, largest over depth'
     )
-  return figure
+  return _legend(figure, axes)
 
 
 def gains_over_depth(by_kind: ByKind) -> Figure:
@@ -177,7 +177,7 @@ def gains_over_depth(by_kind: ByKind) -> Figure:
       )
     _gain_axis(axis)
     _label(axis, title, 'sub-layer l', 'Amax gain')
-  return figure
+  return _legend(figure, axes)
 
 
 def expert_load(by_kind: ByKind) -> Figure | None:
@@ -190,7 +190,7 @@ def expert_load(by_kind: ByKind) -> Figure | None:
     _band(axes[0], kind, steps, curves, linewidth=1)
   axes[0].axhline(1, color='black', linewidth=0.6, linestyle=':')
   _label(axes[0], 'expert load', 'step', 'largest / mean')
-  return figure
+  return _legend(figure, axes)
 
 
 def loads_of_panels(panels: dict[str, list[results.Run]]) -> Figure:
@@ -205,7 +205,7 @@ def loads_of_panels(panels: dict[str, list[results.Run]]) -> Figure:
     )
   axes[0].axhline(1, color='black', linewidth=0.6, linestyle=':')
   _label(axes[0], 'expert load', 'step', 'largest / mean, mean over layers')
-  return figure
+  return _legend(figure, axes)
 
 
 def first_events(panels: dict[str, list[results.Run]]) -> Figure | None:
@@ -294,11 +294,12 @@ def mappings(by_kind: ByKind) -> Figure | None:
 
 def _heat_map(axis, matrix, title):
   n = len(matrix)
+  crowded = n > MOST_WITH_NUMBERS
   finite = np.nan_to_num(matrix, posinf=0, neginf=0)
   limit = max(1.0, float(np.abs(finite).max()))
   norm = colors.SymLogNorm(0.1, vmin=-limit, vmax=limit)
   axis.imshow(finite, cmap='RdBu_r', norm=norm)
-  for i in range(n):
+  for i in range(0 if crowded else n):
     for j in range(n):
       dark = abs(float(norm(finite[i, j])) - 0.5) > 0.33
       axis.text(
@@ -314,7 +315,9 @@ def _heat_map(axis, matrix, title):
   axis.set_xticks(range(n), [_short(s) for s in matrix.sum(axis=0)])
   axis.yaxis.tick_right()
   axis.set_yticks(range(n), [_short(s) for s in matrix.sum(axis=1)])
-  axis.tick_params(length=0, labelsize=7)
+  axis.tick_params(length=0, labelsize=5 if crowded else 7)
+  if crowded:
+    axis.tick_params(axis='x', labelrotation=90)
   axis.set_xlabel('column sums', fontsize=7)
   axis.set_ylabel('row sums', fontsize=7)
   axis.yaxis.set_label_position('right')
@@ -382,9 +385,20 @@ def _gain_axis(axis):
   )
 
 
+def _legend(figure, axes):
+  """One for all axes, below them: nowhere in a panel is free of lines."""
+  handles = {
+    line.get_label(): line
+    for axis in axes
+    for line in axis.lines
+    if not line.get_label().startswith('_')
+  }
+  looks.legend(figure, [*handles.values()])
+  return figure
+
+
 def _label(axis, title, x, y):
   axis.set_title(title, fontsize=11)
   axis.set_xlabel(x)
   axis.set_ylabel(y)
   axis.grid(alpha=0.25, linewidth=0.6)
-  axis.legend(frameon=False, fontsize=9)

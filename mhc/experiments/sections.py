@@ -322,11 +322,11 @@ def ablation(workdir, comparison, found: Rows) -> list[Block]:
   cells = []
   for c in found:
     own = dict(dict(comparison.panels[c['panel']].designs).get(c['kind'], ()))
-    parts = {
-      part: own.get(f'model.connection.{part}', 'dynamic')
-      for part in ('pre', 'post', 'res')
+    paths = {
+      part: f'model.connection.{part}' for part in ('pre', 'post', 'res')
     }
-    if c['other'] == 'residual' and own:
+    parts = {part: own.get(path, 'dynamic') for part, path in paths.items()}
+    if c['other'] == 'residual' and not own.keys().isdisjoint(paths.values()):
       kind = own['model.connection.kind']
       cells.append({'kind': kind, **parts, **_estimates(c)})
   if not cells:
