@@ -319,15 +319,17 @@ def _by_depth(rows) -> list[dict[str, Any]]:
 
 def ablation(workdir, comparison, found: Rows) -> list[Block]:
   """Section 8: the parts of a connection, as in Table 1 of the paper."""
+  paths = {p: f'model.connection.{p}' for p in ('pre', 'post', 'res')}
   cells = []
   for c in found:
-    own = dict(dict(comparison.panels[c['panel']].designs).get(c['kind'], ()))
-    paths = {
-      part: f'model.connection.{part}' for part in ('pre', 'post', 'res')
+    designs = {
+      name: dict(own) for name, own in comparison.panels[c['panel']].designs
     }
-    parts = {part: own.get(path, 'dynamic') for part, path in paths.items()}
-    if c['other'] == 'residual' and not own.keys().isdisjoint(paths.values()):
+    own = designs.get(c['kind'])
+    varied = {path for other in designs.values() for path in other}
+    if c['other'] == 'residual' and own and varied & {*paths.values()}:
       kind = own['model.connection.kind']
+      parts = {part: own.get(path, 'dynamic') for part, path in paths.items()}
       cells.append({'kind': kind, **parts, **_estimates(c)})
   if not cells:
     return []

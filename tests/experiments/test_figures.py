@@ -10,11 +10,14 @@ from matplotlib.text import Text
 import numpy as np
 import pytest
 
+from mhc import config
+from mhc.config import comparison as comparison_lib
 from mhc.experiments import figure_style as style
 from mhc.experiments import figures
 from mhc.experiments import figures_depth
 from mhc.experiments import figures_heat
 from mhc.experiments import plots
+from mhc.experiments import sections
 
 NAMES = (
   *style.COLORS,
@@ -219,6 +222,23 @@ def test_ablation():
   assert_legible(alone)
   assert '+0.0100' in words(alone)
   assert figures_heat.ablation(cells[:1]) is None
+
+
+def test_designs_of_which_none_changes_a_mapping_are_no_ablation(tmp_path):
+  kind = ('model.connection.kind', 'mhc')
+  static = ('static', (kind, ('model.connection.pre', 'static')))
+  values = ('values', (kind, ('model.attention.value_residual', True)))
+
+  def drawn(*designs):
+    panel = comparison_lib.Panel(
+      title='parts', kinds=('residual',), designs=designs
+    )
+    comparison = comparison_lib.Comparison(config.Config(), {'parts': panel})
+    found = [contrast(name, panel='parts') for name, _ in designs]
+    return sections.ablation(tmp_path, comparison, found)
+
+  assert drawn(values) == []
+  assert drawn(static, ('all', (kind,)))[0].text == 'Parts of a connection'
 
 
 def test_stability():
