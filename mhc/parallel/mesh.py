@@ -17,7 +17,10 @@ import numpy as np
 
 from mhc import config as config_lib
 from mhc.axes import AXES, DATA, EXPERT
+from mhc.kernels import chips
 from mhc.model import expert_parallel
+from mhc.parallel import ici
+from mhc.parallel import torus
 from mhc.pipeline import table
 
 # A pipeline's table is written out.
@@ -47,10 +50,7 @@ def make_mesh(
   shape = sizes(config, data, len(devices), devices[0].platform)
   number = math.prod(shape)
   if devices[0].platform == 'tpu' and number == len(devices) > 1:
-    # Axes onto the torus.
-    array = mesh_utils.create_device_mesh(
-      shape, devices, allow_split_physical_axes=True
-    )
+    array = _on_torus(shape, devices)
   else:
     array = np.array(devices[:number]).reshape(shape)
   if len({device.process_index for device in array.flat}) < processes:
@@ -60,6 +60,22 @@ def make_mesh(
       f'and data.batch_size={data.batch_size} so that more are used'
     )
   return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _on_torus(shape, devices):
+  """TPUs in the order of `torus`; in JAX's where it knows none."""
+  kinds = {chip.kind: chip for chip in chips.CHIPS.values()}
+  chip = kinds.get(devices[0].device_kind)
+  slices = {getattr(device, 'slice_index', None) for device in devices}
+  numbers = None
+  if chip and len(slices) == 1:
+    coords = np.array([device.coords for device in devices])
+    numbers = torus.place(shape, ici.make_torus(coords, chip))
+  if numbers is None:
+    return mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  return np.array(devices)[numbers]
 
 
 def sizes(

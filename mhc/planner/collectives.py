@@ -40,7 +40,7 @@ import numpy as np
 from mhc.kernels import chips
 from mhc.planner import cost
 from mhc.planner import hlo
-from mhc.planner import ici
+from mhc.parallel import ici
 
 
 class Collective(NamedTuple):

@@ -13,7 +13,7 @@ from mhc.kernels import chips
 from mhc.planner import collectives
 from mhc.planner import cost
 from mhc.planner import hlo
-from mhc.planner import ici
+from mhc.parallel import ici
 from mhc.planner import targets
 
 V5P = chips.CHIPS['v5p']

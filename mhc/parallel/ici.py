@@ -31,6 +31,7 @@ all-to-all, in which each device sends B bytes in g equal parts,
 on its longest dimension.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from jaxtyping import Int
@@ -118,6 +119,11 @@ def spans(
   return tuple(found) if number == len(coords) else None
 
 
+def links(spans: Iterable[Span]) -> float:
+  """sum_d w_d / s_d, as many links as a group gathers over."""
+  return sum((2 if span.ring else 1) / span.stride for span in spans)
+
+
 def all_gather(torus: Torus, groups: Groups, size: float) -> LinkUse:
   """Gathers `size` bytes to every device of each group; the groups are alike.
 
@@ -136,10 +142,10 @@ def all_gather(torus: Torus, groups: Groups, size: float) -> LinkUse:
   others = (
     torus.devices_per_chip * number / len(group)
   )  # groups on the same chips
-  speed = sum((2 if s.ring else 1) / s.stride for s in found) * torus.speed
+  speed = links(found) * torus.speed
   seconds = others * size * (1 - 1 / number) / speed
-  links = {(span.dimension, way) for span in found for way in (0, 1)}
-  return LinkUse(float(seconds), frozenset(links))
+  used = {(span.dimension, way) for span in found for way in (0, 1)}
+  return LinkUse(float(seconds), frozenset(used))
 
 
 def all_to_all(torus: Torus, groups: Groups, size: float) -> LinkUse:
