@@ -121,7 +121,7 @@ def spans(
 
 def links(spans: Iterable[Span]) -> float:
   """sum_d w_d / s_d, as many links as a group gathers over."""
-  return sum((2 if span.ring else 1) / span.stride for span in spans)
+  return sum(((2 if s.ring else 1) / s.stride for s in spans), 0.0)
 
 
 def all_gather(torus: Torus, groups: Groups, size: float) -> LinkUse:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from mhc.kernels import chips
+from mhc.parallel import ici
 from mhc.planner import collectives
 from mhc.planner import cost
 from mhc.planner import hlo
-from mhc.parallel import ici
 from mhc.planner import targets
 
 V5P = chips.CHIPS['v5p']
