@@ -26,7 +26,7 @@ past the last is no expert: nothing is sent, and the result is 0.
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ from mhc.model import rows as rows_lib
 # The scope of further rounds, by which they are found in the compiled program.
 OVERFLOW = 'overflow'
 
+Tree = Any
 Transport = Literal['all_to_all', 'ragged_all_to_all', 'all_gather']
 
 
@@ -62,26 +63,30 @@ def dispatch_and_combine(
   experts: Int[Array, 's k'],
   gates: Float[Array, 's k'],
   weights: experts_lib.Weights,
-) -> tuple[Float[Array, 's d'], Float[Array, '']]:
+  beside: Tree = None,
+) -> tuple[Float[Array, 's d'], Float[Array, ''], Tree]:
   """The gated sum over the experts of every token.
 
   Args:
     config: of the layer.
     x, experts, gates: of this device's tokens, experts numbered over the group.
     weights: of this device's experts.
+    beside: arrays that need no other device. With all_gather they are computed
+      before the experts' products, and backward their gradients after these:
+      while tokens travel.
 
   Returns:
-    the sum, and the share of assignments that were dropped.
+    the sum, the share of assignments that were dropped, and `beside`.
   """
   way = transport(config, jax.lax.axis_size(EXPERT))
   if way == 'all_gather':
-    return _by_all_gather(config, x, experts, gates, weights)
+    return _by_all_gather(config, x, experts, gates, weights, beside)
   if config.dispatch == 'dropless':
     ragged = way == 'ragged_all_to_all'
     out = _by_all_to_all(config, ragged, x, experts, gates, weights)
-    return out, jnp.zeros((), jnp.float32)
+    return out, jnp.zeros((), jnp.float32), beside
   rows = experts_lib.expert_capacity(config, experts)
-  return by_capacity(x, experts, gates, weights, rows)
+  return *by_capacity(x, experts, gates, weights, rows), beside
 
 
 def _by_all_to_all(config, ragged, x, experts, gates, weights):
@@ -132,13 +137,15 @@ def _send_round(size, ragged, number, queues, inputs, weights):
   return rows_lib.collect(out.reshape(-1, x.shape[1]), gates, route)
 
 
-def _by_all_gather(config, x, experts, gates, weights):
+def _by_all_gather(config, x, experts, gates, weights, beside):
   """Either dispatch by all_gather and reduce-scatter."""
   gather = functools.partial(jax.lax.all_gather, axis_name=EXPERT, tiled=True)
   e = weights.gate.shape[0]
   local = gather(experts) - e * jax.lax.axis_index(EXPERT)
   local = jnp.where((local < 0) | (local >= e), e, local)
-  everyone = (gather(x), gather(gates))
+  everyone, beside = jax.lax.optimization_barrier(
+    ((gather(x), gather(gates)), beside)
+  )
   if config.dispatch == 'dropless':
     queue = rows_lib.make_queue(local, e)
     longest = len(local) * min(local.shape[1], e)
@@ -159,7 +166,7 @@ def _by_all_gather(config, x, experts, gates, weights):
     )
     dropped = jax.lax.psum(dropped, EXPERT)
   out = jax.lax.psum_scatter(out, EXPERT, scatter_dimension=0, tiled=True)
-  return out, dropped
+  return out, dropped, beside
 
 
 def _local_round(size, number, queue, inputs, weights):

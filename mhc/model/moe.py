@@ -115,16 +115,18 @@ class MoE(nnx.Module):
       weights = experts_lib.Weights(
         *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
       )
+    with parts.part(parts.DENSE):
+      hidden = None if self.shared is None else self.shared.hidden(x)
     if weights.gate.shape[0] < config.num_experts:
-      out, dropped = expert_parallel.dispatch_and_combine(
-        config, tokens, chosen, gates, weights
+      out, dropped, hidden = expert_parallel.dispatch_and_combine(
+        config, tokens, chosen, gates, weights, hidden
       )
     else:
       out, dropped = self._apply(weights, tokens, chosen, gates)
     out = out.reshape(x.shape)
     if self.shared is not None:
       with parts.part(parts.DENSE):
-        out = out + self.shared(x)
+        out = out + self.shared.down(hidden)
     stats = Stats(
       load=jnp.bincount(chosen.reshape(-1), length=config.num_experts).astype(
         jnp.float32

@@ -16,6 +16,9 @@ from mhc.axes import AXES, DATA
 from mhc.model import parameters
 from mhc.model import parts
 
+TILE = 128  # columns
+LARGEST_FACTOR = 23
+
 
 def gather(params, specs, dtype, *, above: tuple[str, ...] = ()):
   """All-gathers the matrices of parameters that lie by `specs`; differentiable.
@@ -89,4 +92,40 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 
 @parts.part(parts.WEIGHTS)
 def _scatter(x, dim):
+  if x.ndim != 2:
+    return _psum_scatter(x, dim)
+  # The rest is small: the compiler may add it up on all devices.
+  other = 1 - dim
+  pieces = jnp.split(x, [_divisible(x.shape[other])], other)
+  return jnp.concatenate(
+    [_psum_scatter(piece, dim) for piece in pieces if piece.size], other
+  )
+
+
+def _psum_scatter(x, dim):
   return jax.lax.psum_scatter(x, DATA, scatter_dimension=dim, tiled=True)
+
+
+def _divisible(size: int) -> int:
+  """The most of `size` columns that TPUs sum up in parts.
+
+  Where the number of tiles has a large prime factor, as 64,640 / 128 = 5 * 101
+  has, libtpu 0.0.48 makes a sum over all devices of the reduce-scatter, of
+  twice the bytes. (101, 127, 249, 254, 333 tiles; not 253, 300, 504, 600.)
+  """
+  tiles = -(-size // TILE)
+  if _largest_factor(tiles) <= LARGEST_FACTOR:
+    return size
+  while _largest_factor(tiles) > LARGEST_FACTOR:
+    tiles -= 1
+  return tiles * TILE
+
+
+def _largest_factor(number: int) -> int:
+  factor = 2
+  while factor * factor <= number:
+    if number % factor:
+      factor += 1
+    else:
+      number //= factor
+  return number

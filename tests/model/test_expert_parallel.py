@@ -47,7 +47,7 @@ def over_devices(settings):
   split = P(axes.EXPERT)
 
   def local(x, gates, weights, chosen):
-    out, dropped = expert_parallel.dispatch_and_combine(
+    out, dropped, _ = expert_parallel.dispatch_and_combine(
       settings, x, chosen, gates, weights
     )
     dropped = axes.cast_varying(dropped, (axes.EXPERT,))
