@@ -38,9 +38,9 @@ from jax.sharding import Mesh
 import numpy as np
 
 from mhc.kernels import chips
+from mhc.parallel import ici
 from mhc.planner import cost
 from mhc.planner import hlo
-from mhc.parallel import ici
 
 
 class Collective(NamedTuple):
