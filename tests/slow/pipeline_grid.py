@@ -1,7 +1,7 @@
 """Compares gradients of every schedule, mesh and kind with one device.
 
-    python tests/slow/pipeline_grid.py              float32, within 3e-5 (HC 6e-5)
-    python tests/slow/pipeline_grid.py --x64        float64, within 1e-11
+    python tests/slow/pipeline_grid.py           float32, within 3e-5, HC 6e-5
+    python tests/slow/pipeline_grid.py --x64     float64, within 1e-11
 
 216 cases of a few seconds each, 45 minutes on two cores; one line per case,
 exit status 1 if one fails. `--only=TEXT` runs the cases whose line contains it.
