@@ -71,9 +71,9 @@ def dispatch_and_combine(
     config: of the layer.
     x, experts, gates: of this device's tokens, experts numbered over the group.
     weights: of this device's experts.
-    beside: arrays that need no other device. With all_gather they are computed
-      before the experts' products, and backward their gradients after these:
-      while tokens travel.
+    beside: arrays of this device. With all_gather what is computed of the
+      returned ones waits for the experts' products, so that it fills the way
+      back of their results, and its gradient the way of theirs.
 
   Returns:
     the sum, the share of assignments that were dropped, and `beside`.
@@ -141,11 +141,11 @@ def _by_all_gather(config, x, experts, gates, weights, beside):
   """Either dispatch by all_gather and reduce-scatter."""
   gather = functools.partial(jax.lax.all_gather, axis_name=EXPERT, tiled=True)
   e = weights.gate.shape[0]
+  # The tokens first: while they travel the router computes.
+  x, experts, gates = jax.lax.optimization_barrier((gather(x), experts, gates))
+  everyone = x, gather(gates)
   local = gather(experts) - e * jax.lax.axis_index(EXPERT)
   local = jnp.where((local < 0) | (local >= e), e, local)
-  everyone, beside = jax.lax.optimization_barrier(
-    ((gather(x), gather(gates)), beside)
-  )
   if config.dispatch == 'dropless':
     queue = rows_lib.make_queue(local, e)
     longest = len(local) * min(local.shape[1], e)
@@ -165,6 +165,7 @@ def _by_all_gather(config, x, experts, gates, weights, beside):
       experts_lib.expert_capacity(config, local),
     )
     dropped = jax.lax.psum(dropped, EXPERT)
+  out, beside = jax.lax.optimization_barrier((out, beside))
   out = jax.lax.psum_scatter(out, EXPERT, scatter_dimension=0, tiled=True)
   return out, dropped, beside
 

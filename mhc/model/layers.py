@@ -115,15 +115,11 @@ class SwiGLU(nnx.Module):
     self.down = Linear(hidden_dim, dim, adapter_rank=rank, rngs=rngs)
 
   def __call__(self, x: Float[Array, '*b d']) -> Float[Array, '*b d']:
-    return self.down(self.hidden(x))
-
-  def hidden(self, x: Float[Array, '*b d']) -> Float[Array, '*b f']:
-    """silu(x W_gate) * x W_up."""
     gate, up = (
       recompute.name_inner(self.gate(x)),
       recompute.name_inner(self.up(x)),
     )
-    return swiglu(gate, up)
+    return self.down(swiglu(gate, up))
 
 
 @jax.custom_vjp

@@ -115,22 +115,18 @@ class MoE(nnx.Module):
       weights = experts_lib.Weights(
         *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
       )
-    with parts.part(parts.DENSE):
-      hidden = None if self.shared is None else self.shared.hidden(x)
     if weights.gate.shape[0] < config.num_experts:
-      out, dropped, hidden = expert_parallel.dispatch_and_combine(
-        config, tokens, chosen, gates, weights, hidden
+      out, dropped, x = expert_parallel.dispatch_and_combine(
+        config, tokens, chosen, gates, weights, x
       )
     else:
       out, dropped = self._apply(weights, tokens, chosen, gates)
     out = out.reshape(x.shape)
     if self.shared is not None:
       with parts.part(parts.DENSE):
-        out = out + self.shared.down(hidden)
+        out = out + self.shared(x)
     stats = Stats(
-      load=jnp.bincount(chosen.reshape(-1), length=config.num_experts).astype(
-        jnp.float32
-      ),
+      load=_counts(chosen, config.num_experts),
       dropped=dropped,
       balance_loss=_balance_loss(scores, best, x.shape[0]),
     )
@@ -236,6 +232,14 @@ def load_metrics(
     'moe/load_entropy': jnp.mean(entropy),
     'moe/dropped_share': jnp.mean(dropped),
   }
+
+
+def _counts(chosen, num_experts) -> Float[Array, 'e']:
+  """The assignments of each expert, by comparison: nothing is scattered."""
+  number = jnp.arange(num_experts, dtype=chosen.dtype)
+  return jnp.sum(
+    chosen.reshape(1, -1) == number[:, None], axis=1, dtype=jnp.float32
+  )
 
 
 def _balance_loss(scores, best, num_rows):

@@ -12,9 +12,9 @@ sends or receives, and the transfer that `ici` times:
                                         which has spare capacity
     collective-permute    B             sends B
 
-A transfer that the compiler split into a start and a done is overlapped by what
-is scheduled between them in the same computation, loops, conditionals and
-kernels in full:
+A transfer that the compiler split into a start, which has its operand, and a
+done is overlapped by what is scheduled between them in the same computation,
+loops, conditionals and kernels in full:
 
     exposed = sum of times * max(0, seconds - overlapped)
 
@@ -23,9 +23,10 @@ Of transfers in flight over the same link, the one awaited first takes what it
 needs from the earliest instructions on, the others the remainder. Transfers
 inside a loop or a conditional precede those around it.
 
-Starts and dones are `x-start` and `x-done`; `call-start` and `call-done` of a
-collective on the SparseCores; and fusions of AsyncCollectiveStart and
-AsyncCollectiveDone, with the collective's steps in those between (v5e).
+Starts and dones are `x-start` and `x-done`; of a collective on the SparseCores,
+which `call-start` wakes, the `call-update` that hands it the operand, and
+`call-done`; and fusions of AsyncCollectiveStart and AsyncCollectiveDone, with
+the collective's steps in those between (v5e).
 """
 
 from collections.abc import Iterable, Sequence
@@ -121,9 +122,10 @@ def collectives(costs: cost.Costs, mesh: Mesh) -> list[Collective]:
       if transfer:
         found[index] = [measure(transfer)]
         if transfer.asynchronous:
-          awaited.append((_done(module, body, index), index))
-    for done, start in sorted(awaited):
-      (one,), window = found[start], slice(start + 1, done)
+          begun = _has_operand(body, index)
+          awaited.append((_done(module, body, index), begun, index))
+    for done, begun, start in sorted(awaited):
+      (one,), window = found[start], slice(begun + 1, done)
       overlapped = _cover(one, compute[window], busy[window])
       found[start] = [one._replace(overlapped=overlapped)]
     return [one for some in found for one in some]
@@ -220,6 +222,19 @@ def _body(module, instruction):
   if instruction.opcode in ('fusion', 'call-start', 'async-start'):
     return module.computations[hlo.called(instruction, 'to_apply|calls')]
   return []
+
+
+def _has_operand(body, start):
+  """Index of the instruction with which a transfer has its operand."""
+  if body[start].operands:
+    return start
+  name = body[start].name
+  updates = (
+    index
+    for index, instruction in enumerate(body)
+    if instruction.opcode.endswith('-update') and name in instruction.operands
+  )
+  return next(updates, start)
 
 
 def _done(module, body, start):
