@@ -258,6 +258,7 @@ def test_a_collective_of_each_kind(
   called = [
     '%c = ((), (), s32[]{:S(2)}) call-start(), '
     'async_execution_thread="sparsecore", to_apply=%sparse',
+    fusion('before', 7),  # it has nothing to send yet
     f'%u = (({SHAPE}), {SHAPE}) call-update(%c, %x)',
     fusion('a', 2),
     f'ROOT %done = {SHAPE} call-done(%u)',
