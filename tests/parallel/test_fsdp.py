@@ -1,5 +1,7 @@
 """Matrices and a vocabulary that are split over devices."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -81,6 +83,33 @@ def test_scatter_gives_each_device_its_part_of_the_sum():
   )(values)
   for name, value in values.items():
     np.testing.assert_allclose(got[name], value * 6)
+
+
+@pytest.mark.parametrize('split', [0, 1])
+def test_a_vocabulary_of_awkward_size_is_scattered_in_two_pieces(split):
+  """58 columns: 29 tiles of two, and 28 without a large factor."""
+  spec = P('data') if split == 0 else P(None, 'data')
+  shape = (8, 58) if split == 0 else (58, 8)
+  value = jax.random.normal(jax.random.key(0), shape)
+
+  def local(value):
+    value = axes.cast_varying_everywhere(value)
+    return fsdp.scatter(value, spec)
+
+  scatter = jax.jit(
+    jax.shard_map(local, mesh=mesh_of(data=4), in_specs=P(), out_specs=spec)
+  )
+  with mock.patch.object(fsdp, 'TILE', 2):
+    text = str(jax.make_jaxpr(scatter)(value))
+    np.testing.assert_allclose(scatter(value), 4 * value, rtol=1e-6)
+  assert text.count('reduce_scatter[') == 2
+
+
+def test_sizes_that_tpus_sum_up_in_parts():
+  awkward = {64640: 504 * 128, 129280: 1008 * 128, 128 * 101: 100 * 128}
+  fine = (100, 1280, 32320, 65536, 128 * 253)
+  for size, divisible in (awkward | {one: one for one in fine}).items():
+    assert fsdp._divisible(size) == divisible
 
 
 def test_axes_are_joined():
