@@ -37,6 +37,7 @@ from mhc import config as config_lib
 from mhc.axes import EXPERT
 from mhc.kernels import platform as platform_lib
 from mhc.model import experts as experts_lib
+from mhc.model import recompute
 from mhc.model import rows as rows_lib
 
 # The scope of further rounds, by which they are found in the compiled program.
@@ -141,15 +142,17 @@ def _by_all_gather(config, x, experts, gates, weights, beside):
   """Either dispatch by all_gather and reduce-scatter."""
   gather = functools.partial(jax.lax.all_gather, axis_name=EXPERT, tiled=True)
   e = weights.gate.shape[0]
+  rows = config.buffer_factor * experts.size
   # The tokens first: while they travel the router computes.
   x, experts, gates = jax.lax.optimization_barrier((gather(x), experts, gates))
-  everyone = x, gather(gates)
   local = gather(experts) - e * jax.lax.axis_index(EXPERT)
-  local = jnp.where((local < 0) | (local >= e), e, local)
+  # Choices, gates and their order are small, and do not travel twice.
+  local = recompute.name_inner(jnp.where((local < 0) | (local >= e), e, local))
+  everyone = x, recompute.name_inner(gather(gates))
   if config.dispatch == 'dropless':
-    queue = rows_lib.make_queue(local, e)
+    queue = jax.tree.map(recompute.name_inner, rows_lib.make_queue(local, e))
     longest = len(local) * min(local.shape[1], e)
-    size = min(longest, math.ceil(config.buffer_factor * experts.size))
+    size = min(longest, math.ceil(rows))
     one_round = functools.partial(_local_round, size)
     length = queue.starts[-1]
     out = _all_rounds(
