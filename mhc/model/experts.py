@@ -5,9 +5,11 @@ The rows of all assignments, token by token k of them, are sorted by expert
 group's own weights. Three ways to compute it:
 
 * `ragged`: `jax.lax.ragged_dot`, on TPUs;
-* `blocked`: elsewhere, where ragged_dot lowers to num_experts dense products.
-  Groups are padded to whole blocks of rows, each block multiplied with the
-  weights of its expert: num_rows + num_experts * BLOCK rows of work at most;
+* `blocked`: elsewhere, where ragged_dot lowers to num_experts dense products
+  (and JAX 0.11.2 comes without the module of its lowering by Triton). Groups
+  are padded to whole blocks of rows, each multiplied with a copy of the weights
+  of its expert: num_rows + num_experts * block rows of work at most, and as
+  many copies as blocks (`rows_of_block`);
 * `capacity`: every expert has the same number of slots, rows beyond are lost.
 
 All three give the same result where nothing is dropped. An expert number past
@@ -32,7 +34,7 @@ from mhc.model import parts
 from mhc.model import recompute
 from mhc.model import rows as rows_lib
 
-BLOCK = 64
+LEAST_BLOCK = 64  # rows, or an expert's mean if that is less
 
 
 class Weights(NamedTuple):
@@ -155,6 +157,18 @@ def _swiglu(multiply, rows, weights, gates):
   return multiply(hidden, weights.down)
 
 
+def rows_of_block(num_rows: int, num_experts: int) -> int:
+  """A power of two up to a quarter of an expert's mean; at least LEAST_BLOCK.
+
+  The rows added are then at most an eighth in the mean, and an expert's weights
+  are copied five to nine times. On an H100, compiled, the gradient of 36,864
+  rows of the paper's 27B with 18 experts takes 14.4 GB beside its operands in
+  blocks of 64, 2.8 in blocks of 512, and 13.1 by `ragged`.
+  """
+  mean = max(1, num_rows // num_experts)
+  return max(min(LEAST_BLOCK, mean), 1 << max(0, (mean // 4).bit_length() - 1))
+
+
 def blocked(
   rows: Float[Array, 'r d'],
   sizes: Int[Array, 'e'],
@@ -163,7 +177,7 @@ def blocked(
 ) -> Float[Array, 'r d']:
   """`ragged` with the groups padded to blocks."""
   num_rows, num_experts = len(rows), len(sizes)
-  block = min(BLOCK, max(1, num_rows // num_experts))
+  block = rows_of_block(num_rows, num_experts)
   num_blocks = num_rows // block + num_experts
   until = jnp.cumsum(sizes)  # rows up to the end of each expert's
   last = jnp.cumsum(-(-sizes // block))  # and blocks

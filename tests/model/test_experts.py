@@ -132,6 +132,39 @@ def test_fewer_rows_than_experts():
   np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
 
 
+def test_large_blocks():
+  """Rows of three experts in blocks of 128, of none, one and part of another."""
+  sizes = (0, 1600, 130)
+  assert experts.rows_of_block(sum(sizes), len(sizes)) == 128
+  keys = jax.random.split(jax.random.key(0), 5)
+  weights = experts.Weights(
+    *(jax.random.normal(key, (3, 4, 4)) for key in keys[:3])
+  )
+  x = jax.random.normal(keys[3], (sum(sizes), 4))
+  cotangent = jax.random.normal(keys[4], x.shape)
+  counts = jnp.array(sizes, jnp.int32)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def both_ways(multiply, *operands):
+    out, pull_back = jax.vjp(lambda x, w: multiply(x, counts, w), *operands)
+    return out, pull_back(cotangent)
+
+  got, want = (
+    both_ways(multiply, x, weights)
+    for multiply in (experts.blocked, experts.ragged)
+  )
+  for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('num_rows', 'num_experts', 'block'),
+  [(0, 8, 1), (5, 8, 1), (64, 8, 8), (2048, 8, 64), (36_864, 18, 512)],
+)
+def test_blocks_grow_with_the_rows(num_rows, num_experts, block):
+  assert experts.rows_of_block(num_rows, num_experts) == block
+
+
 @pytest.mark.parametrize('dispatch', ['dropless', 'ragged', 'capacity'])
 def test_experts_elsewhere_add_nothing(dispatch, monkeypatch):
   """Half of the experts are here; the others' rows and gradients are 0."""
