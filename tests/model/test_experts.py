@@ -133,7 +133,7 @@ def test_fewer_rows_than_experts():
 
 
 def test_large_blocks():
-  """Rows of three experts in blocks of 128, of none, one and part of another."""
+  """In blocks of 128 rows: an expert without any, and a half-filled block."""
   sizes = (0, 1600, 130)
   assert experts.rows_of_block(sum(sizes), len(sizes)) == 128
   keys = jax.random.split(jax.random.key(0), 5)
