@@ -39,10 +39,10 @@ from mhc.pipeline import bubble as bubble_lib
 
 # Seconds of a FLOP over those of the peak, and bytes that go along with a FLOP:
 # from the compiled plans of the 27B on v5p and v6e (docs/planner.md).
-PRODUCTS, MOVED = 1.12, 0.0095
+PRODUCTS, MOVED = 1.05, 0.009
 FULL = 0.9
 # Largest error of the formula over the steps that were compiled.
-ERROR = 0.15
+ERROR = 0.1
 
 
 class Suggestion(NamedTuple):
