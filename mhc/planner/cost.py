@@ -39,6 +39,9 @@ LATENCY = 1e-6  # seconds, of anything that goes to HBM and back
 # The value of cycles that were not estimated.
 UNKNOWN = 2**63 - 1
 RAGGED_ROWS = 128  # of a tile of libtpu's ragged_dot
+# Of the peak that it reaches: no more than a plain product of 8192^3, by the
+# compiler's cycles.
+RAGGED = 0.9
 
 
 class Cost(NamedTuple):
@@ -254,7 +257,7 @@ def _kernel(instruction, shapes, done, chip, assumed) -> Cost:
 def _ragged(instruction, shapes, flops, moved, chip, assumed) -> Cost:
   """libtpu's grouped product: live rows, and tiles that two groups share.
 
-  Its estimate is for all rows of the buffer.
+  Its estimate is for all rows of the buffer, at the peak.
   """
   extents = [
     [int(n) for n in found.split(',')]
@@ -265,6 +268,7 @@ def _ragged(instruction, shapes, flops, moved, chip, assumed) -> Cost:
   rows = max((e[0] for e in extents if len(e) == 2), default=1)
   live = assumed.live + (groups - 1) * RAGGED_ROWS / rows
   low = max(assumed.live * flops / chip.flops, moved / chip.bandwidth)
-  middle = max(live * flops / chip.flops, moved / chip.bandwidth / STREAMED)
-  high = max(middle, flops * (1 + live - assumed.live) / chip.flops)
+  product = flops / (RAGGED * chip.flops)
+  middle = max(live * product, moved / chip.bandwidth / STREAMED)
+  high = max(middle, (1 + live - assumed.live) * product)
   return Cost(low, middle, high, moved, assumed.live * flops)

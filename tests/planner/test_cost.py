@@ -259,9 +259,9 @@ def test_flops_of_products(shapes, attributes, flops):
 
 @pytest.fixture(scope='module')
 def compiled():
-  """Work that the compiler gives no cycles to, and a large product."""
+  """Work that the compiler gives no cycles to, and large products."""
 
-  def program(rows, index, a, b):
+  def program(rows, index, a, b, experts, sizes):
     double = pl.pallas_call(
       lambda x, o: o.__setitem__(..., 2 * x[...]),
       jax.ShapeDtypeStruct((256, 256), jnp.float32),
@@ -273,6 +273,7 @@ def compiled():
       jnp.zeros_like(rows).at[index].add(rows),
       double(rows[:256, :256]),
       a @ b,
+      jax.lax.ragged_dot(a, experts, sizes),
     )
 
   mesh = Mesh(
@@ -283,7 +284,8 @@ def compiled():
   )
   square = struct((8192, 8192), jnp.bfloat16)
   rows, index = struct((8192, 512), jnp.float32), struct((8192,), jnp.int32)
-  lowered = jax.jit(program).lower(rows, index, square, square)
+  experts = struct((4, 8192, 1024), jnp.bfloat16), struct((4,), jnp.int32)
+  lowered = jax.jit(program).lower(rows, index, square, square, *experts)
   return cost.Costs(hlo.parse(lowered.compile().as_text()), V5P)
 
 
@@ -307,3 +309,18 @@ def test_a_large_product_is_near_the_peak(compiled):
   assert product.cost.flops == 2 * 8192**3
   assert product.cost.low == pytest.approx(ideal)
   assert 1.0 <= product.cost.middle / ideal <= 1.15
+
+
+def test_a_grouped_product_is_no_nearer(compiled):
+  """Of 8192 rows in four groups, with tiles that two of them share."""
+  (product,) = (
+    leaf
+    for leaf in compiled.leaves()
+    if leaf.instruction.name.startswith('ragged-dot') and leaf.cost.flops
+  )
+  ideal = 2 * 8192**2 * 1024 / V5P.flops
+  tiles = 1 + 3 * cost.RAGGED_ROWS / 8192
+  assert product.cost.low == pytest.approx(ideal)
+  assert product.cost.middle == pytest.approx(ideal * tiles / cost.RAGGED)
+  plain = max(compiled.leaves(), key=lambda leaf: leaf.cost.flops).cost
+  assert product.cost.middle / ideal >= plain.middle / plain.low - 0.01
