@@ -66,10 +66,9 @@ def sinkhorn_project(
     Reverse mode only.
 
   With `method='newton'` the result is the limit of the iteration, by
-  `num_iters` steps of Newton's method. 8 of them bring the columns of n x n
-  matrices within 1e-6, n up to 8, up to logits of standard deviation 30
-  (docs/designs.md).
-  The gradient is the limit's, also near permutations. Plain JAX.
+  `num_iters` steps of Newton's method. 8 of them bring the columns within 1e-6
+  up to n = 8 and logits of standard deviation 30 (docs/designs.md). The
+  gradient is the limit's, also near permutations. Plain JAX.
 
   Args:
     logits: any floating dtype and any shape, with two equal dimensions at

@@ -116,6 +116,7 @@ class MoE(nnx.Module):
         *(w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
       )
     if weights.gate.shape[0] < config.num_experts:
+      # x comes back unchanged, for the shared experts: see `beside`.
       out, dropped, x = expert_parallel.dispatch_and_combine(
         config, tokens, chosen, gates, weights, x
       )
