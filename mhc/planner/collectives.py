@@ -122,7 +122,7 @@ def collectives(costs: cost.Costs, mesh: Mesh) -> list[Collective]:
       if transfer:
         found[index] = [measure(transfer)]
         if transfer.asynchronous:
-          begun = _has_operand(body, index)
+          begun = _handed_over(body, index)
           awaited.append((_done(module, body, index), begun, index))
     for done, begun, start in sorted(awaited):
       (one,), window = found[start], slice(begun + 1, done)
@@ -224,7 +224,7 @@ def _body(module, instruction):
   return []
 
 
-def _has_operand(body, start):
+def _handed_over(body, start):
   """Index of the instruction with which a transfer has its operand."""
   if body[start].operands:
     return start

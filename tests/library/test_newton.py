@@ -95,12 +95,15 @@ def test_the_gradient_is_that_of_the_limit(n, std):
   logits = logits_of(n, std, 200)
   g = np.random.default_rng(1).normal(size=logits.shape).astype(np.float32)
   p, got = map(np.asarray, pulled_back(logits, g))
-  want = gradient64(sinkhorn64(np.log(np.float64(p)), 3000), np.float64(g))
-  # Near a permutation neither the iteration arrives nor has the dense system
-  # anything left to solve.
-  clear = np.linalg.svd(np.float64(p), compute_uv=False)[:, 1] < 1 - 1e-3
+  # Near a permutation the dense system has nothing left to solve.
+  second = np.linalg.svd(np.float64(p), compute_uv=False)[:, 1]
+  clear = second < 1 - 1e-4
   assert clear.mean() > 0.3
-  np.testing.assert_allclose(got[clear], want[clear], atol=1e-6)
+  slow = clear & (second > 0.99)  # the iteration, which takes second^2 a step
+  for some, steps in ((clear & ~slow, 1000), (slow, 50_000)):
+    limit = sinkhorn64(np.log(np.float64(p[some])), steps)
+    want = gradient64(limit, np.float64(g[some]))
+    np.testing.assert_allclose(got[some], want, atol=1e-6)
   np.testing.assert_allclose(got.sum(1), 0, atol=5e-5)
   np.testing.assert_allclose(got.sum(2), 0, atol=2e-6)
 
