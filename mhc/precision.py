@@ -19,6 +19,7 @@ TENSORS = {
   'sublayer_output': ACTIVATION,
   # Inside a sub-layer: results of its matrix products and of what joins them.
   'sublayer_inner': ACTIVATION,
+  'routed_inner': ACTIVATION,
   # x phi / r of Eq. 14-16, and H_pre, H_post, H_res.
   'mapping_logits': FLOAT32,
   'mappings': FLOAT32,

@@ -291,7 +291,7 @@ class ModelConfig:
   # What the backward pass recomputes, and the sub-layers between saved streams
   # (0: the paper's optimum), see model/recompute.py. Recomputing whole blocks
   # also saves time on a CPU, whose limit is the cache.
-  recompute: Literal['none', 'mhc', 'mhc+block', 'full'] = 'full'
+  recompute: Literal['none', 'mhc', 'mhc+experts', 'mhc+block', 'full'] = 'full'
   recompute_every: int = 2
   # Low-rank adapters (LoRA, arXiv 2106.09685) of this rank beside the matrices
   # of attention and of dense feed-forward, 0 for none. They start as nothing.

@@ -149,8 +149,8 @@ def ragged(
 
 
 def _swiglu(multiply, rows, weights, gates):
-  gate = recompute.name_inner(multiply(rows, weights.gate))
-  up = recompute.name_inner(multiply(rows, weights.up))
+  gate = recompute.name_routed(multiply(rows, weights.gate))
+  up = recompute.name_routed(multiply(rows, weights.up))
   hidden = layers.swiglu(gate, up)
   if gates is not None:
     hidden = (hidden.astype(gates.dtype) * gates[..., None]).astype(rows.dtype)

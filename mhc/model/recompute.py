@@ -13,13 +13,15 @@ units of d numbers a token,
 so that L_r* = argmin n ceil(L / L_r) + (n + 2) L_r, about sqrt(n L / (n + 2))
 (Eq. 20). Policies, by what they compute again inside a recompute block:
 
-    none        nothing; no recompute blocks
-    mhc         connections and norms (the paper's plan)
-    mhc+block   everything but the output of each sub-layer
-    full        everything
+    none         nothing; no recompute blocks
+    mhc          connections and norms (the paper's plan)
+    mhc+experts  and the hidden rows of routed experts, which are the most of
+                 what is left: k rows a token, and room for more
+    mhc+block    everything but the output of each sub-layer
+    full         everything
 
 The tensors that a policy may keep are marked where they arise, with
-`name_output` and `name_inner`; see `precision.mark`.
+`name_output`, `name_inner` and `name_routed`; see `precision.mark`.
 """
 
 from collections.abc import Callable
@@ -34,14 +36,24 @@ from mhc import config as config_lib
 from mhc import precision
 from mhc.model import parts
 
-Policy = Literal['none', 'mhc', 'mhc+block', 'full']
+Policy = Literal['none', 'mhc', 'mhc+experts', 'mhc+block', 'full']
 
 OUTPUT = 'sublayer_output'
 INNER = 'sublayer_inner'
+ROUTED = 'routed_inner'
 
-# Marks what a sub-layer returns, and what it would keep for its own gradient.
+# Marks what a sub-layer returns, and what it would keep for its own gradient;
+# of that the rows of routed experts.
 name_output = functools.partial(precision.mark, OUTPUT)
 name_inner = functools.partial(precision.mark, INNER)
+name_routed = functools.partial(precision.mark, ROUTED)
+
+KEPT = {
+  'mhc': (OUTPUT, INNER, ROUTED),
+  'mhc+experts': (OUTPUT, INNER),
+  'mhc+block': (OUTPUT,),
+  'full': (),
+}
 
 # For parts of a layer that are cheaper to compute again than to keep, whatever
 # the policy: only what goes in is kept. In a loop's body, as all of ours are,
@@ -61,15 +73,9 @@ def scan(body: Callable, carry, xs, *, policy: Policy, blocks: int) -> tuple:
     blocks: transformer blocks in a recompute block (L_r / 2); a last, shorter
       one takes the remainder.
   """
-  match policy:
-    case 'none':
-      return jax.lax.scan(body, carry, xs)
-    case 'mhc':
-      keep = jax.checkpoint_policies.save_only_these_names(OUTPUT, INNER)
-    case 'mhc+block':
-      keep = jax.checkpoint_policies.save_only_these_names(OUTPUT)
-    case 'full':
-      keep = None
+  if policy == 'none':
+    return jax.lax.scan(body, carry, xs)
+  keep = jax.checkpoint_policies.save_only_these_names(*KEPT[policy])
   # prevent_cse is for code outside of a loop.
   checkpoint = functools.partial(jax.checkpoint, prevent_cse=False, policy=keep)
   length = len(jax.tree.leaves(xs)[0])

@@ -90,7 +90,24 @@ class Transformer(nnx.Module):
     num_sub_batches: int = 1,
     gather_block: GatherBlock | None = None,
   ) -> tuple[Float[Array, 'b t v'], moe.Stats | None]:
-    """The logits and each expert layer's `Stats`, stacked; None without.
+    """The logits and each expert layer's `Stats`, stacked; None without."""
+    h, stats = self.hidden_and_stats(
+      tokens,
+      router_bias,
+      num_sub_batches=num_sub_batches,
+      gather_block=gather_block,
+    )
+    return self.logits(h, tokens.shape), stats
+
+  def hidden_and_stats(
+    self,
+    tokens: Int[Array, 'b t'],
+    router_bias: Float[Array, 'l e'] | None = None,
+    *,
+    num_sub_batches: int = 1,
+    gather_block: GatherBlock | None = None,
+  ) -> tuple[Float[Array, 's d'], moe.Stats | None]:
+    """What the head reads of the s = b t tokens, and the `Stats`.
 
     The rows go through each block in sub-batches, side by side, so that the
     tokens of one can travel to their experts while another is computed.
@@ -100,8 +117,7 @@ class Transformer(nnx.Module):
       states, aux = self._run_stack(
         stack, bias, states, tokens.shape, gather_block=gather_block
       )
-    h = self.collapse_and_norm(states)
-    return self.logits(h, tokens.shape), aux.moe_stats
+    return self.collapse_and_norm(states), aux.moe_stats
 
   def decode(
     self,

@@ -8,9 +8,10 @@ streams of d numbers and `recompute.peak_stream_units` for Eq. 20, are
     streams   recompute 'none': (n + 2) L d, the streams, H_pre x and its norm
               of every sub-layer (2 L d for the plain residual); else Eq. 20
     outputs   L d, unless everything is recomputed
-    inner     the results of the sub-layers' own matrix products, of all of
-              them or of one recompute block
-    logits    v numbers and their gradient, float32
+    inner     the results of the sub-layers' own matrix products: what is kept
+              of all of them, and the rest of one recompute block
+    logits    v numbers and their gradient, float32; without a pipeline of a
+              chunk of the tokens (`chunked_loss`)
 
 Mappings (2n + n^2 float32 numbers a sub-layer) and norms' scales are left out.
 """
@@ -29,6 +30,7 @@ from mhc.config import dicts
 from mhc.model import parameters
 from mhc.model import recompute
 from mhc.model import transformer
+from mhc.parallel import chunked_loss
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel import partition
 from mhc.pipeline import stage_layout
@@ -58,17 +60,20 @@ def activations(
     streams = recompute.peak_stream_units(sublayers, n, every)
   # The sum x + y of a plain residual needs no y for its gradient.
   outputs = 0 if n == 1 and model.recompute == 'none' else sublayers
-  inner = [
-    _attention(model.attention)
-    + (_experts(model) if experts else _hidden(model) * model.ffn_dim)
-    for experts in (False,) * (model.num_blocks - model.num_moe_blocks)
-    + (True,) * model.num_moe_blocks
-  ][-num_blocks:]
+  dense = _attention(model.attention) + _hidden(model) * model.ffn_dim
+  inner = [(dense, 0)] * (model.num_blocks - model.num_moe_blocks)
+  inner += [_with_experts(model)] * model.num_moe_blocks
+  others, routed = (
+    sum(part) for part in zip(*inner[-num_blocks:], strict=True)
+  )
+  largest = max(map(sum, inner[-num_blocks:]))
   match model.recompute:
     case 'none' | 'mhc':
-      at_once = sum(inner)
+      at_once = others + routed
+    case 'mhc+experts':
+      at_once = others + routed * (every // 2) // num_blocks
     case 'mhc+block' | 'full':
-      at_once = max(inner) * (every // 2)
+      at_once = largest * (every // 2)
   return {
     'streams': size * dim * streams,
     'outputs': 0 if model.recompute == 'full' else size * dim * outputs,
@@ -105,7 +110,10 @@ def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
       kinds['kept'] = schedule.num_kept_slots * each
     if mesh.head == 'vocab':
       kinds['logits'] //= mesh.pipe
-  return {name: size * tokens for name, size in kinds.items()}
+  found = {name: size * tokens for name, size in kinds.items()}
+  if mesh.pipe == 1:
+    found['logits'] //= chunked_loss.num_chunks(tokens, model.vocab_size)
+  return found
 
 
 def check(config: config_lib.Config, mesh: Mesh):
@@ -208,13 +216,16 @@ def _attention(c):
 
 def _hidden(model):
   """Rows of a SwiGLU's hidden width: gate, up and, if kept, their product."""
-  return 2 if model.recompute == 'mhc' else 3
+  return 2 if model.recompute in ('mhc', 'mhc+experts') else 3
 
 
-def _experts(model):
-  """Hidden rows; kept ones also with what goes in, and gated products."""
+def _with_experts(model):
+  """A block's own numbers a token, and those of the routed experts.
+
+  Hidden rows; kept ones also with what goes in, and gated products.
+  """
   c, hidden = model.moe, _hidden(model)
-  again = model.recompute == 'mhc'
   routed = hidden * c.expert_dim
-  routed += 0 if again else c.expert_dim + model.dim
-  return c.experts_per_token * routed + hidden * c.num_shared * c.expert_dim
+  routed += 0 if model.recompute == 'mhc' else c.expert_dim + model.dim
+  shared = hidden * c.num_shared * c.expert_dim
+  return _attention(model.attention) + shared, c.experts_per_token * routed

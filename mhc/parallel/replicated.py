@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from mhc import axes
 from mhc.axes import AXES, DATA, PIPE
 from mhc.model import parts
+from mhc.parallel import chunked_loss
 from mhc.parallel import fsdp
 from mhc.parallel import loss
 from mhc.parallel import mesh as mesh_lib
@@ -47,11 +48,11 @@ def loss_and_grads(p, params, router_bias, tokens):
 
 
 def token_losses(p, params, router_bias, tokens):
-  return _scored(loss.nats_of_rows, p, params, router_bias, tokens)
+  return _scored(_nats_of_rows, p, params, router_bias, tokens)
 
 
 def are_likeliest(p, params, router_bias, tokens):
-  return _scored(loss.are_likeliest, p, params, router_bias, tokens)
+  return _scored(_are_likeliest, p, params, router_bias, tokens)
 
 
 def stream_stats(p, params, router_bias, tokens):
@@ -65,23 +66,39 @@ def stream_stats(p, params, router_bias, tokens):
 
 def _objective(p, params, router_bias, tokens):
   """The sum over local tokens, and beside it nats and the experts' loads."""
-  logits, stats = _forward(p, params)(tokens[:, :-1], router_bias)
-  rows = loss.nats_of_rows(logits, tokens[:, 1:])
+  rows, stats = _nats_of_rows(p, params, router_bias, tokens)
   nats = total = jnp.sum(rows)
   if stats is not None:
     total += loss.balance_loss(p, stats, rows.size)
   return total, (nats, stats)
 
 
+def _nats_of_rows(p, params, router_bias, tokens):
+  """`loss.nats_of_rows`, and the experts' loads."""
+  model, h, stats = _hidden(p, params, router_bias, tokens[:, :-1])
+  targets = tokens[:, 1:]
+  chunks = chunked_loss.num_chunks(targets.size, p.config.model.vocab_size)
+  if chunks == 1:
+    logits = model.logits(h, targets.shape)
+    return loss.nats_of_rows(logits, targets), stats
+  weight = model.head_weight()
+  return chunked_loss.nats_of_rows(h, weight, targets, chunks), stats
+
+
+def _are_likeliest(p, params, router_bias, tokens):
+  model, h, stats = _hidden(p, params, router_bias, tokens[:, :-1])
+  targets = tokens[:, 1:]
+  return loss.are_likeliest(model.logits(h, targets.shape), targets), stats
+
+
 def _scored(score, p, params, router_bias, tokens):
-  """A score of logits and targets, of every row."""
+  """A score of every row."""
   params, router_bias, tokens = axes.cast_varying_everywhere(
     (params, router_bias, tokens)
   )
 
   def score_rows(rows):
-    logits, _ = _forward(p, params)(rows[:, :-1], router_bias)
-    return score(logits, rows[:, 1:])
+    return score(p, params, router_bias, rows)[0]
 
   microbatches = mesh_lib.microbatches(tokens, p.config.data)
   if len(microbatches) == 1:
@@ -90,14 +107,16 @@ def _scored(score, p, params, router_bias, tokens):
   return loss.agreed(scores.reshape(-1, *scores.shape[2:]), (PIPE,))
 
 
-def _forward(p, params):
-  """`Transformer.logits_and_stats` with the device's parameters."""
+def _hidden(p, params, router_bias, tokens):
+  """The network with the device's parameters, and `hidden_and_stats`."""
   model, gather_block = _network(p, params)
-  return functools.partial(
-    model.logits_and_stats,
+  h, stats = model.hidden_and_stats(
+    tokens,
+    router_bias,
     num_sub_batches=p.config.mesh.num_sub_batches,
     gather_block=gather_block,
   )
+  return model, h, stats
 
 
 def _network(p, params):

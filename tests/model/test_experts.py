@@ -3,8 +3,8 @@
 import functools
 
 import jax
-from jax.extend import core as jax_core
 import jax.numpy as jnp
+from jaxprs import equations
 import numpy as np
 import pytest
 
@@ -222,10 +222,3 @@ def test_rows_are_sorted_once_and_never_scattered(path):
     if one.primitive.name.startswith('scatter')
   ]
   assert all(one.ndim != 2 for one in scattered), scattered
-
-
-def equations(jaxpr):
-  for one in jaxpr.eqns:
-    yield one
-    for inner in jax_core.jaxprs_in_params(one.params):
-      yield from equations(inner)

@@ -44,7 +44,7 @@ CHOICES = {
   'model.connection.collapse': ('mean', 'sum', 'learned'),
   'model.connection.expand_scale': ('ones', 'random'),
   'model.num_blocks': (1, 2, 4, 4),
-  'model.recompute': ('none', 'mhc', 'mhc+block', 'full'),
+  'model.recompute': ('none', 'mhc', 'mhc+experts', 'mhc+block', 'full'),
   'model.recompute_every': (0, 1, 2, 4),
   'model.attention.value_residual': (False, True),
   'model.dtype': ('float32', 'float32', 'bfloat16'),

@@ -4,8 +4,8 @@ import collections
 import functools
 
 import jax
-from jax.extend import core
 import jax.numpy as jnp
+from jaxprs import equations
 import pytest
 
 from mhc import config
@@ -48,18 +48,6 @@ def traced():
       compiled.abstract_inputs,
     )
   return compiled, jaxpr
-
-
-def equations(jaxpr):
-  """Of a jaxpr and of all those inside it."""
-  for equation in jaxpr.eqns:
-    yield equation
-    for value in equation.params.values():
-      for item in value if isinstance(value, tuple | list) else [value]:
-        if isinstance(item, core.ClosedJaxpr):
-          item = item.jaxpr
-        if isinstance(item, core.Jaxpr):
-          yield from equations(item)
 
 
 def test_every_tensor_of_the_table_has_its_dtype(traced):
