@@ -62,39 +62,39 @@ def cross_entropy(
 
 @parts.part(parts.HEAD)
 def _forward(h, weight, targets, chunks):
-  def chunk(operands):
-    h, targets = operands
-    logits = _logits(h, weight)
-    log_sum = jax.nn.logsumexp(logits, axis=1)
-    own = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=1)
-    return log_sum - own[:, 0], log_sum
+  nats, log_sum = jax.lax.map(
+    functools.partial(_nats_of_chunk, weight), _cut(chunks, h, targets)
+  )
+  return nats.reshape(-1), (h, weight, targets, log_sum.reshape(-1))
 
-  nats, log_sum = jax.lax.map(chunk, _cut((h, targets), chunks))
-  return nats.reshape(-1), (h, weight, targets, log_sum)
+
+def _nats_of_chunk(weight, operands):
+  h, targets = operands
+  logits = _logits(h, weight)
+  log_sum = jax.nn.logsumexp(logits, axis=1)
+  own = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=1)
+  return log_sum - own[:, 0], log_sum
 
 
 @parts.part(parts.HEAD)
 def _backward(chunks, kept, g):
   h, weight, targets, log_sum = kept
-  matrix = weight.astype(h.dtype)
-  column = jnp.arange(weight.shape[1])
-
-  def chunk(d_weight, operands):
-    h, targets, log_sum, g = operands
-    share = jnp.exp(_logits(h, weight) - log_sum[:, None])
-    hit = column[None] == targets[:, None]
-    q = ((share - hit.astype(share.dtype)) * g[:, None]).astype(h.dtype)
-    d_weight += jnp.matmul(h.T, q, preferred_element_type=d_weight.dtype)
-    return d_weight, q @ matrix.T
-
   zero = jnp.zeros(weight.shape, log_sum.dtype)
-  over = axes.varying_axes((h, weight, targets, g))
   d_weight, d_h = jax.lax.scan(
-    chunk,
-    axes.cast_varying(zero, over),
-    (*_cut((h, targets), chunks), log_sum, *_cut((g,), chunks)),
+    functools.partial(_pull_back_chunk, weight),
+    axes.cast_varying(zero, axes.varying_axes((h, weight, targets, g))),
+    _cut(chunks, h, targets, log_sum, g),
   )
   return d_h.reshape(h.shape), d_weight.astype(weight.dtype), None
+
+
+def _pull_back_chunk(weight, d_weight, operands):
+  h, targets, log_sum, g = operands
+  share = jnp.exp(_logits(h, weight) - log_sum[:, None])
+  hit = jnp.arange(weight.shape[1])[None] == targets[:, None]
+  q = ((share - hit.astype(share.dtype)) * g[:, None]).astype(h.dtype)
+  d_weight += jnp.matmul(h.T, q, preferred_element_type=d_weight.dtype)
+  return d_weight, q @ weight.astype(h.dtype).T
 
 
 cross_entropy.defvjp(_forward, _backward)
@@ -104,6 +104,6 @@ def _logits(h, weight):
   return precision.mark('logits', layers.logits(h, weight))
 
 
-def _cut(tree, chunks):
+def _cut(chunks, *arrays):
   """[s, ...] -> [c, s / c, ...]."""
-  return jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), tree)
+  return tuple(x.reshape(chunks, -1, *x.shape[1:]) for x in arrays)
