@@ -5,10 +5,10 @@ With z_i the logits of a token,
     nats = log sum_i exp(z_i) - z_target,
     d nats / d z_i = exp(z_i) / sum_j exp(z_j) - [i = target].
 
-Of s tokens only s / c have logits at a time, in the backward pass as in the
-forward pass: it computes them again, a third of the head's work more. What is
-kept of a token is the logarithm. The gradient of the matrix is summed over
-chunks in float32.
+Of s tokens only s / c have logits at a time. That their gradient needs no
+logits either it is computed beside them: that of a sum over tokens, which the
+backward pass has but to scale. The matrix' gradient is summed over chunks in
+float32.
 """
 
 import functools
@@ -44,60 +44,70 @@ def nats_of_rows(
   chunks: int,
 ) -> Float[Array, 'b']:
   """`loss.nats_of_rows`, of s = b t hidden states, in a divisor of s chunks."""
-  nats = cross_entropy(h, weight, targets.reshape(-1), chunks)
-  nats = jnp.where(targets >= 0, nats.reshape(targets.shape), 0)
-  return precision.mark('loss', jnp.sum(nats, axis=1))
+  nats = _nats(h, weight, targets.reshape(-1), chunks)
+  return precision.mark('loss', jnp.sum(nats.reshape(targets.shape), axis=1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def cross_entropy(
+def total_nats(
   h: Float[Array, 's d'],
   weight: Float[Array, 'd v'],
-  targets: Int[Array, 's'],
+  targets: Int[Array, 'b t'],
   chunks: int,
-) -> Float[Array, 's']:
-  """-log p(target) of every token, float32; of targets below 0 anything."""
-  return _forward(h, weight, targets, chunks)[0]
+) -> Float[Array, '']:
+  """The sum of `nats_of_rows`, whose gradient is computed along with it."""
+  return jnp.sum(nats_of_rows(h, weight, targets, chunks))
 
 
 @parts.part(parts.HEAD)
 def _forward(h, weight, targets, chunks):
-  nats, log_sum = jax.lax.map(
-    functools.partial(_nats_of_chunk, weight), _cut(chunks, h, targets)
+  over = axes.varying_axes((h, weight, targets))
+  wide = jnp.promote_types(h.dtype, jnp.float32)
+  d_weight, (nats, d_h) = jax.lax.scan(
+    functools.partial(_chunk, weight),
+    axes.cast_varying(jnp.zeros(weight.shape, wide), over),
+    _cut(chunks, h, targets.reshape(-1)),
   )
-  return nats.reshape(-1), (h, weight, targets, log_sum.reshape(-1))
+  rows = precision.mark('loss', jnp.sum(nats.reshape(targets.shape), axis=1))
+  return jnp.sum(rows), (d_h.reshape(h.shape), d_weight.astype(weight.dtype))
 
 
-def _nats_of_chunk(weight, operands):
+def _chunk(weight, d_weight, operands):
+  """Adds the gradient of a chunk's matrix; its nats, and its own gradient."""
   h, targets = operands
   logits = _logits(h, weight)
-  log_sum = jax.nn.logsumexp(logits, axis=1)
-  own = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=1)
-  return log_sum - own[:, 0], log_sum
+  nats, log_sum = _nats_and_logarithm(logits, targets)
+  hit = jnp.arange(weight.shape[1])[None] == targets[:, None]
+  q = jnp.exp(logits - log_sum[:, None]) - hit.astype(logits.dtype)
+  q = jnp.where(targets[:, None] >= 0, q, 0).astype(h.dtype)
+  d_weight += jnp.matmul(h.T, q, preferred_element_type=d_weight.dtype)
+  return d_weight, (nats, q @ weight.astype(h.dtype).T)
 
 
 @parts.part(parts.HEAD)
 def _backward(chunks, kept, g):
-  h, weight, targets, log_sum = kept
-  zero = jnp.zeros(weight.shape, log_sum.dtype)
-  d_weight, d_h = jax.lax.scan(
-    functools.partial(_pull_back_chunk, weight),
-    axes.cast_varying(zero, axes.varying_axes((h, weight, targets, g))),
-    _cut(chunks, h, targets, log_sum, g),
-  )
-  return d_h.reshape(h.shape), d_weight.astype(weight.dtype), None
+  del chunks
+  return *((g * x.astype(g.dtype)).astype(x.dtype) for x in kept), None
 
 
-def _pull_back_chunk(weight, d_weight, operands):
-  h, targets, log_sum, g = operands
-  share = jnp.exp(_logits(h, weight) - log_sum[:, None])
-  hit = jnp.arange(weight.shape[1])[None] == targets[:, None]
-  q = ((share - hit.astype(share.dtype)) * g[:, None]).astype(h.dtype)
-  d_weight += jnp.matmul(h.T, q, preferred_element_type=d_weight.dtype)
-  return d_weight, q @ weight.astype(h.dtype).T
+total_nats.defvjp(_forward, _backward)
 
 
-cross_entropy.defvjp(_forward, _backward)
+def _nats(h, weight, targets, chunks):
+  """-log p(target) of every token, float32; 0 of targets below 0."""
+  of_chunk = functools.partial(_nats_of_chunk, weight)
+  return jax.lax.map(of_chunk, _cut(chunks, h, targets)).reshape(-1)
+
+
+def _nats_of_chunk(weight, operands):
+  h, targets = operands
+  return _nats_and_logarithm(_logits(h, weight), targets)[0]
+
+
+def _nats_and_logarithm(logits, targets):
+  log_sum = jax.nn.logsumexp(logits, axis=1)
+  own = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=1)
+  return jnp.where(targets >= 0, log_sum - own[:, 0], 0), log_sum
 
 
 def _logits(h, weight):

@@ -66,29 +66,32 @@ def stream_stats(p, params, router_bias, tokens):
 
 def _objective(p, params, router_bias, tokens):
   """The sum over local tokens, and beside it nats and the experts' loads."""
-  rows, stats = _nats_of_rows(p, params, router_bias, tokens)
-  nats = total = jnp.sum(rows)
-  if stats is not None:
-    total += loss.balance_loss(p, stats, rows.size)
-  return total, (nats, stats)
-
-
-def _nats_of_rows(p, params, router_bias, tokens):
-  """`loss.nats_of_rows`, and the experts' loads."""
   model, h, stats = _hidden(p, params, router_bias, tokens[:, :-1])
   targets = tokens[:, 1:]
   chunks = chunked_loss.num_chunks(targets.size, p.config.model.vocab_size)
   if chunks == 1:
-    logits = model.logits(h, targets.shape)
-    return loss.nats_of_rows(logits, targets), stats
-  weight = model.head_weight()
-  return chunked_loss.nats_of_rows(h, weight, targets, chunks), stats
+    nats = jnp.sum(loss.nats_of_rows(model.logits(h, targets.shape), targets))
+  else:
+    nats = chunked_loss.total_nats(h, model.head_weight(), targets, chunks)
+  total = nats
+  if stats is not None:
+    total += loss.balance_loss(p, stats, len(tokens))
+  return total, (nats, stats)
+
+
+def _nats_of_rows(p, params, router_bias, tokens):
+  model, h, _ = _hidden(p, params, router_bias, tokens[:, :-1])
+  targets = tokens[:, 1:]
+  chunks = chunked_loss.num_chunks(targets.size, p.config.model.vocab_size)
+  if chunks == 1:
+    return loss.nats_of_rows(model.logits(h, targets.shape), targets)
+  return chunked_loss.nats_of_rows(h, model.head_weight(), targets, chunks)
 
 
 def _are_likeliest(p, params, router_bias, tokens):
-  model, h, stats = _hidden(p, params, router_bias, tokens[:, :-1])
+  model, h, _ = _hidden(p, params, router_bias, tokens[:, :-1])
   targets = tokens[:, 1:]
-  return loss.are_likeliest(model.logits(h, targets.shape), targets), stats
+  return loss.are_likeliest(model.logits(h, targets.shape), targets)
 
 
 def _scored(score, p, params, router_bias, tokens):
@@ -97,9 +100,7 @@ def _scored(score, p, params, router_bias, tokens):
     (params, router_bias, tokens)
   )
 
-  def score_rows(rows):
-    return score(p, params, router_bias, rows)[0]
-
+  score_rows = functools.partial(score, p, params, router_bias)
   microbatches = mesh_lib.microbatches(tokens, p.config.data)
   if len(microbatches) == 1:
     return loss.agreed(score_rows(tokens), (PIPE,))
