@@ -22,6 +22,7 @@ import optax
 from mhc import config as config_lib
 from mhc import gains
 from mhc.kernels import chips
+from mhc.model import expert_parallel
 from mhc.model import moe
 from mhc.model import parts
 from mhc.parallel import mesh as mesh_lib
@@ -328,5 +329,13 @@ def compiler_options(p: Placement) -> dict:
   kind = p.mesh.devices.flat[0].device_kind
   for generation, chip in chips.CHIPS.items():
     if chip.kind == kind and p.config.mesh.overlap and p.mesh.size > 1:
-      return xla_options.options(generation, ahead=not p.is_pipelined)
+      ahead = not p.is_pipelined and not _gathers_tokens(p.config)
+      return xla_options.options(generation, ahead)
   return {}
+
+
+def _gathers_tokens(config):
+  """Whether tokens travel to their experts by all_gather."""
+  size = config.mesh.expert
+  way = expert_parallel.transport(config.model.moe, size)
+  return size > 1 and way == 'all_gather'

@@ -8,6 +8,9 @@ them has run on a TPU here, which is why `mesh.overlap` can turn them off.
 On v5p and v6e collectives go to the SparseCores; tpu7x does that by itself for
 all but all_to_all. The gathers of matrices split over `data`, in a loop over
 blocks, are moved one block ahead, forward and backward, by those of `AHEAD`.
+They move every gather of the loop, and compute what it waits for twice: where
+tokens are gathered too, all of attention (27B on v6e:16x16, in one program
+4.07 s a step, in the other 3.10).
 """
 
 SPARSE_CORE = 'xla_tpu_enable_sparse_core_collective_offload_'
@@ -40,8 +43,7 @@ OPTIONS['v6e'] = OPTIONS['v5p'] | {f'{SPARSE_CORE}nd_reduce_scatter': True}
 def options(generation: str, ahead: bool) -> dict[str, bool | str]:
   """Returns the options for a generation of `chips.CHIPS`.
 
-  `ahead` is for programs that gather in a loop; others would only compile
-  longer.
+  `ahead` is for programs whose loops gather matrices, and nothing else.
   """
   if generation == 'v5e' or not ahead:
     return dict(OPTIONS.get(generation, {}))

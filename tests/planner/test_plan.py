@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from mhc import config
-from mhc.config import presets
+from mhc.config import dicts, presets
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel.placement import Placement
 from mhc.planner import draw
@@ -129,11 +129,11 @@ def test_the_cpu_is_a_topology():
 
 
 def test_what_does_not_fit_says_by_how_much():
-  """A vocabulary whose logits alone take more than a device has."""
+  """Rows whose activations alone take more than a device has."""
   wide = dataclasses.replace(
     TINY,
-    model=dataclasses.replace(TINY.model, vocab_size=2**20),
-    data=dataclasses.replace(TINY.data, batch_size=64, seq_len=512),
+    model=dataclasses.replace(TINY.model, ffn_dim=2**15),
+    data=dataclasses.replace(TINY.data, batch_size=64, seq_len=2048),
   )
   result = plan.plan_step(wide, 'v5e:2x2')
   assert not result['fits']
@@ -168,6 +168,13 @@ def test_the_compiler_is_told_what_hides_transfers():
   assert not set(xla_options.AHEAD) & set(
     xla_options.options('v5p', ahead=False)
   )
+  experts = dicts.override(TINY, {'mesh.expert': 2, 'model.moe.num_experts': 4})
+  for way, options in (
+    ('all_gather', xla_options.options('v5p', ahead=False)),
+    ('all_to_all', told),
+  ):
+    by_experts = dicts.override(experts, {'model.moe.transport': way})
+    assert step.compiler_options(Placement(by_experts, mesh)) == options
   without = dataclasses.replace(TINY, mesh=config.MeshConfig(overlap=False))
   assert step.compiler_options(Placement(without, mesh)) == {}
   one = mesh_lib.make_mesh(
