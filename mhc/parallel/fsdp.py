@@ -18,6 +18,7 @@ from mhc.model import parts
 
 TILE = 128  # columns
 LARGEST_FACTOR = 23
+MANY = 32  # tiles
 
 
 def gather(params, specs, dtype, *, above: tuple[str, ...] = ()):
@@ -111,14 +112,17 @@ def _divisible(size: int) -> int:
 
   Where the number of tiles has a large prime factor, as 64,640 / 128 = 5 * 101
   has, libtpu 0.0.48 makes a sum over all devices of the reduce-scatter, of
-  twice the bytes. (101, 127, 249, 254, 333 tiles; not 253, 300, 504, 600.)
+  twice the bytes; for v6e also where hundreds of tiles are no multiple of 32.
+  (2,560 rows over 64 devices. v5p: 101, 127, 249, 254, 333, 496, 992 tiles, not
+  253, 300, 448, 480, 504, 600, 960; v6e: 504, 505, 600, 1000, 1008, not 192,
+  320, 448, 480, 512, 640, 700, 768, 832, 896, 960.)
   """
   tiles = -(-size // TILE)
-  if _largest_factor(tiles) <= LARGEST_FACTOR:
-    return size
-  while _largest_factor(tiles) > LARGEST_FACTOR:
-    tiles -= 1
-  return tiles * TILE
+  step = MANY if tiles > 4 * MANY else 1
+  found = tiles - tiles % step
+  while _largest_factor(found) > LARGEST_FACTOR:
+    found -= step
+  return size if found == tiles else found * TILE
 
 
 def _largest_factor(number: int) -> int:

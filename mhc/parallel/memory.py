@@ -46,9 +46,15 @@ SIZES = (
 
 
 def activations(
-  model: config_lib.ModelConfig, num_blocks: int | None = None
+  model: config_lib.ModelConfig,
+  num_blocks: int | None = None,
+  expert_devices: int = 1,
 ) -> dict[str, int]:
-  """Bytes a token by the formulas above, of all blocks or the last ones."""
+  """Bytes a token by the formulas above, of all blocks or the last ones.
+
+  Where experts lie on several devices, the buffer of routed rows has room to
+  spare.
+  """
   n, dim = model.connection.streams, model.dim
   size = 2 if model.dtype == 'bfloat16' else 4
   num_blocks = num_blocks or model.num_blocks
@@ -62,7 +68,7 @@ def activations(
   outputs = 0 if n == 1 and model.recompute == 'none' else sublayers
   dense = _attention(model.attention) + _hidden(model) * model.ffn_dim
   inner = [(dense, 0)] * (model.num_blocks - model.num_moe_blocks)
-  inner += [_with_experts(model)] * model.num_moe_blocks
+  inner += [_with_experts(model, expert_devices)] * model.num_moe_blocks
   others, routed = (
     sum(part) for part in zip(*inner[-num_blocks:], strict=True)
   )
@@ -94,10 +100,10 @@ def predicted(config: config_lib.Config, num_devices: int) -> dict[str, int]:
   rows = data.microbatch_size or data.batch_size // dp_size
   tokens = rows * data.seq_len
   if mesh.pipe == 1:
-    kinds = activations(model)
+    kinds = activations(model, expert_devices=mesh.expert)
   else:
     layout = stage_layout.for_model(model, mesh)
-    kinds = activations(model, layout.layers_per_stage)
+    kinds = activations(model, layout.layers_per_stage, mesh.expert)
     number = mesh_lib.num_microbatches(mesh, data, dp_size)
     schedule = table.for_mesh(mesh, number)
     size = 2 if model.dtype == 'bfloat16' else 4
@@ -219,7 +225,7 @@ def _hidden(model):
   return 2 if model.recompute in ('mhc', 'mhc+experts') else 3
 
 
-def _with_experts(model):
+def _with_experts(model, devices):
   """A block's own numbers a token, and those of the routed experts.
 
   Hidden rows; kept ones also with what goes in, and gated products.
@@ -228,4 +234,8 @@ def _with_experts(model):
   routed = hidden * c.expert_dim
   routed += 0 if model.recompute == 'mhc' else c.expert_dim + model.dim
   shared = hidden * c.num_shared * c.expert_dim
-  return _attention(model.attention) + shared, c.experts_per_token * routed
+  rows = c.experts_per_token
+  if devices > 1 and c.dispatch == 'dropless':
+    most = devices * min(rows, c.num_experts // devices)
+    rows = min(most, rows * c.buffer_factor)
+  return _attention(model.attention) + shared, int(rows * routed)

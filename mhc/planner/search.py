@@ -7,9 +7,11 @@ All that divide are ranked by an estimated step time,
 with N devices of peak F, links that together carry W bytes a second one way,
 and T tokens a step:
 
-    compute   flops_per_token T / (N F efficiency), a third more in a pipeline
-              that computes a stage's forward pass twice (mesh.keep='inputs');
-              1 / efficiency = PRODUCTS + MOVED F / B with B of the memory
+    compute   flops_per_token T / (N F efficiency), a third more for every
+              forward pass that is computed a second time, by model.recompute or
+              in a pipeline by mesh.keep='inputs';
+              1 / efficiency = PRODUCTS + MOVED F / (B C) with B of the memory
+              and C the model's width, MOVED twice as large in a pipeline
     experts   per layer two passes, three where the forward pass is repeated:
               tokens are sent to their experts and back, `expert_parallel`; half
               of it overlapped, all of it with two sub-batches
@@ -17,10 +19,11 @@ and T tokens a step:
               float32, once a step in a pipeline, else with every microbatch
 
 A device's memory holds its shards of parameters and optimiser, gathered
-matrices and gradient sums, and activations by `memory.predicted`. It suffices
-if that is at most nine tenths of the HBM. These are rough: the seconds of four
-plans that were compiled are off by up to ERROR, and compiled bytes are a tenth
-to a half more. Compile the result.
+matrices and gradient sums (of a pipeline's stages, else of two blocks at a
+time), and activations by `memory.predicted`. It suffices if that is at most
+eight tenths of the HBM. These are rough: the seconds of plans that were
+compiled are off by up to ERROR, and compiled bytes are up to a half more.
+Compile the result.
 """
 
 from collections.abc import Iterator
@@ -37,12 +40,16 @@ from mhc.parallel import memory
 from mhc.parallel import mesh as mesh_lib
 from mhc.pipeline import bubble as bubble_lib
 
-# Seconds of a FLOP over those of the peak, and bytes that go along with a FLOP:
-# from the compiled plans of the 27B on v5p and v6e (docs/planner.md).
-PRODUCTS, MOVED = 1.05, 0.009
-FULL = 0.9
+# Seconds of a FLOP over those of the peak; bytes that go along with C FLOPs,
+# without a pipeline and in one. From compiled plans (docs/planner.md).
+PRODUCTS, MOVED, MOVED_IN_A_PIPELINE = 1.05, 11, 22
+FULL = 0.8
 # Largest error of the formula over the steps that were compiled.
 ERROR = 0.1
+
+
+# Policies that are suggested; the others keep more, or save little.
+AGAIN = ('mhc', 'mhc+experts', 'full')
 
 
 class Suggestion(NamedTuple):
@@ -125,21 +132,27 @@ def _candidates(
 ) -> Iterator[tuple[config_lib.Config, dict]]:
   """Yields every valid config, with the overrides that make it."""
   powers = [2**i for i in range(num_devices.bit_length())]
-  microbatches = (1, 2, 4, 8)
+  rows = config.data.batch_size // num_devices
+  microbatches = {1, 2, 4, 8, *(d for d in range(1, rows + 1) if rows % d == 0)}
   streams = config.model.connection.streams
-  for pipe, expert, microbatch, chunks, schedule, every, keep in product(
+  for pipe, expert, microbatch, chunks, schedule, every, keep, again in product(
     powers,
     powers,
-    microbatches,
+    sorted(microbatches),
     (2, 3, 4),
     get_args(config_lib.Schedule),
     sorted(
       {2, 4, recompute.optimal_interval(2 * config.model.num_blocks, streams)}
     ),
     get_args(config_lib.Keep),
+    sorted(
+      {config.model.recompute, *AGAIN}, key=get_args(recompute.Policy).index
+    ),
   ):
     # Settings without effect are tried once.
     if chunks > 2 and (pipe == 1 or schedule != 'interleaved'):
+      continue
+    if again == 'mhc+experts' and not config.model.moe.num_experts:
       continue
     if num_devices % (pipe * expert):
       continue
@@ -151,6 +164,7 @@ def _candidates(
       'mesh.num_sub_batches': 2 if expert > 1 and microbatch % 2 == 0 else 1,
       'mesh.keep': keep,
       'data.microbatch_size': microbatch,
+      'model.recompute': again,
       'model.recompute_every': every,
     }
     if pipe > 1:
@@ -187,15 +201,15 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   buffers = (
     (wire + 4) * gathered
     if pipe > 1
-    else wire * gathered + 4 * gathered / split
+    else _of_two_blocks(model, gathered, wire) + 4 * gathered / split
   )
   activations = sum(memory.predicted(config, num_devices).values())
 
   again = pipe > 1 and mesh.keep == 'inputs'
-  passes = 4 / 3 if again else 1.0
+  passes = 1 + (again + _computed_again(model, count, routed)) / 3
   tokens = config.tokens_per_step
   compute = count['flops_per_token'] * tokens * passes
-  compute /= efficiency(chip) * chip.flops * num_devices
+  compute /= efficiency(chip, model.dim, pipe > 1) * chip.flops * num_devices
   bubble = bubble_lib.of_mesh(mesh, number)
 
   experts = 0.0
@@ -219,9 +233,32 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   )
 
 
-def efficiency(chip: chips.Chip) -> float:
-  """Fraction of a chip's peak that a tick is expected to reach."""
-  return 1 / (PRODUCTS + MOVED * chip.flops / chip.bandwidth)
+def efficiency(chip: chips.Chip, dim: int, in_a_pipeline: bool) -> float:
+  """Fraction of a chip's peak that a step is expected to reach."""
+  moved = MOVED_IN_A_PIPELINE if in_a_pipeline else MOVED
+  return 1 / (PRODUCTS + moved / dim * chip.flops / chip.bandwidth)
+
+
+def _computed_again(model, count, routed):
+  """The part of a forward pass that model.recompute computes twice."""
+  match model.recompute:
+    case 'none' | 'mhc':
+      return 0.0
+    case 'mhc+block' | 'full':
+      return 1.0
+  # Two of three products of each expert that a token visits.
+  active = routed * model.moe.experts_per_token / model.moe.num_experts
+  return 2 / 3 * 6 * active / count['flops_per_token']
+
+
+def _of_two_blocks(model, gathered, wire):
+  """Bytes of two blocks' matrices and one's gradients, and of the vocabulary's.
+
+  Those are gathered and summed up when the network comes to them.
+  """
+  around = (1 if model.tied_embeddings else 2) * model.vocab_size * model.dim
+  block = (gathered - around) / model.num_blocks
+  return (3 * wire + 4) * block + 2 * wire * around
 
 
 def _routed(model):

@@ -106,8 +106,9 @@ def test_a_vocabulary_of_awkward_size_is_scattered_in_two_pieces(split):
 
 
 def test_sizes_that_tpus_sum_up_in_parts():
-  awkward = {64640: 504 * 128, 129280: 1008 * 128, 128 * 101: 100 * 128}
-  fine = (100, 1280, 32320, 65536, 128 * 253)
+  awkward = {64640: 480, 129280: 960, 128 * 101: 100, 128 * 504: 480}
+  awkward = {size: 128 * tiles for size, tiles in awkward.items()}
+  fine = (100, 1280, 8192, 65536, 128 * 128, 128 * 960)
   for size, divisible in (awkward | {one: one for one in fine}).items():
     assert fsdp._divisible(size) == divisible
 
