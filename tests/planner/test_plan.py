@@ -11,6 +11,7 @@ from mhc.config import dicts, presets
 from mhc.parallel import mesh as mesh_lib
 from mhc.parallel.placement import Placement
 from mhc.planner import draw
+from mhc.planner import hlo
 from mhc.planner import kernel_bundles
 from mhc.planner import plan
 from mhc.planner import search
@@ -181,6 +182,41 @@ def test_the_compiler_is_told_what_hides_transfers():
     config.MeshConfig(num_devices=1), TINY.data, targets.devices('v5p:2x2x1')
   )
   assert step.compiler_options(Placement(TINY, one)) == {}
+
+
+@pytest.mark.slow
+def test_attention_is_computed_once_a_block():
+  """Also where a loop gathers tokens, for their experts, beside matrices."""
+  changes = {
+    'mesh.expert': 2,
+    'model.num_blocks': 5,
+    'model.recompute': 'mhc',
+    'model.recompute_every': 2,
+    'model.moe.num_experts': 4,
+    'model.moe.expert_dim': 128,
+    'model.moe.transport': 'all_gather',
+    'model.moe.num_dense_blocks': 1,
+  }
+  settings = dicts.override(TINY, changes)
+  devices = targets.devices('v5p:2x2x1')
+  mesh = mesh_lib.make_mesh(settings.mesh, settings.data, devices)
+  whole = step.Step(Placement(settings, mesh))
+  options = step.compiler_options(whole.placement)
+  module = hlo.parse(whole.trace().lower().compile(options).as_text())
+  for kernel in ('attention_forward', 'attention_backward'):
+    assert executions(module, module.entry, kernel) == 5
+
+
+def executions(module, computation, name):
+  """How often an instruction of that name runs, but in conditionals."""
+  number = 0
+  for instruction in module.computations[computation]:
+    if instruction.opcode == 'custom-call':
+      number += instruction.name.startswith(name)
+    elif instruction.opcode == 'while':
+      body = hlo.called(instruction, 'body')
+      number += hlo.trips(module, instruction) * executions(module, body, name)
+  return number
 
 
 def test_impossible_topologies():
