@@ -13,17 +13,19 @@ and T tokens a step:
               1 / efficiency = PRODUCTS + MOVED F / (B C) with B of the memory
               and C the model's width, MOVED twice as large in a pipeline
     experts   per layer two passes, three where the forward pass is repeated:
-              tokens are sent to their experts and back, `expert_parallel`; half
-              of it overlapped, all of it with two sub-batches
+              tokens are sent to their experts and back, `expert_parallel`; by
+              all_gather half of it overlapped, all of it with two sub-batches;
+              by all_to_all over one link, nothing overlapped, half of it with
+              two sub-batches
     matrices  gathered in the activations' dtype and gradients summed in
               float32, once a step in a pipeline, else with every microbatch
 
 A device's memory holds its shards of parameters and optimiser, gathered
-matrices and gradient sums (of a pipeline's stages, else of two blocks at a
-time), and activations by `memory.predicted`. It suffices if that is at most
-eight tenths of the HBM. These are rough: the seconds of plans that were
-compiled are off by up to ERROR, and compiled bytes are up to a half more.
-Compile the result.
+matrices and gradient sums (of a pipeline's stages, else of the blocks at
+hand), and activations by `memory.predicted`, those of a recompute block twice,
+with their gradients. It suffices if that is at most nine tenths of the HBM.
+These are rough: the seconds of plans that were compiled are off by up to ERROR,
+and compiled bytes are up to a half more. Compile the result.
 """
 
 from collections.abc import Iterator
@@ -43,7 +45,8 @@ from mhc.pipeline import bubble as bubble_lib
 # Seconds of a FLOP over those of the peak; bytes that go along with C FLOPs,
 # without a pipeline and in one. From compiled plans (docs/planner.md).
 PRODUCTS, MOVED, MOVED_IN_A_PIPELINE = 1.05, 11, 22
-FULL = 0.8
+FULL = 0.9
+LINKS = 4  # of a chip; an all_to_all is as slow as if it had one
 # Largest error of the formula over the steps that were compiled.
 ERROR = 0.1
 
@@ -201,9 +204,11 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   buffers = (
     (wire + 4) * gathered
     if pipe > 1
-    else _of_two_blocks(model, gathered, wire) + 4 * gathered / split
+    else _of_blocks_at_hand(model, gathered, wire) + 4 * gathered / split
   )
   activations = sum(memory.predicted(config, num_devices).values())
+  anew = dicts.replace(config, model=dict(recompute='full'))
+  activations += memory.predicted(anew, num_devices)['inner']
 
   again = pipe > 1 and mesh.keep == 'inputs'
   passes = 1 + (again + _computed_again(model, count, routed)) / 3
@@ -213,14 +218,11 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   bubble = bubble_lib.of_mesh(mesh, number)
 
   experts = 0.0
-  if expert > 1 and mesh.num_sub_batches == 1:
-    way = expert_parallel.transport(model.moe, expert)
-    k = model.moe.experts_per_token
-    sent = expert - 1 if way == 'all_gather' else k * (expert - 1) / expert
+  if expert > 1:
     layers = model.num_moe_blocks / pipe
-    device_tokens = tokens * pipe / num_devices
-    each = 2 * sent * device_tokens * model.dim * wire * layers
-    experts = 0.5 * each * (3 if again else 2) / links
+    sent = _sent(model.moe, mesh) * 2 * tokens * pipe / num_devices
+    repeated = again + (_computed_again(model, count, routed) > 0)
+    experts = sent * model.dim * wire * layers * (2 + repeated) / links
   matrices = 0.0
   if split > 1:
     times = 1 if pipe > 1 else number
@@ -239,6 +241,15 @@ def efficiency(chip: chips.Chip, dim: int, in_a_pipeline: bool) -> float:
   return 1 / (PRODUCTS + moved / dim * chip.flops / chip.bandwidth)
 
 
+def _sent(moe, mesh):
+  """Rows that a token is sent as, by all links and without an overlap."""
+  size, split = mesh.expert, mesh.num_sub_batches > 1
+  if expert_parallel.transport(moe, size) == 'all_gather':
+    return 0.0 if split else 0.5 * (size - 1)
+  rows = moe.experts_per_token * (size - 1) / size
+  return (0.5 if split else 1.0) * LINKS * rows
+
+
 def _computed_again(model, count, routed):
   """The part of a forward pass that model.recompute computes twice."""
   match model.recompute:
@@ -251,14 +262,16 @@ def _computed_again(model, count, routed):
   return 2 / 3 * 6 * active / count['flops_per_token']
 
 
-def _of_two_blocks(model, gathered, wire):
-  """Bytes of two blocks' matrices and one's gradients, and of the vocabulary's.
+def _of_blocks_at_hand(model, gathered, wire):
+  """Bytes of matrices that are gathered when the network comes to them.
 
-  Those are gathered and summed up when the network comes to them.
+  Those of a recompute block and the next, a block's gradients; and both of the
+  vocabulary.
   """
   around = (1 if model.tied_embeddings else 2) * model.vocab_size * model.dim
   block = (gathered - around) / model.num_blocks
-  return (3 * wire + 4) * block + 2 * wire * around
+  blocks = recompute.recompute_interval(model) // 2 + 1
+  return (wire * (blocks + 1) + 4) * block + 2 * wire * around
 
 
 def _routed(model):
