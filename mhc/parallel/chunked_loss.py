@@ -5,10 +5,10 @@ With z_i the logits of a token,
     nats = log sum_i exp(z_i) - z_target,
     d nats / d z_i = exp(z_i) / sum_j exp(z_j) - [i = target].
 
-Of s tokens only s / c have logits at a time. That their gradient needs no
-logits either it is computed beside them: that of a sum over tokens, which the
-backward pass has but to scale. The matrix' gradient is summed over chunks in
-float32.
+Of s tokens only s / c have logits at a time. The gradient of a sum over tokens
+is computed along with it, chunk by chunk too, and the backward pass has but to
+scale it: no logits are kept or computed again. The matrix' gradient is summed
+over chunks in float32.
 """
 
 import functools
@@ -28,12 +28,9 @@ AT_A_TIME = 1 << 29
 
 
 def num_chunks(num_tokens: int, vocab_size: int) -> int:
-  """The least divisor of `num_tokens` whose chunks have `AT_A_TIME` or less."""
+  """The least number whose chunks have `AT_A_TIME` or less, or a token each."""
   least = math.ceil(4 * num_tokens * vocab_size / AT_A_TIME)
-  return next(
-    (c for c in range(max(1, least), num_tokens) if num_tokens % c == 0),
-    num_tokens,
-  )
+  return max(1, min(least, num_tokens))
 
 
 @parts.part(parts.HEAD)
@@ -43,7 +40,7 @@ def nats_of_rows(
   targets: Int[Array, 'b t'],
   chunks: int,
 ) -> Float[Array, 'b']:
-  """`loss.nats_of_rows`, of s = b t hidden states, in a divisor of s chunks."""
+  """`loss.nats_of_rows`, of s = b t hidden states."""
   nats = _nats(h, weight, targets.reshape(-1), chunks)
   return precision.mark('loss', jnp.sum(nats.reshape(targets.shape), axis=1))
 
@@ -66,10 +63,10 @@ def _forward(h, weight, targets, chunks):
   d_weight, (nats, d_h) = jax.lax.scan(
     functools.partial(_chunk, weight),
     axes.cast_varying(jnp.zeros(weight.shape, wide), over),
-    _cut(chunks, h, targets.reshape(-1)),
+    _cut(h, targets.reshape(-1), chunks),
   )
-  rows = precision.mark('loss', jnp.sum(nats.reshape(targets.shape), axis=1))
-  return jnp.sum(rows), (d_h.reshape(h.shape), d_weight.astype(weight.dtype))
+  total = precision.mark('loss', jnp.sum(nats))
+  return total, (_joined(d_h, len(h)), d_weight.astype(weight.dtype))
 
 
 def _chunk(weight, d_weight, operands):
@@ -96,7 +93,7 @@ total_nats.defvjp(_forward, _backward)
 def _nats(h, weight, targets, chunks):
   """-log p(target) of every token, float32; 0 of targets below 0."""
   of_chunk = functools.partial(_nats_of_chunk, weight)
-  return jax.lax.map(of_chunk, _cut(chunks, h, targets)).reshape(-1)
+  return _joined(jax.lax.map(of_chunk, _cut(h, targets, chunks)), len(h))
 
 
 def _nats_of_chunk(weight, operands):
@@ -114,6 +111,14 @@ def _logits(h, weight):
   return precision.mark('logits', layers.logits(h, weight))
 
 
-def _cut(chunks, *arrays):
-  """[s, ...] -> [c, s / c, ...]."""
-  return tuple(x.reshape(chunks, -1, *x.shape[1:]) for x in arrays)
+def _cut(h, targets, chunks):
+  """[s, ...] -> [c, s / c, ...]; a remainder is filled with no targets."""
+  missing = -len(h) % chunks
+  h = jnp.pad(h, ((0, missing), (0, 0)))
+  targets = jnp.pad(targets, (0, missing), constant_values=-1)
+  return h.reshape(chunks, -1, h.shape[1]), targets.reshape(chunks, -1)
+
+
+def _joined(x, size):
+  """[c, s / c, ...] -> [s, ...], without what was filled in."""
+  return x.reshape(-1, *x.shape[2:])[:size]
