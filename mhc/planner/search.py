@@ -18,14 +18,16 @@ and T tokens a step:
               by all_to_all over one link, nothing overlapped, half of it with
               two sub-batches
     matrices  gathered in the activations' dtype and gradients summed in
-              float32, once a step in a pipeline, else with every microbatch
+              float32, once a step in a pipeline; else with every microbatch,
+              gathered twice, over half of the links and WAITED
 
 A device's memory holds its shards of parameters and optimiser, gathered
 matrices and gradient sums (of a pipeline's stages, else of the blocks at
 hand), and activations by `memory.predicted`, those of a recompute block twice,
-with their gradients. It suffices if that is at most nine tenths of the HBM.
-These are rough: the seconds of plans that were compiled are off by up to ERROR,
-and compiled bytes are up to a half more. Compile the result.
+with their gradients. It suffices if that is at most FULL of the HBM. These are
+rough: the seconds of plans that were compiled are off by up to ERROR, their
+bytes are up to an eighth more than said, in a pipeline that computes stages
+again a third. Compile the result.
 """
 
 from collections.abc import Iterator
@@ -45,7 +47,8 @@ from mhc.pipeline import bubble as bubble_lib
 # Seconds of a FLOP over those of the peak; bytes that go along with C FLOPs,
 # without a pipeline and in one. From compiled plans (docs/planner.md).
 PRODUCTS, MOVED, MOVED_IN_A_PIPELINE = 1.05, 11, 22
-FULL = 0.9
+FULL = 0.92
+WAITED = 1.5  # over half of the links, a quarter hidden
 LINKS = 4  # of a chip; an all_to_all is as slow as if it had one
 # Largest error of the formula over the steps that were compiled.
 ERROR = 0.1
@@ -225,8 +228,9 @@ def _estimate(config, settings, num_devices, chip, count, routed):
     experts = sent * model.dim * wire * layers * (2 + repeated) / links
   matrices = 0.0
   if split > 1:
-    times = 1 if pipe > 1 else number
-    matrices = times * (wire + 4) * gathered / links
+    # With every microbatch twice, forward and backward, but behind products.
+    each = wire + 4 if pipe > 1 else number * WAITED * (2 * wire + 4)
+    matrices = each * gathered / links
   return Suggestion(
     settings,
     (compute + experts) / (1 - bubble) + matrices,
