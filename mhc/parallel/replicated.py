@@ -66,7 +66,8 @@ def stream_stats(p, params, router_bias, tokens):
 
 def _objective(p, params, router_bias, tokens):
   """The sum over local tokens, and beside it nats and the experts' loads."""
-  model, h, stats = _hidden(p, params, router_bias, tokens[:, :-1])
+  model, hidden = _forward(p, params)
+  h, stats = hidden(tokens[:, :-1], router_bias)
   targets = tokens[:, 1:]
   chunks = chunked_loss.num_chunks(targets.size, p.config.model.vocab_size)
   if chunks == 1:
@@ -80,7 +81,8 @@ def _objective(p, params, router_bias, tokens):
 
 
 def _nats_of_rows(p, params, router_bias, tokens):
-  model, h, _ = _hidden(p, params, router_bias, tokens[:, :-1])
+  model, hidden = _forward(p, params)
+  h, _ = hidden(tokens[:, :-1], router_bias)
   targets = tokens[:, 1:]
   chunks = chunked_loss.num_chunks(targets.size, p.config.model.vocab_size)
   if chunks == 1:
@@ -89,7 +91,8 @@ def _nats_of_rows(p, params, router_bias, tokens):
 
 
 def _are_likeliest(p, params, router_bias, tokens):
-  model, h, _ = _hidden(p, params, router_bias, tokens[:, :-1])
+  model, hidden = _forward(p, params)
+  h, _ = hidden(tokens[:, :-1], router_bias)
   targets = tokens[:, 1:]
   return loss.are_likeliest(model.logits(h, targets.shape), targets)
 
@@ -108,16 +111,14 @@ def _scored(score, p, params, router_bias, tokens):
   return loss.agreed(scores.reshape(-1, *scores.shape[2:]), (PIPE,))
 
 
-def _hidden(p, params, router_bias, tokens):
-  """The network with the device's parameters, and `hidden_and_stats`."""
+def _forward(p, params):
+  """The network with the device's parameters, and its `hidden_and_stats`."""
   model, gather_block = _network(p, params)
-  h, stats = model.hidden_and_stats(
-    tokens,
-    router_bias,
+  return model, functools.partial(
+    model.hidden_and_stats,
     num_sub_batches=p.config.mesh.num_sub_batches,
     gather_block=gather_block,
   )
-  return model, h, stats
 
 
 def _network(p, params):
