@@ -196,8 +196,9 @@ def test_a_notebook_takes_the_one_before_too(saved, tmp_path, capsys, caplog):
 
   assert equal(asyncio.run(cell()).state, state(16))
   gc.collect()
-  (line,) = capsys.readouterr().err.strip().splitlines()
-  assert 'Requested byte range' in line
+  said = capsys.readouterr().err
+  assert len(said.strip().splitlines()) == 1, said
+  assert 'Requested byte range' in said
   assert not [r for r in caplog.records if r.name == 'asyncio']
 
 
