@@ -4,10 +4,16 @@ import dataclasses
 import functools
 import math
 
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxprs import equations
+import numpy as np
 import pytest
 
 from mhc import config
 from mhc.model import recompute
+from mhc.model import transformer
 from mhc.parallel import memory
 
 
@@ -79,3 +85,46 @@ def test_predicted_activations_are_most_of_what_xla_takes():
     settings = dataclasses.replace(BASE, recompute=policy, recompute_every=4)
     predicted = sum(memory.activations(settings).values()) / (4 * BASE.dim)
     assert 0.7 < predicted / temporary_units(policy) < 1
+
+
+def test_routed_rows_are_kept_or_not_and_change_no_gradient():
+  found = {policy: of_experts(policy) for policy in ('mhc', 'mhc+experts')}
+  (rows, one), (none, other) = found.values()
+  assert rows
+  assert not none
+  for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+
+
+def of_experts(policy):
+  """Shapes of hidden rows that a scan keeps of three blocks; the gradient."""
+  width = 24
+  settings = config.ModelConfig(
+    num_blocks=3,
+    dim=16,
+    recompute=policy,
+    attention=config.AttentionConfig(
+      num_heads=1, head_dim=8, rope_dim=4, kv_rank=8
+    ),
+    connection=config.ConnectionConfig(kind='residual'),
+    moe=config.MoEConfig(
+      num_experts=4, expert_dim=width, num_shared=0, num_dense_blocks=0
+    ),
+  )
+  model = transformer.Transformer(settings, rngs=nnx.Rngs(0))
+  graph, params = nnx.split(model)
+  bias = jnp.zeros((3, 4), jnp.float32)
+  tokens = jnp.arange(32).reshape(2, 16)
+  gradient = jax.grad(
+    lambda params: jnp.mean(jnp.sin(nnx.merge(graph, params)(tokens, bias)))
+  )
+  traced = jax.make_jaxpr(gradient)(params)
+  weights = {(3, *leaf.shape[1:]) for leaf in jax.tree.leaves(params)}
+  kept = {
+    out.aval.shape
+    for equation in equations(traced.jaxpr)
+    if equation.primitive.name == 'scan'
+    for out in equation.outvars
+    if out.aval.shape[0:1] == (3,) and out.aval.shape[-1] == width
+  }
+  return kept - weights, jax.jit(gradient)(params)
