@@ -68,42 +68,41 @@ def _objective(p, params, router_bias, tokens):
   """The sum over local tokens, and beside it nats and the experts' loads."""
   model, hidden = _forward(p, params)
   h, stats = hidden(tokens[:, :-1], router_bias)
-  targets = tokens[:, 1:]
-  chunks = chunked_loss.num_chunks(targets.size, p.config.model.vocab_size)
-  if chunks == 1:
-    nats = jnp.sum(loss.nats_of_rows(model.logits(h, targets.shape), targets))
-  else:
-    nats = chunked_loss.total_nats(h, model.head_weight(), targets, chunks)
-  total = nats
+  total = nats = _total_nats(model, h, tokens[:, 1:])
   if stats is not None:
     total += loss.balance_loss(p, stats, len(tokens))
   return total, (nats, stats)
 
 
-def _nats_of_rows(p, params, router_bias, tokens):
-  model, hidden = _forward(p, params)
-  h, _ = hidden(tokens[:, :-1], router_bias)
-  targets = tokens[:, 1:]
-  chunks = chunked_loss.num_chunks(targets.size, p.config.model.vocab_size)
+def _total_nats(model, h, targets):
+  chunks = chunked_loss.num_chunks(targets.size, model.config.vocab_size)
+  if chunks == 1:
+    return jnp.sum(_nats_of_rows(model, h, targets))
+  return chunked_loss.total_nats(h, model.head_weight(), targets, chunks)
+
+
+def _nats_of_rows(model, h, targets):
+  chunks = chunked_loss.num_chunks(targets.size, model.config.vocab_size)
   if chunks == 1:
     return loss.nats_of_rows(model.logits(h, targets.shape), targets)
   return chunked_loss.nats_of_rows(h, model.head_weight(), targets, chunks)
 
 
-def _are_likeliest(p, params, router_bias, tokens):
-  model, hidden = _forward(p, params)
-  h, _ = hidden(tokens[:, :-1], router_bias)
-  targets = tokens[:, 1:]
+def _are_likeliest(model, h, targets):
   return loss.are_likeliest(model.logits(h, targets.shape), targets)
 
 
 def _scored(score, p, params, router_bias, tokens):
-  """A score of every row."""
+  """A score of hidden states and targets, of every row."""
   params, router_bias, tokens = axes.cast_varying_everywhere(
     (params, router_bias, tokens)
   )
 
-  score_rows = functools.partial(score, p, params, router_bias)
+  def score_rows(rows):
+    model, hidden = _forward(p, params)
+    h, _ = hidden(rows[:, :-1], router_bias)
+    return score(model, h, rows[:, 1:])
+
   microbatches = mesh_lib.microbatches(tokens, p.config.data)
   if len(microbatches) == 1:
     return loss.agreed(score_rows(tokens), (PIPE,))

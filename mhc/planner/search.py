@@ -52,8 +52,6 @@ WAITED = 1.5  # over half of the links, a quarter hidden
 LINKS = 4  # of a chip; an all_to_all is as slow as if it had one
 # Largest error of the formula over the steps that were compiled.
 ERROR = 0.1
-
-
 # Policies that are suggested; the others keep more, or save little.
 AGAIN = ('mhc', 'mhc+experts', 'full')
 
@@ -214,7 +212,8 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   activations += memory.predicted(anew, num_devices)['inner']
 
   again = pipe > 1 and mesh.keep == 'inputs'
-  passes = 1 + (again + _computed_again(model, count, routed)) / 3
+  in_blocks = _computed_again(model, count, routed)
+  passes = 1 + (again + in_blocks) / 3
   tokens = config.tokens_per_step
   compute = count['flops_per_token'] * tokens * passes
   compute /= efficiency(chip, model.dim, pipe > 1) * chip.flops * num_devices
@@ -224,8 +223,8 @@ def _estimate(config, settings, num_devices, chip, count, routed):
   if expert > 1:
     layers = model.num_moe_blocks / pipe
     sent = _sent(model.moe, mesh) * 2 * tokens * pipe / num_devices
-    repeated = again + (_computed_again(model, count, routed) > 0)
-    experts = sent * model.dim * wire * layers * (2 + repeated) / links
+    ways = 2 + again + (in_blocks > 0)
+    experts = sent * model.dim * wire * layers * ways / links
   matrices = 0.0
   if split > 1:
     # With every microbatch twice, forward and backward, but behind products.

@@ -49,7 +49,6 @@ MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (4, 2, 1))
 
 SINKHORN_ITERS = 3  # few, for the sake of the compiler, which unrolls them
 
-
 BODY = config_lib.AttentionConfig(
   kind='gqa',
   num_heads=4,
